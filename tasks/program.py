@@ -1,0 +1,42 @@
+"""What every stage's `main()` shares: read the settings, run, and turn what went wrong into one clear line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tasks.errors import TaskError
+from tasks.settings import Settings, load_settings
+
+PARAMS = Path("params.yaml")
+
+
+def run_stage(work: Callable[[Settings], object]) -> None:
+    """Run `work` with the settings of ./params.yaml; exit 1 with one clear line where a person can mend it.
+
+    An error that nobody foresaw keeps its traceback: it is a defect, and the traceback is its description.
+    """
+    # offline and silent unless a person said otherwise: no stage calls home
+    for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+        os.environ.setdefault(name, value)
+    try:
+        work(load_settings(PARAMS))
+    except TaskError as error:
+        sys.exit(f"error: {error}")
+    except MemoryError:
+        sys.exit("error: out of memory; lower calibration.samples or evaluation.batch_tokens, or use a larger machine")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(f"error: cannot write{where}: {error.strerror}; free some space or mend the permissions, then run again")
+
+
+def one_argument(usage: str) -> str:
+    """The stage's only command-line argument, the name of a variant."""
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(f"usage: {usage}")
+    return sys.argv[1]

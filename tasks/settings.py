@@ -1,0 +1,302 @@
+"""params.yaml as typed settings: the one module that both flows/ and tasks/ read.
+
+Every key has a place here, and a key that has none is refused. Defaults live in params.yaml alone; a field has
+a default here only where leaving it out means "not used".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tasks.errors import TaskError
+
+NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
+SHA256 = r"^[0-9a-f]{64}$"
+BASE = "base"
+
+Name = Annotated[str, Field(pattern=NAME, max_length=40)]
+Sha256 = Annotated[str, Field(pattern=SHA256)]
+
+
+class Section(BaseModel):
+    """A part of params.yaml: immutable, and strict about keys and types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSettings(Section):
+    """Where the model comes from."""
+
+    source: str
+    sha256: Sha256 | None = None
+    dtype: Literal["bfloat16", "float16", "float32"]
+    licence: str | None = None
+    remote_code: str | None = None
+
+
+class DataSource(Section):
+    """One set of texts or of evaluation items.
+
+    `field` names the key of a JSONL record that holds the text, or the list of messages if `chat_template` is true.
+    `strip` is a regular expression whose matches are cut out of the text; `split` is one that separates documents
+    of a text file.
+    """
+
+    source: str
+    sha256: Sha256 | None = None
+    format: Literal["text", "jsonl", "parquet"] = "text"
+    field: str | None = None
+    split: str | None = None
+    strip: str | None = None
+
+    @field_validator("split", "strip")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is not a regular expression: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _field_fits_format(self) -> DataSource:
+        if self.format == "text" and self.field is not None:
+            raise ValueError("field is for the formats jsonl and parquet; a text file has none")
+        return self
+
+
+class CalibrationSource(DataSource):
+    """A source of calibration text; `weight` is its share of the tokens, against the other sources' weights."""
+
+    weight: Annotated[float, Field(gt=0, strict=False)] = 1.0
+    chat_template: bool = False
+
+    @model_validator(mode="after")
+    def _needs_a_field(self) -> CalibrationSource:
+        if self.format != "text" and self.field is None:
+            raise ValueError(f"field is missing: name the key of each {self.format} record that holds the text")
+        return self
+
+
+class Overlap(Section):
+    """How much of the evaluation data may stand in the calibration data: `ngram` words in a row, `limit` items."""
+
+    ngram: Annotated[int, Field(ge=3, le=100)]
+    limit: Annotated[int, Field(ge=0)]
+
+
+class CalibrationSettings(Section):
+    """The text that the quantizers look at."""
+
+    samples: Annotated[int, Field(ge=1, le=65536)]
+    sequence_length: Annotated[int, Field(ge=16, le=131072)]
+    seed: Annotated[int, Field(ge=0)]
+    overlap: Overlap
+    sources: Annotated[dict[Name, CalibrationSource], Field(min_length=1)]
+
+
+class TextSource(DataSource):
+    """A held-out text for perplexity and divergence."""
+
+
+class EvaluationSettings(Section):
+    """How the baseline and every variant are measured: one contract for all."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    limit: Annotated[int, Field(ge=1)] | None
+    shots: Annotated[int, Field(ge=0, le=64)]
+    chat_template: bool
+    dtype: Literal["float32", "bfloat16", "float16"]
+    batch_tokens: Annotated[int, Field(ge=16)]
+    seed: Annotated[int, Field(ge=0)]
+    sources: dict[Name, DataSource]
+    texts: Annotated[dict[Name, TextSource], Field(min_length=1)]
+    text_tokens: Annotated[int, Field(ge=64)]
+    window: Annotated[int, Field(ge=16)]
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        twice = sorted({t for t in value if value.count(t) > 1})
+        if twice:
+            raise ValueError(f"names {', '.join(twice)} more than once; name each task once")
+        return value
+
+
+class NoneSettings(Section):
+    """The baseline: the model as it came, in `model.dtype`."""
+
+    method: Literal["none"]
+
+
+class _Calibrated(Section):
+    """What the methods share: how many of the calibration samples they see, and which layers they leave alone."""
+
+    samples: Annotated[int, Field(ge=1)] | None = None
+    skip_layers: list[Annotated[int, Field(ge=0)]] = []
+
+
+class Int8Settings(_Calibrated):
+    """W8A8: 8-bit weights per output channel, 8-bit activations per token, after SmoothQuant (arXiv 2211.10438)."""
+
+    method: Literal["int8"]
+    smoothing: Annotated[float, Field(ge=0, le=1, strict=False)]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a quantized weight."""
+        return 8
+
+
+class GptqSettings(_Calibrated):
+    """GPTQ (arXiv 2210.17323), 4-bit weights in groups along the input."""
+
+    method: Literal["gptq"]
+    bits: Literal[4]
+    group_size: Annotated[int, Field(ge=8, le=1024)]
+    symmetric: bool
+    act_order: Literal["static", "group", "none"]
+    damping: Annotated[float, Field(gt=0, lt=1)]
+
+
+class AwqSettings(_Calibrated):
+    """AWQ (arXiv 2306.00978), 4-bit weights in groups along the input, in AutoAWQ's GEMM format."""
+
+    method: Literal["awq"]
+    bits: Literal[4]
+    group_size: Annotated[int, Field(ge=8, le=1024)]
+    symmetric: bool
+    clip: bool
+
+
+Variant = Annotated[NoneSettings | Int8Settings | GptqSettings | AwqSettings, Field(discriminator="method")]
+
+
+class BenchmarkSettings(Section):
+    """The work that speed is measured on."""
+
+    prompt_tokens: Annotated[int, Field(ge=1)]
+    new_tokens: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[int, Field(ge=1)]
+    repeats: Annotated[int, Field(ge=1)]
+
+
+class GateSettings(Section):
+    """When a variant passes: the least retention, by the bits of its weights, and how sure we must be."""
+
+    four_bit: Annotated[float, Field(gt=0, le=1.5, strict=False)]
+    eight_bit: Annotated[float, Field(gt=0, le=1.5, strict=False)]
+    confidence: Annotated[float, Field(ge=0.5, lt=1)]
+    resamples: Annotated[int, Field(ge=100, le=1_000_000)]
+
+
+class PackageSettings(Section):
+    """What is shipped, and under which name."""
+
+    name: Name
+
+
+class Settings(Section):
+    """All of params.yaml."""
+
+    model: ModelSettings
+    calibration: CalibrationSettings
+    variants: dict[Name, Variant]
+    target: Literal["transformers"]
+    evaluation: EvaluationSettings
+    benchmark: BenchmarkSettings
+    gate: GateSettings
+    package: PackageSettings
+
+    @field_validator("variants")
+    @classmethod
+    def _baseline_and_distinct_variants(cls, value: dict[str, Variant]) -> dict[str, Variant]:
+        if not isinstance(value.get(BASE), NoneSettings):
+            raise ValueError(f"must hold the baseline: add `{BASE}: {{method: none}}`")
+        if len(value) < 2:
+            raise ValueError("holds nothing to compare with the baseline; add a variant, such as "
+                             "`int8: {method: int8, smoothing: 0.8}`")
+        seen: dict[str, str] = {}
+        for name, variant in value.items():
+            key = variant.model_dump_json()
+            if key in seen:
+                raise ValueError(f"{seen[key]} and {name} have the same settings, so they would be one model twice; "
+                                 "change a setting of one or remove it")
+            seen[key] = name
+        return value
+
+    @model_validator(mode="after")
+    def _samples_exist(self) -> Settings:
+        for name, variant in self.variants.items():
+            wanted = getattr(variant, "samples", None)
+            if wanted is not None and wanted > self.calibration.samples:
+                raise ValueError(f"variants.{name}.samples is {wanted}, but calibration.samples is only "
+                                 f"{self.calibration.samples}; lower the one or raise the other")
+        return self
+
+    def variant(self, name: str) -> Variant:
+        """The settings of the variant `name`; TaskError if there is none."""
+        if name not in self.variants:
+            raise TaskError(f"no variant {name!r} in params.yaml; there are: {', '.join(self.variants)}")
+        return self.variants[name]
+
+
+def load_settings(path: Path) -> Settings:
+    """Read and check params.yaml; TaskError naming each field, its value and what is expected there."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise TaskError(f"{path} not found in {Path.cwd()}; run in the project's folder") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path} is not UTF-8 text: {error}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TaskError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    return check_settings(values, str(path))
+
+
+def check_settings(values: Any, origin: str = "params.yaml") -> Settings:
+    """Turn plain values into Settings; TaskError naming each field, its value and what is expected there."""
+    if not isinstance(values, Mapping):
+        raise TaskError(f"{origin} holds {type(values).__name__}, expected a mapping of sections")
+    try:
+        return Settings.model_validate(dict(values))
+    except ValidationError as error:
+        raise TaskError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+_METHODS = ("none", "int8", "gptq", "awq")
+
+
+def _explain(error: Any) -> str:
+    """One finding of pydantic, in a person's words."""
+    parts = [str(p) for p in error["loc"]]
+    # the discriminator of a union stands in the location, but not in the file
+    if len(parts) > 2 and parts[0] == "variants" and parts[2] in _METHODS:
+        del parts[2]
+    where = ".".join(p for p in parts if p != "[key]")
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{where} is no setting (found {_short(error['input'])}); remove it or mend the spelling"
+        case "missing":
+            return f"{where} is missing"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return f"{where}.method must be one of {', '.join(_METHODS)} (found {_short(error['input'])})"
+        case "value_error":
+            # where the finding is about a whole section, its value would only repeat the file
+            return f"{where + ': ' if where else ''}{error['ctx']['error']}"
+        case _:
+            return f"{where} is {_short(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
