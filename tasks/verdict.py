@@ -1,0 +1,215 @@
+"""Pass, fail or inconclusive: a paired test of a variant against the baseline, item by item.
+
+Baseline and variant answer the same items, so most of the chance in "which items were asked" cancels out. The
+bootstrap keeps that: it draws items, and both models are scored on the same draw.
+B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile intervals);
+Q. McNemar, Psychometrika 12, 1947 (the test of the items that changed), in its exact binomial form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from tasks.errors import TaskError
+from tasks.wording import percent_beside, short_percent
+
+SEED = 20130
+MANY_ITEMS = 100_000  # a task that would need more items than this is not a practical answer
+CHUNK_BYTES = 32 * 2**20
+
+Pairs = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TaskRetention:
+    """One task: mean scores (0 to 1) of both over `items` items, the ratio (retention) and its interval."""
+
+    retention: float
+    low: float
+    high: float
+    baseline: float
+    score: float
+    items: int
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The mean over tasks of score(variant) / score(baseline), its interval, and each task's own."""
+
+    mean: float
+    low: float
+    high: float
+    tasks: dict[str, TaskRetention]
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Items that the variant lost or gained against the baseline; two-sided exact McNemar p-value."""
+
+    lost: int
+    gained: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`items_needed`: how many a task would decide an inconclusive one; None if no practical number would."""
+
+    verdict: Literal["pass", "fail", "inconclusive"]
+    reason: str
+    items_needed: int | None = None
+
+
+def pair_items(
+    task: str, variant: str, baseline: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]]
+) -> np.ndarray:
+    """Match lists of {"item", "hash", "score"} by item; float64 [items, 2]: baseline's and variant's score.
+
+    Raises TaskError, with the items' ids, where an item stands twice, is missing on one side, has another
+    hash (the two were asked different questions), or has a score outside 0..1; and where there is no item.
+    """
+    ours, theirs = _by_item(task, "base", baseline), _by_item(task, variant, scored)
+    again = f"evaluate base and {variant} again"
+    for there, absent, where in ((ours, theirs, variant), (theirs, ours, "base")):
+        missing = sorted(there.keys() - absent.keys())
+        if missing:
+            raise TaskError(f"task {task}: {where} has no result for item {_few(missing)}; {again}")
+    other = sorted(i for i in ours if ours[i][0] != theirs[i][0])
+    if other:
+        raise TaskError(
+            f"task {task}: item {_few(other)} was another question for {variant} than for base "
+            f"(the hashes differ); {again}"
+        )
+    return np.array([(ours[i][1], theirs[i][1]) for i in sorted(ours)], dtype=np.float64)
+
+
+def retention(pairs: Pairs, confidence: float, resamples: int, seed: int = SEED) -> Retention:
+    """The retention with its percentile bootstrap interval.
+
+    `pairs` holds float64 [items, 2] for each task. In each of `resamples` rounds the items of each task are
+    drawn with replacement, the same ones for baseline and variant. Raises TaskError where the baseline's
+    score is zero, or so low that a round draws no item that it answers.
+    """
+    if not pairs:
+        raise TaskError("no task to compare; name at least one in evaluation.tasks")
+    generator = np.random.default_rng(seed)
+    tail = 100 * (1 - confidence) / 2
+    total = np.zeros(resamples)
+    tasks = {}
+    for task in sorted(pairs):
+        scores = pairs[task]
+        if len(scores) == 0:
+            raise TaskError(f"task {task} has no items; raise evaluation.limit or look at the task's data")
+        baseline, score = scores.mean(axis=0)
+        if baseline == 0:
+            raise TaskError(
+                f"task {task}: the baseline scores 0 on {len(scores)} items, so there is nothing to retain; "
+                "remove the task from evaluation.tasks or raise evaluation.limit"
+            )
+        ratios = _bootstrap(task, scores, resamples, generator)
+        low, high = np.percentile(ratios, (tail, 100 - tail))
+        tasks[task] = TaskRetention(
+            float(score / baseline), float(low), float(high), float(baseline), float(score), len(scores)
+        )
+        total += ratios
+    low, high = np.percentile(total / len(tasks), (tail, 100 - tail))
+    mean = sum(t.retention for t in tasks.values()) / len(tasks)
+    return Retention(mean, float(low), float(high), tasks)
+
+
+def flips(pairs: Pairs) -> Flips:
+    """How many items of all tasks together scored lower (lost) or higher (gained) than the baseline."""
+    lost = sum(int((scores[:, 1] < scores[:, 0]).sum()) for scores in pairs.values())
+    gained = sum(int((scores[:, 1] > scores[:, 0]).sum()) for scores in pairs.values())
+    return Flips(lost, gained, mcnemar(lost, gained))
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Two-sided exact McNemar p-value: of so lopsided a split if losing and gaining were as likely."""
+    changed, fewer = lost + gained, min(lost, gained)
+    term = tail = 1
+    for k in range(fewer):
+        term = term * (changed - k) // (k + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def judge(result: Retention, gate: float) -> Verdict:
+    """Pass if the whole interval is at or above `gate`, fail if all of it is below, else inconclusive."""
+    wanted = short_percent(gate)
+    low, high = percent_beside(result.low, gate), percent_beside(result.high, gate)
+    if result.low >= gate:
+        return Verdict("pass", f"the whole interval, {low} to {high}, is at or above the gate of {wanted}")
+    if result.high < gate:
+        return Verdict("fail", f"the whole interval, {low} to {high}, is below the gate of {wanted}")
+    mean = percent_beside(result.mean, gate)
+    open_question = f"the interval, {low} to {high}, reaches to both sides of the gate of {wanted}"
+    now = sum(t.items for t in result.tasks.values()) / len(result.tasks)
+    factor = _more_items(result, gate)
+    if factor is None or factor * now > MANY_ITEMS:
+        near = f"the estimate of {mean} is so near the gate that no practical number of items would decide"
+        return Verdict("inconclusive", f"{open_question}, and {near}")
+    needed = _two_digits(factor * now)
+    remedy = (
+        f"about {needed:,} items a task instead of {now:,.0f} would decide, if the estimate of {mean} holds"
+    )
+    return Verdict("inconclusive", f"{open_question}; {remedy}", needed)
+
+
+def _more_items(result: Retention, gate: float) -> float | None:
+    """How many times as many items bring the nearer end of the interval to the gate: width ~ 1 / sqrt(n)."""
+    distance = abs(result.mean - gate)
+    half = result.mean - result.low if result.mean >= gate else result.high - result.mean
+    # in a skewed sample the estimate may lie outside its own interval: then nothing can be said
+    return None if distance == 0 or half <= 0 else max(1.0, (half / distance) ** 2)
+
+
+def _two_digits(value: float) -> int:
+    """Rounded up to two significant digits: an estimate should look like one."""
+    unit = 10 ** max(0, math.floor(math.log10(value)) - 1)
+    return math.ceil(value / unit) * unit
+
+
+def _bootstrap(task: str, scores: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """float64 [resamples]: the ratio of the sums on items drawn with replacement; memory is bounded."""
+    items = len(scores)
+    baseline, variant = np.ascontiguousarray(scores.T)
+    rows = max(1, CHUNK_BYTES // (8 * items))
+    ratios = np.empty(resamples)
+    for start in range(0, resamples, rows):
+        drawn = generator.integers(0, items, size=(min(rows, resamples - start), items))
+        below = baseline[drawn].sum(axis=1)
+        if not below.all():
+            raise TaskError(
+                f"task {task}: the baseline has only {scores[:, 0].sum():g} points on {items} items, too few "
+                "for an interval; raise evaluation.limit or remove the task"
+            )
+        ratios[start : start + len(drawn)] = variant[drawn].sum(axis=1) / below
+    return ratios
+
+
+def _by_item(task: str, name: str, records: Sequence[Mapping[str, Any]]) -> dict[Any, tuple[str, float]]:
+    if not records:
+        raise TaskError(f"task {task}: {name} has no items; evaluate {name} again")
+    twice = sorted(i for i, count in Counter(r["item"] for r in records).items() if count > 1)
+    if twice:
+        raise TaskError(f"task {task}: {name} has item {_few(twice)} more than once; evaluate {name} again")
+    # written so that NaN is caught too
+    wrong = sorted(r["item"] for r in records if not 0 <= r["score"] <= 1)
+    if wrong:
+        raise TaskError(
+            f"task {task}: {name} has a score outside 0 to 1 for item {_few(wrong)}; "
+            "choose a metric of that range for the task"
+        )
+    return {r["item"]: (r["hash"], float(r["score"])) for r in records}
+
+
+def _few(values: Sequence[Any], most: int = 5) -> str:
+    text = ", ".join(str(v) for v in values[:most])
+    return text if len(values) <= most else f"{text} and {len(values) - most} more"
