@@ -1,0 +1,30 @@
+"""`python guard.py CMD...`: run CMD, and end this whole process group when stdin closes.
+
+Stdin is a pipe that only the starting process holds, so it closes when that
+process is gone, even by `kill -9`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+GRACE = 5.0  # seconds between the request to stop and the end
+
+
+def watch() -> None:
+    """Block until stdin is at its end, then stop the group."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(GRACE)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    # a handler, not SIG_IGN, which CMD would inherit
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    threading.Thread(target=watch, daemon=True).start()
+    code = subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL)
+    os._exit(code if code >= 0 else 128 - code)

@@ -1,0 +1,77 @@
+"""What a stage wrote before is kept until it has written anew: DVC deletes outputs before it runs a stage.
+
+The kept copy is made of hard links, so it costs neither time nor space. A run that was killed leaves it
+behind, and the next run puts it back first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+KEPT = Path(".modelpress/kept")
+
+
+@contextmanager
+def kept(root: Path, stage: str, outs: Iterable[str]) -> Iterator[None]:
+    """Put the outputs `outs` (paths in `root`) back as they were if the body fails."""
+    folder = root / KEPT / stage
+    shutil.rmtree(folder, ignore_errors=True)
+    for out in outs:
+        if os.path.lexists(root / out):
+            _link(root / out, folder / quote(out, safe=""))
+    try:
+        yield
+    except BaseException:
+        _put_back(root, folder, replace=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def recover(root: Path) -> list[str]:
+    """Put back what a killed run took away; the paths that were missing and are there again."""
+    folders = sorted((root / KEPT).iterdir()) if (root / KEPT).is_dir() else []
+    return [path for folder in folders for path in _put_back(root, folder, replace=False)]
+
+
+def _put_back(root: Path, folder: Path, *, replace: bool) -> list[str]:
+    """Move what is kept in `folder` to its place: what is missing there, or with `replace` all of it."""
+    restored = []
+    for source in sorted(folder.iterdir()) if folder.is_dir() else []:
+        path = unquote(source.name)
+        destination = root / path
+        if os.path.lexists(destination):
+            if not replace:
+                continue
+            _remove(destination)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source, destination)
+        restored.append(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    return restored
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _link(source: Path, destination: Path) -> None:
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, destination, symlinks=True, copy_function=_link_file)
+    else:
+        _link_file(source, destination)
+
+
+def _link_file(source: str | Path, destination: str | Path) -> None:
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, destination, follow_symlinks=False)

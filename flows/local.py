@@ -1,0 +1,102 @@
+"""Prefect for a run at a terminal: its settings, a server that ends with the run, and readable lines.
+
+Prefect can start a temporary server by itself, but that one is left behind when the run is killed, dies of
+the Ctrl-C that was meant for the run, and starts late. This one starts early and under a guard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.errors import FlowError
+from flows.process import Process
+
+START_SECONDS = 120.0  # the first start creates the database
+
+
+def quiet(root: Path) -> None:
+    """Settings that must stand before Prefect, MLflow and DVC are imported; what a person has set stays."""
+    defaults = {
+        "PREFECT_HOME": str(root / ".prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+        "PREFECT_CLIENT_METRICS_ENABLED": "false",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DVC_NO_ANALYTICS": "1",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+class Server:
+    """A Prefect server on 127.0.0.1 for this run alone."""
+
+    def __init__(self, process: Process, url: str, log: Path) -> None:
+        self._process = process
+        self._url = url
+        self._log = log
+
+    def wait(self) -> None:
+        """Return when it answers; FlowError with the end of its log if it does not."""
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self._process.alive:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self._url}/health", timeout=5):  # noqa: S310
+                return
+            time.sleep(0.1)
+        words = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        reason = words[-1] if words else "it gave no reason"
+        raise FlowError(
+            f"the Prefect server did not start: {reason} (log: {self._log}); run `modelpress doctor`"
+        )
+
+
+@contextlib.contextmanager
+def server(root: Path) -> Iterator[Server | None]:
+    """Start a server and point Prefect at it (call its `wait` first); None if PREFECT_API_URL names one."""
+    if os.environ.get("PREFECT_API_URL"):
+        yield None
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    url = f"http://127.0.0.1:{port}/api"
+    log = root / ".modelpress/logs/prefect-server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-P", "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    command += ["--host", "127.0.0.1", "--port", port, "--log-level", "error"]
+    env = {
+        **os.environ,
+        # what Prefect sets for its own temporary server: no UI, no schedules, no analytics
+        "PREFECT_UI_ENABLED": "0",
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT__SERVER_FINAL": "1",
+    }
+    with log.open("wb") as file, Process(command, root, env, output=file.fileno()) as process:
+        os.environ["PREFECT_API_URL"] = url
+        try:
+            yield Server(process, url, log)
+        finally:
+            _send_the_rest()
+            del os.environ["PREFECT_API_URL"]
+
+
+def _send_the_rest() -> None:
+    """Logs and events not sent yet: once the server is gone, Prefect would wait for it for minutes."""
+    if "prefect" in sys.modules:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        APILogWorker.drain_all(timeout=5)
+        EventsWorker.drain_all(timeout=5)

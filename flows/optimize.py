@@ -1,0 +1,144 @@
+"""The flow: read the plan from dvc.yaml, bring every stage up to date, record what came out.
+
+    modelpress run
+
+Prefect decides when and where a stage runs, DVC decides whether, MLflow remembers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import queue
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger
+from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from flows.errors import FlowError
+from flows.kept import recover
+from flows.overrides import read_settings
+from flows.plan import Plan, read_plan, summary
+from flows.process import stop_all
+from flows.schedule import doomed, startable
+from flows.stage import stage_task
+
+LOCK = Path(".modelpress/run.lock")
+
+
+# Prefect's default runner is right: stages are subprocesses, so threads do; `jobs`, not the pool, limits them
+@flow(name="optimize", persist_result=False)
+def optimize(
+    root: str | None = None,
+    jobs: Annotated[int, Field(ge=1, le=64)] = 2,
+    timeout_minutes: Annotated[float, Field(gt=0)] | None = None,
+) -> dict[str, str]:
+    """Bring the pipeline in `root` (this folder) up to date, at most `jobs` stages at a time.
+
+    Returns what became of each stage: unchanged, restored or executed. FlowError names all that failed.
+    """
+    log = get_run_logger()
+    folder = Path(root or ".").resolve()
+    read_settings(folder / "params.yaml")
+    with exclusive(folder):
+        for path in recover(folder):
+            log.info("%s is back: a run that was killed had taken it away", path)
+        plan = read_plan(folder)
+        log.info("%s", summary(plan))
+        results, failures = _run_stages(folder, plan, jobs, 60 * timeout_minutes if timeout_minutes else None)
+        if failures:
+            raise FlowError(_failed(failures, plan))
+        log.info("%s", ", ".join(f"{n} {what}" for what, n in sorted(Counter(results.values()).items())))
+    return results
+
+
+def _run_stages(
+    root: Path, plan: Plan, jobs: int, timeout: float | None
+) -> tuple[dict[str, str], dict[str, BaseException]]:
+    """Results and errors by stage. A failed stage takes along what needs it; the others go on."""
+    log = get_run_logger()
+    futures: dict[str, PrefectFuture[Any]] = {}
+    results: dict[str, str] = {}
+    failures: dict[str, BaseException] = {}
+    running: set[str] = set()
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def submit(name: str) -> None:
+        stage = plan[name]
+        futures[name] = stage_task.submit(
+            root=str(root),
+            stage=name,
+            outs=[out.path for out in stage.outs],
+            unchanged=stage.state == "unchanged",
+            timeout=timeout,
+            wait_for=[futures[up] for up in stage.upstreams],
+            return_state=False,
+        )
+        running.add(name)
+        futures[name].add_done_callback(lambda _: ended.put(name))
+
+    def upstreams() -> dict[str, tuple[str, ...]]:
+        lost = {*failures, *doomed({s.name: s.upstreams for s in plan.values()}, failures)}
+        return {s.name: s.upstreams for s in plan.values() if s.name not in lost}
+
+    try:
+        while True:
+            for name in startable(upstreams(), results, running, jobs):
+                submit(name)
+            if not running:
+                return results, failures
+            name = ended.get()
+            running.remove(name)
+            futures[name].wait()
+            outcome, state = futures[name].result(raise_on_failure=False), futures[name].state
+            if state.is_completed():
+                results[name] = outcome
+                if outcome != "unchanged":
+                    log.info("%s: %s; %d of %d stages done", name, outcome, len(results), len(plan))
+            else:
+                failures[name] = (
+                    outcome if isinstance(outcome, BaseException) else FlowError(f"{name}: {state}")
+                )
+                log.error("%s", failures[name])
+    except (
+        BaseException
+    ):  # an interrupt: without this, Prefect would wait for the stages to end by themselves
+        stop_all()
+        raise
+
+
+def _failed(failures: dict[str, BaseException], plan: Plan) -> str:
+    lost = doomed({s.name: s.upstreams for s in plan.values()}, failures)
+    text = "; ".join(str(error) for error in failures.values())
+    return text + (f"; not run because of that: {', '.join(lost)}" if lost else "")
+
+
+@contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """One run at a time in one checkout; FlowError names the process that is there already."""
+    path = root / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise FlowError(
+                f"another run (process {holder}) is at work in {root}; wait until it ends"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def flow_run_identity() -> dict[str, str]:
+    """The tags by which a Prefect flow run is found again."""
+    return {"prefect.flow_run_id": str(flow_run.id or ""), "prefect.flow_run_name": str(flow_run.name or "")}

@@ -1,0 +1,193 @@
+"""dvc.yaml -> ordered stages with their upstreams, and what a run would do with each, by DVC's internals.
+
+The plan is read with one Repo object that no other thread sees, and nothing is changed by reading it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from flows.errors import FlowError
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+    from dvc.stage import PipelineStage
+
+State = Literal["unchanged", "cached", "changed"]
+
+
+@dataclass(frozen=True)
+class Out:
+    """One output of a stage; `size` in bytes as dvc.lock has it, None before the first run."""
+
+    path: str
+    size: int | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of dvc.yaml and what a run would do with it.
+
+    unchanged: nothing; cached: DVC's run cache has the outputs for these inputs, they are put back without
+    running; changed: it runs, unless what it follows turns out to write the same bytes as before.
+    """
+
+    name: str
+    upstreams: tuple[str, ...]
+    state: State
+    reasons: tuple[str, ...]
+    outs: tuple[Out, ...]
+
+
+Plan = Mapping[str, Stage]  # by name, every stage after its upstreams
+
+
+def read_plan(root: Path) -> dict[str, Stage]:
+    """What a run in `root` would do; FlowError where DVC cannot read the project."""
+    with _repo(root) as repo:
+        import networkx as nx
+
+        graph = repo.index.graph  # its edges point from a stage to what the stage needs
+        position = {stage: n for n, stage in enumerate(repo.index.stages)}
+        order = list(nx.lexicographical_topological_sort(graph.reverse(), key=lambda s: position[s]))
+        plan: dict[str, Stage] = {}
+        restored: dict[str, Any] = {}  # path -> hash of the outputs that the run cache would put back
+        for stage in order:
+            ups = sorted(graph.successors(stage), key=lambda s: position[s])
+            plan[stage.name] = _judge(repo, stage, ups, plan, restored)
+        return plan
+
+
+def summary(plan: Plan) -> str:
+    """One line on what a run would do."""
+    count: Counter[str] = Counter(stage.state for stage in plan.values())
+    words = {"changed": "to run", "cached": "to restore from the cache", "unchanged": "unchanged"}
+    return f"{len(plan)} stages: " + ", ".join(f"{count[s]} {text}" for s, text in words.items() if count[s])
+
+
+def _judge(
+    repo: Repo, stage: PipelineStage, ups: list[PipelineStage], plan: Plan, restored: dict[str, Any]
+) -> Stage:
+    moving = [up for up in ups if plan[up.name].state != "unchanged"]
+    reasons = _reasons(stage, moving)
+    state: State = "unchanged"
+    if reasons or moving:
+        hashes = None
+        if all(plan[up.name].state == "cached" for up in moving):
+            hashes = _restorable(repo, stage, moving, restored)
+        state = "changed" if hashes is None else "cached"
+        restored.update(hashes or {})
+        reasons += [_follows([up.name for up in moving])] if moving else []
+    return Stage(
+        name=stage.name,
+        upstreams=tuple(up.name for up in ups),
+        state=state,
+        reasons=tuple(reasons),
+        outs=tuple(
+            Out(out.def_path, out.meta.size if out.meta and out.hash_info else None) for out in stage.outs
+        ),
+    )
+
+
+def _reasons(stage: PipelineStage, moving: list[PipelineStage]) -> list[str]:
+    """Why DVC would not skip the stage, in a person's words; what its moving upstreams write is left out."""
+    if not any(item.hash_info for item in [*stage.deps, *stage.outs]):
+        return ["has not run yet"]
+    reasons = ["its command changed"] if stage.changed_stage() else []
+    reasons += ["is set to run always"] if stage.is_callback or stage.always_changed else []
+    theirs = [Path(out.fs_path) for up in moving for out in up.outs]
+    deps = [] if stage.frozen else [dep for dep in stage.deps if not _touches(Path(dep.fs_path), theirs)]
+    for item in [*deps, *stage.outs]:
+        for what, status in item.status().items():
+            # of parameters the status is a mapping: key -> new, modified, deleted
+            if isinstance(status, dict):
+                reasons += [f"{what}: {key} is {how}" for key, how in status.items()]
+            else:
+                reasons.append(f"{item.def_path} is {status}")
+    return reasons
+
+
+def _touches(path: Path, others: list[Path]) -> bool:
+    """Whether `path` is one of the others, inside one of them, or around one."""
+    return any(path == other or path in other.parents or other in path.parents for other in others)
+
+
+def _follows(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"follows {', '.join(names[:3])}{more}"
+
+
+def _restorable(
+    repo: Repo, stage: PipelineStage, moving: list[PipelineStage], restored: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Hashes by path of the outputs that the run cache would put back for `stage`; None if it has to run."""
+    from dvc.stage.cache import _get_cache_hash
+    from dvc.stage.serialize import to_single_stage_lockfile
+
+    if stage.is_callback or stage.always_changed or not (stage.deps and stage.outs):
+        return None
+    cache = repo.stage_cache
+    if (
+        not moving
+        and not stage.changed_stage()
+        and stage.deps_cached()
+        and all(o.hash_info for o in stage.outs)
+    ):
+        entry = to_single_stage_lockfile(stage)  # only its outputs are missing or were modified
+    else:
+        for dep in stage.deps:
+            if dep.def_path in restored:
+                dep.hash_info, dep.meta = restored[dep.def_path]
+            elif not dep.exists or _touches(
+                Path(dep.fs_path), [Path(out.fs_path) for up in moving for out in up.outs]
+            ):
+                return None  # something will be put back inside it: its hash is not known before
+            else:
+                dep.save()
+        key = _get_cache_hash(to_single_stage_lockfile(stage), key=True)
+        folder = Path(cache._get_cache_dir(key))
+        newest = (
+            max(folder.iterdir(), key=lambda p: p.stat().st_mtime, default=None) if folder.is_dir() else None
+        )
+        entry = cache._load_cache(key, newest.name) if newest else None
+    if not entry:
+        return None
+    found = cache._create_stage(entry, wdir=stage.wdir)
+    if not found.outs_cached():
+        return None
+    return {out.def_path: (out.hash_info, out.meta) for out in found.outs}
+
+
+@contextmanager
+def _repo(root: Path) -> Iterator[Repo]:
+    """DVC's view of `root`, silent; its errors become FlowError."""
+    os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    for name in ("dvc", "dvc_data", "dvc_objects"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        with Repo(str(root)) as repo:
+            yield repo
+    except DvcException as error:
+        raise FlowError(f"DVC cannot read the pipeline in {root}: {_chain(error)}") from error
+
+
+def _chain(error: BaseException) -> str:
+    """An error of DVC with its causes, in one line: the useful part is often in the cause."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        text = " ".join(str(cause).split())
+        if text and text not in parts:
+            parts.append(text)
+        cause = cause.__cause__
+    return ": ".join(parts)

@@ -1,0 +1,128 @@
+"""A command in a process group of its own that never outlives the process that started it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+GUARD = Path(__file__).with_name("guard.py")
+GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+TICK = 0.5  # seconds between looks at the clock while the command is silent
+
+
+class Stopped(Exception):  # noqa: N818 - a request, not an error
+    """The command was stopped: the run was interrupted."""
+
+
+class TimedOut(Exception):  # noqa: N818
+    """The command took longer than it was given."""
+
+
+_live: set[Process] = set()
+_lock = threading.Lock()
+
+
+class Process:
+    """A running command; use it as a context manager, at whose end nothing of its process group is left.
+
+    DVC neither forwards signals to its stage nor dies with us, so signals go to the whole group, and a guard
+    inside the group ends it when this process is gone.
+    """
+
+    def __init__(
+        self, command: list[str], cwd: Path, env: dict[str, str], *, output: int = subprocess.PIPE
+    ) -> None:
+        self._stop = threading.Event()
+        self._popen = subprocess.Popen(
+            [sys.executable, "-I", str(GUARD), *command],
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Process:
+        with _lock:
+            _live.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _lock:
+            _live.discard(self)
+        self.kill()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the command still runs."""
+        return self._popen.poll() is None
+
+    def chunks(self, timeout: float | None = None) -> Iterator[bytes]:
+        """Its output as it comes, b"" after each half second of silence, until it ends.
+
+        Stopped and TimedOut (`timeout` in seconds) leave the command running; the end of the context ends it.
+        """
+        pipe = self._popen.stdout
+        if pipe is None:
+            raise ValueError("the output of this command goes elsewhere")
+        deadline = time.monotonic() + timeout if timeout else None
+        while True:
+            if self._stop.is_set():
+                raise Stopped
+            if deadline and time.monotonic() > deadline:
+                raise TimedOut
+            if select.select([pipe], [], [], TICK)[0]:
+                chunk = os.read(pipe.fileno(), 65536)
+                if not chunk:
+                    return
+                yield chunk
+            elif not self.alive:
+                return  # something that it left behind still holds the pipe
+            else:
+                yield b""
+
+    def wait(self) -> int:
+        """Its exit status."""
+        return self._popen.wait()
+
+    def stop(self) -> None:
+        """Ask whoever reads `chunks` to stop; returns at once."""
+        self._stop.set()
+
+    def kill(self) -> None:
+        """End the whole group: SIGTERM, five seconds, SIGKILL."""
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            if not self._signal(sign):
+                break
+            end = time.monotonic() + GRACE
+            while time.monotonic() < end:
+                self._popen.poll()
+                if not self._signal(0):
+                    break
+                time.sleep(0.05)
+        self._popen.wait()
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            if pipe:
+                pipe.close()
+
+    def _signal(self, sign: int) -> bool:
+        try:
+            os.killpg(self._popen.pid, sign)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+def stop_all() -> None:
+    """Stop every command that is running now, so that the threads that read them can end."""
+    with _lock:
+        for process in _live:
+            process.stop()

@@ -1,0 +1,88 @@
+r"""A program's output as log lines: what a terminal would redraw in place becomes one line every few seconds.
+
+A progress bar writes `\r`, then its text, and no newline. Read as lines it would be silent for minutes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+EVERY = 3.0  # seconds between two lines of one bar
+
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# tqdm: `name:  42%|####      | 84/200 [00:21<00:29,  3.95it/s]`
+_BAR = re.compile(
+    r"^(?:(?P<name>.*?):\s*)?\s*\d+%\|.*\|\s*(?P<n>[\d.]+\w?)/(?P<total>[\d.]+\w?)"
+    r"\s*\[(?P<spent>[\d:]+)<(?P<left>[\d:?]+)"
+)
+
+
+class Lines:
+    """Turns chunks of output into log lines.
+
+    A finished line is passed on at once. A bar is passed on when it is first seen to last, then every `every`
+    seconds, and at its end if it was shown before; bars whose names differ only in digits are one bar.
+    """
+
+    def __init__(self, every: float = EVERY, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every = every
+        self._clock = clock
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._rest = ""
+        self._due: dict[str, float] = {}
+        self._shown: dict[str, str] = {}
+
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        """Lines for `chunk`; an empty chunk means that the program was silent for a moment."""
+        self._rest += self._decoder.decode(chunk)
+        *done, self._rest = self._rest.split("\n")
+        for line in done:
+            yield from self._line(line)
+        # all but the newest state of a bar can be forgotten
+        head, mark, last = self._rest.rpartition("\r")
+        if mark and (last.strip() or not chunk):
+            yield from self._redrawn([head.rpartition("\r")[2], last])
+            self._rest = "\r" + last
+
+    def close(self) -> Iterator[str]:
+        """What is left when the program has ended."""
+        rest, self._rest = self._rest, ""
+        yield from self._line(rest)
+
+    def _line(self, line: str) -> Iterator[str]:
+        *redrawn, last = line.rstrip("\r").split("\r")
+        yield from self._redrawn(redrawn)
+        text = _ESCAPE.sub("", last).rstrip()
+        if _BAR.match(text):
+            yield from self._redrawn([text])
+        elif text:
+            yield text
+
+    def _redrawn(self, states: Iterable[str]) -> Iterator[str]:
+        for state in states:
+            text = _ESCAPE.sub("", state).strip()
+            if text:
+                yield from self._bar(text)
+
+    def _bar(self, text: str) -> Iterator[str]:
+        bar = _BAR.match(text)
+        name = (bar["name"] or "").strip() if bar else text
+        key = re.sub(r"\d+", "#", name)
+        now = self._clock()
+        due = self._due.setdefault(key, now + 1)
+        line = _readable(name, bar) if bar else text
+        ended = bar is not None and bar["n"] == bar["total"] and self._shown.get(key) == name
+        if now >= due or ended:
+            self._due[key] = now + self._every
+            # a bar that has ended is not shown again, however often it is redrawn
+            self._shown[key] = "" if ended else name
+            yield line
+
+
+def _readable(name: str, bar: re.Match[str]) -> str:
+    left = "" if "?" in bar["left"] or bar["n"] == bar["total"] else f", {bar['left']} left"
+    what = f"{name}: " if name else ""
+    return f"{what}{bar['n']} of {bar['total']}, {bar['spent']} spent{left}"

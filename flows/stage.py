@@ -1,0 +1,132 @@
+"""One stage of dvc.yaml as one Prefect task: a subprocess, its log as it happens, a timeout, a clean end."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
+
+from flows.errors import FlowError
+from flows.kept import kept
+from flows.process import Process, Stopped, TimedOut
+from flows.progress import Lines
+
+Result = Literal["unchanged", "restored", "executed"]
+LOGS = Path(".modelpress/logs")
+
+# what DVC says to a person at a terminal, who is not reading here
+_CHATTER = re.compile(
+    r"^(To track the changes|\tgit add|To enable auto staging|\tdvc config|Use `dvc push`|> )"
+)
+_BUSY = re.compile(r"is busy, it is being blocked|[Uu]nable to acquire lock")
+
+
+class StageError(FlowError):
+    """A stage ended with an error."""
+
+
+class LockBusyError(StageError):
+    """Another process held DVC's lock; trying again helps."""
+
+
+def _lock_was_busy(_task: Any, _run: Any, state: Any) -> bool:
+    """A failing stage fails again, a busy lock does not."""
+    return isinstance(state.result(raise_on_failure=False), LockBusyError)
+
+
+@task(
+    name="stage",
+    task_run_name="{stage}",
+    retries=3,
+    retry_delay_seconds=5,
+    retry_condition_fn=_lock_was_busy,
+    persist_result=False,
+    cache_policy=NO_CACHE,
+)
+def stage_task(root: str, stage: str, outs: list[str], unchanged: bool, timeout: float | None) -> Any:
+    """Bring one stage up to date; `unchanged` is the plan's word that nothing is to be done."""
+    if unchanged:
+        return Completed(name="Cached", message="unchanged", data="unchanged")
+    return run_stage(Path(root), stage, outs, log=get_run_logger().info, timeout=timeout)
+
+
+def run_stage(
+    root: Path, stage: str, outs: list[str], *, log: Callable[[str], None], timeout: float | None = None
+) -> Result:
+    """Bring `stage` of the pipeline in `root` up to date, `timeout` in seconds; its log is also in a file.
+
+    StageError carries the stage's own last word; its outputs `outs` are then what they were before.
+    """
+    record = root / LOGS / f"{stage}.log"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    # a global option, before `repro`: without it a stage fails, its work done, where a sibling is hashing
+    command = [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+    lines = Lines()
+    result: Result = "unchanged"
+    tail: list[str] = []
+    with kept(root, stage, outs), record.open("w", encoding="utf-8") as file:
+
+        def take(line: str) -> None:
+            nonlocal result
+            if _CHATTER.match(line):
+                return
+            file.write(line + "\n")
+            file.flush()
+            tail.append(line)
+            del tail[:-50]
+            if line.startswith("Running stage "):
+                result = "executed"
+            elif "is cached - skipping run" in line:
+                result = "restored"
+            elif not line.startswith(("Stage '", "Updating lock file", "Generating lock file", "ERROR: ")):
+                log(line)
+
+        try:
+            with Process(command, root, stage_environment(os.environ)) as process:
+                for chunk in process.chunks(timeout):
+                    for line in lines.feed(chunk):
+                        take(line)
+                for line in lines.close():
+                    take(line)
+                status = process.wait()
+        except TimedOut:
+            given = f"{(timeout or 0) / 60:g} minutes"
+            raise StageError(
+                f"{stage}: stopped after {given}; allow more with --timeout (log: {record})"
+            ) from None
+        except Stopped:
+            raise StageError(f"{stage}: stopped, the run was interrupted") from None
+        if status:
+            busy = _BUSY.search("\n".join(tail))
+            raise (LockBusyError if busy else StageError)(
+                f"{stage}: {last_word(tail, status)} (log: {record})"
+            )
+    return result
+
+
+def last_word(lines: list[str], status: int) -> str:
+    """The line of a failed stage's output that says why: its own `error:`, else its last, else DVC's."""
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    own = [line for line in lines if not line.startswith(("ERROR: ", "Running stage ", "WARNING: "))]
+    theirs = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    words = own or theirs
+    return words[-1] if words else f"ended with status {status}, without a word"
+
+
+def stage_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a stage: this Python first on the path, output unbuffered, nobody called at home."""
+    return {
+        **environ,
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), environ.get("PATH", os.defpath)]),
+        "PYTHONUNBUFFERED": "1",
+        "DVC_NO_ANALYTICS": "1",
+    }
