@@ -1,1 +1,182 @@
+"""The model, as safetensors in one precision, with all that is needed to load it.
 
+python -m tasks.download
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tasks import gguf
+from tasks.errors import TaskError
+from tasks.output import checksums, link_or_copy, whole_directory, write_json, write_text
+from tasks.program import run_stage
+from tasks.settings import ModelSettings
+from tasks.sources import Fetched, fetch_model
+from tasks.sources.address import HubAddress, parse
+from tasks.sources.choice import Choice, check_config, is_licence
+from tasks.sources.files import require_space
+from tasks.weights import BYTES, DTYPES, convert, needs_conversion, read_header
+
+SOURCE = "source.json"
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What models/source holds, as written to its source.json.
+
+    `dequantized_from` is the type that most weights had before, None if they came in full precision; `grid` says
+    where such weights lie. `pin` is the value for model.sha256 in params.yaml, None for a folder. `remote_code`
+    is true if the folder holds Python code that loading needs. `files` leaves out source.json itself.
+    """
+
+    source: str
+    kind: str
+    revision: str | None
+    pin: str | None
+    dequantized_from: str | None
+    grid: gguf.Grid | None
+    licence: str | None
+    dtype: str
+    parameters: int
+    remote_code: bool
+    files: dict[str, dict[str, str | int]]
+
+
+def download(settings: ModelSettings, destination: Path) -> SourceReport:
+    """Get the model that `settings.source` names and write it to `destination`.
+
+    TaskError if it cannot be had, is not what was promised, or is no decoder language model in full precision
+    (or in a GGUF file); `destination` then stays as it was.
+    """
+    with whole_directory(destination) as work:
+        with tempfile.TemporaryDirectory(prefix=".scratch", dir=work) as scratch:
+            fetched = fetch_model(
+                settings.source, settings.sha256, lambda f: _check(f, settings), Path(scratch)
+            )
+            if fetched.file is not None:
+                found = gguf.dequantize(fetched.file, work, settings.dtype)
+                _place(fetched.files, work, own=fetched.own)
+            else:
+                found = gguf.Quantized(None, None, 0)
+                _place_folder(fetched, work, settings.dtype)
+        report = _finish(work, settings, fetched, found)
+        write_json(work / SOURCE, asdict(report))
+        for path in work.iterdir():
+            # a file that DVC's cache holds too is 0444, and must stay so
+            if path.stat().st_mode & 0o777 != 0o444:
+                path.chmod(0o644)
+    return report
+
+
+def _check(files: dict[str, Path], settings: ModelSettings) -> Choice:
+    """Refuse a folder by its small files."""
+    if "config.json" not in files:
+        raise TaskError(f"{settings.source} has no config.json, so it is no model of transformers")
+    address = parse(settings.source)
+    repository = address.repository if isinstance(address, HubAddress) else None
+    return check_config(_read_json(files["config.json"]), settings.source, repository, settings.remote_code)
+
+
+def _place_folder(fetched: Fetched, work: Path, dtype: str) -> None:
+    """Bring a model's files along, its weights in `dtype`."""
+    weights = {n: p for n, p in fetched.files.items() if n.endswith(".safetensors")}
+    wrong = {n for n, p in weights.items() if needs_conversion(p, dtype)}
+    entries = {n: read_header(p).values() for n, p in weights.items()}
+    needed = {n: sum(e.count * BYTES[DTYPES[dtype]] for e in es) for n, es in entries.items()}
+    extra = sum(b for n, b in needed.items() if n in wrong or fetched.own)
+    require_space(work, extra, "writing the weights")
+    _place({n: p for n, p in fetched.files.items() if n not in wrong}, work, own=fetched.own)
+    for name in tqdm(sorted(wrong), desc=f"to {dtype}", unit="file", disable=not wrong):
+        convert(weights[name], work / name, dtype)
+    index = work / "model.safetensors.index.json"
+    if index.exists():
+        values = _read_json(index)
+        lacking = sorted(set(values["weight_map"].values()) - set(weights))
+        if lacking:
+            raise TaskError(f"the model's index names {', '.join(lacking)}, but the source has no such file")
+        values["metadata"] = {"total_size": sum(needed.values())}
+        write_json(index, values)
+    code = any(n.endswith(".py") for n in fetched.files)
+    for name in ("config.json", "tokenizer_config.json"):
+        if (work / name).exists():
+            _edit(work / name, dtype if name == "config.json" else None, keep_code=code)
+
+
+def _edit(path: Path, dtype: str | None, *, keep_code: bool) -> None:
+    """Let a configuration say what is there: the weights' precision, and no code that did not come along."""
+    values = _read_json(path)
+    if dtype is not None:
+        values.pop("torch_dtype", None)
+        values["dtype"] = dtype
+    if not keep_code:
+        values.pop("auto_map", None)
+    write_json(path, values)
+
+
+def _place(files: dict[str, Path], work: Path, *, own: bool) -> None:
+    for name, path in files.items():
+        if own:
+            # a person's file must not share its bytes with DVC's cache, which makes them read-only
+            shutil.copyfile(path, work / name)
+        else:
+            link_or_copy(path, work / name)
+
+
+def _finish(work: Path, settings: ModelSettings, fetched: Fetched, found: gguf.Quantized) -> SourceReport:
+    """Add what every model folder must have, and describe the whole."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    code = any(n.endswith(".py") for n in fetched.files)
+    try:
+        config = AutoConfig.from_pretrained(work, trust_remote_code=code)
+        tokenizer = AutoTokenizer.from_pretrained(work, trust_remote_code=code)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise TaskError(
+            f"{settings.source}: transformers cannot load its configuration or tokenizer: {reason}"
+        ) from error
+    if isinstance(tokenizer.chat_template, str) and not (work / "chat_template.jinja").exists():
+        write_text(work / "chat_template.jinja", tokenizer.chat_template)
+    if not (work / "generation_config.json").exists():
+        GenerationConfig.from_model_config(config).save_pretrained(work)
+    licence = settings.licence or fetched.licence
+    if licence and not any(is_licence(p.name) for p in work.iterdir()):
+        write_text(work / "LICENSE", f"SPDX-License-Identifier: {licence}\nSource: {settings.source}\n")
+    headers = [read_header(p) for p in sorted(work.glob("*.safetensors"))]
+    return SourceReport(
+        source=settings.source,
+        kind=fetched.kind,
+        revision=fetched.revision,
+        pin=fetched.pin,
+        dequantized_from=found.type,
+        grid=found.grid,
+        licence=licence,
+        dtype=settings.dtype,
+        parameters=sum(e.count for header in headers for e in header.values()),
+        remote_code=code,
+        files={n: {"sha256": d, "bytes": (work / n).stat().st_size} for n, d in checksums(work).items()},
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TaskError(f"{path.name} is not JSON: {error}; fetch or save it again") from error
+
+
+def main() -> None:
+    """Run the stage on ./params.yaml."""
+    run_stage(lambda settings: download(settings.model, Path("models/source")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Which files of a model's folder or repository are taken, and whether the model is one that can be pressed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.errors import TaskError
+
+_SMALL = (".json", ".txt", ".jinja", ".model", ".tiktoken")
+_PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy)[^/]*", re.IGNORECASE)
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `check_config` allows: whether the folder's own Python code is needed and taken along."""
+
+    code: bool
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file of this name holds licence terms."""
+    return _LICENCE.fullmatch(name.rpartition("/")[2]) is not None
+
+
+def small_files(names: Iterable[str]) -> list[str]:
+    """The files that describe a model: configuration, tokenizer, templates, licences. Top level only."""
+    return sorted(
+        n
+        for n in names
+        if "/" not in n and (n.lower().endswith(_SMALL) or is_licence(n)) and not n.startswith(".")
+    )
+
+
+def weight_files(names: Iterable[str], where: str) -> list[str]:
+    """The safetensors files that hold the weights; TaskError naming the files if there are only pickles, or none.
+
+    One file or shards as transformers names them: copies of the weights under other names are left out.
+    """
+    top = [n for n in names if "/" not in n]
+    if _INDEX in top:
+        return sorted(n for n in top if re.fullmatch(r"model-\d+-of-\d+\.safetensors", n))
+    if "model.safetensors" in top:
+        return ["model.safetensors"]
+    tensors = [n for n in top if n.endswith(".safetensors")]
+    if tensors:
+        raise TaskError(
+            f"{where} has {_few(tensors)}, but neither model.safetensors nor {_INDEX}: no whole model under the "
+            "names that transformers knows (an adapter must be merged into its base model first)"
+        )
+    pickles = [n for n in top if n.lower().endswith(_PICKLE)]
+    if pickles:
+        raise TaskError(
+            f"{where} has its weights only as {_few(pickles)}; such a file can run code when it is read, so it is "
+            "refused. Choose a revision or a repository with safetensors, or convert it on a machine you can lose"
+        )
+    raise TaskError(f"{where} has no weights; expected model.safetensors or {_INDEX} (found {_few(top)})")
+
+
+def code_files(names: Iterable[str]) -> list[str]:
+    """The model's own Python code."""
+    return sorted(n for n in names if "/" not in n and n.endswith(".py"))
+
+
+def check_config(config: Any, where: str, repository: str | None, remote_code: str | None) -> Choice:
+    """TaskError unless `config` (config.json) is of a decoder language model in full precision.
+
+    `remote_code` names the one repository whose own code may run; it is needed only for a kind of model that
+    transformers does not know.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise TaskError(f"{where}: config.json names no model_type, so it is no model of transformers")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise TaskError(
+            f"{where} is already quantized ({method}); name the model in full precision, since a baseline that has "
+            "lost quality already hides what is lost on top"
+        )
+    names = config.get("architectures") or []
+    fits = kind in KNOWN and (not names or any(n in _classes(KNOWN[kind]) for n in names))
+    if fits and not config.get("is_encoder_decoder"):
+        return Choice(code=False)
+    what = f"{where} is a {kind} model ({', '.join(names) or 'no architecture named'})"
+    code = config.get("auto_map", {}).get("AutoModelForCausalLM")
+    if kind in KNOWN or code is None:
+        raise TaskError(
+            f"{what}, which transformers knows no decoder language model for; choose one such as llama"
+        )
+    if repository is not None and remote_code == repository and "--" not in code:
+        return Choice(code=True)
+    needed = code.partition("--")[0] if "--" in code else repository
+    raise TaskError(
+        f"{what}: it runs only with Python code of its own ({code}), and model.remote_code is {remote_code!r}. "
+        + (
+            f"Read that code; if you trust it, set model.remote_code to {needed}"
+            if needed == repository and needed
+            else "Code from a folder or from another repository is never run; choose another model"
+        )
+    )
+
+
+def _classes(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _few(names: list[str]) -> str:
+    return (
+        ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        if names
+        else "nothing"
+    )

@@ -1,0 +1,189 @@
+"""A model or a data file on a model hub: a revision resolved to its commit, downloads resumed and checked.
+
+The hub library's own download starts a file anew after an interruption, so the bytes are kept here, in
+`downloads/hub/`, under the checksum that the hub gives for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tasks.errors import TaskError
+from tasks.output import sha256
+from tasks.sources.address import HubAddress
+from tasks.sources.choice import Choice, code_files, small_files, weight_files
+from tasks.sources.files import Fetched, check_pin, one_at_a_time, require_space
+
+Kind = Literal["model", "dataset"]
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """A file on the hub; `digest` is its sha256 (64 digits), or for small files git's own checksum (40 digits)."""
+
+    name: str
+    url: str
+    bytes: int | None
+    digest: str
+
+
+def fetch_file(address: HubAddress, expected: str | None, kind: Kind, downloads: Path) -> Fetched:
+    """Get one file of a repository; TaskError if it cannot be had, or is not what the hub or `expected` says."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    assert address.file is not None
+    name = address.file
+    with _explained(address, kind):
+
+        def url(revision: str) -> str:
+            return hf_hub_url(
+                address.repository, name, repo_type=kind, revision=revision, endpoint=_endpoint()
+            )
+
+        about = get_hf_file_metadata(url(address.revision), token=_token(), endpoint=_endpoint())
+        if about.commit_hash is None or about.etag is None:
+            raise TaskError(f"{_endpoint()} gives no commit and no checksum, so it is no model hub")
+        remote = _Remote(name, url(about.commit_hash), about.size, about.etag)
+        path = _download(remote, downloads / "hub")
+    pin = check_pin(path, expected, _name(address))
+    return Fetched("hf", about.commit_hash, pin, path)
+
+
+def fetch_model(address: HubAddress, check: Callable[[dict[str, Path]], Choice], downloads: Path) -> Fetched:
+    """Get a whole repository: what describes the model first, the weights after `check` has agreed."""
+    from huggingface_hub import HfApi, hf_hub_url
+
+    folder = downloads / "hub"
+    with _explained(address, "model"):
+        api = HfApi(endpoint=_endpoint(), token=_token())
+        info = api.model_info(address.repository, revision=address.revision, files_metadata=True)
+        commit = info.sha
+        remotes = {}
+        for f in info.siblings or []:
+            url = hf_hub_url(address.repository, f.rfilename, revision=commit, endpoint=_endpoint())
+            digest = f.lfs.sha256 if f.lfs else f.blob_id
+            if commit is None or digest is None:
+                raise TaskError(f"{_endpoint()} gives no commit and no checksums, so it is no model hub")
+            remotes[f.rfilename] = _Remote(f.rfilename, url, f.size, digest)
+        weights = weight_files(remotes, _name(address))
+        files = {name: _download(remotes[name], folder) for name in small_files(remotes)}
+        chosen = [*weights, *(code_files(remotes) if check(files).code else [])]
+        missing = sum(remotes[n].bytes or 0 for n in chosen if not (folder / remotes[n].digest).exists())
+        require_space(folder, missing, f"downloading {_name(address)}")
+        files |= {name: _download(remotes[name], folder) for name in chosen}
+    licence = getattr(info.card_data, "license", None)
+    return Fetched("hf", commit, None, None, files, licence if isinstance(licence, str) else None)
+
+
+def _download(remote: _Remote, folder: Path) -> Path:
+    """The file at `folder/<digest>`: as it is there, or with what is still missing of it fetched, and checked."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    path = folder / remote.digest
+    with one_at_a_time(path):
+        if path.exists() and _digest(path, remote.digest) == remote.digest:
+            return path
+        path.unlink(missing_ok=True)
+        part = path.with_name(path.name + ".part")
+        had = part.stat().st_size if part.exists() else 0
+        if remote.bytes is not None and had > remote.bytes:
+            part.unlink()
+            had = 0
+        require_space(folder, (remote.bytes or 0) - had, f"downloading {remote.name}")
+        with part.open("ab") as file:
+            http_get(
+                remote.url,
+                file,
+                resume_size=had,
+                headers=build_hf_headers(token=_token()),
+                expected_size=remote.bytes,
+                displayed_filename=remote.name,
+            )
+        found = _digest(part, remote.digest)
+        if found != remote.digest:
+            part.unlink()
+            raise TaskError(
+                f"{remote.name} from {remote.url} has the checksum {found}, but the hub promised {remote.digest}; "
+                "it was deleted. Run again; if it stays so, something between the hub and here changes the bytes"
+            )
+        part.replace(path)
+    return path
+
+
+def _digest(path: Path, like: str) -> str:
+    """The checksum of the file, of the kind that `like` is."""
+    if len(like) == 64:
+        return sha256(path)
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def _token() -> str | Literal[False]:
+    """The token of the environment; False keeps the library from reading one out of a file."""
+    return os.environ.get("HF_TOKEN", "").strip() or False
+
+
+def _name(address: HubAddress) -> str:
+    return f"hf:{address.repository}@{address.revision}" + (f"/{address.file}" if address.file else "")
+
+
+@contextmanager
+def _explained(address: HubAddress, kind: Kind) -> Iterator[None]:
+    """Turn what the hub or the network says into one line with a remedy."""
+    import httpx
+    from huggingface_hub import errors
+
+    name, endpoint = _name(address), _endpoint()
+    page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{address.repository}"
+    access = "HF_TOKEN is set, but to a token without access" if _token() else "HF_TOKEN is not set"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise TaskError(
+            f"{name} is gated, and {access}; ask for access on {page}, then set the environment variable HF_TOKEN "
+            "to a token of the account that has it"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise TaskError(
+            f"{address.repository} has no revision {address.revision!r}; see {page}/tree/main for its branches, "
+            "tags and commits"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise TaskError(f"{name} not found in the repository; see {page}/tree/{address.revision}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise TaskError(
+            f"no {kind} {address.repository} on {endpoint}, or it is private ({access}); check the spelling, or "
+            "set the environment variable HF_TOKEN to a token that may read it"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise TaskError(
+            f"{endpoint} answered {error.response.status_code} for {name}; "
+            + (
+                f"{access}: set it to one that may read it"
+                if error.response.status_code in (401, 403)
+                else "run again later, what was fetched is kept"
+            )
+        ) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise TaskError(f"{name} is not here, and HF_HUB_OFFLINE forbids fetching it; unset it") from error
+    except (httpx.HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise TaskError(
+            f"cannot fetch {name} from {endpoint}: {type(error).__name__}; check the network, a proxy and "
+            "HF_ENDPOINT, then run again: what was fetched is kept"
+        ) from error

@@ -1,0 +1,47 @@
+"""A model or a data file that is already on this machine. It is read and copied, never changed or linked to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tasks.errors import TaskError
+from tasks.sources.address import LocalAddress
+from tasks.sources.choice import Choice, code_files, small_files, weight_files
+from tasks.sources.files import Fetched, check_pin
+
+
+def fetch_file(address: LocalAddress, expected: str | None) -> Fetched:
+    """The file at the path; TaskError if there is none."""
+    path = _present(address)
+    if not path.is_file():
+        raise TaskError(f"path:{address.path} is a folder, expected one file; name a file in it")
+    return Fetched("path", None, check_pin(path, expected, f"path:{address.path}"), path, own=True)
+
+
+def fetch_model(
+    address: LocalAddress, expected: str | None, check: Callable[[dict[str, Path]], Choice]
+) -> Fetched:
+    """The model's files in the folder at the path, or the GGUF file there."""
+    path, where = _present(address), f"path:{address.path}"
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise TaskError(f"{where} is one file, and the only file that is a whole model is a .gguf")
+        return fetch_file(address, expected)
+    if expected is not None:
+        raise TaskError(f"sha256 cannot be given for {where}: it is a folder of many files; set it to null")
+    names = [p.name for p in path.iterdir() if p.is_file()]
+    weights = weight_files(names, where)
+    files = {name: path / name for name in small_files(names)}
+    code = check(files).code
+    chosen = [*weights, *(code_files(names) if code else [])]
+    return Fetched("path", None, None, None, files | {n: path / n for n in chosen}, own=True)
+
+
+def _present(address: LocalAddress) -> Path:
+    if not address.path.exists():
+        raise TaskError(
+            f"path:{address.path} not found (looked at {address.path.absolute()}); a relative path starts at the "
+            "project's folder"
+        )
+    return address.path

@@ -1,0 +1,94 @@
+"""safetensors files: what is in them, and their tensors in another precision, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.errors import TaskError
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # torch's names: safetensors' names
+BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as the header of a safetensors file describes it; `bytes` is its length in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+    @property
+    def count(self) -> int:
+        """Numbers in the tensor."""
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Every tensor of the file by name; TaskError if it is no whole safetensors file."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size - 8:
+                raise ValueError("its header is cut off")
+            header = json.loads(file.read(length))
+        entries = {
+            name: Entry(t["dtype"], tuple(t["shape"]), t["data_offsets"][1] - t["data_offsets"][0])
+            for name, t in header.items()
+            if name != "__metadata__"
+        }
+        if 8 + length + sum(e.bytes for e in entries.values()) != path.stat().st_size:
+            raise ValueError("its length is not what its header says")
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TaskError(f"{path} is no whole safetensors file ({error}); fetch or save it again") from error
+    return entries
+
+
+def needs_conversion(path: Path, dtype: str) -> bool:
+    """Whether a floating-point tensor of the file is of another precision than `dtype` (a key of `DTYPES`)."""
+    return any(e.dtype in BYTES and e.dtype != DTYPES[dtype] for e in read_header(path).values())
+
+
+def convert(source: Path, destination: Path, dtype: str) -> None:
+    """Write `source` to `destination` with every floating-point tensor as `dtype` (a key of `DTYPES`).
+
+    TaskError if a finite weight has no finite value in `dtype`.
+    """
+    import torch
+    from safetensors import safe_open
+
+    wanted = DTYPES[dtype]
+    new = {
+        name: Entry(wanted, e.shape, e.count * BYTES[wanted]) if e.dtype in BYTES else e
+        for name, e in read_header(source).items()
+    }
+    # safetensors' own order: wide types first, so that every tensor stays aligned
+    order = sorted(new, key=lambda name: (-new[name].bytes // max(new[name].count, 1), name))
+    with safe_open(source, framework="pt") as file, destination.open("wb") as out:
+        out.write(_header({name: new[name] for name in order}))
+        for name in order:
+            tensor = file.get_tensor(name)
+            if new[name].dtype == wanted:
+                converted = tensor.to(getattr(torch, dtype))
+                if tensor.isfinite().all() and not converted.isfinite().all():
+                    raise TaskError(
+                        f"{name} has weights up to {tensor.abs().max().item():.3g}, too large for {dtype}; "
+                        "set model.dtype to bfloat16 or float32"
+                    )
+                tensor = converted
+            out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _header(entries: dict[str, Entry]) -> bytes:
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, e in entries.items():
+        described[name] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": [offset, offset + e.bytes]}
+        offset += e.bytes
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
