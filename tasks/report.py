@@ -1,1 +1,68 @@
+"""Compare the variants with the baseline: table, Pareto plot, page and verdicts.
 
+python -m tasks.report
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.output import whole_directory, write_json, write_text
+from tasks.program import run_stage
+from tasks.provenance import machine, versions
+from tasks.report_page import page
+from tasks.report_plot import pareto
+from tasks.report_table import table
+from tasks.settings import Settings
+from tasks.summary import read_json, summarize
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found: the verdict of each variant, the winner's name or None, and the table as text."""
+
+    verdicts: dict[str, str]
+    winner: str | None
+    table: str
+
+
+def report(settings: Settings, metrics: Path, results: Path, source: Path, destination: Path) -> Report:
+    """Write summary.json, table.txt, pareto.png and index.html to `destination`, all or none.
+
+    Raises TaskError as `tasks.summary.summarize` does.
+    """
+    variants = list(settings.variants)
+    summary: dict[str, Any] = {
+        **summarize(variants, settings.gate, metrics, results, source),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    layers = {v: read_json(metrics / "quantize" / f"{v}.json", f"quantize@{v}")["layers"] for v in variants}
+    calibration = read_json(metrics / "calibrate.json", "calibrate")
+    text = table(summary)
+    with whole_directory(destination) as folder:
+        write_json(folder / "summary.json", summary)
+        write_text(folder / "table.txt", text)
+        plot = pareto(summary)
+        (folder / "pareto.png").write_bytes(plot)
+        write_text(
+            folder / "index.html", page(summary, layers, calibration, plot, pareto(summary, dark=True))
+        )
+    verdicts = {v: row["verdict"] for v, row in summary["variants"].items() if row["verdict"]}
+    return Report(verdicts, summary["winner"], text)
+
+
+def main() -> None:
+    """Run the stage in the current folder and print the table."""
+
+    def work(settings: Settings) -> None:
+        source = Path("models/source/source.json")
+        print(report(settings, Path("metrics"), Path("results"), source, Path("report")).table, end="")
+
+    run_stage(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The HTML page: one file that opens offline, in light or dark as the reader's machine has it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from tasks.report_table import contract_line, method_line, speed, winner_line, words
+from tasks.wording import change, figure, interval, megabytes, percent, short_percent, times
+
+TEMPLATES = Path(__file__).parent / "templates"
+WORST = 8  # layers of each variant that are drawn; all of them are in the folded table
+
+
+def page(
+    summary: Mapping[str, Any],
+    layers: Mapping[str, Mapping[str, float]],
+    calibration: Mapping[str, Any],
+    light: bytes,
+    dark: bytes,
+) -> str:
+    """Render the page.
+
+    `layers` has each variant's relative error by layer; `calibration` is the calibration's quality report;
+    `light` and `dark` are the plot as PNG.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "change": change,
+        "figure": figure,
+        "megabytes": megabytes,
+        "percent": percent,
+        "short_percent": short_percent,
+        "times": times,
+        "words": words,
+    }
+    return environment.get_template("report.html.j2").render(
+        summary=summary,
+        rows=summary["variants"],
+        baseline=summary["variants"][summary["baseline"]],
+        judged={v: row for v, row in summary["variants"].items() if row["verdict"]},
+        layers={v: _worst(errors) for v, errors in layers.items() if errors},
+        calibration=flat(calibration),
+        contract=summary["contract"],
+        winner=winner_line(summary),
+        contract_line=contract_line(summary),
+        method=method_line(summary),
+        speed=speed,
+        interval=interval,
+        light=base64.b64encode(light).decode("ascii"),
+        dark=base64.b64encode(dark).decode("ascii"),
+    )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Any nested JSON object as rows of text: {'overlap': {'boolq': 0}} -> {'overlap, boolq': '0'}."""
+    rows: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping) and value:
+            rows |= flat(value, f"{name}, ")
+        elif isinstance(value, float):
+            rows[name] = f"{value:,.4g}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            rows[name] = f"{value:,}"
+        else:
+            rows[name] = words(value)
+    return rows
+
+
+def _worst(errors: Mapping[str, float]) -> dict[str, Any]:
+    """Every layer from the worst to the best, with the length of its bar in percent of the worst one's."""
+    most = max(errors.values()) or 1.0
+    order = sorted(errors.items(), key=lambda e: (-e[1], e[0]))
+    rows = [(name.removeprefix("model."), error, round(100 * error / most, 1)) for name, error in order]
+    return {"top": rows[:WORST], "all": rows}

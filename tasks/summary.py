@@ -1,0 +1,212 @@
+"""What the stages measured, in one dictionary: table, plot, page and model card are made from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import TaskError
+from tasks.settings import BASE, GateSettings
+from tasks.verdict import SEED, Pairs, flips, judge, pair_items, retention
+from tasks.wording import percent
+
+FEW_ITEMS = 100  # below this a percentile interval promises more than it holds
+
+
+def summarize(
+    variants: list[str], gate: GateSettings, metrics: Path, results: Path, source: Path
+) -> dict[str, Any]:
+    """Compare every variant of `variants` with the baseline and name the winner, as plain JSON values.
+
+    Reads `metrics`/{quantize,evaluate,benchmark}/<variant>.json, `results`/<variant>/items-<task>.jsonl and
+    the model's `source` (source.json). Raises TaskError where one is missing or not readable, where two
+    variants were evaluated under different contracts, or where the items do not match.
+    """
+    quantized, evaluated, measured = (
+        {v: read_json(metrics / stage / f"{v}.json", f"{stage}@{v}") for v in variants}
+        for stage in ("quantize", "evaluate", "benchmark")
+    )
+    for variant in variants:
+        same_contract(variant, evaluated[BASE], evaluated[variant])
+    model = read_json(source, "download")
+    rows = {
+        v: _measured(quantized[v], evaluated[v], measured[v], evaluated[BASE], measured[BASE])
+        for v in variants
+    }
+    baseline = _read_items(results, BASE, evaluated[BASE])
+    chance = {task: values.get("chance") for task, values in evaluated[BASE]["tasks"].items()}
+    for variant in variants:
+        if variant != BASE:
+            scored = _read_items(results, variant, evaluated[variant])
+            pairs = {task: pair_items(task, variant, baseline[task], scored[task]) for task in baseline}
+            rows[variant] |= _judged(pairs, quantized[variant]["bits"], gate, chance)
+    return {
+        "model": {
+            k: model.get(k)
+            for k in ("source", "revision", "dequantized_from", "dtype", "parameters", "licence")
+        },
+        "contract": evaluated[BASE]["contract"],
+        "contract_hash": evaluated[BASE]["contract_hash"],
+        "gate": {**gate.model_dump(), "seed": SEED},
+        "baseline": BASE,
+        "variants": rows,
+        "winner": winner(rows),
+        "notes": _notes(model, evaluated[BASE]),
+    }
+
+
+def winner(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The smallest of the variants that pass; of two equally small ones the better; None if none passes."""
+    passing = [v for v, row in rows.items() if row["verdict"] == "pass"]
+    return min(passing, key=lambda v: (rows[v]["size_bytes"], -rows[v]["retention"]["mean"], v), default=None)
+
+
+def same_contract(variant: str, baseline: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise TaskError, naming each field and both values, unless both were evaluated in the same way."""
+    ours, theirs = baseline["contract"], other["contract"]
+    if baseline["contract_hash"] == other["contract_hash"] and ours == theirs:
+        return
+    fields = [f for f in sorted(ours.keys() | theirs.keys()) if ours.get(f) != theirs.get(f)]
+    differences = "; ".join(
+        f"{f} is {ours.get(f)!r} for base, {theirs.get(f)!r} for {variant}" for f in fields
+    )
+    differences = differences or "their contract hashes differ"
+    raise TaskError(
+        f"base and {variant} were not evaluated in the same way: {differences}. "
+        f"Evaluate both again: dvc repro evaluate@base evaluate@{variant}"
+    )
+
+
+def read_json(path: Path, stage: str) -> dict[str, Any]:
+    """The JSON object in `path`; TaskError naming the stage that makes it if it is missing or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TaskError(f"{path} not found; make it with: dvc repro {stage}") from error
+    except ValueError as error:
+        raise TaskError(f"{path} is not JSON ({error}); make it again with: dvc repro -f {stage}") from error
+    if not isinstance(value, dict):
+        raise TaskError(f"{path} holds {type(value).__name__}, expected an object; dvc repro -f {stage}")
+    return value
+
+
+def _measured(
+    quantized: Mapping[str, Any],
+    evaluated: Mapping[str, Any],
+    measured: Mapping[str, Any],
+    base_evaluated: Mapping[str, Any],
+    base_measured: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The row of one variant, but for what needs the items."""
+    if evaluated["texts"].keys() != base_evaluated["texts"].keys():
+        raise TaskError(
+            f"{evaluated['variant']} was measured on the texts {', '.join(evaluated['texts'])}, base on "
+            f"{', '.join(base_evaluated['texts'])}; evaluate both again"
+        )
+    texts = {
+        text: {
+            **values,
+            "perplexity_change": values["perplexity"] / base_evaluated["texts"][text]["perplexity"] - 1,
+        }
+        for text, values in evaluated["texts"].items()
+    }
+    speeds = ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds")
+    return {
+        **{k: quantized[k] for k in ("method", "bits", "bits_per_weight", "seconds", "identity", "tokens")},
+        "peak_memory_bytes": quantized["peak_memory_bytes"],
+        "device": quantized["device"],
+        "size_bytes": measured["size_bytes"],
+        "ratio": base_measured["size_bytes"] / measured["size_bytes"],
+        "speed": {
+            "decode_ratio": _ratio(measured, base_measured, "decode_tokens_per_second"),
+            "prefill_ratio": _ratio(measured, base_measured, "prefill_tokens_per_second"),
+            **{k: measured[k] for k in ("fast_kernel", "note", "runtime", "load_seconds", *speeds)},
+            "peak_memory_bytes": measured["peak_memory_bytes"],
+        },
+        "mean_score": evaluated["mean_score"],
+        "scores": {task: values["score"] for task, values in evaluated["tasks"].items()},
+        "texts": texts,
+        "kl": sum(t["kl"] for t in texts.values()) / len(texts),
+        "top1": sum(t["top1"] for t in texts.values()) / len(texts),
+        **dict.fromkeys(("retention", "flips", "verdict", "reason", "items_needed", "gate")),
+    }
+
+
+def _judged(
+    pairs: Pairs, bits: int | None, gate: GateSettings, chance: Mapping[str, float | None]
+) -> dict[str, Any]:
+    """What only the items tell: retention, flips and the verdict."""
+    # bits that are not known get the stricter gate
+    wanted = gate.four_bit if bits is not None and bits <= 4 else gate.eight_bit
+    found = retention(pairs, gate.confidence, gate.resamples)
+    values = asdict(found)
+    for task, row in values["tasks"].items():
+        row |= {"chance": chance[task], **asdict(flips({task: pairs[task]}))}
+    return {
+        "retention": values,
+        "flips": asdict(flips(pairs)),
+        "gate": wanted,
+        **asdict(judge(found, wanted)),
+    }
+
+
+def _ratio(measured: Mapping[str, Any], base: Mapping[str, Any], key: str) -> float | None:
+    return measured[key] / base[key] if measured[key] and base[key] else None
+
+
+def _read_items(results: Path, variant: str, evaluated: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Each task's items; TaskError unless they are the ones that the variant's metrics were made from."""
+    items = {}
+    for task, values in evaluated["tasks"].items():
+        path = results / variant / f"items-{task}.jsonl"
+        items[task] = _read_lines(path, f"evaluate@{variant}")
+        score = sum(i["score"] for i in items[task]) / max(1, len(items[task]))
+        if len(items[task]) != values["items"] or not math.isclose(score, values["score"], abs_tol=1e-4):
+            raise TaskError(
+                f"{path} holds {len(items[task])} items of mean score {score:.4f}, but {variant}'s metrics say "
+                f"{values['items']} of {values['score']:.4f}; make both again: dvc repro -f evaluate@{variant}"
+            )
+    return items
+
+
+def _read_lines(path: Path, stage: str) -> list[dict[str, Any]]:
+    items = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                item = json.loads(line)
+                if not {"item", "hash", "score"} <= item.keys() or not isinstance(item["score"], int | float):
+                    raise ValueError(f"line {number} is no item with hash and score")
+                items.append(item)
+    except FileNotFoundError as error:
+        raise TaskError(f"{path} not found; make it with: dvc repro {stage}") from error
+    except (ValueError, AttributeError) as error:
+        raise TaskError(f"{path}: {error}; make it again with: dvc repro -f {stage}") from error
+    return items
+
+
+def _notes(model: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[str]:
+    """What a reader must know to judge the numbers."""
+    notes = []
+    if model.get("dequantized_from"):
+        notes.append(
+            f"The baseline was dequantized to {model['dtype']} from {model['dequantized_from']} weights: the "
+            "loss of that earlier quantization is in the baseline. Retention is measured against it, not against "
+            "the original model."
+        )
+    for task, values in evaluated["tasks"].items():
+        chance, items = values.get("chance"), values["items"]
+        if chance and values["score"] < chance + 1.645 * math.sqrt(chance * (1 - chance) / items):
+            notes.append(
+                f"{task}: the baseline scores {percent(values['score'])}, not clearly above the "
+                f"{percent(chance)} of guessing, so its retention says little about the model."
+            )
+        if items < FEW_ITEMS:
+            notes.append(
+                f"{task} has only {items} items: its interval is not to be trusted below {FEW_ITEMS}."
+            )
+    return notes

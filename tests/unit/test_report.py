@@ -1,0 +1,316 @@
+"""The summary, the table, the plot and the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.transforms import Bbox
+from measured import GATE, made_up
+from PIL import Image
+
+from tasks.errors import TaskError
+from tasks.report import Report, report
+from tasks.report_page import flat
+from tasks.report_plot import free_place, front, pareto
+from tasks.report_table import WIDTH, table
+from tasks.settings import Settings, load_settings
+from tasks.summary import summarize, winner
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {"lost": 0, "size": 269_000_000},
+    "int8": {"method": "int8", "bits": 8, "lost": 0.002, "size": 163_000_000, "worse": 0.006, "speed": 1.1},
+    "gptq-int4": {"bits": 4, "lost": 0.015, "size": 112_000_000, "worse": 0.2, "speed": None},
+    "awq-int4": {"method": "awq", "bits": 4, "lost": 0.2, "size": 111_000_000, "worse": 0.25, "speed": None},
+}
+Summarize = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """The project's own settings with the quick gate of the made-up measurements."""
+    return load_settings(Path("params.yaml")).model_copy(update={"gate": GATE})
+
+
+@pytest.fixture
+def summary_of(tmp_path: Path) -> Summarize:
+    """Make measurements up and summarize them."""
+
+    def make(variants: dict[str, dict[str, Any]] = VARIANTS, **made: Any) -> dict[str, Any]:
+        made_up(tmp_path, variants, **made)
+        folders = tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+        return summarize(list(variants), GATE, *folders)
+
+    return make
+
+
+def change_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+class TestSummary:
+    def test_the_smallest_that_passes_wins(self, summary_of: Summarize) -> None:
+        summary = summary_of()
+        verdicts = {v: row["verdict"] for v, row in summary["variants"].items()}
+        assert verdicts == {"base": None, "int8": "pass", "gptq-int4": "pass", "awq-int4": "fail"}
+        assert summary["winner"] == "gptq-int4"
+
+    def test_each_variant_has_the_gate_of_its_bits(self, summary_of: Summarize) -> None:
+        rows = summary_of()["variants"]
+        assert {v: row["gate"] for v, row in rows.items()} == {
+            "base": None,
+            "int8": 0.98,
+            "gptq-int4": 0.95,
+            "awq-int4": 0.95,
+        }
+
+    def test_ratios_are_against_the_baseline(self, summary_of: Summarize) -> None:
+        row = summary_of()["variants"]["int8"]
+        assert row["ratio"] == pytest.approx(269 / 163)
+        assert row["speed"]["decode_ratio"] == pytest.approx(1.1)
+        assert row["texts"]["news"]["perplexity_change"] == pytest.approx(0.006)
+        assert row["kl"] == pytest.approx(0.003)
+
+    def test_a_format_without_a_fast_kernel_has_no_speed(self, summary_of: Summarize) -> None:
+        row = summary_of()["variants"]["gptq-int4"]
+        assert row["speed"]["decode_ratio"] is None
+        assert row["speed"]["fast_kernel"] is False
+
+    def test_flips_are_counted_per_task_and_in_all(self, summary_of: Summarize) -> None:
+        row = summary_of()["variants"]["awq-int4"]
+        tasks = row["retention"]["tasks"].values()
+        assert row["flips"]["lost"] == sum(t["lost"] for t in tasks) > 0
+        assert row["flips"]["gained"] == 0
+        assert row["flips"]["p_value"] < 1e-6
+
+    def test_notes_say_what_a_reader_must_know(self, summary_of: Summarize) -> None:
+        notes = " ".join(summary_of(tasks={"coin": (0.5, 0.5), "few": (0.2, 0.7)}, items=60)["notes"])
+        assert "dequantized to bfloat16 from Q4_1" in notes
+        assert re.search(r"coin: the baseline scores [\d.]+%, not clearly above the 50.0% of guessing", notes)
+        assert "few: the baseline" not in notes
+        assert "few has only 60 items" in notes
+
+    def test_another_contract_is_refused_with_both_values(
+        self, tmp_path: Path, summary_of: Summarize
+    ) -> None:
+        summary_of()
+
+        def other(value: dict[str, Any]) -> None:
+            value["contract"] |= {"dtype": "bfloat16", "bos": True}
+            value["contract_hash"] = "f" * 64
+
+        change_json(tmp_path / "metrics/evaluate/int8.json", other)
+        with pytest.raises(TaskError) as error:
+            summarize(
+                list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+            )
+        assert "dtype is 'float32' for base, 'bfloat16' for int8" in str(error.value)
+        assert "bos is None for base, True for int8" in str(error.value)
+        assert "limit" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("path", "text", "message"),
+        [
+            (
+                "metrics/benchmark/int8.json",
+                None,
+                "benchmark/int8.json not found; make it with: dvc repro benchmark@int8",
+            ),
+            ("metrics/quantize/base.json", "{", "quantize/base.json is not JSON"),
+            ("metrics/evaluate/base.json", "[]", "holds list, expected an object"),
+            ("results/int8/items-piqa_local.jsonl", None, "not found; make it with: dvc repro evaluate@int8"),
+            ("results/int8/items-piqa_local.jsonl", '{"item": 1}\n', "line 1 is no item with hash and score"),
+            ("results/int8/items-piqa_local.jsonl", "", "holds 0 items of mean score"),
+            ("source.json", None, "source.json not found; make it with: dvc repro download"),
+        ],
+    )
+    def test_a_missing_or_broken_file_is_named(
+        self, tmp_path: Path, summary_of: Summarize, path: str, text: str | None, message: str
+    ) -> None:
+        summary_of()
+        if text is None:
+            (tmp_path / path).unlink()
+        else:
+            (tmp_path / path).write_text(text)
+        with pytest.raises(TaskError, match=re.escape(message)):
+            summarize(
+                list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+            )
+
+    def test_items_that_the_metrics_were_not_made_from_are_refused(
+        self, tmp_path: Path, summary_of: Summarize
+    ) -> None:
+        summary_of()
+        stale = tmp_path / "results/int8/items-piqa_local.jsonl"
+        lines = stale.read_text().splitlines()
+        stale.write_text("\n".join(line.replace('"score": 1', '"score": 0') for line in lines))
+        with pytest.raises(
+            TaskError, match=r"holds 400 items of mean score 0.0000, but int8's metrics say 400 of 0\.6"
+        ):
+            summarize(
+                list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+            )
+
+
+def test_of_two_equally_small_variants_the_better_wins() -> None:
+    rows = {
+        "a": {"verdict": "pass", "size_bytes": 5, "retention": {"mean": 0.97}},
+        "b": {"verdict": "pass", "size_bytes": 5, "retention": {"mean": 0.98}},
+        "c": {"verdict": "fail", "size_bytes": 1, "retention": {"mean": 0.5}},
+        "d": {"verdict": "inconclusive", "size_bytes": 2, "retention": {"mean": 1.0}},
+    }
+    assert winner(rows) == "b"
+    assert winner({"c": rows["c"], "d": rows["d"]}) is None
+
+
+class TestTable:
+    def test_it_is_plain_narrow_text_with_every_figure(self, summary_of: Summarize) -> None:
+        text = table(summary_of())
+        assert max(len(line) for line in text.splitlines()) <= WIDTH
+        assert "\x1b" not in text
+        row = next(line for line in text.splitlines() if line.strip().startswith("int8 "))
+        for figure in ("163 MB", "1.65x", "1.10x", "27.60  +0.6%", "0.003", "99.4%", "PASS"):
+            assert figure in row
+        assert "Winner: gptq-int4, the smallest that passes (112 MB, 2.40x smaller" in text
+        assert re.search(r"awq-int4: fail: the whole interval, .*, is below the gate of 95%", text)
+        assert "dequantized" in text
+        assert "limit: 400" in text
+
+    def test_that_none_passes_is_said(self, summary_of: Summarize) -> None:
+        summary = summary_of({v: VARIANTS[v] for v in ("base", "awq-int4")})
+        assert "No variant passes its gate: nothing will be packaged." in table(summary)
+
+    def test_long_names_and_many_texts_stay_inside_the_width(
+        self, summary_of: Summarize, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("measured.TEXTS", {f"text-{i}": 10.0 + i for i in range(5)})
+        text = table(summary_of({"base": VARIANTS["base"], "x" * 40: VARIANTS["int8"]}))
+        assert max(len(line) for line in text.splitlines()) <= WIDTH
+        assert text.count("text-4 +0.6%") == 1
+        assert "PASS" in text
+
+
+class TestPlot:
+    def test_front_holds_what_nothing_beats(self) -> None:
+        points = {
+            "base": (269.0, 100.0),
+            "a": (110.0, 96.0),
+            "b": (112.0, 95.0),
+            "c": (160.0, 99.0),
+            "d": (269.0, 98.0),
+        }
+        assert front(points) == ["a", "c", "base"]
+
+    def test_same_summary_same_picture(self, summary_of: Summarize) -> None:
+        summary = summary_of()
+        picture = pareto(summary)
+        assert Image.open(BytesIO(picture)).size == (1000, 620)
+        assert pareto(summary) == picture
+        assert pareto(summary, dark=True) != picture
+
+    def test_labels_cover_neither_each_other_nor_a_point(self) -> None:
+        points = [(100.0 + 5 * i, 300.0 + 9 * (i % 3)) for i in range(8)]
+        marks = [Bbox([[x, y - 40], [x, y + 40]]) for x, y in points]
+        boxes: list[Bbox] = []
+        for point in points:
+            box = free_place(
+                point, Bbox.from_bounds(0, 0, 110, 35), [*marks, *boxes], [], Bbox([[0, 0], [900, 600]])
+            )
+            assert not box.count_overlaps([*marks, *boxes])
+            boxes.append(box)
+
+
+class Outside(HTMLParser):
+    """Collects everything that a page would fetch from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("src", "srcset", "href") and not (value or "").startswith("data:"):
+                self.found.append(f"{tag} {value}")
+        if tag in ("script", "iframe", "link"):
+            self.found.append(tag)
+
+
+class TestReport:
+    @pytest.fixture
+    def done(self, tmp_path: Path, settings: Settings) -> tuple[Report, Path]:
+        made_up(tmp_path, VARIANTS)
+        folders = tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+        return report(settings, *folders, tmp_path / "report"), tmp_path / "report"
+
+    def test_it_leaves_all_files(self, done: tuple[Report, Path]) -> None:
+        found, folder = done
+        names = {"summary.json", "table.txt", "pareto.png", "index.html", "manifest.json"}
+        assert {p.name for p in folder.iterdir()} == names
+        assert found.winner == "gptq-int4"
+        assert (folder / "table.txt").read_text() == found.table
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["winner"] == "gptq-int4"
+        assert summary["machine"]["cores"] >= 1
+        assert "NaN" not in (folder / "summary.json").read_text()
+
+    def test_the_page_needs_nothing_from_elsewhere_and_has_the_numbers(
+        self, done: tuple[Report, Path]
+    ) -> None:
+        text = (done[1] / "index.html").read_text()
+        parser = Outside()
+        parser.feed(text)
+        assert parser.found == []
+        assert "url(" not in text
+        for part in (
+            "layers.5.mlp.down_proj",
+            "+20.0%",
+            "no fast",
+            "overlap, boolq",
+            "add bos",
+            "dequantized",
+        ):
+            assert part in text
+
+    def test_the_same_measurements_give_the_same_bytes(
+        self, done: tuple[Report, Path], tmp_path: Path, settings: Settings
+    ) -> None:
+        folders = tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+        report(settings, *folders, tmp_path / "again")
+        for path in done[1].iterdir():
+            assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+    def test_markup_in_a_value_stays_text(self, tmp_path: Path, settings: Settings) -> None:
+        made_up(tmp_path, VARIANTS)
+        change_json(tmp_path / "source.json", lambda s: s.update(source="path:/x/<script>alert(1)</script>"))
+        folders = tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+        report(settings, *folders, tmp_path / "report")
+        assert "<script" not in (tmp_path / "report/index.html").read_text()
+
+    def test_a_failure_leaves_the_last_report_alone(
+        self, done: tuple[Report, Path], tmp_path: Path, settings: Settings
+    ) -> None:
+        before = (done[1] / "summary.json").read_bytes()
+        (tmp_path / "metrics/calibrate.json").unlink()
+        folders = tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+        with pytest.raises(TaskError, match=r"calibrate\.json not found"):
+            report(settings, *folders, tmp_path / "report")
+        assert (done[1] / "summary.json").read_bytes() == before
+
+
+def test_any_quality_report_becomes_rows_of_text() -> None:
+    assert flat({"a_b": {"c": 1234, "d": 0.51234}, "e": [], "f": None, "g": ["x", "y"], "h": True}) == {
+        "a b, c": "1,234",
+        "a b, d": "0.5123",
+        "e": "none",
+        "f": "none",
+        "g": "x, y",
+        "h": "yes",
+    }
