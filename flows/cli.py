@@ -81,6 +81,8 @@ def run(overrides: Set = None, jobs: Jobs = 2, timeout: Timeout = None) -> None:
 
         readable_logs()
         if prefect_server:
+            import mlflow  # noqa: F401 - takes seconds, and the flow needs it: better while the server starts
+
             prefect_server.wait()
         optimize(str(root), jobs=jobs, timeout_minutes=timeout)
     _show_report(root)

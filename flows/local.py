@@ -33,6 +33,10 @@ def quiet(root: Path) -> None:
         "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        # a server that is away is noticed in seconds; MLflow's own patience is minutes
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "DVC_NO_ANALYTICS": "1",
         "GIT_PYTHON_REFRESH": "quiet",
     }

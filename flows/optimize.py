@@ -26,6 +26,7 @@ from flows.kept import recover
 from flows.overrides import read_settings
 from flows.plan import Plan, read_plan, summary
 from flows.process import stop_all
+from flows.record import recorded
 from flows.schedule import doomed, startable
 from flows.stage import stage_task
 
@@ -51,9 +52,12 @@ def optimize(
             log.info("%s is back: a run that was killed had taken it away", path)
         plan = read_plan(folder)
         log.info("%s", summary(plan))
-        results, failures = _run_stages(folder, plan, jobs, 60 * timeout_minutes if timeout_minutes else None)
-        if failures:
-            raise FlowError(_failed(failures, plan))
+        timeout = 60 * timeout_minutes if timeout_minutes else None
+        with recorded(folder, plan, log, flow_run_identity()) as record:
+            results, failures = _run_stages(folder, plan, jobs, timeout)
+            if failures:
+                raise FlowError(_failed(failures, plan))
+            record.complete(results)
         log.info("%s", ", ".join(f"{n} {what}" for what, n in sorted(Counter(results.values()).items())))
     return results
 
@@ -140,5 +144,5 @@ def exclusive(root: Path) -> Iterator[None]:
 
 
 def flow_run_identity() -> dict[str, str]:
-    """The tags by which a Prefect flow run is found again."""
-    return {"prefect.flow_run_id": str(flow_run.id or ""), "prefect.flow_run_name": str(flow_run.name or "")}
+    """The name of this run and the id by which Prefect finds it again."""
+    return {"name": str(flow_run.name), "prefect.flow_run_id": str(flow_run.id)}

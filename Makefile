@@ -1,0 +1,51 @@
+# Everything that a person or CI does with this project. `make` alone lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types lock clean
+.DELETE_ON_ERROR:
+
+help: ## List what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
+
+demo: install ## Press the built-in model three ways and prove the result (about 15 minutes on 2 cores)
+	@$(BIN)/modelpress run
+
+test: install ## Run all tests
+	@$(BIN)/pytest
+
+lint: install ## Check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: install ## Check types
+	@$(BIN)/mypy
+
+lock: install ## Resolve pyproject.toml anew into requirements.lock
+	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra tasks --extra dev --no-header \
+	  --no-emit-index-url --no-emit-find-links --output-file requirements.lock pyproject.toml
+	@# the CPU's wheel of torch and the index's differ in the local version alone: let both satisfy the lock;
+	@# pip is left as the environment has it
+	sed -i -e 's/^\(torch==[^+ ]*\)+[a-z0-9.]*/\1/' -e '/^pip==/{N;d}' requirements.lock
+
+clean: ## Remove the environment and tools' caches; models, results and records stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	find flows tasks evals tests -name __pycache__ -type d -exec rm -rf {} +
+
+# the stamp is written last, so an installation that was interrupted is done again
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: found $$($(PYTHON) --version 2>&1), but Python 3.11 or newer is needed; install it, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) has no venv module; install it (on Debian: apt install python3-venv)" >&2; exit 1; }
+	@echo "installing into $(VENV) (about 3 GB, a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --requirement requirements.lock
+	@$(BIN)/pip install --quiet --no-deps --editable .
+	@touch $@

@@ -1,0 +1,121 @@
+"""What a finished run says about itself, read from the files that the stages and DVC wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# in a child of MLflow these would be hundreds of figures; the file that holds them is kept as an artifact
+_TOO_MANY = frozenset({"layers"})
+
+
+@dataclass(frozen=True)
+class VariantFacts:
+    """One variant: its settings, its figures (dotted names), its labels, and the files that hold them."""
+
+    name: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+    files: tuple[Path, ...]
+
+
+def lock_stages(root: Path) -> dict[str, Any]:
+    """The stages in dvc.lock; empty where nothing has run."""
+    path = root / "dvc.lock"
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return dict((content or {}).get("stages") or {})
+
+
+def lock_hash(root: Path, stages: Mapping[str, object]) -> str:
+    """sha256 of what dvc.lock says of `stages`, whatever the order in which they ran."""
+    locked = {name: entry for name, entry in lock_stages(root).items() if name in stages}
+    return hashlib.sha256(json.dumps(locked, sort_keys=True).encode()).hexdigest()
+
+
+def params(root: Path) -> dict[str, Any]:
+    """params.yaml as it stands."""
+    return dict(yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8")))
+
+
+def variant_facts(root: Path) -> list[VariantFacts]:
+    """Facts of every variant in params.yaml: from there, metrics/*/VARIANT.json, the report and dvc.lock."""
+    settings = params(root)
+    summary = read_json(root / "report/summary.json").get("variants") or {}
+    stages = lock_stages(root)
+    return [
+        _facts(root, name, values, summary.get(name) or {}, stages)
+        for name, values in (settings.get("variants") or {}).items()
+    ]
+
+
+def _facts(
+    root: Path, name: str, settings: Any, summary: dict[str, Any], stages: dict[str, Any]
+) -> VariantFacts:
+    files = tuple(sorted((root / "metrics").glob(f"*/{name}.json")))
+    content = {path.parent.name: read_json(path) for path in files} | {"report": summary}
+    labels = flatten({"variant": name, **settings})
+    labels |= flatten(content.get("evaluate", {}).get("contract") or {}, "contract")
+    metrics = {key: value for folder, values in content.items() for key, value in numbers(values, folder)}
+    tags = {
+        key: str(value)
+        for key in ("verdict", "reason", "identity")
+        if (value := summary.get(key) or content.get("quantize", {}).get(key)) is not None
+    }
+    for stage, entry in stages.items():
+        if stage.endswith(f"@{name}"):
+            tags |= {f"dvc.{out['path']}": out["md5"] for out in entry.get("outs", []) if "md5" in out}
+    return VariantFacts(name, labels, metrics, tags, files)
+
+
+def git_tags(root: Path) -> dict[str, str]:
+    """The commit that `root` is at, and whether tracked files differ from it; empty outside a repository."""
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"git.commit": commit, "git.clean": str(not changed).lower()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted names of the leaves of nested mappings, as text; a list is one leaf, written as JSON."""
+    if isinstance(values, Mapping) and values:
+        return {
+            name: text
+            for key, value in values.items()
+            for name, text in flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: values if isinstance(values, str) else json.dumps(values, default=str)}
+
+
+def numbers(values: Any, prefix: str) -> Iterator[tuple[str, float]]:
+    """Dotted names of the numbers in nested mappings; contracts and per-layer figures are left out."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            if key not in _TOO_MANY and key != "contract":
+                yield from numbers(value, f"{prefix}.{key}")
+    elif isinstance(values, int | float) and not isinstance(values, bool):
+        yield prefix, float(values)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=root, check=True, capture_output=True, text=True
+    ).stdout.strip()

@@ -1,0 +1,211 @@
+"""MLflow remembers: one parent run per pipeline run from its first moment, one child per variant.
+
+The results are the stages' files, not MLflow's: where MLflow cannot be reached, the run says so and goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from logging import Logger, LoggerAdapter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows import facts
+from flows.plan import Plan
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "modelpress"
+LOCK_TAG = "dvc.lock"
+ERROR_TAG = "error"
+CHECKOUT_TAG = "modelpress.checkout"
+ARTIFACTS = ("report/index.html", "report/pareto.png", "report/summary.json", "report/table.txt")
+
+Log = Logger | LoggerAdapter[Any]
+
+
+def tracking_uri(root: Path) -> str:
+    """Where MLflow keeps its records: MLFLOW_TRACKING_URI, else mlflow.db in `root`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+
+
+class Record:
+    """The MLflow side of one pipeline run. Its first failure is told and ends the recording, not the run."""
+
+    def __init__(self, root: Path, plan: Plan, log: Log) -> None:
+        self._root = root
+        self._plan = plan
+        self._log = log
+        self._client: MlflowClient | None = None
+        self._experiment = ""
+        self._run: str | None = None
+
+    def start(self, tags: Mapping[str, str]) -> None:
+        """Open the store and the parent run, unless there is nothing to do and a finished run has it all."""
+        self._safely(lambda: self._start(dict(tags)))
+
+    def complete(self, results: Mapping[str, str]) -> None:
+        """Record what came out; nothing if nothing was executed and a finished run holds the same."""
+        if self._run:
+            self._safely(lambda: self._complete(results))
+
+    def end(self, status: str, error: str) -> None:
+        """Close the parent run as FAILED or KILLED, with the reason."""
+        if self._run:
+            self._safely(lambda: self._end(status, error))
+
+    def _start(self, tags: dict[str, str]) -> None:
+        self._client, self._experiment = _open(self._root)
+        here = f"{socket.gethostname()}:{self._root}"
+        # only one run at a time works in a checkout: another that seems to run here was killed
+        for run in self._search(
+            f"tags.`{CHECKOUT_TAG}` = '{_quoted(here)}' and attributes.status = 'RUNNING'"
+        ):
+            self._client.set_terminated(run.info.run_id, "KILLED")
+        if all(stage.state == "unchanged" for stage in self._plan.values()) and self._same():
+            return
+        name = tags.pop("name")
+        tags |= {CHECKOUT_TAG: here, "mlflow.source.name": "modelpress", **facts.git_tags(self._root)}
+        with suppress(KeyError, OSError):
+            tags["mlflow.user"] = getpass.getuser()
+        self._run = self._client.create_run(self._experiment, tags=tags, run_name=name).info.run_id
+
+    def _complete(self, results: Mapping[str, str]) -> None:
+        client, run = self._store, self._parent
+        if "executed" not in results.values() and self._same():
+            client.delete_run(run)
+            self._run = None
+            return
+        settings = facts.params(self._root)
+        settings.pop("variants", None)
+        summary = facts.read_json(self._root / "report/summary.json")
+        tags = {"winner": str(summary["winner"])} if "winner" in summary else {}
+        executed = float(list(results.values()).count("executed"))
+        self._write(run, facts.flatten(settings), {"stages": float(len(results)), "executed": executed}, tags)
+        for path in (*ARTIFACTS, "params.yaml", "dvc.lock"):
+            if (self._root / path).is_file():
+                client.log_artifact(run, str(self._root / path))
+        for variant in facts.variant_facts(self._root):
+            self._child(variant)
+        # last, so that a run with this tag holds everything
+        client.set_tag(run, LOCK_TAG, facts.lock_hash(self._root, self._plan))
+        client.set_terminated(run, "FINISHED")
+        self._log.info("MLflow: recorded in run %s", run)
+
+    def _child(self, variant: facts.VariantFacts) -> None:
+        tags = {"mlflow.parentRunId": self._parent, "mlflow.source.name": "modelpress"}
+        child = self._store.create_run(self._experiment, tags=tags, run_name=variant.name).info.run_id
+        self._write(child, variant.params, variant.metrics, variant.tags)
+        for path in variant.files:
+            self._store.log_artifact(child, str(path), path.parent.name)
+        for name in ("report/pareto.png", "report/index.html"):
+            if (self._root / name).is_file():
+                self._store.log_artifact(child, str(self._root / name))
+        self._store.set_terminated(child, "FINISHED")
+
+    def _end(self, status: str, error: str) -> None:
+        self._store.set_tag(self._parent, ERROR_TAG, error[:5000])
+        self._store.set_tag(self._parent, "mlflow.note.content", error[:5000])
+        self._store.set_terminated(self._parent, status)
+
+    def _same(self) -> bool:
+        """Whether a finished run holds the result that dvc.lock describes now; says which."""
+        lock = facts.lock_hash(self._root, self._plan)
+        runs = self._search(f"tags.`{LOCK_TAG}` = '{lock}' and attributes.status = 'FINISHED'")
+        for run in runs:
+            self._log.info("MLflow: nothing new, this result is in run %s", run.info.run_id)
+            return True
+        return False
+
+    def _search(self, condition: str) -> Iterable[Any]:
+        return list(self._store.search_runs([self._experiment], condition, max_results=10))
+
+    def _write(
+        self, run: str, params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapping[str, str]
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        now = int(time.time() * 1000)
+        for some in _batches(params.items(), 100):
+            self._store.log_batch(run, params=[Param(key, value[:6000]) for key, value in some])
+        for figures in _batches(metrics.items(), 500):
+            self._store.log_batch(run, metrics=[Metric(key, value, now, 0) for key, value in figures])
+        for some in _batches(tags.items(), 100):
+            self._store.log_batch(run, tags=[RunTag(key, value[:5000]) for key, value in some])
+
+    @property
+    def _store(self) -> MlflowClient:
+        if self._client is None:
+            raise RuntimeError("the MLflow store is not open")
+        return self._client
+
+    @property
+    def _parent(self) -> str:
+        if self._run is None:
+            raise RuntimeError("no MLflow run was started")
+        return self._run
+
+    def _safely(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._run = None
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            self._log.warning(
+                "MLflow at %s does not work (%s); the results are complete without it, but not recorded",
+                tracking_uri(self._root),
+                reason[0],
+            )
+
+
+@contextmanager
+def recorded(root: Path, plan: Plan, log: Log, tags: Mapping[str, str]) -> Iterator[Record]:
+    """A parent run that is RUNNING while the body runs, FAILED by an error, KILLED by an interrupt."""
+    record = Record(root, plan, log)
+    record.start(tags)
+    try:
+        yield record
+    except Exception as error:
+        record.end("FAILED", str(error) or type(error).__name__)
+        raise
+    except BaseException as interrupt:
+        record.end("KILLED", f"interrupted ({type(interrupt).__name__})")
+        raise
+
+
+def _open(root: Path) -> tuple[MlflowClient, str]:
+    """The store and the id of our experiment in it."""
+    from mlflow import MlflowClient
+
+    uri = tracking_uri(root)
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    lock = root / ".modelpress/mlflow.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    # two processes that create the tables of one new SQLite file break it for good
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            place = (root / "mlruns").as_uri() if uri.startswith("sqlite:") else None
+            return client, client.create_experiment(name, artifact_location=place)
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+        return client, found.experiment_id
+
+
+def _batches(items: Iterable[tuple[str, Any]], size: int) -> Iterator[list[tuple[str, Any]]]:
+    rest = list(items)
+    for start in range(0, len(rest), size):
+        yield rest[start : start + size]
+
+
+def _quoted(text: str) -> str:
+    return text.replace("'", "")
