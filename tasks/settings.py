@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks.errors import TaskError
+from tasks.sources.address import check_data_source, check_model_checksum, check_model_source
 
 NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 SHA256 = r"^[0-9a-f]{64}$"
@@ -39,6 +40,13 @@ class ModelSettings(Section):
     licence: str | None = None
     remote_code: str | None = None
 
+    _readable = field_validator("source")(check_model_source)
+
+    @model_validator(mode="after")
+    def _checksum_fits(self) -> ModelSettings:
+        check_model_checksum(self.source, self.sha256)
+        return self
+
 
 class DataSource(Section):
     """One set of texts or of evaluation items.
@@ -54,6 +62,8 @@ class DataSource(Section):
     field: str | None = None
     split: str | None = None
     strip: str | None = None
+
+    _readable = field_validator("source")(check_data_source)
 
     @field_validator("split", "strip")
     @classmethod
@@ -162,7 +172,7 @@ class GptqSettings(_Calibrated):
     bits: Literal[4]
     group_size: Annotated[int, Field(ge=8, le=1024)]
     symmetric: bool
-    act_order: Literal["static", "group", "none"]
+    act_order: Literal["static", "none"]
     damping: Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -172,7 +182,6 @@ class AwqSettings(_Calibrated):
     method: Literal["awq"]
     bits: Literal[4]
     group_size: Annotated[int, Field(ge=8, le=1024)]
-    symmetric: bool
     clip: bool
 
 

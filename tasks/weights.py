@@ -1,4 +1,4 @@
-"""safetensors files: what is in them, and their tensors in another precision, one tensor in memory at a time."""
+"""safetensors files: what is in them, and their tensors in another precision, one in memory at a time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def needs_conversion(path: Path, dtype: str) -> bool:
-    """Whether a floating-point tensor of the file is of another precision than `dtype` (a key of `DTYPES`)."""
+    """Whether a floating-point tensor of the file is of another precision than `dtype`, a key of `DTYPES`."""
     return any(e.dtype in BYTES and e.dtype != DTYPES[dtype] for e in read_header(path).values())
 
 

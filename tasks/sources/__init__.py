@@ -38,8 +38,8 @@ def fetch_model(
 ) -> Fetched:
     """Get the model that `source` names: a folder's files, or one GGUF file.
 
-    `check` gets the small files of a folder (by name) before its weights are fetched, and may refuse them with
-    a TaskError. Otherwise as `fetch_file`.
+    `check` gets the small files of a folder (by name) before its weights are fetched, and may refuse them
+    with a TaskError. Otherwise as `fetch_file`.
     """
     match _address(source):
         case WheelAddress() as address:

@@ -1,4 +1,4 @@
-"""Where a model or a data set comes from, as written in params.yaml. Pure text work: imports nothing heavy."""
+"""Where a model or a data set comes from, as params.yaml writes it. Pure text work: imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -67,22 +67,29 @@ def parse(source: str) -> Address:
     raise ValueError(f"{source!r} is no source; {FORMS}")
 
 
-def check_model_source(source: str, sha256: str | None) -> None:
-    """ValueError if no model can come from `source`, or nothing that `sha256` could be the checksum of."""
+def check_model_source(source: str) -> str:
+    """`source`, unless no model can come from it: then ValueError."""
     match parse(source):
-        case HubAddress(file=None) if sha256 is not None:
-            raise ValueError(
-                f"sha256 cannot be given for {source!r}: a repository is many files, and each is checked "
-                "against the hub's own checksum; set it to null and pin a commit as the revision instead"
-            )
         case HubAddress(file=str(name)) | WheelAddress(member=name) if not name.lower().endswith(".gguf"):
             raise ValueError(f"{source!r} is one file, and the only file that is a whole model is a .gguf")
+    return source
 
 
-def check_data_source(source: str) -> None:
-    """ValueError if no data file can come from `source`."""
+def check_data_source(source: str) -> str:
+    """`source`, unless no data file can come from it: then ValueError."""
     match parse(source):
         case HubAddress(file=None):
             raise ValueError(
                 f"{source!r} names no file; add its path in the data set, such as /data/test.jsonl"
+            )
+    return source
+
+
+def check_model_checksum(source: str, sha256: str | None) -> None:
+    """ValueError if `sha256` is given where there is no one file that it could be the checksum of."""
+    match parse(source):
+        case HubAddress(file=None) if sha256 is not None:
+            raise ValueError(
+                f"sha256 cannot be given for {source!r}: a repository is many files, and each is checked "
+                "against the hub's own checksum; set it to null, and pin the model with a commit after the @"
             )

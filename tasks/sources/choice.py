@@ -1,4 +1,4 @@
-"""Which files of a model's folder or repository are taken, and whether the model is one that can be pressed."""
+"""Which files of a model's folder or repository are taken, and whether the model can be pressed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def small_files(names: Iterable[str]) -> list[str]:
 
 
 def weight_files(names: Iterable[str], where: str) -> list[str]:
-    """The safetensors files that hold the weights; TaskError naming the files if there are only pickles, or none.
+    """The safetensors files that hold the weights; TaskError naming what is there if there are none.
 
     One file or shards as transformers names them: copies of the weights under other names are left out.
     """
@@ -49,14 +49,14 @@ def weight_files(names: Iterable[str], where: str) -> list[str]:
     tensors = [n for n in top if n.endswith(".safetensors")]
     if tensors:
         raise TaskError(
-            f"{where} has {_few(tensors)}, but neither model.safetensors nor {_INDEX}: no whole model under the "
-            "names that transformers knows (an adapter must be merged into its base model first)"
+            f"{where} has {_few(tensors)}, but neither model.safetensors nor {_INDEX}: no whole model under "
+            "the names that transformers knows (an adapter must be merged into its base model first)"
         )
     pickles = [n for n in top if n.lower().endswith(_PICKLE)]
     if pickles:
         raise TaskError(
-            f"{where} has its weights only as {_few(pickles)}; such a file can run code when it is read, so it is "
-            "refused. Choose a revision or a repository with safetensors, or convert it on a machine you can lose"
+            f"{where} has its weights only as {_few(pickles)}; such a file can run code when it is read, "
+            "so it is refused; choose a revision or a repository with safetensors"
         )
     raise TaskError(f"{where} has no weights; expected model.safetensors or {_INDEX} (found {_few(top)})")
 
@@ -80,8 +80,8 @@ def check_config(config: Any, where: str, repository: str | None, remote_code: s
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "an unknown method")
         raise TaskError(
-            f"{where} is already quantized ({method}); name the model in full precision, since a baseline that has "
-            "lost quality already hides what is lost on top"
+            f"{where} is already quantized ({method}); name the model in full precision, since a baseline "
+            "that has lost quality already hides what is lost on top"
         )
     names = config.get("architectures") or []
     fits = kind in KNOWN and (not names or any(n in _classes(KNOWN[kind]) for n in names))
@@ -97,7 +97,7 @@ def check_config(config: Any, where: str, repository: str | None, remote_code: s
         return Choice(code=True)
     needed = code.partition("--")[0] if "--" in code else repository
     raise TaskError(
-        f"{what}: it runs only with Python code of its own ({code}), and model.remote_code is {remote_code!r}. "
+        f"{what}: it needs Python code of its own ({code}), and model.remote_code is {remote_code!r}. "
         + (
             f"Read that code; if you trust it, set model.remote_code to {needed}"
             if needed == repository and needed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,10 @@ DOWNLOADS = Path(".modelpress/downloads")  # survives an interruption, and DVC's
 class Fetched:
     """What a source gave.
 
-    `file` is the one file asked for, None if it was a whole model; `files` are the model's files by name, or the
-    licence texts that came along with the one file. `revision` is the hub's commit or the wheel's version.
-    `pin` is the value for `sha256` in params.yaml, None for a folder. `own` is true for a person's own files,
-    which may be read and copied but not linked to.
+    `file` is the one file asked for, None if it was a whole model; `files` are the model's files by name, or
+    the licence texts that came along with the one file. `revision` is the hub's commit or the wheel's
+    version. `pin` is the value for `sha256` in params.yaml, None for a folder. `own` is true for a person's
+    own files, which may be read and copied but not linked to.
     """
 
     kind: Literal["hf", "path", "wheel"]
@@ -39,8 +40,8 @@ def check_pin(path: Path, expected: str | None, source: str) -> str:
     found = sha256(path)
     if expected not in (None, found):
         raise TaskError(
-            f"{source} has the sha256 {found}, but params.yaml expects {expected}; if you trust the new bytes, "
-            "write that checksum into params.yaml, else find out what changed them"
+            f"{source} has the sha256 {found}, but params.yaml expects {expected}; if you trust the new "
+            "bytes, write that checksum into params.yaml, else find out what changed them"
         )
     return found
 
@@ -59,13 +60,10 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 def size(number: float) -> str:
     """Bytes in a person's unit: `size(98362432)` is `98.4 MB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            break
-        number /= 1000
-    else:
-        unit = "TB"
-    return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+    if number < 1000:
+        return f"{number:.0f} bytes"
+    steps = min(int(math.log10(number) // 3), 4)
+    return f"{number / 1000**steps:.1f} {('', 'kB', 'MB', 'GB', 'TB')[steps]}"
 
 
 @contextmanager

@@ -25,7 +25,7 @@ Kind = Literal["model", "dataset"]
 
 @dataclass(frozen=True)
 class _Remote:
-    """A file on the hub; `digest` is its sha256 (64 digits), or for small files git's own checksum (40 digits)."""
+    """A file on the hub; `digest` is its sha256 (64 digits), or for small files git's checksum (40)."""
 
     name: str
     url: str
@@ -34,7 +34,7 @@ class _Remote:
 
 
 def fetch_file(address: HubAddress, expected: str | None, kind: Kind, downloads: Path) -> Fetched:
-    """Get one file of a repository; TaskError if it cannot be had, or is not what the hub or `expected` says."""
+    """Get one file of a repository; TaskError if it cannot be had, or is not what was promised."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     assert address.file is not None
@@ -82,9 +82,9 @@ def fetch_model(address: HubAddress, check: Callable[[dict[str, Path]], Choice],
 
 
 def _download(remote: _Remote, folder: Path) -> Path:
-    """The file at `folder/<digest>`: as it is there, or with what is still missing of it fetched, and checked."""
+    """The file at `folder/<digest>`: as it is there, or with what is missing of it fetched, and checked."""
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     path = folder / remote.digest
     with one_at_a_time(path):
@@ -110,8 +110,8 @@ def _download(remote: _Remote, folder: Path) -> Path:
         if found != remote.digest:
             part.unlink()
             raise TaskError(
-                f"{remote.name} from {remote.url} has the checksum {found}, but the hub promised {remote.digest}; "
-                "it was deleted. Run again; if it stays so, something between the hub and here changes the bytes"
+                f"{remote.name} from {remote.url} has the checksum {found}, but the hub promised "
+                f"{remote.digest}; it was deleted. Run again; if it stays so, something on the way changes it"
             )
         part.replace(path)
     return path
@@ -154,20 +154,20 @@ def _explained(address: HubAddress, kind: Kind) -> Iterator[None]:
         yield
     except errors.GatedRepoError as error:
         raise TaskError(
-            f"{name} is gated, and {access}; ask for access on {page}, then set the environment variable HF_TOKEN "
-            "to a token of the account that has it"
+            f"{name} is gated, and {access}; ask for access on {page}, then set the environment variable "
+            "HF_TOKEN to a token of the account that has it"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise TaskError(
-            f"{address.repository} has no revision {address.revision!r}; see {page}/tree/main for its branches, "
-            "tags and commits"
+            f"{address.repository} has no revision {address.revision!r}; see {page}/tree/main for its "
+            "branches, tags and commits"
         ) from error
     except errors.EntryNotFoundError as error:
         raise TaskError(f"{name} not found in the repository; see {page}/tree/{address.revision}") from error
     except errors.RepositoryNotFoundError as error:
         raise TaskError(
-            f"no {kind} {address.repository} on {endpoint}, or it is private ({access}); check the spelling, or "
-            "set the environment variable HF_TOKEN to a token that may read it"
+            f"no {kind} {address.repository} on {endpoint}, or it is private ({access}); check the spelling, "
+            "or set the environment variable HF_TOKEN to a token that may read it"
         ) from error
     except errors.HfHubHTTPError as error:
         raise TaskError(

