@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ MANIFEST = "manifest.json"
 
 
 @contextmanager
-def whole_directory(destination: Path) -> Iterator[Path]:
+def whole_directory(destination: Path, seal: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yield an empty directory that becomes `destination` when the body ends without an error.
 
     What stood at `destination` before stays until that moment, and stays for good if the body fails.
-    A manifest with the sha256 of every file is written last, so its existence means that nothing is missing.
+    A manifest with the sha256 of every file is written last, so its existence means that nothing is missing;
+    `seal` writes it in another form.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".part", dir=destination.parent))
@@ -28,7 +29,7 @@ def whole_directory(destination: Path) -> Iterator[Path]:
         work = scratch / "new"
         work.mkdir()
         yield work
-        write_json(work / MANIFEST, {"sha256": checksums(work)})
+        (seal or write_manifest)(work)
         if destination.is_dir() and not destination.is_symlink():
             destination.rename(scratch / "old")
         elif destination.exists() or destination.is_symlink():
@@ -36,6 +37,11 @@ def whole_directory(destination: Path) -> Iterator[Path]:
         work.rename(destination)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_manifest(directory: Path) -> None:
+    """Write the sha256 of every file below `directory` to its manifest.json."""
+    write_json(directory / MANIFEST, {"sha256": checksums(directory)})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,7 +72,7 @@ def _umask() -> int:
 
 
 def checksums(directory: Path) -> dict[str, str]:
-    """sha256 of every file below `directory`, by its path relative to it, in sorted order; the manifest left out."""
+    """sha256 of every file below `directory`, by its path relative to it, sorted; the manifest left out."""
     files = sorted(p for p in directory.rglob("*") if p.is_file())
     return {name: sha256(p) for p in files if (name := p.relative_to(directory).as_posix()) != MANIFEST}
 

@@ -1,1 +1,155 @@
+"""Ship the smallest variant that passes: a directory that its runtime loads as it is, and has loaded.
 
+python -m tasks.package
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import TaskError
+from tasks.model_card import model_card
+from tasks.output import MANIFEST, checksums, link_or_copy, whole_directory, write_json, write_text
+from tasks.program import run_stage
+from tasks.provenance import dvc_identity, git_state, without_folders
+from tasks.settings import Settings
+from tasks.smoke import PROMPT, generates
+from tasks.sources.choice import small_files
+from tasks.summary import read_json
+
+SUMS = "SHA256SUMS"
+CARD, PROVENANCE = "README.md", "provenance.json"
+# what describes the folder that it stands in, and would be wrong in the bundle
+OF_THE_FOLDER = {MANIFEST, "source.json", CARD, PROVENANCE, SUMS}
+
+Try = Callable[[Path, str, str], str]
+
+
+@dataclass(frozen=True)
+class Package:
+    """What was packaged: the variant, the bundle's size in bytes, and what it wrote when it was tried."""
+
+    variant: str
+    size_bytes: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the stages before left what goes into the bundle: folders, and the files `data` and `lock`."""
+
+    report: Path = Path("report")
+    exports: Path = Path("exports")
+    source: Path = Path("models/source")
+    data: Path = Path("data/raw/sources.json")
+    lock: Path = Path("dvc.lock")
+
+
+def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try = generates) -> Package:
+    """Build the bundle of the report's winner at `destination`, whole or not at all.
+
+    Before it takes its place, `attempt` (bundle, target, dtype -> text) must load it and generate. Raises
+    TaskError if no variant passes, if the export's bytes are not those that were evaluated, or if it does not
+    generate; whatever stood at `destination` then stays.
+    """
+    summary = read_json(inputs.report / "summary.json", "report")
+    name = summary["winner"]
+    if name is None:
+        judged = {v: row for v, row in summary["variants"].items() if row["verdict"]}
+        verdicts = "; ".join(f"{v}: {row['verdict']}, {row['reason']}" for v, row in judged.items())
+        raise TaskError(
+            f"no variant passes its gate, so nothing is packaged ({verdicts}). Change a variant's settings, "
+            "add one, or evaluate more items"
+        )
+    export = inputs.exports / name
+    evaluated = read_json(export / MANIFEST, f"export@{name}")["sha256"]
+    with whole_directory(destination, seal=_write_sums) as bundle:
+        for file in sorted(evaluated.keys() - OF_THE_FOLDER):
+            if not (export / file).is_file():
+                raise TaskError(f"{export / file} is missing; make it again with: dvc repro -f export@{name}")
+            link_or_copy(export / file, bundle / file)
+        _same_bytes(name, evaluated, checksums(bundle))
+        _complete(bundle, inputs.source)
+        config = read_json(bundle / "config.json", f"export@{name}")
+        files = [p.name for p in bundle.iterdir()]
+        method = str(config.get("quantization_config", {}).get("quant_method", "none"))
+        write_text(bundle / CARD, model_card(summary, settings, files, method))
+        write_json(bundle / PROVENANCE, provenance(summary, settings, inputs))
+        text = attempt(bundle, settings.target, settings.evaluation.dtype)
+    return Package(name, sum(p.stat().st_size for p in destination.rglob("*") if p.is_file()), text)
+
+
+def provenance(summary: Mapping[str, Any], settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """The winner's sources, revisions, checksums, parameters, commit, DVC identity, versions, seeds, machine.
+
+    The same work gives the same bytes: no time, no duration and no folder of this machine is in it.
+    """
+    name = summary["winner"]
+    row = summary["variants"][name]
+    source = read_json(inputs.source / "source.json", "download")
+    facts = {
+        "model": source,
+        "data": read_json(inputs.data, "datasets"),
+        "variant": {
+            "name": name,
+            **{k: row[k] for k in ("method", "bits", "bits_per_weight", "identity", "device")},
+        },
+        "evaluation": {"contract": summary["contract"], "contract_hash": summary["contract_hash"]},
+        "parameters": settings.model_dump(mode="json"),
+        "seeds": {
+            "calibration": settings.calibration.seed,
+            "evaluation": settings.evaluation.seed,
+            "bootstrap": summary["gate"]["seed"],
+        },
+        "git": git_state(),
+        "dvc": dvc_identity(inputs.lock, list(settings.variants)),
+        "libraries": summary["versions"],
+        "machine": summary["machine"],
+    }
+    plain: dict[str, Any] = without_folders(facts)
+    return plain
+
+
+def _same_bytes(name: str, evaluated: Mapping[str, str], linked: Mapping[str, str]) -> None:
+    """What is shipped must be what was evaluated."""
+    other = [file for file, digest in linked.items() if evaluated[file] != digest]
+    if other:
+        raise TaskError(
+            f"{', '.join(other)} of exports/{name} changed since the export: these bytes were not evaluated; "
+            f"make them again with: dvc repro -f export@{name}"
+        )
+
+
+def _complete(bundle: Path, source: Path) -> None:
+    """Add what describes the model and the export does not carry: tokenizer, templates, licence."""
+    # the configuration and the weights' index belong to the weights: the export has its own
+    foreign = {*OF_THE_FOLDER, "config.json", "model.safetensors.index.json"}
+    for file in small_files(p.name for p in source.iterdir()):
+        if file not in foreign and not (bundle / file).exists():
+            link_or_copy(source / file, bundle / file)
+
+
+def _write_sums(bundle: Path) -> None:
+    """SHA256SUMS in the form of `sha256sum -c`; last, so that its existence means that nothing is missing."""
+    write_text(bundle / SUMS, "".join(f"{digest}  {file}\n" for file, digest in checksums(bundle).items()))
+
+
+def main() -> None:
+    """Run the stage in the current folder."""
+
+    def work(settings: Settings) -> None:
+        destination = Path("dist") / settings.package.name
+        done = package(settings, Inputs(), destination)
+        print(
+            f"{destination}: {done.variant}, {done.size_bytes:,} bytes; loaded in a fresh process, it wrote:"
+        )
+        print(f"{PROMPT}{done.text}")
+
+    run_stage(work)
+
+
+if __name__ == "__main__":
+    main()

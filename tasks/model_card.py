@@ -1,0 +1,107 @@
+"""The model card of a bundle: every result in it is read from the report's summary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jinja2
+import yaml
+
+from tasks.provenance import without_folders
+from tasks.report_page import TEMPLATES
+from tasks.report_table import words
+from tasks.settings import Settings
+from tasks.sources.choice import is_licence
+from tasks.wording import change, figure, interval, megabytes, percent, short_percent, times
+
+# what the hub calls a licence; every other one is "other", with its name beside it
+HUB_LICENCES = (
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0"),
+    *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail", "bigscience-openrail-m"),
+    *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma"),
+)
+
+
+def model_card(
+    summary: Mapping[str, Any], settings: Settings, files: Iterable[str], quant_method: str
+) -> str:
+    """README.md of the bundle with the winner of `summary`: YAML front matter for the hub, then Markdown.
+
+    `files` are the bundle's other files, `quant_method` is the format's name in their config.json.
+    """
+    files = sorted(files)
+    summary = without_folders(dict(summary))
+    name = summary["winner"]
+    row = summary["variants"][name]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=False,  # noqa: S701  Markdown, not HTML
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "change": change,
+        "figure": figure,
+        "megabytes": megabytes,
+        "percent": percent,
+        "short_percent": short_percent,
+        "times": times,
+        "words": words,
+    }
+    body = environment.get_template("model_card.md.j2").render(
+        title=settings.package.name,
+        summary=summary,
+        name=name,
+        row=row,
+        base=summary["variants"][summary["baseline"]],
+        base_model=base_model(summary["model"]["source"]),
+        settings=without_folders(settings.model_dump(mode="json")),
+        variant={
+            k: v for k, v in settings.variant(name).model_dump(mode="json").items() if v not in (None, [])
+        },
+        licence_files=[f for f in files if is_licence(f)],
+        quant_method=quant_method,
+        chat_template="chat_template.jinja" in files,
+        interval=interval,
+    )
+    front = yaml.safe_dump(
+        _front_matter(summary, settings, quant_method), sort_keys=False, allow_unicode=True
+    )
+    return f"---\n{front}---\n\n{body}"
+
+
+def base_model(source: str) -> str:
+    """The name of a source's model: hf:org/name@main -> org/name; wheel:.../Model.Q4_1.gguf -> Model.Q4_1."""
+    kind, _, rest = source.partition(":")
+    if kind == "hf":
+        return rest.partition("@")[0]
+    return re.sub(r"\.gguf$", "", rest.rstrip("/").rpartition("/")[2])
+
+
+def _front_matter(summary: Mapping[str, Any], settings: Settings, quant_method: str) -> dict[str, Any]:
+    """The metadata block that the hub reads."""
+    model, name = summary["model"], summary["winner"]
+    row = summary["variants"][name]
+    licence = model["licence"]
+    identifier = (licence or "").lower()
+    front: dict[str, Any] = {"license": identifier if identifier in HUB_LICENCES else "other"}
+    if front["license"] == "other":
+        front["license_name"] = licence or "unknown"
+    front |= {
+        "base_model": base_model(model["source"]),
+        "base_model_relation": "quantized",
+        "library_name": settings.target,
+        "pipeline_tag": "text-generation",
+        "tags": ["quantized", row["method"], f"{row['bits']}-bit", quant_method, "modelpress"],
+        "quantization": {
+            **settings.variant(name).model_dump(mode="json", exclude={"samples", "skip_layers"}),
+            "bits": row["bits"],
+            "bits_per_weight": round(row["bits_per_weight"], 3),
+            "format": quant_method,
+        },
+    }
+    return front

@@ -1,0 +1,82 @@
+"""Does a bundle load in its runtime and write something that is not nonsense? One fresh process, one prompt.
+
+python -m tasks.smoke dist/name transformers float32
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tasks.errors import TaskError
+
+PROMPT = "The capital of France is"
+NEW_TOKENS = 24
+REPEATS = 4  # a short piece of text this often, and nothing else, is a broken model
+PIECE = 16  # characters of such a piece
+TIMEOUT = 1800.0
+
+
+def generates(bundle: Path, target: str, dtype: str) -> str:
+    """What the bundle writes after a fixed prompt, greedily, loaded offline in a process of its own.
+
+    Raises TaskError if it does not load, writes nothing, or only repeats itself.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tasks.smoke", str(bundle.resolve()), target, dtype]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            timeout=TIMEOUT,
+            cwd=Path(__file__).parents[1],
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TaskError(
+            f"the bundle wrote nothing within {TIMEOUT:.0f} s in {target}; nothing is packaged"
+        ) from error
+    if done.returncode != 0:
+        last = "\n".join(done.stderr.strip().splitlines()[-12:])
+        raise TaskError(f"the bundle does not load in {target}; nothing is packaged. Its last words:\n{last}")
+    text: str = json.loads(done.stdout.strip().splitlines()[-1])["text"]
+    problem = nonsense(text)
+    if problem:
+        raise TaskError(
+            f"the bundle loads in {target}, but after {PROMPT!r} it {problem}: {text!r}. "
+            "Nothing is packaged; look at the variant's perplexity and per-layer errors"
+        )
+    return text
+
+
+def nonsense(text: str) -> str | None:
+    """What is wrong with a continuation: nothing there, or one short piece over and over; None if neither."""
+    plain = text.strip()
+    if not plain:
+        return "writes nothing"
+    for length in range(1, min(PIECE, (len(plain) + 1) // REPEATS) + 1):
+        # shifted by its own period, a text that only repeats itself does not change
+        if plain[length:] == plain[:-length]:
+            return "only repeats itself"
+    return None
+
+
+def main() -> None:
+    """Load the bundle, generate, and print the text as one line of JSON."""
+    if len(sys.argv) != 4:
+        sys.exit("usage: python -m tasks.smoke DIRECTORY TARGET DTYPE")
+    # heavy, and needed in the new process only
+    from tasks.runtimes import load_runtime
+
+    directory, target, dtype = sys.argv[1:]
+    text = load_runtime(target, Path(directory), dtype).generate(PROMPT, NEW_TOKENS)
+    print(json.dumps({"text": text.removeprefix(PROMPT)}))
+
+
+if __name__ == "__main__":
+    main()

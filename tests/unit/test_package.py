@@ -1,0 +1,312 @@
+"""The bundle: its bytes, its card, its provenance, and that nothing half-done or untried is left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from measured import GATE, made_up
+
+from tasks import smoke
+from tasks.errors import TaskError
+from tasks.model_card import base_model
+from tasks.output import checksums, sha256, whole_directory, write_json
+from tasks.package import Inputs, Package, package
+from tasks.provenance import dvc_identity, git_state, machine, versions, without_folders
+from tasks.report import report
+from tasks.settings import Settings, check_settings
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {"lost": 0, "size": 269_000_000},
+    "int8": {"method": "int8", "bits": 8, "lost": 0.002, "size": 163_000_000, "worse": 0.006, "speed": 1.1},
+    "gptq-int4": {"bits": 4, "lost": 0.015, "size": 112_000_000, "worse": 0.2, "speed": None},
+}
+FAILING = {"base": VARIANTS["base"], "int8": VARIANTS["int8"] | {"lost": 0.3}}
+
+
+@dataclass
+class Workplace:
+    """Everything that `package` needs, made up, in one folder."""
+
+    root: Path
+    settings: Settings
+    inputs: Inputs
+    destination: Path
+
+    def package(self, wrote: str = " Paris, of course.") -> Package:
+        return package(self.settings, self.inputs, self.destination, lambda *_: wrote)
+
+    def leftovers(self) -> list[str]:
+        return [p.name for p in self.destination.parent.iterdir()] if self.destination.parent.exists() else []
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Callable[..., Workplace]:
+    def make(variants: dict[str, dict[str, Any]] = VARIANTS, name: str = "work", **model: Any) -> Workplace:
+        root = made_up(tmp_path / name, variants)
+        source = root / "models/source"
+        source.mkdir(parents=True)
+        write_json(source / "source.json", json.loads((root / "source.json").read_text()) | model)
+        (source / "LICENSE").write_text("Apache License")
+        (source / "generation_config.json").write_text('{"of": "the source"}')
+        (source / "config.json").write_text('{"of": "the source"}')
+        (source / "model.safetensors").write_bytes(b"the source's weights")
+        for variant in variants:
+            with whole_directory(root / "exports" / variant) as folder:
+                write_json(
+                    folder / "config.json", {"quantization_config": {"quant_method": "compressed-tensors"}}
+                )
+                (folder / "model.safetensors").write_bytes(variant.encode() * 100)
+                (folder / "tokenizer.json").write_text("{}")
+                (folder / "chat_template.jinja").write_text("{{ messages }}")
+                (folder / "README.md").write_text("of the exporter")
+        write_json(
+            root / "sources.json", {"piqa": {"source": "path:/home/someone/data.jsonl", "sha256": "0" * 64}}
+        )
+        params = yaml.safe_load(Path("params.yaml").read_text())
+        params["variants"] = {v: params["variants"][v] for v in variants}
+        settings = check_settings(params).model_copy(update={"gate": GATE})
+        report(settings, root / "metrics", root / "results", source / "source.json", root / "report")
+        inputs = Inputs(root / "report", root / "exports", source, root / "sources.json", root / "dvc.lock")
+        return Workplace(root, settings, inputs, root / "dist" / "bundle")
+
+    return make
+
+
+class TestBundle:
+    def test_it_holds_the_evaluated_bytes_and_what_belongs_to_them(
+        self, workplace: Callable[..., Workplace]
+    ) -> None:
+        work = workplace()
+        done = work.package()
+        assert done.variant == "gptq-int4"
+        assert {p.name for p in work.destination.iterdir()} == {
+            *(
+                "config.json",
+                "model.safetensors",
+                "tokenizer.json",
+                "chat_template.jinja",
+                "generation_config.json",
+            ),
+            *("LICENSE", "README.md", "provenance.json", "SHA256SUMS"),
+        }
+        assert (work.destination / "model.safetensors").read_bytes() == b"gptq-int4" * 100
+        assert "quantization_config" in (work.destination / "config.json").read_text()
+        assert (work.destination / "README.md").read_text() != "of the exporter"
+        # written beside the export's file, not through a hard link to it
+        assert (work.root / "exports/gptq-int4/README.md").read_text() == "of the exporter"
+
+    def test_sums_cover_every_other_file(self, workplace: Callable[..., Workplace]) -> None:
+        work = workplace()
+        work.package()
+        lines = (work.destination / "SHA256SUMS").read_text().splitlines()
+        assert {line.split("  ")[1] for line in lines} == {p.name for p in work.destination.iterdir()} - {
+            "SHA256SUMS"
+        }
+        command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+        assert subprocess.run(command, cwd=work.destination, capture_output=True).returncode == 0
+        (work.destination / "tokenizer.json").write_text("[]")
+        assert subprocess.run(command, cwd=work.destination, capture_output=True).returncode == 1
+
+    def test_the_same_work_gives_the_same_bytes_anywhere(self, workplace: Callable[..., Workplace]) -> None:
+        one, two = workplace(name="one"), workplace(name="two")
+        # another run of the same work takes another time
+        for path in two.root.glob("metrics/*/*.json"):
+            value = json.loads(path.read_text())
+            slower = {
+                k: 1.7 * v
+                for k, v in value.items()
+                if v and k.split("_")[-1] in ("seconds", "second", "bytes")
+            }
+            write_json(path, value | {k: v for k, v in slower.items() if k != "size_bytes"})
+        report(
+            two.settings,
+            two.root / "metrics",
+            two.root / "results",
+            two.inputs.source / "source.json",
+            two.inputs.report,
+        )
+        assert (one.inputs.report / "summary.json").read_bytes() != (
+            two.inputs.report / "summary.json"
+        ).read_bytes()
+        one.package()
+        two.package()
+        assert checksums(one.destination) == checksums(two.destination)
+
+    def test_no_folder_of_the_machine_is_in_it(self, workplace: Callable[..., Workplace]) -> None:
+        work = workplace(source="path:/home/someone/models/tiny")
+        work.package()
+        for name in ("README.md", "provenance.json"):
+            text = (work.destination / name).read_text()
+            assert "someone" not in text
+            assert str(work.root) not in text
+            assert "path:tiny" in text
+
+    def test_without_a_winner_nothing_is_written(self, workplace: Callable[..., Workplace]) -> None:
+        work = workplace(FAILING)
+        with pytest.raises(
+            TaskError, match=r"no variant passes its gate.*int8: fail, the whole interval, .* of 98%"
+        ):
+            work.package()
+        assert work.leftovers() == []
+
+    def test_changed_weights_are_not_shipped(self, workplace: Callable[..., Workplace]) -> None:
+        work = workplace()
+        (work.root / "exports/gptq-int4/model.safetensors").write_bytes(b"other")
+        with pytest.raises(
+            TaskError, match=r"model\.safetensors of exports/gptq-int4 changed since the export"
+        ):
+            work.package()
+        assert work.leftovers() == []
+
+    def test_a_missing_file_is_named(self, workplace: Callable[..., Workplace]) -> None:
+        work = workplace()
+        (work.root / "exports/gptq-int4/tokenizer.json").unlink()
+        with pytest.raises(TaskError, match=r"tokenizer\.json is missing; .* export@gptq-int4"):
+            work.package()
+
+    def test_a_bundle_that_fails_its_trial_does_not_replace_the_last_one(
+        self, workplace: Callable[..., Workplace]
+    ) -> None:
+        work = workplace()
+        work.package()
+        before = sha256(work.destination / "SHA256SUMS")
+        tried: list[bool] = []
+
+        def fails(bundle: Path, target: str, dtype: str) -> str:
+            tried.append((bundle / "README.md").exists() and (target, dtype) == ("transformers", "float32"))
+            raise TaskError("does not load")
+
+        with pytest.raises(TaskError, match="does not load"):
+            package(work.settings, work.inputs, work.destination, fails)
+        assert tried == [True]
+        assert sha256(work.destination / "SHA256SUMS") == before
+        assert work.leftovers() == ["bundle"]
+
+
+class TestCard:
+    @pytest.fixture
+    def work(self, workplace: Callable[..., Workplace]) -> Workplace:
+        work = workplace()
+        work.package()
+        return work
+
+    def test_the_hub_can_read_its_metadata(self, work: Workplace) -> None:
+        card = ModelCard.load(work.destination / "README.md")
+        assert card.data.license == "apache-2.0"
+        assert card.data.base_model == "SmolLM2-135M-Instruct.Q4_1"
+        assert card.data.tags == ["quantized", "gptq", "4-bit", "compressed-tensors", "modelpress"]
+        assert card.data.to_dict()["quantization"]["group_size"] == 64
+
+    def test_its_numbers_are_those_of_the_summary(self, work: Workplace) -> None:
+        text = (work.destination / "README.md").read_text()
+        row = json.loads((work.inputs.report / "summary.json").read_text())["variants"]["gptq-int4"]
+        kept = row["retention"]
+        for value in (kept["mean"], kept["low"], kept["high"], *(t["score"] for t in kept["tasks"].values())):
+            assert f"{100 * value:.1f}" in text
+        assert f"{row['texts']['news']['perplexity']:.2f} | +20.0%" in text
+        assert "112 MB instead of 269 MB (2.40x smaller)" in text
+        assert "limit: 400" in text
+        assert "dequantized" in text
+        assert "Apache-2.0 (see LICENSE)" in text
+
+    def test_its_code_is_python(self, work: Workplace) -> None:
+        code = (work.destination / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        compile(code, "README.md", "exec")
+        assert "apply_chat_template" in code
+
+    @pytest.mark.parametrize(
+        ("source", "name"),
+        [
+            ("hf:org/model@main", "org/model"),
+            ("wheel:p==1/f/Some-Model.Q4_1.gguf", "Some-Model.Q4_1"),
+            ("path:/a/tiny-llama/", "tiny-llama"),
+        ],
+    )
+    def test_the_base_models_name(self, source: str, name: str) -> None:
+        assert base_model(source) == name
+
+    def test_a_licence_that_the_hub_does_not_know_is_other(self, workplace: Callable[..., Workplace]) -> None:
+        work = workplace(name="other", licence="Our-Own-1.0")
+        work.package()
+        card = ModelCard.load(work.destination / "README.md")
+        assert (card.data.license, card.data.license_name) == ("other", "Our-Own-1.0")
+
+
+class TestProvenance:
+    def test_it_holds_all_parameters_sources_and_seeds(self, workplace: Callable[..., Workplace]) -> None:
+        work = workplace()
+        work.package()
+        found = json.loads((work.destination / "provenance.json").read_text())
+        assert found["parameters"] == without_folders(work.settings.model_dump(mode="json"))
+        assert found["variant"]["identity"] == "ab" * 32
+        assert found["data"]["piqa"]["source"] == "path:data.jsonl"
+        assert set(found["seeds"]) == {"calibration", "evaluation", "bootstrap"}
+        assert found["machine"]["python"] == machine()["python"]
+        assert found["libraries"]["torch"] == versions()["torch"]
+
+    def test_dvc_identity_leaves_out_what_differs_between_runs(self, tmp_path: Path) -> None:
+        def out(path: str, md5: str) -> dict[str, Any]:
+            return {"outs": [{"path": path, "hash": "md5", "md5": md5}]}
+
+        lock = tmp_path / "dvc.lock"
+        stages = {
+            "quantize@int8": out("models/int8", "2.dir"),
+            "quantize@gone": out("models/gone", "3.dir"),
+            "download": out("models/source", "1.dir"),
+            "benchmark@int8": out("metrics/benchmark/int8.json", "4"),
+            "report": out("report", "5.dir"),
+            "package": out("dist/x", "6.dir"),
+        }
+        lock.write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+        assert dvc_identity(lock, ["base", "int8"]) == {"models/int8": "2.dir", "models/source": "1.dir"}
+        assert dvc_identity(tmp_path / "none", ["int8"]) == {}
+        lock.write_text("")
+        assert dvc_identity(lock, ["int8"]) == {}
+
+    @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+    def test_git_state_counts_code_and_not_the_pipelines_own_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        # a folder of its own: not the repository that pytest may run in
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+        assert git_state() == {"commit": None, "dirty": None}
+        author = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+        (tmp_path / "params.yaml").write_text("a: 1\n")
+        for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "first"]):
+            subprocess.run(["git", *command], check=True)
+        (tmp_path / "dvc.lock").write_text("stages: {}\n")
+        state = git_state()
+        assert len(state["commit"]) == 40
+        assert state["dirty"] is False
+        (tmp_path / "params.yaml").write_text("a: 2\n")
+        assert git_state()["dirty"] is True
+
+
+class TestTrial:
+    @pytest.mark.parametrize(
+        "text", [" Paris. It is the largest city.", "no", "a b c a b c d a b c a b c d", "1"]
+    )
+    def test_a_sound_text(self, text: str) -> None:
+        assert smoke.nonsense(text) is None
+
+    @pytest.mark.parametrize(
+        "text", ["", "  \n", "the the the the", "aaaaaaa", "!!!!", "ab\nab\nab\nab\nab\na"]
+    )
+    def test_nonsense(self, text: str) -> None:
+        assert smoke.nonsense(text) is not None
+
+    def test_a_bundle_that_does_not_load_is_told_with_its_last_words(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            TaskError, match=r"does not load in transformers; nothing is packaged\. (.|\n)*Error"
+        ):
+            smoke.generates(tmp_path, "transformers", "float32")
