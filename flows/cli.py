@@ -71,12 +71,15 @@ def run(overrides: Set = None, jobs: Jobs = 2, timeout: Timeout = None) -> None:
     """
     root = find_root()
     quiet(root)
-    from flows.overrides import override
+    from flows.dvc_state import check_dvc
+    from flows.overrides import override, read_settings
 
     for change in override(root / "params.yaml", overrides or []):
         print(f"params.yaml: {change}", file=sys.stderr)
+    read_settings(root / "params.yaml")
+    check_dvc(root)
     with server(root) as prefect_server:
-        from flows.optimize import optimize
+        from flows.optimize import PipelineError, optimize
         from flows.terminal import readable_logs
 
         readable_logs()
@@ -84,7 +87,12 @@ def run(overrides: Set = None, jobs: Jobs = 2, timeout: Timeout = None) -> None:
             import mlflow  # noqa: F401 - takes seconds, and the flow needs it: better while the server starts
 
             prefect_server.wait()
-        optimize(str(root), jobs=jobs, timeout_minutes=timeout)
+        try:
+            optimize(str(root), jobs=jobs, timeout_minutes=timeout)
+        except PipelineError as error:
+            if "report" in error.results:  # no variant passed, perhaps: the table says why
+                _show_report(root)
+            raise
     _show_report(root)
 
 
@@ -114,6 +122,24 @@ def report() -> None:
     _show_report(find_root())
 
 
+@app.command()
+def doctor() -> None:
+    """Check versions, device, room, network, settings and DVC; say what to do where something is amiss."""
+    root = find_root()
+    quiet(root)
+    from flows.doctor import examine
+
+    styles = {"ok": "green", "note": "yellow", "bad": "red"}
+    console, bad = Console(highlight=False, soft_wrap=True), 0
+    for finding in examine(root):
+        bad += finding.level == "bad"
+        remedy = f" -> {finding.remedy}" if finding.remedy else ""
+        console.print(f"{finding.level:<5}", style=styles[finding.level], end="")
+        console.print(f"{finding.subject:<14} {finding.found}{remedy}", markup=False)
+    if bad:
+        raise FlowError(f"{bad} thing{'s' if bad > 1 else ''} to mend before a run can work")
+
+
 def main() -> None:
     """The entry point: what a person can put right is one line on stderr and exit status 1."""
     with _one_line_errors():
@@ -133,7 +159,14 @@ def _show_report(root: Path) -> None:
     table = root / "report/table.txt"
     if not table.is_file():
         raise FlowError("there is no report yet; `modelpress run` makes one")
-    print(table.read_text(encoding="utf-8").rstrip())
+    print(table.read_text(encoding="utf-8").rstrip() + "\n")
+    from flows.overrides import read_settings
+    from flows.record import tracking_uri
+
+    package = root / "dist" / read_settings(root / "params.yaml").package.name
+    for what, place in (("report", root / "report/index.html"), ("package", package)):
+        print(f"{what:<8} {place if place.exists() else '(none)'}")
+    print(f"{'MLflow':<8} {tracking_uri(root)}")
 
 
 def _bytes(size: float) -> str:

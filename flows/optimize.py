@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from pydantic import Field
 
+from flows.dvc_state import check_dvc
 from flows.errors import FlowError
 from flows.kept import recover
 from flows.overrides import read_settings
@@ -31,6 +33,14 @@ from flows.schedule import doomed, startable
 from flows.stage import stage_task
 
 LOCK = Path(".modelpress/run.lock")
+
+
+class PipelineError(FlowError):
+    """At least one stage failed; `results` says what became of the others."""
+
+    def __init__(self, message: str, results: dict[str, str]) -> None:
+        super().__init__(message)
+        self.results = results
 
 
 # Prefect's default runner is right: stages are subprocesses, so threads do; `jobs`, not the pool, limits them
@@ -48,6 +58,7 @@ def optimize(
     folder = Path(root or ".").resolve()
     read_settings(folder / "params.yaml")
     with exclusive(folder):
+        check_dvc(folder)
         for path in recover(folder):
             log.info("%s is back: a run that was killed had taken it away", path)
         plan = read_plan(folder)
@@ -56,8 +67,11 @@ def optimize(
         with recorded(folder, plan, log, flow_run_identity()) as record:
             results, failures = _run_stages(folder, plan, jobs, timeout)
             if failures:
-                raise FlowError(_failed(failures, plan))
+                if "report" in results:  # no variant passed, perhaps: a result all the same
+                    record.results(results)
+                raise PipelineError(_failed(failures, plan), results)
             record.complete(results)
+        _show(folder)
         log.info("%s", ", ".join(f"{n} {what}" for what, n in sorted(Counter(results.values()).items())))
     return results
 
@@ -115,6 +129,14 @@ def _run_stages(
     ):  # an interrupt: without this, Prefect would wait for the stages to end by themselves
         stop_all()
         raise
+
+
+def _show(root: Path) -> None:
+    """The result table as an artifact of the flow run."""
+    table = root / "report/table.txt"
+    if table.is_file():
+        text = table.read_text(encoding="utf-8")
+        create_markdown_artifact(key="result", markdown=f"```\n{text}\n```", description="the result table")
 
 
 def _failed(failures: dict[str, BaseException], plan: Plan) -> str:

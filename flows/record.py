@@ -56,6 +56,11 @@ class Record:
         if self._run:
             self._safely(lambda: self._complete(results))
 
+    def results(self, results: Mapping[str, str]) -> None:
+        """Record what came out of a run that failed after its report, unless nothing was executed."""
+        if self._run and "executed" in results.values():
+            self._safely(lambda: self._results(results))
+
     def end(self, status: str, error: str) -> None:
         """Close the parent run as FAILED or KILLED, with the reason."""
         if self._run:
@@ -78,11 +83,18 @@ class Record:
         self._run = self._client.create_run(self._experiment, tags=tags, run_name=name).info.run_id
 
     def _complete(self, results: Mapping[str, str]) -> None:
-        client, run = self._store, self._parent
         if "executed" not in results.values() and self._same():
-            client.delete_run(run)
+            self._store.delete_run(self._parent)
             self._run = None
             return
+        self._results(results)
+        # last, so that a run with this tag holds everything
+        self._store.set_tag(self._parent, LOCK_TAG, facts.lock_hash(self._root, self._plan))
+        self._store.set_terminated(self._parent, "FINISHED")
+        self._log.info("MLflow: recorded in run %s", self._parent)
+
+    def _results(self, results: Mapping[str, str]) -> None:
+        run = self._parent
         settings = facts.params(self._root)
         settings.pop("variants", None)
         summary = facts.read_json(self._root / "report/summary.json")
@@ -91,13 +103,9 @@ class Record:
         self._write(run, facts.flatten(settings), {"stages": float(len(results)), "executed": executed}, tags)
         for path in (*ARTIFACTS, "params.yaml", "dvc.lock"):
             if (self._root / path).is_file():
-                client.log_artifact(run, str(self._root / path))
+                self._store.log_artifact(run, str(self._root / path))
         for variant in facts.variant_facts(self._root):
             self._child(variant)
-        # last, so that a run with this tag holds everything
-        client.set_tag(run, LOCK_TAG, facts.lock_hash(self._root, self._plan))
-        client.set_terminated(run, "FINISHED")
-        self._log.info("MLflow: recorded in run %s", run)
 
     def _child(self, variant: facts.VariantFacts) -> None:
         tags = {"mlflow.parentRunId": self._parent, "mlflow.source.name": "modelpress"}

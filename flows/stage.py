@@ -23,7 +23,8 @@ LOGS = Path(".modelpress/logs")
 
 # what DVC says to a person at a terminal, who is not reading here
 _CHATTER = re.compile(
-    r"^(To track the changes|\tgit add|To enable auto staging|\tdvc config|Use `dvc push`|Data and pipelines are|> )"
+    r"^(To track the changes|\tgit add|To enable auto staging|\tdvc config|Use `dvc push`"
+    r"|Data and pipelines are up to date|> )"
 )
 _BUSY = re.compile(r"is busy, it is being blocked|[Uu]nable to acquire lock")
 

@@ -23,7 +23,7 @@ def _worth_reading(record: logging.LogRecord) -> bool:
     """Our own lines, and warnings of others; how a run failed is said once, by the command line."""
     if Path(record.pathname).parent == _OURS:
         return record.levelno >= logging.INFO
-    engine = record.name.startswith(("prefect.flow_runs", "prefect.task_runs"))
+    engine = record.name.startswith(("prefect.flow_runs", "prefect.task_runs", "prefect._internal"))
     return record.levelno >= logging.WARNING and not engine
 
 
