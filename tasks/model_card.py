@@ -6,15 +6,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jinja2
 import yaml
 
 from tasks.provenance import without_folders
-from tasks.report_page import TEMPLATES
-from tasks.report_table import words
+from tasks.render import render
 from tasks.settings import Settings
 from tasks.sources.choice import is_licence
-from tasks.wording import change, figure, interval, megabytes, percent, short_percent, times
 
 # what the hub calls a licence; every other one is "other", with its name beside it
 HUB_LICENCES = (
@@ -35,24 +32,9 @@ def model_card(
     summary = without_folders(dict(summary))
     name = summary["winner"]
     row = summary["variants"][name]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=False,  # noqa: S701  Markdown, not HTML
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "change": change,
-        "figure": figure,
-        "megabytes": megabytes,
-        "percent": percent,
-        "short_percent": short_percent,
-        "times": times,
-        "words": words,
-    }
-    body = environment.get_template("model_card.md.j2").render(
+    body = render(
+        "model_card.md.j2",
+        escape=False,
         title=settings.package.name,
         summary=summary,
         name=name,
@@ -66,7 +48,6 @@ def model_card(
         licence_files=[f for f in files if is_licence(f)],
         quant_method=quant_method,
         chat_template="chat_template.jinja" in files,
-        interval=interval,
     )
     front = yaml.safe_dump(
         _front_matter(summary, settings, quant_method), sort_keys=False, allow_unicode=True

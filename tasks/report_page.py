@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import jinja2
+from tasks.render import render
+from tasks.report_table import method_line, winner_line
+from tasks.wording import words
 
-from tasks.report_table import contract_line, method_line, speed, winner_line, words
-from tasks.wording import change, figure, interval, megabytes, percent, short_percent, times
-
-TEMPLATES = Path(__file__).parent / "templates"
 WORST = 8  # layers of each variant that are drawn; all of them are in the folded table
 
 
@@ -28,35 +25,18 @@ def page(
     `layers` has each variant's relative error by layer; `calibration` is the calibration's quality report;
     `light` and `dark` are the plot as PNG.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "change": change,
-        "figure": figure,
-        "megabytes": megabytes,
-        "percent": percent,
-        "short_percent": short_percent,
-        "times": times,
-        "words": words,
-    }
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
+        escape=True,
         summary=summary,
         rows=summary["variants"],
         baseline=summary["variants"][summary["baseline"]],
         judged={v: row for v, row in summary["variants"].items() if row["verdict"]},
         layers={v: _worst(errors) for v, errors in layers.items() if errors},
         calibration=flat(calibration),
-        contract=summary["contract"],
+        contract=flat(summary["contract"]),
         winner=winner_line(summary),
-        contract_line=contract_line(summary),
         method=method_line(summary),
-        speed=speed,
-        interval=interval,
         light=base64.b64encode(light).decode("ascii"),
         dark=base64.b64encode(dark).decode("ascii"),
     )

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tasks.wording import change, figure, interval, megabytes, percent, short_percent, times
+from tasks.wording import change, figure, interval, megabytes, percent, short_percent, times, words
 
 WIDTH = 120
 COLUMNS_FOR_TEXTS = 2  # more texts than this share one column
@@ -60,19 +60,6 @@ def contract_line(summary: Mapping[str, Any]) -> str:
     return f"Contract {summary['contract_hash'][:12]}: {fields}."
 
 
-def words(value: Any) -> str:
-    """A value of the contract without the punctuation of JSON where it needs none."""
-    if value in (None, [], {}, ""):
-        return "none"
-    if isinstance(value, list):
-        return ", ".join(words(v) for v in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {words(v)}" for k, v in value.items())
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return str(value)
-
-
 def speed(row: Mapping[str, Any]) -> str:
     """Decode speed against the baseline's, or that this runtime has no fast kernel for the format."""
     if not row["speed"]["fast_kernel"]:
@@ -114,7 +101,7 @@ def _table(summary: Mapping[str, Any]) -> Table:
             megabytes(row["size_bytes"]),
             times(row["ratio"]),
             speed(row),
-            f"{100 * kept['mean']:5.1f}  ({interval(kept['low'], kept['high'])})" if kept else "100.0",
+            f"{100 * kept['mean']:5.1f}  ({interval(kept)})" if kept else "100.0",
             *perplexities,
             "" if base else figure(row["kl"], 3),
             "" if base else percent(row["top1"]),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def percent(value: float, digits: int = 1) -> str:
     """0.9731 -> '97.3%'."""
@@ -26,9 +29,9 @@ def change(value: float | None) -> str:
     return "" if value is None else f"{100 * value:+.1f}%"
 
 
-def interval(low: float, high: float) -> str:
-    """0.959, 0.988 -> '95.9 to 98.8'; in percent, for use beside the estimate."""
-    return f"{100 * low:.1f} to {100 * high:.1f}"
+def interval(ends: Mapping[str, Any]) -> str:
+    """{low: 0.959, high: 0.988} -> '95.9 to 98.8'; in percent, for use beside the estimate."""
+    return f"{100 * ends['low']:.1f} to {100 * ends['high']:.1f}"
 
 
 def megabytes(size: float) -> str:
@@ -47,3 +50,16 @@ def times(value: float | None) -> str:
 def figure(value: float | None, digits: int = 2) -> str:
     """A plain number with thousands separated; nothing for None."""
     return "" if value is None else f"{value:,.{digits}f}"
+
+
+def words(value: Any) -> str:
+    """A JSON value without the punctuation of JSON where it needs none."""
+    if value in (None, [], {}, ""):
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(words(v) for v in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {words(v)}" for k, v in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
