@@ -12,9 +12,7 @@ FORMS = (
 )
 
 _HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[^/\s]+)(?:/(?P<file>\S.*))?")
-_WHEEL = re.compile(
-    r"(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\w.!+-]*)/(?P<member>.+)", re.ASCII
-)
+_WHEEL = re.compile(r"(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\w.!+-]*)/(?P<member>.+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,7 @@ def parse(source: str) -> Address:
         if match := _HUB.fullmatch(rest):
             return HubAddress(**match.groupdict())
         if re.fullmatch(r"[\w.-]+/[\w.-]+(/.*)?", rest):
-            raise ValueError(
-                f"{source!r} names no revision; add @ and a commit, tag or branch, such as @main"
-            )
+            raise ValueError(f"{source!r} names no revision; add @ and a commit, tag or branch, such as @main")
         raise ValueError(f"{source!r} is not hf:organisation/name@revision")
     if colon and scheme == "path":
         if rest.strip():
@@ -79,9 +75,7 @@ def check_data_source(source: str) -> str:
     """`source`, unless no data file can come from it: then ValueError."""
     match parse(source):
         case HubAddress(file=None):
-            raise ValueError(
-                f"{source!r} names no file; add its path in the data set, such as /data/test.jsonl"
-            )
+            raise ValueError(f"{source!r} names no file; add its path in the data set, such as /data/test.jsonl")
     return source
 
 

@@ -30,9 +30,7 @@ def is_licence(name: str) -> bool:
 def small_files(names: Iterable[str]) -> list[str]:
     """The files that describe a model: configuration, tokenizer, templates, licences. Top level only."""
     return sorted(
-        n
-        for n in names
-        if "/" not in n and (n.lower().endswith(_SMALL) or is_licence(n)) and not n.startswith(".")
+        n for n in names if "/" not in n and (n.lower().endswith(_SMALL) or is_licence(n)) and not n.startswith(".")
     )
 
 
@@ -90,9 +88,7 @@ def check_config(config: Any, where: str, repository: str | None, remote_code: s
     what = f"{where} is a {kind} model ({', '.join(names) or 'no architecture named'})"
     code = config.get("auto_map", {}).get("AutoModelForCausalLM")
     if kind in KNOWN or code is None:
-        raise TaskError(
-            f"{what}, which transformers knows no decoder language model for; choose one such as llama"
-        )
+        raise TaskError(f"{what}, which transformers knows no decoder language model for; choose one such as llama")
     if repository is not None and remote_code == repository and "--" not in code:
         return Choice(code=True)
     needed = code.partition("--")[0] if "--" in code else repository
@@ -111,8 +107,4 @@ def _classes(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _few(names: list[str]) -> str:
-    return (
-        ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        if names
-        else "nothing"
-    )
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"

@@ -42,9 +42,7 @@ def fetch_file(address: HubAddress, expected: str | None, kind: Kind, downloads:
     with _explained(address, kind):
 
         def url(revision: str) -> str:
-            return hf_hub_url(
-                address.repository, name, repo_type=kind, revision=revision, endpoint=_endpoint()
-            )
+            return hf_hub_url(address.repository, name, repo_type=kind, revision=revision, endpoint=_endpoint())
 
         about = get_hf_file_metadata(url(address.revision), token=_token(), endpoint=_endpoint())
         if about.commit_hash is None or about.etag is None:

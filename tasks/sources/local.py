@@ -19,9 +19,7 @@ def fetch_file(address: LocalAddress, expected: str | None) -> Fetched:
     return Fetched("path", None, check_pin(path, expected, f"path:{address.path}"), path, own=True)
 
 
-def fetch_model(
-    address: LocalAddress, expected: str | None, check: Callable[[dict[str, Path]], Choice]
-) -> Fetched:
+def fetch_model(address: LocalAddress, expected: str | None, check: Callable[[dict[str, Path]], Choice]) -> Fetched:
     """The model's files in the folder at the path, or the GGUF file there."""
     path, where = _present(address), f"path:{address.path}"
     if path.is_file():

@@ -44,7 +44,7 @@ def fetch(address: WheelAddress, expected: str | None, scratch: Path, downloads:
 
 
 def _wheel(address: WheelAddress, expected: str | None, folder: Path) -> tuple[Path, str]:
-    """The wheel and its sha256: the one that is there, or a new one; a bad one is deleted and fetched anew."""
+    """The wheel and its sha256: the one that is there, or a new one; a bad one is deleted, fetched anew."""
     found = None
     for again in (False, True):
         present = next(iter(sorted(folder.glob("*.whl"))), None)
@@ -54,9 +54,7 @@ def _wheel(address: WheelAddress, expected: str | None, folder: Path) -> tuple[P
             return path, found
         path.unlink()
     if expected in (None, found):
-        raise TaskError(
-            f"the wheel of {address.package}=={address.version} is no zip file, twice; check the index"
-        )
+        raise TaskError(f"the wheel of {address.package}=={address.version} is no zip file, twice; check the index")
     raise TaskError(
         f"the wheel of {address.package}=={address.version} has the sha256 {found}, but params.yaml expects "
         f"{expected}; it was fetched afresh, and deleted. If you trust the new bytes, write that checksum "
@@ -85,9 +83,7 @@ def _download(address: WheelAddress, folder: Path, *, use_cache: bool) -> Path:
         _run_pip([*command, f"{address.package}=={address.version}"], scratch, address)
         wheels = list(scratch.glob("*.whl"))
         if len(wheels) != 1:
-            raise TaskError(
-                f"pip fetched {len(wheels)} wheels for {address.package}=={address.version}, not one"
-            )
+            raise TaskError(f"pip fetched {len(wheels)} wheels for {address.package}=={address.version}, not one")
         return wheels[0].rename(folder / wheels[0].name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
