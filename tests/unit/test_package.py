@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from measured import GATE, made_up
+from safetensors.torch import load_file, save_file
 
 from tasks import smoke
 from tasks.errors import TaskError
@@ -23,6 +23,8 @@ from tasks.package import Inputs, Package, package
 from tasks.provenance import dvc_identity, git_state, machine, versions, without_folders
 from tasks.report import report
 from tasks.settings import Settings, check_settings
+from tests.tiny import tiny_llama
+from tests.unit.measured import GATE, made_up
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {"lost": 0, "size": 269_000_000},
@@ -61,16 +63,12 @@ def workplace(tmp_path: Path) -> Callable[..., Workplace]:
         (source / "model.safetensors").write_bytes(b"the source's weights")
         for variant in variants:
             with whole_directory(root / "exports" / variant) as folder:
-                write_json(
-                    folder / "config.json", {"quantization_config": {"quant_method": "compressed-tensors"}}
-                )
+                write_json(folder / "config.json", {"quantization_config": {"quant_method": "compressed-tensors"}})
                 (folder / "model.safetensors").write_bytes(variant.encode() * 100)
                 (folder / "tokenizer.json").write_text("{}")
                 (folder / "chat_template.jinja").write_text("{{ messages }}")
                 (folder / "README.md").write_text("of the exporter")
-        write_json(
-            root / "sources.json", {"piqa": {"source": "path:/home/someone/data.jsonl", "sha256": "0" * 64}}
-        )
+        write_json(root / "sources.json", {"piqa": {"source": "path:/home/someone/data.jsonl", "sha256": "0" * 64}})
         params = yaml.safe_load(Path("params.yaml").read_text())
         params["variants"] = {v: params["variants"][v] for v in variants}
         settings = check_settings(params).model_copy(update={"gate": GATE})
@@ -82,9 +80,7 @@ def workplace(tmp_path: Path) -> Callable[..., Workplace]:
 
 
 class TestBundle:
-    def test_it_holds_the_evaluated_bytes_and_what_belongs_to_them(
-        self, workplace: Callable[..., Workplace]
-    ) -> None:
+    def test_it_holds_the_evaluated_bytes_and_what_belongs_to_them(self, workplace: Callable[..., Workplace]) -> None:
         work = workplace()
         done = work.package()
         assert done.variant == "gptq-int4"
@@ -108,9 +104,7 @@ class TestBundle:
         work = workplace()
         work.package()
         lines = (work.destination / "SHA256SUMS").read_text().splitlines()
-        assert {line.split("  ")[1] for line in lines} == {p.name for p in work.destination.iterdir()} - {
-            "SHA256SUMS"
-        }
+        assert {line.split("  ")[1] for line in lines} == {p.name for p in work.destination.iterdir()} - {"SHA256SUMS"}
         command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
         assert subprocess.run(command, cwd=work.destination, capture_output=True).returncode == 0
         (work.destination / "tokenizer.json").write_text("[]")
@@ -121,11 +115,7 @@ class TestBundle:
         # another run of the same work takes another time
         for path in two.root.glob("metrics/*/*.json"):
             value = json.loads(path.read_text())
-            slower = {
-                k: 1.7 * v
-                for k, v in value.items()
-                if v and k.split("_")[-1] in ("seconds", "second", "bytes")
-            }
+            slower = {k: 1.7 * v for k, v in value.items() if v and k.split("_")[-1] in ("seconds", "second", "bytes")}
             write_json(path, value | {k: v for k, v in slower.items() if k != "size_bytes"})
         report(
             two.settings,
@@ -134,9 +124,7 @@ class TestBundle:
             two.inputs.source / "source.json",
             two.inputs.report,
         )
-        assert (one.inputs.report / "summary.json").read_bytes() != (
-            two.inputs.report / "summary.json"
-        ).read_bytes()
+        assert (one.inputs.report / "summary.json").read_bytes() != (two.inputs.report / "summary.json").read_bytes()
         one.package()
         two.package()
         assert checksums(one.destination) == checksums(two.destination)
@@ -152,18 +140,14 @@ class TestBundle:
 
     def test_without_a_winner_nothing_is_written(self, workplace: Callable[..., Workplace]) -> None:
         work = workplace(FAILING)
-        with pytest.raises(
-            TaskError, match=r"no variant passes its gate.*int8: fail, the whole interval, .* of 98%"
-        ):
+        with pytest.raises(TaskError, match=r"no variant passes its gate.*int8: fail, the whole interval, .* of 98%"):
             work.package()
         assert work.leftovers() == []
 
     def test_changed_weights_are_not_shipped(self, workplace: Callable[..., Workplace]) -> None:
         work = workplace()
         (work.root / "exports/gptq-int4/model.safetensors").write_bytes(b"other")
-        with pytest.raises(
-            TaskError, match=r"model\.safetensors of exports/gptq-int4 changed since the export"
-        ):
+        with pytest.raises(TaskError, match=r"model\.safetensors of exports/gptq-int4 changed since the export"):
             work.package()
         assert work.leftovers() == []
 
@@ -293,20 +277,25 @@ class TestProvenance:
 
 
 class TestTrial:
-    @pytest.mark.parametrize(
-        "text", [" Paris. It is the largest city.", "no", "a b c a b c d a b c a b c d", "1"]
-    )
+    @pytest.mark.parametrize("text", [" Paris. It is the largest city.", "no", "a b c a b c d a b c a b c d", "1"])
     def test_a_sound_text(self, text: str) -> None:
         assert smoke.nonsense(text) is None
 
-    @pytest.mark.parametrize(
-        "text", ["", "  \n", "the the the the", "aaaaaaa", "!!!!", "ab\nab\nab\nab\nab\na"]
-    )
+    @pytest.mark.parametrize("text", ["", "  \n", "the the the the", "aaaaaaa", "!!!!", "ab\nab\nab\nab\nab\na"])
     def test_nonsense(self, text: str) -> None:
         assert smoke.nonsense(text) is not None
 
+    def test_a_model_that_loads_and_writes_is_sound(self, tmp_path: Path) -> None:
+        text = smoke.generates(tiny_llama(tmp_path / "model", steps=40), "transformers", "float32")
+        assert len(text.split()) > 3
+
+    def test_a_model_that_loads_and_writes_nonsense_is_refused(self, tmp_path: Path) -> None:
+        model = tiny_llama(tmp_path / "model") / "model.safetensors"
+        weights = load_file(model)
+        save_file({name: 0 * tensor for name, tensor in weights.items()}, model, {"format": "pt"})
+        with pytest.raises(TaskError, match=r"loads in transformers, but after .* it (writes nothing|only repeats)"):
+            smoke.generates(model.parent, "transformers", "float32")
+
     def test_a_bundle_that_does_not_load_is_told_with_its_last_words(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            TaskError, match=r"does not load in transformers; nothing is packaged\. (.|\n)*Error"
-        ):
+        with pytest.raises(TaskError, match=r"does not load in transformers; nothing is packaged\. (.|\n)*Error"):
             smoke.generates(tmp_path, "transformers", "float32")

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from matplotlib.transforms import Bbox
-from measured import GATE, made_up
 from PIL import Image
 
 from tasks.errors import TaskError
@@ -22,6 +21,7 @@ from tasks.report_plot import free_place, front, pareto
 from tasks.report_table import WIDTH, table
 from tasks.settings import Settings, load_settings
 from tasks.summary import summarize, winner
+from tests.unit.measured import GATE, made_up
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {"lost": 0, "size": 269_000_000},
@@ -98,9 +98,7 @@ class TestSummary:
         assert "few: the baseline" not in notes
         assert "few has only 60 items" in notes
 
-    def test_another_contract_is_refused_with_both_values(
-        self, tmp_path: Path, summary_of: Summarize
-    ) -> None:
+    def test_another_contract_is_refused_with_both_values(self, tmp_path: Path, summary_of: Summarize) -> None:
         summary_of()
 
         def other(value: dict[str, Any]) -> None:
@@ -109,9 +107,7 @@ class TestSummary:
 
         change_json(tmp_path / "metrics/evaluate/int8.json", other)
         with pytest.raises(TaskError) as error:
-            summarize(
-                list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
-            )
+            summarize(list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json")
         assert "dtype is 'float32' for base, 'bfloat16' for int8" in str(error.value)
         assert "bos is None for base, True for int8" in str(error.value)
         assert "limit" not in str(error.value)
@@ -141,13 +137,9 @@ class TestSummary:
         else:
             (tmp_path / path).write_text(text)
         with pytest.raises(TaskError, match=re.escape(message)):
-            summarize(
-                list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
-            )
+            summarize(list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json")
 
-    def test_items_that_the_metrics_were_not_made_from_are_refused(
-        self, tmp_path: Path, summary_of: Summarize
-    ) -> None:
+    def test_items_that_the_metrics_were_not_made_from_are_refused(self, tmp_path: Path, summary_of: Summarize) -> None:
         summary_of()
         stale = tmp_path / "results/int8/items-piqa_local.jsonl"
         lines = stale.read_text().splitlines()
@@ -155,9 +147,7 @@ class TestSummary:
         with pytest.raises(
             TaskError, match=r"holds 400 items of mean score 0.0000, but int8's metrics say 400 of 0\.6"
         ):
-            summarize(
-                list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
-            )
+            summarize(list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json")
 
 
 def test_of_two_equally_small_variants_the_better_wins() -> None:
@@ -191,7 +181,7 @@ class TestTable:
     def test_long_names_and_many_texts_stay_inside_the_width(
         self, summary_of: Summarize, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("measured.TEXTS", {f"text-{i}": 10.0 + i for i in range(5)})
+        monkeypatch.setattr("tests.unit.measured.TEXTS", {f"text-{i}": 10.0 + i for i in range(5)})
         text = table(summary_of({"base": VARIANTS["base"], "x" * 40: VARIANTS["int8"]}))
         assert max(len(line) for line in text.splitlines()) <= WIDTH
         assert text.count("text-4 +0.6%") == 1
@@ -221,9 +211,7 @@ class TestPlot:
         marks = [Bbox([[x, y - 40], [x, y + 40]]) for x, y in points]
         boxes: list[Bbox] = []
         for point in points:
-            box = free_place(
-                point, Bbox.from_bounds(0, 0, 110, 35), [*marks, *boxes], [], Bbox([[0, 0], [900, 600]])
-            )
+            box = free_place(point, Bbox.from_bounds(0, 0, 110, 35), [*marks, *boxes], [], Bbox([[0, 0], [900, 600]]))
             assert not box.count_overlaps([*marks, *boxes])
             boxes.append(box)
 
@@ -261,9 +249,7 @@ class TestReport:
         assert summary["machine"]["cores"] >= 1
         assert "NaN" not in (folder / "summary.json").read_text()
 
-    def test_the_page_needs_nothing_from_elsewhere_and_has_the_numbers(
-        self, done: tuple[Report, Path]
-    ) -> None:
+    def test_the_page_needs_nothing_from_elsewhere_and_has_the_numbers(self, done: tuple[Report, Path]) -> None:
         text = (done[1] / "index.html").read_text()
         parser = Outside()
         parser.feed(text)
