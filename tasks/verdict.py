@@ -20,7 +20,7 @@ from tasks.errors import TaskError
 from tasks.wording import percent_beside, short_percent
 
 SEED = 20130
-MANY_ITEMS = 100_000  # a task that would need more items than this is not a practical answer
+MANY_ITEMS = 20_000  # few tasks have as many items: to ask for more would be no practical answer
 CHUNK_BYTES = 32 * 2**20
 
 Pairs = Mapping[str, np.ndarray]
@@ -156,9 +156,7 @@ def judge(result: Retention, gate: float) -> Verdict:
         near = f"the estimate of {mean} is so near the gate that no practical number of items would decide"
         return Verdict("inconclusive", f"{open_question}, and {near}")
     needed = _two_digits(factor * now)
-    remedy = (
-        f"about {needed:,} items a task instead of {now:,.0f} would decide, if the estimate of {mean} holds"
-    )
+    remedy = f"about {needed:,} items a task instead of {now:,.0f} would decide, if the estimate of {mean} holds"
     return Verdict("inconclusive", f"{open_question}; {remedy}", needed)
 
 
