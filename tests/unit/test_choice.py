@@ -1,0 +1,93 @@
+"""Which files of a model are taken, and which models are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tasks.errors import TaskError
+from tasks.sources.choice import check_config, small_files, weight_files
+from tasks.sources.files import require_space, size
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+MINE = {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}
+
+
+def test_copies_of_the_weights_are_left_out() -> None:
+    names = ["model.safetensors", "consolidated.safetensors", "model.fp16.safetensors", "original/model.safetensors"]
+    assert weight_files(names, "here") == ["model.safetensors"]
+
+
+def test_shards_are_taken_where_there_is_an_index() -> None:
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    names = [*shards, "model.safetensors.index.json", "consolidated.safetensors", "model.safetensors"]
+    assert weight_files(names, "here") == shards
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["pytorch_model.bin", "config.json"], "only as pytorch_model.bin;"),
+        (["adapter_model.safetensors"], "adapter_model.safetensors"),
+        (["config.json"], "has no weights"),
+        ([], "found nothing"),
+    ],
+)
+def test_no_safetensors_is_refused_with_what_is_there(names: list[str], said: str) -> None:
+    with pytest.raises(TaskError, match=said):
+        weight_files(names, "here")
+
+
+def test_what_describes_a_model_is_taken_and_nothing_else() -> None:
+    taken = ["LICENSE", "LICENCE.md", "NOTICE", "chat_template.jinja", "config.json", "merges.txt", "tokenizer.model"]
+    left = ["README.md", ".gitattributes", "modeling_x.py", "pytorch_model.bin", "onnx/config.json", "logo.png"]
+    assert small_files([*left, *taken]) == sorted(taken)
+
+
+def test_a_decoder_is_taken_without_its_own_code() -> None:
+    with_code = {**LLAMA, "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}
+    assert check_config(with_code, "here", "acme/tiny", "acme/tiny").code is False
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        [],
+        {},
+        {"model_type": "vit"},
+        {**LLAMA, "architectures": ["LlamaForSequenceClassification"]},
+        {**LLAMA, "is_encoder_decoder": True},
+        {**LLAMA, "quantization_config": {"quant_method": "awq"}},
+    ],
+)
+def test_what_is_no_decoder_in_full_precision_is_refused(config: Any) -> None:
+    with pytest.raises(TaskError, match=r"^here"):
+        check_config(config, "here", "acme/tiny", None)
+
+
+def test_remote_code_runs_only_for_the_repository_that_is_named() -> None:
+    assert check_config(MINE, "here", "acme/mine", "acme/mine").code is True
+    for repository, allowed in [("acme/mine", None), ("acme/mine", "acme/other"), (None, "acme/mine")]:
+        with pytest.raises(TaskError, match=r"modeling_mine\.Mine"):
+            check_config(MINE, "here", repository, allowed)
+
+
+def test_code_of_a_third_repository_never_runs() -> None:
+    config = {**MINE, "auto_map": {"AutoModelForCausalLM": "evil/code--modeling.Mine"}}
+    with pytest.raises(TaskError, match="never run"):
+        check_config(config, "here", "acme/mine", "acme/mine")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (98362432, "98.4 MB"), (2e15, "2000.0 TB")],
+)
+def test_sizes_are_in_a_unit_that_people_read(number: float, text: str) -> None:
+    assert size(number) == text
+
+
+def test_space_is_looked_for_where_the_folder_will_be(tmp_path: Any) -> None:
+    require_space(tmp_path / "a" / "b", 1, "a download")
+    with pytest.raises(TaskError, match=r"^a download needs 1000\.0 TB"):
+        require_space(tmp_path / "a" / "b", 10**15, "a download")
