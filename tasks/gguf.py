@@ -46,7 +46,7 @@ def dequantize(path: Path, destination: Path, dtype: str) -> Quantized:
     kind of model or of tokenizer right. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     reader = _read(path)
     count: Counter[str] = Counter()
@@ -58,8 +58,11 @@ def dequantize(path: Path, destination: Path, dtype: str) -> Quantized:
     splitter = _splitter(reader, path.name)
     folder, name = path.parent, path.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=getattr(torch, dtype))
+        config = AutoConfig.from_pretrained(folder, gguf_file=name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, config=config)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, config=config, dtype=getattr(torch, dtype)
+        )
     except (ValueError, KeyError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise TaskError(f"transformers cannot read {name}: {reason}; use the model's safetensors") from error

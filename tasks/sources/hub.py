@@ -18,7 +18,7 @@ from tasks.errors import TaskError
 from tasks.output import sha256
 from tasks.sources.address import HubAddress
 from tasks.sources.choice import Choice, code_files, small_files, weight_files
-from tasks.sources.files import Fetched, check_pin, one_at_a_time, require_space
+from tasks.sources.files import Fetched, check_pin, one_at_a_time, require_space, size
 
 Kind = Literal["model", "dataset"]
 
@@ -81,6 +81,7 @@ def fetch_model(address: HubAddress, check: Callable[[dict[str, Path]], Choice],
 
 def _download(remote: _Remote, folder: Path) -> Path:
     """The file at `folder/<digest>`: as it is there, or with what is missing of it fetched, and checked."""
+    from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -94,6 +95,12 @@ def _download(remote: _Remote, folder: Path) -> Path:
         if remote.bytes is not None and had > remote.bytes:
             part.unlink()
             had = 0
+        if remote.bytes is not None and remote.bytes > MAX_HTTP_DOWNLOAD_SIZE:
+            raise TaskError(
+                f"{remote.name} is {size(remote.bytes)}, and the hub gives no file over "
+                f"{size(MAX_HTTP_DOWNLOAD_SIZE)} by plain HTTP; fetch the repository with `hf download`, then name "
+                "its folder as path:"
+            )
         require_space(folder, (remote.bytes or 0) - had, f"downloading {remote.name}")
         with part.open("ab") as file:
             http_get(
@@ -176,6 +183,8 @@ def _explained(address: HubAddress, kind: Kind) -> Iterator[None]:
                 else "run again later, what was fetched is kept"
             )
         ) from error
+    except errors.HFValidationError as error:
+        raise TaskError(f"{address.repository!r} can be no repository's name: {error}") from error
     except errors.OfflineModeIsEnabled as error:
         raise TaskError(f"{name} is not here, and HF_HUB_OFFLINE forbids fetching it; unset it") from error
     except (httpx.HTTPError, OSError) as error:

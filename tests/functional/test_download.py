@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tasks.download import SourceReport, download
 from tasks.errors import TaskError
 from tasks.output import checksums
-from tasks.settings import ModelSettings
+from tasks.settings import ModelSettings, load_settings
 from tests.gguf_file import write_gguf
 from tests.tiny import CHAT_TEMPLATE, tiny_llama
 
@@ -255,6 +255,18 @@ def test_a_damaged_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF" + bytes(100))
     assert "no whole GGUF file" in refusal("path:tiny.gguf")
+
+
+@pytest.mark.slow
+def test_the_default_model_still_knows_the_capital_of_france(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings(Path(__file__).parents[2] / "params.yaml").model
+    monkeypatch.chdir(tmp_path)
+    report = download(settings, Path("models/source"))
+    assert (report.dequantized_from, report.parameters) == ("Q4_1", 134515008)
+    tokenizer = AutoTokenizer.from_pretrained("models/source")
+    model: Any = AutoModelForCausalLM.from_pretrained("models/source")
+    tokens = model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=3)
+    assert "Paris" in tokenizer.decode(tokens[0])
 
 
 def test_the_stage_says_one_line_and_exits_with_1(model: Path) -> None:

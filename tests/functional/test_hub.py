@@ -59,9 +59,7 @@ def refusal(source: str = f"hf:{MODEL}@main") -> str:
     return str(caught.value)
 
 
-def test_a_branch_becomes_a_commit_and_every_file_arrives(
-    hub: FakeHub, llama_files: dict[str, bytes]
-) -> None:
+def test_a_branch_becomes_a_commit_and_every_file_arrives(hub: FakeHub, llama_files: dict[str, bytes]) -> None:
     report = download(settings(), Path("models/source"))
 
     commit = hub.repositories[MODEL].commit
@@ -150,9 +148,7 @@ def test_a_small_file_is_checked_too(hub: FakeHub) -> None:
     assert "config.json" in refusal()
 
 
-@pytest.mark.parametrize(
-    ("token", "what"), [(None, "HF_TOKEN is not set"), ("hf_other", "a token without access")]
-)
+@pytest.mark.parametrize(("token", "what"), [(None, "HF_TOKEN is not set"), ("hf_other", "a token without access")])
 def test_a_gated_repository_says_how_to_get_in(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, token: str | None, what: str
 ) -> None:
@@ -212,6 +208,31 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(hub: 
     hub.repositories[MODEL].files["config.json"] = b'{"model_type": "vit", "architectures": ["ViTModel"]}'
     assert "vit" in refusal()
     assert hub.asked("/cdn/") == []
+
+
+def test_code_comes_along_only_where_the_repository_is_named(hub: FakeHub) -> None:
+    files = hub.repositories[MODEL].files
+    config = {**json.loads(files["config.json"]), "model_type": "mine", "architectures": ["Mine"]}
+    config["auto_map"] = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}
+    files["config.json"] = json.dumps(config).encode()
+    files["mine.py"] = b"""
+from transformers import LlamaConfig, LlamaForCausalLM
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+class Mine(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+    said = refusal()
+    assert "mine.Mine" in said
+    assert f"set model.remote_code to {MODEL}" in said
+    assert hub.asked("mine.py") == []
+
+    assert download(settings(remote_code=MODEL), Path("models/source")).remote_code is True
+    assert Path("models/source/mine.py").read_bytes() == files["mine.py"]
+
+
+def test_a_name_that_no_repository_can_have(hub: FakeHub) -> None:
+    assert "'acme/a..b' can be no repository's name" in refusal("hf:acme/a..b@main")
 
 
 def test_no_hub_is_one_clear_line(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
