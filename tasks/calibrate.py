@@ -1,1 +1,220 @@
+"""The calibrate stage: text from weighted sources, packed into full sequences of tokens, with a quality report.
 
+python -m tasks.calibrate
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from tasks.errors import TaskError
+from tasks.output import whole_directory, write_json
+from tasks.overlap import Match, check_overlap, find_overlap, ngrams
+from tasks.program import run_stage
+from tasks.settings import CalibrationSettings, CalibrationSource, DataSource, Settings
+from tasks.text import documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHORTEST = 32  # characters; a shorter document is noise
+SEPARATOR = "\n\n"
+CHOICE = 64  # times more text than is needed is read, if it is there, to draw sequences from
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """One source: its documents, those read, the tokens in them, the tokens drawn for use, in how many sequences, and
+    the documents that were dropped, by reason. Documents are cut at the ends of sequences; none is left out for being
+    long."""
+
+    documents: int
+    read: int
+    tokens_read: int
+    tokens: int
+    sequences: int
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """calibration.json: `coverage` is the share of the vocabulary that occurs; `bos`: each sequence begins with it."""
+
+    samples: int
+    sequence_length: int
+    tokens: int
+    seed: int
+    bos: bool
+    sources: dict[str, SourceReport]
+    vocabulary: int
+    vocabulary_seen: int
+    coverage: float
+    overlap_ngram: int
+    overlap_limit: int
+    overlap: dict[str, Match]
+
+
+def calibrate(
+    settings: CalibrationSettings,
+    evaluation: dict[str, DataSource],
+    model: Path,
+    raw: Path,
+    destination: Path,
+) -> CalibrationReport:
+    """Pack tokens and write `tokens.safetensors` (input_ids, int64 [samples, sequence_length]) and `calibration.json`.
+
+    evaluation: every set that must not stand in the calibration text, by its name under `raw`.
+    TaskError if a source has too little text, or if more evaluation items than `overlap.limit` share an n-gram with it.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    bos = begins_with_bos(tokenizer)
+    length = settings.sequence_length - bos
+    rows: list[list[int]] = []
+    reports: dict[str, SourceReport] = {}
+    seen: set[int] = set()
+    for name, count in tqdm(shares(settings).items(), desc="packing"):
+        sequences, reports[name] = _pack(
+            raw, name, settings.sources[name], tokenizer, count, length, settings.seed
+        )
+        rows += [[tokenizer.bos_token_id, *ids] if bos else ids for ids in sequences]
+        for text in tokenizer.batch_decode(sequences):
+            seen |= ngrams(text, settings.overlap.ngram)
+    random.Random(settings.seed).shuffle(rows)  # noqa: S311
+    overlap = {
+        name: find_overlap(raw, name, source, seen, settings.overlap.ngram)
+        for name, source in tqdm(evaluation.items(), desc="looking for evaluation items in the text")
+    }
+    check_overlap(overlap, settings.overlap)
+    used = Counter(token for row in rows for token in row)
+    report = CalibrationReport(
+        samples=len(rows),
+        sequence_length=settings.sequence_length,
+        tokens=len(rows) * settings.sequence_length,
+        seed=settings.seed,
+        bos=bos,
+        sources=reports,
+        vocabulary=len(tokenizer),
+        vocabulary_seen=len(used),
+        coverage=len(used) / len(tokenizer),
+        overlap_ngram=settings.overlap.ngram,
+        overlap_limit=settings.overlap.limit,
+        overlap=overlap,
+    )
+    with whole_directory(destination) as work:
+        save_file({"input_ids": torch.tensor(rows, dtype=torch.int64)}, work / "tokens.safetensors")
+        write_json(work / "calibration.json", asdict(report))
+    return report
+
+
+def shares(settings: CalibrationSettings) -> dict[str, int]:
+    """Full sequences from each source, by weight; they sum to `samples` (largest remainders get what is left)."""
+    total = sum(source.weight for source in settings.sources.values())
+    exact = {name: settings.samples * source.weight / total for name, source in settings.sources.items()}
+    count = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: count[name] - exact[name])
+    for name in by_remainder[: settings.samples - sum(count.values())]:
+        count[name] += 1
+    return count
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this tokenizer puts a beginning-of-sequence token before a text, as the model then expects it."""
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def _pack(
+    raw: Path,
+    name: str,
+    source: CalibrationSource,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    seed: int,
+) -> tuple[list[list[int]], SourceReport]:
+    """`count` sequences of `length` tokens, drawn from one source's documents in random order."""
+    found = list(documents(raw, name, source))
+    order = random.Random(f"{seed} {name}")  # noqa: S311
+    order.shuffle(found)
+    dropped: Counter[str] = Counter()
+    stream: list[int] = []
+    used = 0
+    # a long document must not fill the share alone: sequences are drawn from more text than is needed
+    plenty = count * length * CHOICE
+    for text in _texts(found, source, tokenizer, name, dropped):
+        if len(stream) >= plenty:
+            break
+        stream += tokenizer(text + SEPARATOR, add_special_tokens=False).input_ids
+        used += 1
+    pieces = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+    if len(pieces) < count:
+        raise TaskError(
+            f"calibration source {name} has {len(stream)} tokens, its share is {count * length} "
+            f"({count} sequences of {length}); lower calibration.samples or its weight, or add text"
+        )
+    report = SourceReport(len(found), used, len(stream), count * length, count, dict(dropped))
+    return order.sample(pieces, count), report
+
+
+def _texts(
+    found: Iterable[Any],
+    source: CalibrationSource,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    dropped: Counter[str],
+) -> Iterator[str]:
+    for value in found:
+        if source.chat_template:
+            value = _conversation(value, tokenizer, name)
+        if not isinstance(value, str):
+            dropped["not text"] += 1
+        elif len(value.strip()) < SHORTEST:
+            dropped["too short"] += 1
+        else:
+            yield value.strip()
+
+
+def _conversation(value: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """A list of messages, or a text as the user's only message, in the model's chat template."""
+    if not tokenizer.chat_template:
+        raise TaskError(
+            f"calibration source {name} asks for the chat template, but the model has none; set it to false"
+        )
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:
+        raise TaskError(f"calibration source {name}: the chat template refuses {str(value)[:80]!r}: {error}") from error
+
+
+def main() -> None:
+    """Run the stage in the current directory."""
+
+    def work(settings: Settings) -> None:
+        evaluation = {**settings.evaluation.sources, **settings.evaluation.texts}
+        report = calibrate(
+            settings.calibration,
+            evaluation,
+            Path("models/source"),
+            Path("data/raw"),
+            Path("data/calibration"),
+        )
+        write_json(Path("metrics/calibrate.json"), asdict(report))
+        print(f"{report.samples} sequences of {report.sequence_length} tokens, {report.coverage:.0%} of the vocabulary")
+
+    run_stage(work)
+
+
+if __name__ == "__main__":
+    main()

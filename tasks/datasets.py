@@ -73,9 +73,7 @@ def datasets(
                     path.chmod(0o644)
                 file = path.relative_to(work).as_posix()
                 size = path.stat().st_size
-                reports[name] = DataReport(
-                    source.source, fetched.revision, fetched.pin, sha256(path), size, file
-                )
+                reports[name] = DataReport(source.source, fetched.revision, fetched.pin, sha256(path), size, file)
         write_json(work / "sources.json", {name: asdict(report) for name, report in reports.items()})
     return reports
 
@@ -109,9 +107,7 @@ def check_format(path: Path, source: DataSource) -> None:
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"line {number} is not UTF-8 ({error.reason} at byte {error.start})"
-                ) from error
+                raise ValueError(f"line {number} is not UTF-8 ({error.reason} at byte {error.start})") from error
             if source.format == "jsonl" and text.strip():
                 fields.update(_record(text, number))
                 records += 1

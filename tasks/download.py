@@ -58,9 +58,7 @@ def download(settings: ModelSettings, destination: Path) -> SourceReport:
     """
     with whole_directory(destination) as work:
         with tempfile.TemporaryDirectory(prefix=".scratch", dir=work) as scratch:
-            fetched = fetch_model(
-                settings.source, settings.sha256, lambda f: _check(f, settings), Path(scratch)
-            )
+            fetched = fetch_model(settings.source, settings.sha256, lambda f: _check(f, settings), Path(scratch))
             if fetched.file is not None:
                 # in a folder of its own, so that no neighbour of the file is read with it
                 alone = Path(scratch) / "alone" / settings.source.rpartition("/")[2]

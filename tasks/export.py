@@ -1,1 +1,53 @@
+"""The export stage: the form that the target's runtime loads.
 
+The transformers runtime loads what the quantize stage wrote, so its export is the same bytes, linked.
+
+    python -m tasks.export int8
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.errors import TaskError
+from tasks.output import MANIFEST, link_or_copy, whole_directory
+from tasks.program import one_argument, run_stage
+from tasks.settings import Settings
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Files of the export and their size, bytes."""
+
+    files: int
+    bytes: int
+
+
+def export(model: Path, target: str, destination: Path) -> ExportReport:
+    """Write the model in the form of `target`; TaskError if the model is not there or the target is unknown."""
+    if target != "transformers":
+        raise TaskError(f"no exporter for the target {target!r}; there is: transformers")
+    if not (model / MANIFEST).exists():
+        raise TaskError(f"{model} is not there or not whole; run the quantize stage first: modelpress run")
+    with whole_directory(destination) as work:
+        for file in sorted(p for p in model.rglob("*") if p.is_file() and p.name != MANIFEST):
+            link_or_copy(file, work / file.relative_to(model))
+        sizes = [p.stat().st_size for p in work.rglob("*") if p.is_file()]
+    return ExportReport(len(sizes), sum(sizes))
+
+
+def main() -> None:
+    """Export the variant that the command line names, in the current directory."""
+    name = one_argument("python -m tasks.export VARIANT")
+
+    def work(settings: Settings) -> None:
+        settings.variant(name)
+        report = export(Path("models") / name, settings.target, Path("exports") / name)
+        print(f"{name}: {report.files} files, {report.bytes / 1e6:.1f} MB for {settings.target}")
+
+    run_stage(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,9 +21,7 @@ HUB_LICENCES = (
 )
 
 
-def model_card(
-    summary: Mapping[str, Any], settings: Settings, files: Iterable[str], quant_method: str
-) -> str:
+def model_card(summary: Mapping[str, Any], settings: Settings, files: Iterable[str], quant_method: str) -> str:
     """README.md of the bundle with the winner of `summary`: YAML front matter for the hub, then Markdown.
 
     `files` are the bundle's other files, `quant_method` is the format's name in their config.json.
@@ -42,16 +40,12 @@ def model_card(
         base=summary["variants"][summary["baseline"]],
         base_model=base_model(summary["model"]["source"]),
         settings=without_folders(settings.model_dump(mode="json")),
-        variant={
-            k: v for k, v in settings.variant(name).model_dump(mode="json").items() if v not in (None, [])
-        },
+        variant={k: v for k, v in settings.variant(name).model_dump(mode="json").items() if v not in (None, [])},
         licence_files=[f for f in files if is_licence(f)],
         quant_method=quant_method,
         chat_template="chat_template.jinja" in files,
     )
-    front = yaml.safe_dump(
-        _front_matter(summary, settings, quant_method), sort_keys=False, allow_unicode=True
-    )
+    front = yaml.safe_dump(_front_matter(summary, settings, quant_method), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n{body}"
 
 

@@ -143,9 +143,7 @@ def main() -> None:
     def work(settings: Settings) -> None:
         destination = Path("dist") / settings.package.name
         done = package(settings, Inputs(), destination)
-        print(
-            f"{destination}: {done.variant}, {done.size_bytes:,} bytes; loaded in a fresh process, it wrote:"
-        )
+        print(f"{destination}: {done.variant}, {done.size_bytes:,} bytes; loaded in a fresh process, it wrote:")
         print(f"{PROMPT}{done.text}")
 
     run_stage(work)

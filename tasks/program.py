@@ -20,7 +20,11 @@ def run_stage(work: Callable[[Settings], object]) -> None:
     An error that nobody foresaw keeps its traceback: it is a defect, and the traceback is its description.
     """
     # offline and silent unless a person said otherwise: no stage calls home
-    for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
         os.environ.setdefault(name, value)
     try:
         work(load_settings(PARAMS))
@@ -32,7 +36,9 @@ def run_stage(work: Callable[[Settings], object]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        sys.exit(f"error: cannot write{where}: {error.strerror}; free some space or mend the permissions, then run again")
+        sys.exit(
+            f"error: cannot write{where}: {error.strerror}; free some space or mend the permissions, then run again"
+        )
 
 
 def one_argument(usage: str) -> str:

@@ -1,1 +1,142 @@
+"""The quantize stage: one variant, made of the downloaded model and the calibration tokens.
 
+python -m tasks.quantize awq-int4
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from tasks.device import compute_device, peak_memory
+from tasks.errors import TaskError
+from tasks.fit import check_fit
+from tasks.layers import layer_errors, weight_bits
+from tasks.output import MANIFEST, link_or_copy, whole_directory, write_json
+from tasks.program import one_argument, run_stage
+from tasks.quantizers import Job, quantizer
+from tasks.settings import NoneSettings, Settings, Variant
+
+LIBRARIES = {
+    "none": (),
+    "int8": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
+    "gptq": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
+    "awq": ("torch", "transformers", "autoawq"),
+}
+# Files that go with the weights whatever is done to them.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """metrics/quantize/V.json.
+
+    bits: of a quantized weight; bits_per_weight: with scales, zero points and layers left alone, over all linear layers
+    of the decoder. tokens: of calibration. layers: each decoder layer's relative output error, given the baseline's own
+    input. identity: sha256 of base, calibration, settings and library versions.
+    """
+
+    variant: str
+    method: str
+    bits: int | None
+    bits_per_weight: float
+    seconds: float
+    peak_memory_bytes: int
+    device: str
+    tokens: int
+    identity: str
+    libraries: dict[str, str]
+    layers: dict[str, float]
+
+
+def quantize(name: str, variant: Variant, model: Path, calibration: Path, destination: Path) -> QuantizeReport:
+    """Make the variant and write its model directory. TaskError if its settings do not fit the model."""
+    from safetensors.torch import load_file
+
+    check_fit(name, variant, model)
+    device = compute_device()
+    libraries = {library: version(library) for library in LIBRARIES[variant.method]}
+    tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
+    used = tokens[: getattr(variant, "samples", None)]
+    started = time.monotonic()
+    with whole_directory(destination) as work:
+        quantizer(variant.method).press(Job(model, used, variant, device, work))
+        seconds = round(time.monotonic() - started, 1)
+        _add_companions(model, work)
+        baseline = isinstance(variant, NoneSettings)
+        errors = {} if baseline else layer_errors(model, work, used[:2])
+        bits = weight_bits(work)
+    return QuantizeReport(
+        variant=name,
+        method=variant.method,
+        bits=None if baseline else variant.bits,
+        bits_per_weight=round(bits, 3),
+        seconds=seconds,
+        peak_memory_bytes=peak_memory(),
+        device=device,
+        tokens=0 if baseline else used.numel(),
+        identity=identity(variant, model, calibration, libraries),
+        libraries=libraries,
+        layers=errors,
+    )
+
+
+def identity(variant: Variant, model: Path, calibration: Path, libraries: dict[str, str]) -> str:
+    """What makes a variant this one and no other: sha256 of the base's bytes, the calibration's bytes, the settings and
+    the versions of the libraries. TaskError if an input is not whole."""
+    parts = [json.dumps(variant.model_dump(), sort_keys=True), json.dumps(libraries, sort_keys=True)]
+    for folder in (model, calibration):
+        manifest = folder / MANIFEST
+        if not manifest.exists():
+            raise TaskError(f"{folder} is not there or not whole; run the stages before this one: modelpress run")
+        parts.append(manifest.read_text(encoding="utf-8"))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _add_companions(model: Path, work: Path) -> None:
+    """The tokenizer, template, generation config and licence of the model, byte for byte; nothing private to a file."""
+    for pattern in COMPANIONS:
+        for file in sorted(model.glob(pattern)):
+            (work / file.name).unlink(missing_ok=True)
+            link_or_copy(file, work / file.name)
+    # a record of llm-compressor's run; params.yaml is ours
+    (work / "recipe.yaml").unlink(missing_ok=True)
+    for file in work.iterdir():
+        if file.stat().st_nlink == 1:
+            file.chmod(0o644)
+
+
+def main() -> None:
+    """Quantize the variant that the command line names, in the current directory."""
+    name = one_argument("python -m tasks.quantize VARIANT")
+
+    def work(settings: Settings) -> None:
+        report = quantize(
+            name,
+            settings.variant(name),
+            Path("models/source"),
+            Path("data/calibration"),
+            Path("models") / name,
+        )
+        write_json(Path(f"metrics/quantize/{name}.json"), asdict(report))
+        print(f"{name}: {report.bits_per_weight} bits a weight, {report.seconds} s")
+
+    run_stage(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -47,9 +47,7 @@ def report(settings: Settings, metrics: Path, results: Path, source: Path, desti
         write_text(folder / "table.txt", text)
         plot = pareto(summary)
         (folder / "pareto.png").write_bytes(plot)
-        write_text(
-            folder / "index.html", page(summary, layers, calibration, plot, pareto(summary, dark=True))
-        )
+        write_text(folder / "index.html", page(summary, layers, calibration, plot, pareto(summary, dark=True)))
     verdicts = {v: row["verdict"] for v, row in summary["variants"].items() if row["verdict"]}
     return Report(verdicts, summary["winner"], text)
 

@@ -35,9 +35,7 @@ def pareto(summary: Mapping[str, Any], dark: bool = False) -> bytes:
     """The plot as a PNG of 1000 x 620 pixels; the same bytes for the same summary."""
     colours = DARK if dark else LIGHT
     rows = summary["variants"]
-    points = {
-        v: (r["size_bytes"] / 1e6, 100 * (r["retention"] or {"mean": 1})["mean"]) for v, r in rows.items()
-    }
+    points = {v: (r["size_bytes"] / 1e6, 100 * (r["retention"] or {"mean": 1})["mean"]) for v, r in rows.items()}
     with rc_context({"font.family": "DejaVu Sans", "font.size": 10.5, "text.color": colours["ink"]}):
         figure = Figure(figsize=(10, 6.2), dpi=100, facecolor=colours["paper"], layout="constrained")
         canvas = FigureCanvasAgg(figure)
@@ -104,9 +102,7 @@ def _frame(axes: Axes, summary: Mapping[str, Any], colours: Mapping[str, str]) -
 
 def _front(axes: Axes, points: Mapping[str, Point], colours: Mapping[str, str]) -> None:
     for piece in _front_ends(points):
-        axes.plot(
-            *zip(*piece, strict=True), color=colours["front"], linewidth=2, zorder=2, solid_capstyle="round"
-        )
+        axes.plot(*zip(*piece, strict=True), color=colours["front"], linewidth=2, zorder=2, solid_capstyle="round")
 
 
 def _front_ends(points: Mapping[str, Point]) -> list[list[Point]]:
@@ -121,9 +117,7 @@ def _front_ends(points: Mapping[str, Point]) -> list[list[Point]]:
 def _point(axes: Axes, point: Point, row: Mapping[str, Any], colours: Mapping[str, str]) -> Bbox:
     """Draw a variant; the box of its interval, in data units."""
     kind = row["verdict"] or "baseline"
-    low, high = (
-        (100 * row["retention"][k] for k in ("low", "high")) if row["retention"] else (point[1], point[1])
-    )
+    low, high = (100 * row["retention"][k] for k in ("low", "high")) if row["retention"] else (point[1], point[1])
     if row["retention"]:
         axes.plot(
             [point[0]] * 2,

@@ -20,9 +20,7 @@ VERDICTS = {"pass": "PASS", "fail": "FAIL", "inconclusive": "inconclusive", None
 def table(summary: Mapping[str, Any]) -> str:
     """The table of the field, the reason for each verdict, the winner and what the numbers rest on."""
     screen = io.StringIO()
-    console = Console(
-        file=screen, width=WIDTH, color_system=None, force_terminal=False, highlight=False, emoji=False
-    )
+    console = Console(file=screen, width=WIDTH, color_system=None, force_terminal=False, highlight=False, emoji=False)
     console.print(_table(summary))
     for variant, row in summary["variants"].items():
         if row["verdict"]:
@@ -76,9 +74,7 @@ def _table(summary: Mapping[str, Any]) -> Table:
     for head in ("size", "ratio"):
         grid.add_column(head, justify="right", no_wrap=True)
     grid.add_column("decode\nspeed", justify="right", max_width=7)
-    grid.add_column(
-        f"retention in %\n({short_percent(summary['gate']['confidence'])} interval)", no_wrap=True
-    )
+    grid.add_column(f"retention in %\n({short_percent(summary['gate']['confidence'])} interval)", no_wrap=True)
     for text in texts if apart else ["change"]:
         grid.add_column(f"perplexity\n{text}", justify="right", overflow="fold")
     grid.add_column("KL", justify="right", no_wrap=True)
@@ -92,9 +88,7 @@ def _table(summary: Mapping[str, Any]) -> Table:
                 for t in row["texts"].values()
             ]
         else:
-            perplexities = [
-                "\n".join(f"{t} {change(v['perplexity_change'])}" for t, v in row["texts"].items())
-            ]
+            perplexities = ["\n".join(f"{t} {change(v['perplexity_change'])}" for t, v in row["texts"].items())]
         kept = row["retention"]
         grid.add_row(
             variant,

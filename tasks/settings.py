@@ -191,6 +191,7 @@ Variant = Annotated[NoneSettings | Int8Settings | GptqSettings | AwqSettings, Fi
 class BenchmarkSettings(Section):
     """The work that speed is measured on."""
 
+    dtype: Literal["float32", "bfloat16", "float16"]
     prompt_tokens: Annotated[int, Field(ge=1)]
     new_tokens: Annotated[int, Field(ge=2)]
     batch_size: Annotated[int, Field(ge=1)]
@@ -230,14 +231,18 @@ class Settings(Section):
         if not isinstance(value.get(BASE), NoneSettings):
             raise ValueError(f"must hold the baseline: add `{BASE}: {{method: none}}`")
         if len(value) < 2:
-            raise ValueError("holds nothing to compare with the baseline; add a variant, such as "
-                             "`int8: {method: int8, smoothing: 0.8}`")
+            raise ValueError(
+                "holds nothing to compare with the baseline; add a variant, such as "
+                "`int8: {method: int8, smoothing: 0.8}`"
+            )
         seen: dict[str, str] = {}
         for name, variant in value.items():
             key = variant.model_dump_json()
             if key in seen:
-                raise ValueError(f"{seen[key]} and {name} have the same settings, so they would be one model twice; "
-                                 "change a setting of one or remove it")
+                raise ValueError(
+                    f"{seen[key]} and {name} have the same settings, so they would be one model twice; "
+                    "change a setting of one or remove it"
+                )
             seen[key] = name
         return value
 
@@ -246,8 +251,10 @@ class Settings(Section):
         for name, variant in self.variants.items():
             wanted = getattr(variant, "samples", None)
             if wanted is not None and wanted > self.calibration.samples:
-                raise ValueError(f"variants.{name}.samples is {wanted}, but calibration.samples is only "
-                                 f"{self.calibration.samples}; lower the one or raise the other")
+                raise ValueError(
+                    f"variants.{name}.samples is {wanted}, but calibration.samples is only "
+                    f"{self.calibration.samples}; lower the one or raise the other"
+                )
         return self
 
     def variant(self, name: str) -> Variant:

@@ -38,9 +38,7 @@ def generates(bundle: Path, target: str, dtype: str) -> str:
             cwd=Path(__file__).parents[1],
         )
     except subprocess.TimeoutExpired as error:
-        raise TaskError(
-            f"the bundle wrote nothing within {TIMEOUT:.0f} s in {target}; nothing is packaged"
-        ) from error
+        raise TaskError(f"the bundle wrote nothing within {TIMEOUT:.0f} s in {target}; nothing is packaged") from error
     if done.returncode != 0:
         last = "\n".join(done.stderr.strip().splitlines()[-12:])
         raise TaskError(f"the bundle does not load in {target}; nothing is packaged. Its last words:\n{last}")

@@ -17,9 +17,7 @@ from tasks.wording import percent
 FEW_ITEMS = 100  # below this a percentile interval promises more than it holds
 
 
-def summarize(
-    variants: list[str], gate: GateSettings, metrics: Path, results: Path, source: Path
-) -> dict[str, Any]:
+def summarize(variants: list[str], gate: GateSettings, metrics: Path, results: Path, source: Path) -> dict[str, Any]:
     """Compare every variant of `variants` with the baseline and name the winner, as plain JSON values.
 
     Reads `metrics`/{quantize,evaluate,benchmark}/<variant>.json, `results`/<variant>/items-<task>.jsonl and
@@ -33,10 +31,7 @@ def summarize(
     for variant in variants:
         same_contract(variant, evaluated[BASE], evaluated[variant])
     model = read_json(source, "download")
-    rows = {
-        v: _measured(quantized[v], evaluated[v], measured[v], evaluated[BASE], measured[BASE])
-        for v in variants
-    }
+    rows = {v: _measured(quantized[v], evaluated[v], measured[v], evaluated[BASE], measured[BASE]) for v in variants}
     baseline = _read_items(results, BASE, evaluated[BASE])
     chance = {task: values.get("chance") for task, values in evaluated[BASE]["tasks"].items()}
     for variant in variants:
@@ -46,8 +41,7 @@ def summarize(
             rows[variant] |= _judged(pairs, quantized[variant]["bits"], gate, chance)
     return {
         "model": {
-            k: model.get(k)
-            for k in ("source", "revision", "dequantized_from", "dtype", "parameters", "licence")
+            k: model.get(k) for k in ("source", "revision", "dequantized_from", "dtype", "parameters", "licence")
         },
         "contract": evaluated[BASE]["contract"],
         "contract_hash": evaluated[BASE]["contract_hash"],
@@ -71,9 +65,7 @@ def same_contract(variant: str, baseline: Mapping[str, Any], other: Mapping[str,
     if baseline["contract_hash"] == other["contract_hash"] and ours == theirs:
         return
     fields = [f for f in sorted(ours.keys() | theirs.keys()) if ours.get(f) != theirs.get(f)]
-    differences = "; ".join(
-        f"{f} is {ours.get(f)!r} for base, {theirs.get(f)!r} for {variant}" for f in fields
-    )
+    differences = "; ".join(f"{f} is {ours.get(f)!r} for base, {theirs.get(f)!r} for {variant}" for f in fields)
     differences = differences or "their contract hashes differ"
     raise TaskError(
         f"base and {variant} were not evaluated in the same way: {differences}. "
@@ -136,9 +128,7 @@ def _measured(
     }
 
 
-def _judged(
-    pairs: Pairs, bits: int | None, gate: GateSettings, chance: Mapping[str, float | None]
-) -> dict[str, Any]:
+def _judged(pairs: Pairs, bits: int | None, gate: GateSettings, chance: Mapping[str, float | None]) -> dict[str, Any]:
     """What only the items tell: retention, flips and the verdict."""
     # bits that are not known get the stricter gate
     wanted = gate.four_bit if bits is not None and bits <= 4 else gate.eight_bit
@@ -206,7 +196,5 @@ def _notes(model: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[str]:
                 f"{percent(chance)} of guessing, so its retention says little about the model."
             )
         if items < FEW_ITEMS:
-            notes.append(
-                f"{task} has only {items} items: its interval is not to be trusted below {FEW_ITEMS}."
-            )
+            notes.append(f"{task} has only {items} items: its interval is not to be trusted below {FEW_ITEMS}.")
     return notes

@@ -1,0 +1,23 @@
+"""INT8, W8A8: SmoothQuant (arXiv 2211.10438), then weights rounded per output channel, activations per token."""
+
+from __future__ import annotations
+
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+from tasks.quantizers import Job
+from tasks.quantizers.compressor import ignored, press_with_recipe
+from tasks.settings import Int8Settings
+
+
+def press(job: Job) -> None:
+    """Move the activations' outliers into the weights, then round the weights to 8 bits."""
+    variant = job.variant
+    assert isinstance(variant, Int8Settings)  # the method named this module
+    ignore = ignored(variant)
+    recipe = [
+        SmoothQuantModifier(smoothing_strength=variant.smoothing, ignore=ignore),
+        QuantizationModifier(targets="Linear", scheme="W8A8", ignore=ignore),
+    ]
+    # the statistics need no error of earlier layers: one pass serves all
+    press_with_recipe(job, recipe, pipeline="basic", keep_scales=True)

@@ -1,0 +1,50 @@
+"""Refuse what cannot work before any work starts: unknown tasks, settings that do not fit the downloaded model.
+
+python -m tasks.check
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tasks.errors import TaskError
+from tasks.fit import check_fit
+from tasks.program import run_stage
+from tasks.settings import Settings
+
+
+def check(settings: Settings, model: Path, evals: Path) -> None:
+    """TaskError for the first thing that cannot work. `model` may not be downloaded yet; then it is not looked at."""
+    check_tasks(settings.evaluation.tasks, evals)
+    if (model / "config.json").exists():
+        for name, variant in settings.variants.items():
+            check_fit(name, variant, model)
+
+
+def local_tasks(evals: Path) -> list[str]:
+    """Names of the task definitions in `evals`, which are their files' names."""
+    return sorted(path.stem for path in evals.glob("*.yaml"))
+
+
+def check_tasks(tasks: list[str], evals: Path) -> None:
+    """TaskError if a task is defined neither in `evals` nor in lm-eval."""
+    others = [task for task in tasks if task not in local_tasks(evals)]
+    if not others:
+        return
+    from lm_eval.tasks import TaskManager  # slow, so only where it is needed
+
+    known = TaskManager().all_tasks
+    if unknown := [task for task in others if task not in known]:
+        raise TaskError(
+            f"evaluation.tasks names {', '.join(unknown)}, which neither {evals}/ nor lm-eval defines; "
+            f"without a hub there are: {', '.join(local_tasks(evals))}"
+        )
+
+
+def main() -> None:
+    """Check the project in the current directory."""
+    run_stage(lambda settings: check(settings, Path("models/source"), Path("evals")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Perplexity on held-out text and, token by token, how far a model has moved from its baseline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from tasks.errors import TaskError
+from tasks.settings import DataSource
+from tasks.text import documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tasks.runtimes import Runtime
+
+SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Over all scored tokens of a text: perplexity per token and per word, mean Kullback-Leibler divergence of the
+    model from the baseline (nats a token), share of places where both would write the same token, tokens scored."""
+
+    perplexity: float
+    word_perplexity: float
+    kl: float
+    top1: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids that the model sees at once, and the words in the text that they stand for."""
+
+    ids: Sequence[int]
+    words: int
+
+
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase, raw: Path, name: str, source: DataSource, tokens: int, window: int
+) -> list[Window]:
+    """The first `tokens` tokens of data set `name`, in windows of `window`; each begins with BOS where one is usual.
+
+    TaskError if the text is shorter than that.
+    """
+    from tasks.calibrate import begins_with_bos
+
+    prefix = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
+    size = window - len(prefix)
+    count = math.ceil(tokens / window)
+    stream: list[int] = []
+    for text in documents(raw, name, source):
+        stream += tokenizer(str(text).strip() + SEPARATOR, add_special_tokens=False).input_ids
+        if len(stream) >= count * size:
+            break
+    else:
+        raise TaskError(
+            f"the text {name} has {len(stream)} tokens, evaluation.text_tokens asks for {tokens}; "
+            "lower it or choose a longer text"
+        )
+    pieces = [stream[i * size : (i + 1) * size] for i in range(count)]
+    return [Window([*prefix, *piece], len(tokenizer.decode(piece).split())) for piece in pieces]
+
+
+def measure_text(
+    runtime: Runtime, reference: Runtime | None, windows: Sequence[Window], name: str
+) -> tuple[list[dict[str, Any]], TextScore]:
+    """Sums per window, and their means over the text. `reference` None: the model is the baseline itself."""
+    rows = []
+    for number, window in enumerate(tqdm(windows, desc=f"windows of {name}")):
+        rows.append({"window": number, "words": window.words, **_measure(runtime, reference, window)})
+    tokens, word_count = (sum(row[key] for row in rows) for key in ("tokens", "words"))
+    nll = sum(row["nll"] for row in rows)
+    return rows, TextScore(
+        perplexity=math.exp(nll / tokens),
+        word_perplexity=math.exp(min(nll / max(word_count, 1), 700.0)),
+        kl=sum(row["kl"] for row in rows) / tokens,
+        top1=sum(row["agree"] for row in rows) / tokens,
+        tokens=tokens,
+    )
+
+
+def _measure(runtime: Runtime, reference: Runtime | None, window: Window) -> dict[str, Any]:
+    """nll (nats), kl (nats) and agreements, summed over the window's tokens after the first."""
+    import torch
+
+    ids = torch.tensor([window.ids])
+    with torch.inference_mode():
+        ours = runtime.logprobs(ids)[0, :-1]
+        targets = ids[0, 1:].to(ours.device)
+        nll = -ours.gather(1, targets[:, None]).double().sum().item()
+        tokens = len(targets)
+        if reference is None:
+            return {"tokens": tokens, "nll": nll, "kl": 0.0, "agree": tokens}
+        theirs = reference.logprobs(ids)[0, :-1]
+        # rounding can push the divergence of equal distributions a hair below zero
+        kl = (theirs.exp() * (theirs - ours)).double().sum(-1).clamp(min=0).sum().item()
+        agree = int((theirs.argmax(-1) == ours.argmax(-1)).sum())
+    return {"tokens": tokens, "nll": nll, "kl": kl, "agree": agree}

@@ -1,0 +1,49 @@
+"""The methods that press a model, one module each, behind one small protocol.
+
+A method's module is named after it (`variants.V.method` in params.yaml) and offers
+
+    press(job: Job) -> None
+
+which writes a complete model directory (safetensors, config.json with its quantization_config) to
+`job.destination`, an empty directory. It need not care for tokenizer and licence files, nor for whole-or-not-at-all:
+tasks/quantize.py does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from tasks.settings import Variant
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to press.
+
+    source: directory of the model, safetensors. tokens: int64 [samples, sequence_length], the calibration text.
+    device: "cpu" or "cuda". destination: an empty directory.
+    """
+
+    source: Path
+    tokens: Tensor
+    variant: Variant
+    device: str
+    destination: Path
+
+
+class Quantizer(Protocol):
+    """What a method's module offers."""
+
+    def press(self, job: Job) -> None:
+        """Write the pressed model to `job.destination`."""
+
+
+def quantizer(method: str) -> Quantizer:
+    """The module of a method that tasks/settings.py allows."""
+    return cast(Quantizer, importlib.import_module(f"tasks.quantizers.{method}"))

@@ -1,0 +1,61 @@
+"""What the methods of llm-compressor share: load, run a recipe on the calibration tokens, save compact.
+
+The arithmetic runs in float32: it is exact enough for Hessians and, on processors without fast bfloat16 units,
+also faster. What is saved has the precision that the model came in.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+
+from tasks.quantizers import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH = 4
+
+
+def press_with_recipe(job: Job, recipe: list[Any], pipeline: str, keep_scales: bool) -> None:
+    """Apply llm-compressor's `recipe` to the model and write it in compressed-tensors format.
+
+    pipeline: "sequential" (layer by layer, each sees the layers before it quantized) or "basic" (one pass).
+    keep_scales: scales stay float32 (one per output row costs nothing) instead of the model's precision.
+    """
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM
+
+    saved_dtype = getattr(torch, json.loads((job.source / "config.json").read_text(encoding="utf-8"))["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32, use_safetensors=True).eval()
+    model.to(job.device)
+    rows = job.tokens.tolist()
+    data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+    model = oneshot(
+        model=model,
+        dataset=data,
+        recipe=recipe,
+        pipeline=pipeline,
+        num_calibration_samples=len(rows),
+        max_seq_length=job.tokens.shape[1],
+        shuffle_calibration_samples=False,
+        batch_size=min(BATCH, len(rows)),
+    )
+    _narrow(model, saved_dtype, keep_scales)
+    model.save_pretrained(job.destination, save_compressed=True)
+
+
+def ignored(variant: Any) -> list[str]:
+    """Modules that stay as they are: the output layer, and the decoder layers that the settings name."""
+    return ["lm_head", *(rf"re:.*\.layers\.{index}\..*" for index in variant.skip_layers)]
+
+
+def _narrow(model: PreTrainedModel, dtype: torch.dtype, keep_scales: bool) -> None:
+    """Store weights, and scales unless kept, in the model's own precision; integers stay integers."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.dtype == torch.float32 and not (keep_scales and name.endswith("_scale")):
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype

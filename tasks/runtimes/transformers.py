@@ -1,0 +1,164 @@
+"""The runtime `transformers`: Hugging Face models and compressed ones, on a CPU or a GPU.
+
+compressed-tensors models are decompressed on loading, AutoAWQ models by tasks/runtimes/awq_format.py: the arithmetic
+of the format is exact, activations of W8A8 are rounded as it says, but no integer kernel runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
+
+from tasks.device import compute_device, processor_name
+from tasks.runtimes import About, Question, Score
+from tasks.runtimes.awq_format import load_awq
+
+
+class TransformersRuntime:
+    """See the protocol `Runtime`."""
+
+    def __init__(self, directory: Path, dtype: str) -> None:
+        transformers.utils.logging.disable_progress_bar()
+        device = compute_device()
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        method = config.get("quantization_config", {}).get("quant_method")
+        self.model = _load(directory, getattr(torch, dtype), method).to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.about = About(
+            "transformers", transformers.__version__, device, dtype, torch.get_num_threads(), processor_name()
+        )
+        self.fast = method is None
+        self.note = (
+            None
+            if self.fast
+            else f"transformers has no fast {method} kernel here: it computes with dequantized weights"
+        )
+
+    def score(self, questions: Sequence[Question], batch_tokens: int, progress: str) -> list[list[Score]]:
+        """Scores of every continuation; all continuations of a context share its forward pass (see `_Tree`)."""
+        results: list[list[Score]] = [[] for _ in questions]
+        with tqdm(total=len(questions), desc=progress, unit="item") as bar:
+            for batch in _batches(questions, batch_tokens):
+                for index, scores in zip(batch, self._score([questions[i] for i in batch]), strict=True):
+                    results[index] = scores
+                bar.update(len(batch))
+        return results
+
+    @torch.inference_mode()
+    def _score(self, questions: list[Question]) -> list[list[Score]]:
+        trees = [_Tree(question) for question in questions]
+        longest = max(len(tree.ids) for tree in trees)
+        ids = torch.zeros(len(trees), longest, dtype=torch.int64)
+        positions = torch.zeros_like(ids)
+        # padding sees itself alone: a row of the mask that is all False has no softmax
+        mask = torch.eye(longest, dtype=torch.bool).repeat(len(trees), 1, 1, 1)
+        for row, tree in enumerate(trees):
+            size = len(tree.ids)
+            ids[row, :size] = torch.tensor(tree.ids)
+            positions[row, :size] = torch.tensor(tree.positions)
+            mask[row, 0, :size, :size] = tree.mask
+        device = self.model.device
+        hidden = self.model.base_model(
+            input_ids=ids.to(device),
+            position_ids=positions.to(device),
+            attention_mask=mask.to(device),
+            use_cache=False,
+        ).last_hidden_state
+        results = []
+        for row, tree in enumerate(trees):
+            # the output layer costs a fifth of a small model: it runs where a token is scored, and there alone
+            logits = self.model.get_output_embeddings()(hidden[row, tree.reads]).float().log_softmax(-1)
+            targets = torch.tensor(tree.targets, device=logits.device)
+            chosen = logits.gather(1, targets[:, None])[:, 0].cpu()
+            greedy = (logits.argmax(-1) == targets).cpu()
+            results.append([Score(chosen[span].sum().item(), bool(greedy[span].all())) for span in tree.spans])
+        return results
+
+    @torch.inference_mode()
+    def logprobs(self, ids: Tensor) -> Tensor:
+        """See `Runtime`."""
+        return self.model(input_ids=ids.to(self.model.device), use_cache=False).logits.float().log_softmax(-1)
+
+    @torch.inference_mode()
+    def generate_ids(self, ids: Tensor, new_tokens: int) -> Tensor:
+        """See `Runtime`."""
+        ids = ids.to(self.model.device)
+        return self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=_pad(self.tokenizer),
+        )
+
+    @torch.inference_mode()
+    def generate(self, prompt: str, new_tokens: int) -> str:
+        """See `Runtime`."""
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        out = self.model.generate(
+            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=_pad(self.tokenizer)
+        )
+        return str(self.tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+
+
+def _load(directory: Path, dtype: torch.dtype, method: str | None) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    if method == "awq":
+        return load_awq(directory, dtype)
+    if method == "compressed-tensors":
+        options["quantization_config"] = CompressedTensorsConfig(run_compressed=False)
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
+
+
+def _pad(tokenizer: Any) -> int:
+    """A token to fill with; which one does not matter, filled places are masked."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+
+
+class _Tree:
+    """A question as one sequence: the context, then each continuation as a branch that sees the context and itself.
+
+    ids, positions: of the sequence. mask: bool [tokens, tokens]. reads: the places whose output scores a token,
+    targets: that token; spans: each continuation's slice of the two.
+    The last token of a continuation is scored but never read on from, so it is not in the sequence.
+    """
+
+    def __init__(self, question: Question) -> None:
+        start = len(question.context)
+        self.ids = list(question.context)
+        self.positions = list(range(start))
+        self.reads: list[int] = []
+        self.targets: list[int] = []
+        self.spans: list[slice] = []
+        size = start + sum(len(c) - 1 for c in question.continuations)
+        self.mask = torch.zeros(size, size, dtype=torch.bool)
+        self.mask[:start, :start] = torch.ones(start, start, dtype=torch.bool).tril()
+        for continuation in question.continuations:
+            at, length = len(self.ids), len(continuation) - 1
+            self.ids += continuation[:-1]
+            self.positions += range(start, start + length)
+            self.mask[at : at + length, :start] = True
+            self.mask[at : at + length, at : at + length] = torch.ones(length, length, dtype=torch.bool).tril()
+            self.spans.append(slice(len(self.targets), len(self.targets) + len(continuation)))
+            self.reads += [start - 1, *range(at, at + length)]
+            self.targets += continuation
+
+
+def _batches(questions: Sequence[Question], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of questions of like length, longest first, whose padded size stays within `batch_tokens`."""
+    sizes = [len(q.context) + sum(len(c) - 1 for c in q.continuations) for q in questions]
+    order = sorted(range(len(questions)), key=lambda i: -sizes[i])
+    while order:
+        # at least one, however long
+        count = max(1, min(len(order), batch_tokens // sizes[order[0]]))
+        yield order[:count]
+        order = order[count:]
