@@ -5,6 +5,7 @@ modelpress run --set variants.awq-int4.group_size=32
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,9 +47,7 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of params.yaml first; may be repeated."),
 ]
 Jobs = Annotated[int, typer.Option(min=1, max=64, help="Stages at a time; each needs memory for a model.")]
-Timeout = Annotated[
-    float | None, typer.Option(min=0.01, metavar="MINUTES", help="The longest a stage may take.")
-]
+Timeout = Annotated[float | None, typer.Option(min=0.01, metavar="MINUTES", help="The longest a stage may take.")]
 
 
 @app.command()
@@ -71,14 +70,15 @@ def run(overrides: Set = None, jobs: Jobs = 2, timeout: Timeout = None) -> None:
     """
     root = find_root()
     quiet(root)
+    from flows.checkout import exclusive
     from flows.dvc_state import check_dvc
-    from flows.overrides import override, read_settings
+    from flows.overrides import override
 
-    for change in override(root / "params.yaml", overrides or []):
-        print(f"params.yaml: {change}", file=sys.stderr)
-    read_settings(root / "params.yaml")
+    with exclusive(root):  # a run that is at work must not see the change
+        for change in override(root / "params.yaml", overrides or []):
+            print(f"params.yaml: {change}", file=sys.stderr)
     check_dvc(root)
-    with server(root) as prefect_server:
+    with _interruptible(), server(root) as prefect_server:
         from flows.optimize import PipelineError, optimize
         from flows.terminal import readable_logs
 
@@ -177,14 +177,29 @@ def _bytes(size: float) -> str:
     return f"{size:.1f} GB"
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, to be treated like Ctrl-C."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the body in order, with a word to the person and the usual exit status."""
+
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        print("interrupted; what was finished stays, and the next run goes on from there", file=sys.stderr)
+        raise typer.Exit(143 if isinstance(interrupt, _Terminated) else 130) from interrupt
+
+
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except FlowError as error:
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
-            f"error: {error}", style="red"
-        )
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {error}", style="red")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; what was finished stays, and the next run goes on from there")

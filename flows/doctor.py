@@ -43,9 +43,7 @@ def examine(root: Path) -> Iterator[Finding]:
     """Findings about this machine and the project in `root`, the quick ones first."""
     yield from _versions(root)
     yield _device()
-    yield _room(
-        "memory", psutil.virtual_memory().available / 1e9, MEMORY_GB, "close other programs, or lower --jobs"
-    )
+    yield _room("memory", psutil.virtual_memory().available / 1e9, MEMORY_GB, "close other programs, or lower --jobs")
     yield _room("disk", shutil.disk_usage(root).free / 1e9, DISK_GB, "free some space, or move the project")
     yield _writable(root)
     yield from _repository(root)
@@ -63,9 +61,7 @@ def _versions(root: Path) -> Iterator[Finding]:
     yield Finding("python", "ok", python)
     lock = root / "requirements.lock"
     if not lock.is_file():
-        yield Finding(
-            "packages", "note", "no requirements.lock to compare with", "use a clone of the repository"
-        )
+        yield Finding("packages", "note", "no requirements.lock to compare with", "use a clone of the repository")
         return
     pins = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;+]+)", lock.read_text(encoding="utf-8"), re.MULTILINE))
     wrong = []
@@ -82,9 +78,7 @@ def _versions(root: Path) -> Iterator[Finding]:
         return
     direct = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")) if pins else {}
     names = re.findall(r"^([A-Za-z0-9-]+)==", "\n".join(_requirements(direct)), re.MULTILINE)
-    yield Finding(
-        "packages", "ok", f"all {len(pins)} as locked: " + ", ".join(f"{n} {version(n)}" for n in names)
-    )
+    yield Finding("packages", "ok", f"all {len(pins)} as locked: " + ", ".join(f"{n} {version(n)}" for n in names))
 
 
 def _requirements(pyproject: dict[str, object]) -> list[str]:
@@ -105,9 +99,7 @@ def _device() -> Finding:
     if gpus:
         return Finding("device", "ok", f"{len(gpus)} GPU: {'; '.join(gpus)}; {cores} CPU cores")
     level: Literal["ok", "note"] = "ok" if cores >= 2 else "note"
-    return Finding(
-        "device", level, f"no NVIDIA GPU; {cores} CPU cores", "" if cores >= 2 else "expect it to be slow"
-    )
+    return Finding("device", level, f"no NVIDIA GPU; {cores} CPU cores", "" if cores >= 2 else "expect it to be slow")
 
 
 def _room(subject: str, found: float, wanted: float, remedy: str) -> Finding:
@@ -131,14 +123,10 @@ def _writable(root: Path) -> Finding:
 
 def _repository(root: Path) -> Iterator[Finding]:
     try:
-        subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, timeout=PATIENCE, check=True
-        )
+        subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, timeout=PATIENCE, check=True)
         yield Finding("git", "ok", "a repository with commits")
     except (OSError, subprocess.SubprocessError):
-        yield Finding(
-            "git", "bad", f"{root} has no git commit, or git is missing", "install git; use a clone"
-        )
+        yield Finding("git", "bad", f"{root} has no git commit, or git is missing", "install git; use a clone")
     problems = list(damage(root))
     yield from (Finding("dvc", "bad", problem, "as said") for problem in problems)
     if not problems:
@@ -181,18 +169,12 @@ def _index(wheels: list[str], level: Literal["note", "bad"]) -> Finding:
         try:
             answer = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
         except subprocess.TimeoutExpired:
-            return Finding(
-                "package index", level, f"no answer in {PATIENCE} s", "mend the network or pip's settings"
-            )
+            return Finding("package index", level, f"no answer in {PATIENCE} s", "mend the network or pip's settings")
         if answer.returncode:
             words = answer.stderr.strip().splitlines() or ["it gave no reason"]
-            return Finding(
-                "package index", level, f"{name}: {words[-1]}", "mend the network or pip's settings"
-            )
+            return Finding("package index", level, f"{name}: {words[-1]}", "mend the network or pip's settings")
         if wanted not in re.findall(r"[^\s,()]+", answer.stdout):
-            return Finding(
-                "package index", level, f"{name} has no version {wanted}", "change it in params.yaml"
-            )
+            return Finding("package index", level, f"{name} has no version {wanted}", "change it in params.yaml")
     return Finding("package index", "ok", f"has {', '.join(wheels)}")
 
 

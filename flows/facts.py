@@ -56,9 +56,7 @@ def variant_facts(root: Path) -> list[VariantFacts]:
     ]
 
 
-def _facts(
-    root: Path, name: str, settings: Any, summary: dict[str, Any], stages: dict[str, Any]
-) -> VariantFacts:
+def _facts(root: Path, name: str, settings: Any, summary: dict[str, Any], stages: dict[str, Any]) -> VariantFacts:
     files = tuple(sorted((root / "metrics").glob(f"*/{name}.json")))
     content = {path.parent.name: read_json(path) for path in files} | {"report": summary}
     labels = flatten({"variant": name, **settings})
@@ -116,6 +114,4 @@ def numbers(values: Any, prefix: str) -> Iterator[tuple[str, float]]:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=root, check=True, capture_output=True, text=True
-    ).stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()

@@ -61,9 +61,7 @@ class Server:
             time.sleep(0.1)
         words = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         reason = words[-1] if words else "it gave no reason"
-        raise FlowError(
-            f"the Prefect server did not start: {reason} (log: {self._log}); run `modelpress doctor`"
-        )
+        raise FlowError(f"the Prefect server did not start: {reason} (log: {self._log}); run `modelpress doctor`")
 
 
 @contextlib.contextmanager

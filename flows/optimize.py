@@ -7,12 +7,8 @@ Prefect decides when and where a stage runs, DVC decides whether, MLflow remembe
 
 from __future__ import annotations
 
-import fcntl
-import os
 import queue
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,17 +18,16 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from pydantic import Field
 
+from flows.checkout import exclusive
 from flows.dvc_state import check_dvc
 from flows.errors import FlowError
 from flows.kept import recover
 from flows.overrides import read_settings
 from flows.plan import Plan, read_plan, summary
-from flows.process import stop_all
+from flows.process import stopped_on_error
 from flows.record import recorded
 from flows.schedule import doomed, startable
 from flows.stage import stage_task
-
-LOCK = Path(".modelpress/run.lock")
 
 
 class PipelineError(FlowError):
@@ -105,7 +100,7 @@ def _run_stages(
         lost = {*failures, *doomed({s.name: s.upstreams for s in plan.values()}, failures)}
         return {s.name: s.upstreams for s in plan.values() if s.name not in lost}
 
-    try:
+    with stopped_on_error():
         while True:
             for name in startable(upstreams(), results, running, jobs):
                 submit(name)
@@ -120,15 +115,8 @@ def _run_stages(
                 if outcome != "unchanged":
                     log.info("%s: %s; %d of %d stages done", name, outcome, len(results), len(plan))
             else:
-                failures[name] = (
-                    outcome if isinstance(outcome, BaseException) else FlowError(f"{name}: {state}")
-                )
+                failures[name] = outcome if isinstance(outcome, BaseException) else FlowError(f"{name}: {state}")
                 log.error("%s", failures[name])
-    except (
-        BaseException
-    ):  # an interrupt: without this, Prefect would wait for the stages to end by themselves
-        stop_all()
-        raise
 
 
 def _show(root: Path) -> None:
@@ -143,26 +131,6 @@ def _failed(failures: dict[str, BaseException], plan: Plan) -> str:
     lost = doomed({s.name: s.upstreams for s in plan.values()}, failures)
     text = "; ".join(str(error) for error in failures.values())
     return text + (f"; not run because of that: {', '.join(lost)}" if lost else "")
-
-
-@contextmanager
-def exclusive(root: Path) -> Iterator[None]:
-    """One run at a time in one checkout; FlowError names the process that is there already."""
-    path = root / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise FlowError(
-                f"another run (process {holder}) is at work in {root}; wait until it ends"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def flow_run_identity() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
 
 from flows.errors import FlowError
 from tasks.errors import TaskError
@@ -29,52 +32,91 @@ def override(path: Path, changes: list[str]) -> list[str]:
 
     The result is checked before it takes the file's place; FlowError leaves the file as it was.
     """
-    if not changes:
-        return []
     read_settings(path)
-    for change in changes:
-        if "=" not in change and not change.startswith("~"):
-            raise FlowError(f"--set {change}: expected KEY=VALUE, or ~KEY to remove one")
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".part{path.suffix}", dir=path.parent)
-    os.close(handle)
-    scratch = Path(name)
+    text = path.read_text(encoding="utf-8")
+    before = yaml.safe_load(text)
+    with tempfile.TemporaryDirectory() as folder:
+        after = _overridden(Path(folder) / path.name, text, changes) if changes else before
     try:
-        shutil.copy(path, scratch)
-        _apply(scratch, changes)
-        after = yaml.safe_load(scratch.read_text(encoding="utf-8"))
         check_settings(after, f"--set {' --set '.join(changes)}")
-        if after != before:
-            os.replace(scratch, path)
     except TaskError as error:
         raise FlowError(f"{error}; {path.name} is as it was") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    if after != before:
+        _replace(path, _edited(text, after))
     return list(_differences(before, after))
 
 
-def _apply(path: Path, changes: list[str]) -> None:
+def _overridden(scratch: Path, text: str, changes: list[str]) -> Any:
+    """The values in `text` after the changes, by DVC's own reading of `--set-param`."""
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import apply_overrides
 
+    scratch.write_text(text, encoding="utf-8")
+    for change in changes:
+        if "=" not in change and not change.startswith("~"):
+            raise FlowError(f"--set {change}: expected KEY=VALUE, or ~KEY to remove one")
+        try:
+            apply_overrides(str(scratch), [change])
+        except DvcException as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
+            raise FlowError(
+                f"--set {change}: {reason}; KEY=VALUE changes a key that is there, +KEY=VALUE adds one, "
+                "~KEY removes one"
+            ) from error
+    return yaml.safe_load(scratch.read_text(encoding="utf-8"))
+
+
+def _edited(text: str, values: Any) -> str:
+    """`text` with only those places changed where it differs from `values`."""
+    editor = YAML()
+    editor.preserve_quotes = True
+    editor.width = 10_000
+    editor.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    document = editor.load(text)
+    _merge(document, values)
+    out = io.StringIO()
+    editor.dump(document, out)
+    return out.getvalue()
+
+
+def _merge(document: Any, values: Mapping[str, Any]) -> None:
+    for key in [key for key in document if key not in values]:
+        del document[key]
+    for key, value in values.items():
+        old = document.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            _merge(old, value)
+        elif key not in document or old != value:
+            document[key] = _inline(value) if isinstance(value, list) else value
+
+
+def _inline(value: list[Any]) -> CommentedSeq:
+    sequence = CommentedSeq(value)
+    sequence.fa.set_flow_style()
+    return sequence
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all, with the file's own permissions."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
-        apply_overrides(str(path), changes)
-    except DvcException as error:
-        cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines()[0]
-        raise FlowError(
-            f"--set {' --set '.join(changes)}: {reason}; KEY=VALUE changes a key that is there, "
-            "+KEY=VALUE adds one, ~KEY removes one"
-        ) from error
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        shutil.copymode(path, name)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _differences(before: Any, after: Any, prefix: str = "") -> Iterator[str]:
     """`key: old -> new` for every leaf that differs."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for key in [*before, *(k for k in after if k not in before)]:
-            yield from _differences(
-                before.get(key, _GONE), after.get(key, _GONE), f"{prefix}.{key}" if prefix else key
-            )
+            name = f"{prefix}.{key}" if prefix else key
+            yield from _differences(before.get(key, _GONE), after.get(key, _GONE), name)
     elif before != after:
         yield f"{prefix}: {_show(before)} -> {_show(after)}"
 
@@ -83,8 +125,6 @@ _GONE = object()
 
 
 def _show(value: Any) -> str:
-    return (
-        "(none)"
-        if value is _GONE
-        else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
-    )
+    if value is _GONE:
+        return "(none)"
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()

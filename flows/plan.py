@@ -72,9 +72,7 @@ def summary(plan: Plan) -> str:
     return f"{len(plan)} stages: " + ", ".join(f"{count[s]} {text}" for s, text in words.items() if count[s])
 
 
-def _judge(
-    repo: Repo, stage: PipelineStage, ups: list[PipelineStage], plan: Plan, restored: dict[str, Any]
-) -> Stage:
+def _judge(repo: Repo, stage: PipelineStage, ups: list[PipelineStage], plan: Plan, restored: dict[str, Any]) -> Stage:
     moving = [up for up in ups if plan[up.name].state != "unchanged"]
     reasons = _reasons(stage, moving)
     state: State = "unchanged"
@@ -90,9 +88,7 @@ def _judge(
         upstreams=tuple(up.name for up in ups),
         state=state,
         reasons=tuple(reasons),
-        outs=tuple(
-            Out(out.def_path, out.meta.size if out.meta and out.hash_info else None) for out in stage.outs
-        ),
+        outs=tuple(Out(out.def_path, out.meta.size if out.meta and out.hash_info else None) for out in stage.outs),
     )
 
 
@@ -129,40 +125,34 @@ def _restorable(
 ) -> dict[str, Any] | None:
     """Hashes by path of the outputs that the run cache would put back for `stage`; None if it has to run."""
     from dvc.stage.cache import _get_cache_hash
+    from dvc.stage.loader import StageLoader
     from dvc.stage.serialize import to_single_stage_lockfile
 
     if stage.is_callback or stage.always_changed or not (stage.deps and stage.outs):
         return None
     cache = repo.stage_cache
-    if (
-        not moving
-        and not stage.changed_stage()
-        and stage.deps_cached()
-        and all(o.hash_info for o in stage.outs)
-    ):
+    if not moving and not stage.changed_stage() and stage.deps_cached() and all(o.hash_info for o in stage.outs):
         entry = to_single_stage_lockfile(stage)  # only its outputs are missing or were modified
     else:
         for dep in stage.deps:
             if dep.def_path in restored:
                 dep.hash_info, dep.meta = restored[dep.def_path]
-            elif not dep.exists or _touches(
-                Path(dep.fs_path), [Path(out.fs_path) for up in moving for out in up.outs]
-            ):
+            elif not dep.exists or _touches(Path(dep.fs_path), [Path(out.fs_path) for up in moving for out in up.outs]):
                 return None  # something will be put back inside it: its hash is not known before
             else:
                 dep.save()
         key = _get_cache_hash(to_single_stage_lockfile(stage), key=True)
         folder = Path(cache._get_cache_dir(key))
-        newest = (
-            max(folder.iterdir(), key=lambda p: p.stat().st_mtime, default=None) if folder.is_dir() else None
-        )
+        newest = max(folder.iterdir(), key=lambda p: p.stat().st_mtime, default=None) if folder.is_dir() else None
         entry = cache._load_cache(key, newest.name) if newest else None
     if not entry:
         return None
-    found = cache._create_stage(entry, wdir=stage.wdir)
-    if not found.outs_cached():
+    StageLoader.fill_from_lock(stage, entry)
+    for out in stage.outs:
+        out.use_cache = True  # the run cache keeps also what is not kept otherwise
+    if not stage.outs_cached():
         return None
-    return {out.def_path: (out.hash_info, out.meta) for out in found.outs}
+    return {out.def_path: (out.hash_info, out.meta) for out in stage.outs}
 
 
 @contextmanager

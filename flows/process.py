@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 GUARD = Path(__file__).with_name("guard.py")
@@ -27,6 +28,7 @@ class TimedOut(Exception):  # noqa: N818
 
 _live: set[Process] = set()
 _lock = threading.Lock()
+_closed = threading.Event()
 
 
 class Process:
@@ -36,9 +38,7 @@ class Process:
     inside the group ends it when this process is gone.
     """
 
-    def __init__(
-        self, command: list[str], cwd: Path, env: dict[str, str], *, output: int = subprocess.PIPE
-    ) -> None:
+    def __init__(self, command: list[str], cwd: Path, env: dict[str, str], *, output: int = subprocess.PIPE) -> None:
         self._stop = threading.Event()
         self._popen = subprocess.Popen(
             [sys.executable, "-I", str(GUARD), *command],
@@ -53,6 +53,8 @@ class Process:
     def __enter__(self) -> Process:
         with _lock:
             _live.add(self)
+            if _closed.is_set():
+                self.stop()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,8 +123,18 @@ class Process:
         return True
 
 
-def stop_all() -> None:
-    """Stop every command that is running now, so that the threads that read them can end."""
-    with _lock:
-        for process in _live:
-            process.stop()
+@contextmanager
+def stopped_on_error() -> Iterator[None]:
+    """If the body fails, stop every command, also those that other threads are about to start.
+
+    So the threads that wait for them can end; Prefect alone would wait until the commands end by themselves.
+    """
+    _closed.clear()
+    try:
+        yield
+    except BaseException:
+        with _lock:
+            _closed.set()
+            for process in _live:
+                process.stop()
+        raise

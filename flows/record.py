@@ -70,9 +70,7 @@ class Record:
         self._client, self._experiment = _open(self._root)
         here = f"{socket.gethostname()}:{self._root}"
         # only one run at a time works in a checkout: another that seems to run here was killed
-        for run in self._search(
-            f"tags.`{CHECKOUT_TAG}` = '{_quoted(here)}' and attributes.status = 'RUNNING'"
-        ):
+        for run in self._search(f"tags.`{CHECKOUT_TAG}` = '{_quoted(here)}' and attributes.status = 'RUNNING'"):
             self._client.set_terminated(run.info.run_id, "KILLED")
         if all(stage.state == "unchanged" for stage in self._plan.values()) and self._same():
             return

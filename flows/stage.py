@@ -99,16 +99,12 @@ def run_stage(
                 status = process.wait()
         except TimedOut:
             given = f"{(timeout or 0) / 60:g} minutes"
-            raise StageError(
-                f"{stage}: stopped after {given}; allow more with --timeout (log: {record})"
-            ) from None
+            raise StageError(f"{stage}: stopped after {given}; allow more with --timeout (log: {record})") from None
         except Stopped:
             raise StageError(f"{stage}: stopped, the run was interrupted") from None
         if status:
             busy = _BUSY.search("\n".join(tail))
-            raise (LockBusyError if busy else StageError)(
-                f"{stage}: {last_word(tail, status)} (log: {record})"
-            )
+            raise (LockBusyError if busy else StageError)(f"{stage}: {last_word(tail, status)} (log: {record})")
     return result
 
 

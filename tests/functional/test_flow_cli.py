@@ -1,0 +1,157 @@
+"""`modelpress` as a person calls it: a process of its own, its exit status, and what it prints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.functional.toy import STAGES, Toy
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("variants.int8.smoothing=7", "variants.int8.smoothing is 7"),
+        ("variants.int8.smothing=0.5", "variants.int8.smothing"),
+        ("+variants.int8.smothing=0.5", "variants.int8.smothing is no setting"),
+        ("gate", "expected KEY=VALUE"),
+        ("~variants.base", "must hold the baseline"),
+    ],
+)
+def test_a_bad_change_is_refused_before_anything_starts(toy: Toy, change: str, words: str) -> None:
+    before = toy.read("params.yaml")
+    done = toy.cli("run", "--set", "gate.four_bit=0.9", "--set", change)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert words in done.stderr
+    assert done.stdout == ""
+    assert toy.read("params.yaml") == before
+
+
+def test_a_change_stays_in_the_file_and_the_result_is_shown(toy: Toy, prefect_server: str) -> None:
+    toy.write("params.yaml", "# a comment that must stay\n" + toy.read("params.yaml"))
+    done = toy.cli("run", "--set", "gate.four_bit=0.9", PREFECT_API_URL=prefect_server)
+    assert done.returncode == 0, done.stderr
+    assert "params.yaml: gate.four_bit: 0.95 -> 0.9" in done.stderr
+    assert "# a comment that must stay" in toy.read("params.yaml")
+    assert done.stdout.splitlines()[0] == "the table of the field"
+    assert f"sqlite:///{toy.root}/mlflow.db" in done.stdout
+    assert "report: executed; 8 of 8 stages done" in done.stderr
+    assert "| report               | working on report" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Finished in state" not in done.stderr
+    assert toy.dvc("status").strip() == "Data and pipelines are up to date."
+
+
+def test_a_failed_stage_is_one_clear_line(toy: Toy, prefect_server: str) -> None:
+    toy.wish("report", "fail")
+    toy.set(gate__four_bit=0.9)
+    done = toy.cli("run", PREFECT_API_URL=prefect_server)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: report: report found 3, expected 4; mend it (log: ")
+
+
+def test_a_plan_says_what_would_run_and_why_and_changes_nothing(toy: Toy) -> None:
+    toy.set(variants__int8__smoothing=0.5)
+    lock = toy.read("dvc.lock")
+    done = toy.cli("plan")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
+    assert rows["quantize@int8"][1:6] == ["run", "params.yaml:", "variants.int8", "is", "modified"]
+    assert rows["benchmark@int8"][1:4] == ["run", "follows", "quantize@int8"]
+    assert rows["quantize@base"][1] == "-"
+    assert "8 stages: 3 to run, 5 unchanged" in done.stdout
+    assert toy.read("dvc.lock") == lock
+    assert len(toy.executed()) == len(STAGES)
+
+
+def test_the_last_report_is_shown_again(toy: Toy) -> None:
+    assert toy.cli("report").stdout.startswith("the table of the field\n")
+    (toy.root / "report/table.txt").unlink()
+    done = toy.cli("report")
+    assert (done.returncode, done.stderr) == (1, "error: there is no report yet; `modelpress run` makes one\n")
+
+
+def test_wrong_use_is_told_from_a_failed_run(toy: Toy, tmp_path: Path) -> None:
+    assert toy.cli("run", "--jobs", "0").returncode == 2
+    assert toy.cli("rum").returncode == 2
+    assert toy.cli("--version").stdout.startswith("modelpress ")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = Toy(empty).cli("plan")
+    assert done.returncode == 1
+    assert "no dvc.yaml in" in done.stderr
+
+
+@pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_the_stage_and_tells_the_records(
+    toy: Toy, prefect_server: str, sign: int, status: int
+) -> None:
+    with _stage_at_work(toy, "quantize@int8", PREFECT_API_URL=prefect_server) as process:
+        stage = int(toy.read("pid-quantize@int8"))
+        os.kill(process.pid, sign)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert output.splitlines()[-1].startswith("interrupted; ")
+    assert "Traceback" not in output
+    assert not psutil.pid_exists(stage)
+    assert toy.mlflow_runs()[-1].info.status == "KILLED"
+    assert (toy.root / "models/int8/content.json").exists()
+
+
+def test_a_killed_run_leaves_no_process_and_loses_nothing(toy: Toy) -> None:
+    old = toy.read("models/int8/content.json")
+    # with a Prefect server of its own, which must be gone too
+    with _stage_at_work(toy, "quantize@int8", PREFECT_API_URL="") as process:
+        family = psutil.Process(process.pid).children(recursive=True)
+        words = [" ".join(child.cmdline()) for child in family]
+        assert any("uvicorn" in line for line in words)
+        assert any("stage.py quantize@int8" in line for line in words)
+        assert not (toy.root / "models/int8").exists()
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=30)
+    assert _soon(lambda: not any(child.is_running() for child in family))
+
+    toy.wish("quantize@int8", "fail")
+    with pytest.raises(Exception, match="found 3, expected 4"):
+        toy.run()
+    assert toy.read("models/int8/content.json") == old
+    assert [run.info.status for run in toy.mlflow_runs()][1:] == ["KILLED", "FAILED"]
+
+
+class _stage_at_work:  # noqa: N801 - reads as a phrase
+    """`modelpress run` in which `stage` is at work; killed at the end, if it is still there."""
+
+    def __init__(self, toy: Toy, stage: str, **env: str) -> None:
+        toy.set(variants__int8__smoothing=0.5)
+        toy.wish(stage, "sleep 600")
+        self._process = toy.start_cli("run", **env)
+        self._mark = toy.root / f"pid-{stage}"
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        assert _soon(self._mark.exists, seconds=90), self._process.communicate(timeout=5)
+        return self._process
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+
+
+def _soon(condition: Callable[[], bool], seconds: float = 15) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False

@@ -1,0 +1,91 @@
+"""What MLflow remembers of a run, in a real SQLite store."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from flows.plan import read_plan
+from flows.record import recorded
+from tests.functional.toy import VARIANTS, Toy
+
+LOG = logging.getLogger("test")
+
+
+def test_a_parent_holds_the_run_and_a_child_each_variant(finished_toy: Toy) -> None:
+    (parent,) = finished_toy.mlflow_runs()
+    params = yaml.safe_load(finished_toy.read("params.yaml"))
+    assert parent.data.params["model.source"] == params["model"]["source"]
+    assert parent.data.params["gate.four_bit"] == "0.95"
+    assert parent.data.metrics["executed"] == 8
+    assert parent.data.tags["winner"] == "int8"
+    assert parent.data.tags["git.commit"] == finished_toy.command("git", "rev-parse", "HEAD").strip()
+    assert len(parent.data.tags["prefect.flow_run_id"]) == 36
+    client = MlflowClient(f"sqlite:///{finished_toy.root / 'mlflow.db'}")
+    artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert artifacts == {"dvc.lock", "params.yaml", "summary.json", "table.txt"}
+
+    children = {run.info.run_name: run for run in finished_toy.mlflow_runs(parents=False)}
+    assert set(children) == set(VARIANTS)
+    child = children["gptq-int4"]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.params["group_size"] == "64"
+    assert child.data.metrics["report.retention.low"] == 0.95
+    assert child.data.metrics["quantize.seconds"] > 0
+    assert not any("layers" in name for name in child.data.metrics)
+    assert child.data.tags["verdict"] == "pass"
+    locked = yaml.safe_load(finished_toy.read("dvc.lock"))["stages"]["quantize@gptq-int4"]["outs"]
+    assert child.data.tags["dvc.models/gptq-int4"] == locked[1]["md5"]
+
+
+def test_the_parent_is_there_from_the_first_moment_and_tells_how_it_ended(toy: Toy) -> None:
+    toy.set(gate__four_bit=0.9)
+    plan = read_plan(toy.root)
+    seen = []
+    with contextlib.suppress(KeyboardInterrupt), recorded(toy.root, plan, LOG, {"name": "one"}):
+        seen.append(toy.mlflow_runs()[-1].info.status)
+        raise KeyboardInterrupt
+    assert seen == ["RUNNING"]
+    assert toy.mlflow_runs()[-1].info.status == "KILLED"
+    assert toy.mlflow_runs()[-1].info.run_name == "one"
+
+
+def test_a_run_that_was_killed_without_a_word_is_closed_by_the_next(toy: Toy) -> None:
+    toy.set(gate__four_bit=0.9)
+    plan = read_plan(toy.root)
+    dead = recorded(toy.root, plan, LOG, {"name": "dead"})
+    dead.__enter__()  # and never left
+    assert toy.mlflow_runs()[-1].info.status == "RUNNING"
+    with recorded(toy.root, plan, LOG, {"name": "next"}):
+        statuses = {run.info.run_name: run.info.status for run in toy.mlflow_runs()}
+        assert statuses["dead"] == "KILLED"
+        assert statuses["next"] == "RUNNING"
+
+
+def test_a_store_that_is_away_costs_the_record_and_not_the_results(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    toy.set(gate__four_bit=0.9)
+    assert toy.run()["report"] == "executed"
+    assert "MLflow at http://127.0.0.1:9 does not work" in caplog.text
+    assert "the results are complete without it" in caplog.text
+
+
+def test_a_store_of_ones_own_is_respected(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(toy.mlflow_runs())
+    (tmp_path / "own.db").write_bytes((toy.root / "mlflow.db").read_bytes())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'own.db'}")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    toy.run()
+    client = MlflowClient()
+    mine = client.get_experiment_by_name("mine")
+    assert mine is not None
+    assert len(client.search_runs([mine.experiment_id], "attributes.status = 'FINISHED'")) == 1 + len(VARIANTS)
+    assert len(toy.mlflow_runs()) == before

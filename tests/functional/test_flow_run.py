@@ -1,0 +1,133 @@
+"""The flow over a real git and DVC repository, a real Prefect server and a real MLflow store."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from flows.checkout import exclusive
+from flows.errors import FlowError
+from flows.optimize import PipelineError
+from flows.plan import read_plan
+from tests.functional.toy import STAGES, VARIANTS, Toy
+
+
+def test_the_first_run_executes_every_stage_and_leaves_dvc_nothing_to_do(toy: Toy) -> None:
+    assert sorted(toy.executed()) == sorted(STAGES)
+    assert toy.dvc("status").strip() == "Data and pipelines are up to date."
+    assert "Running stage" not in toy.dvc("repro")
+
+
+def test_a_second_run_starts_no_process_and_makes_no_second_record(toy: Toy) -> None:
+    shutil.rmtree(toy.root / ".modelpress/logs")
+    assert toy.run() == dict.fromkeys(STAGES, "unchanged")
+    assert sorted(toy.executed()) == sorted(STAGES)
+    assert not (toy.root / ".modelpress/logs").exists()
+    assert [run.info.status for run in toy.mlflow_runs()] == ["FINISHED"]
+
+
+def test_a_change_of_one_variant_runs_its_stages_and_what_follows(toy: Toy) -> None:
+    before = len(toy.executed())
+    toy.set(variants__int8__smoothing=0.5)
+    plan = read_plan(toy.root)
+    assert plan["quantize@int8"].state == "changed"
+    assert plan["quantize@int8"].reasons == ("params.yaml: variants.int8 is modified",)
+    assert plan["benchmark@int8"].reasons == ("follows quantize@int8",)
+    assert plan["quantize@base"].state == "unchanged"
+
+    results = toy.run()
+    ran = {"quantize@int8", "benchmark@int8", "report"}
+    assert set(toy.executed()[before:]) == ran
+    assert {stage for stage, result in results.items() if result == "executed"} == ran
+    assert "Running stage" not in toy.dvc("repro")
+    assert [run.info.status for run in toy.mlflow_runs()] == ["FINISHED", "FINISHED"]
+
+
+def test_settings_that_were_seen_before_come_from_the_run_cache(toy: Toy) -> None:
+    old = toy.read("params.yaml")
+    toy.set(variants__int8__smoothing=0.5)
+    toy.run()
+    before = toy.executed()
+    toy.write("params.yaml", old)
+    plan = read_plan(toy.root)
+    assert {name for name, stage in plan.items() if stage.state == "cached"} >= {"quantize@int8", "benchmark@int8"}
+
+    results = toy.run()
+    assert toy.executed() == before
+    assert results["quantize@int8"] == "restored"
+    # the first run holds this result already
+    assert len(toy.mlflow_runs()) == 2
+
+
+def test_after_dvc_repro_a_run_is_all_unchanged(toy: Toy) -> None:
+    toy.set(variants__int8__smoothing=0.4)
+    toy.dvc("repro")
+    before = toy.executed()
+    assert toy.run() == dict.fromkeys(STAGES, "unchanged")
+    assert toy.executed() == before
+    # no run of the flow had recorded this result
+    assert [run.info.status for run in toy.mlflow_runs()] == ["FINISHED", "FINISHED"]
+
+
+def test_a_failed_stage_stops_what_follows_and_nothing_else(toy: Toy) -> None:
+    model, metrics = toy.read("models/int8/content.json"), toy.read("metrics/quantize/int8.json")
+    before = len(toy.executed())
+    toy.set(variants={"base": {"method": "none"}, "int8": {"method": "int8", "smoothing": 0.3}, **_gptq(32)})
+    toy.wish("quantize@int8", "fail")
+    with pytest.raises(PipelineError) as caught:
+        toy.run()
+
+    message = str(caught.value)
+    assert "quantize@int8: quantize@int8 found 3, expected 4; mend it (log: " in message
+    assert message.endswith("not run because of that: benchmark@int8, report")
+    assert sorted(toy.executed()[before:]) == ["benchmark@gptq-int4", "quantize@gptq-int4", "quantize@int8"]
+    assert "working on quantize@int8" in toy.read(".modelpress/logs/quantize@int8.log")
+    # DVC had deleted both before it ran the stage; only one of them is in its cache
+    assert toy.read("models/int8/content.json") == model
+    assert toy.read("metrics/quantize/int8.json") == metrics
+    last = toy.mlflow_runs()[-1]
+    assert last.info.status == "FAILED"
+    assert "found 3, expected 4" in last.data.tags["error"]
+
+    toy.wish("quantize@int8")
+    assert toy.run()["report"] == "executed"
+
+
+def test_a_benchmark_runs_with_nothing_beside_it(toy: Toy) -> None:
+    before = len(toy.times())
+    toy.set(model__source="path:elsewhere")
+    for name in VARIANTS:
+        toy.wish(f"quantize@{name}", "sleep 2")
+    toy.run(jobs=3)
+    open_stages: set[str] = set()
+    together: set[frozenset[str]] = set()
+    for name, what, _ in toy.times()[before:]:
+        if what == "start":
+            open_stages.add(name)
+            together.add(frozenset(open_stages))
+        else:
+            open_stages.remove(name)
+    assert {group for group in together if any("benchmark" in name for name in group)} == {
+        frozenset({f"benchmark@{name}"}) for name in VARIANTS
+    }
+    # the others do run side by side, or the test would say nothing
+    assert any(len(group) > 1 for group in together)
+
+
+def test_a_stage_that_takes_too_long_is_stopped(toy: Toy) -> None:
+    toy.set(gate__four_bit=0.9)
+    toy.wish("report", "sleep 600")
+    with pytest.raises(PipelineError, match=r"report: stopped after 0\.03 minutes; allow more with --timeout"):
+        toy.run(timeout_minutes=0.03)
+    assert toy.read("report/table.txt") == "the table of the field\n"
+
+
+def test_two_runs_in_one_checkout_are_refused(toy: Toy) -> None:
+    with exclusive(toy.root), pytest.raises(FlowError, match=r"another run \(process \d+\) is at work in"):
+        toy.run()
+
+
+def _gptq(group_size: int) -> dict[str, object]:
+    settings = {"method": "gptq", "bits": 4, "group_size": group_size, "symmetric": False}
+    return {"gptq-int4": {**settings, "act_order": "static", "damping": 0.01}}

@@ -1,0 +1,197 @@
+"""A pipeline in the shape of the real one whose stages take no time: real git, DVC and dvc.yaml, no models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[2]
+VARIANTS = ("base", "int8", "gptq-int4")
+STAGES = ["download", *(f"{kind}@{name}" for kind in ("quantize", "benchmark") for name in VARIANTS), "report"]
+
+DVC_YAML = """
+stages:
+  download:
+    cmd: python stage.py download models/source
+    deps: [stage.py]
+    params: [model]
+    outs: [models/source]
+  quantize:
+    foreach: ${variants}
+    do:
+      cmd: python stage.py quantize@${key} models/${key} metrics/quantize/${key}.json
+      deps: [stage.py, models/source]
+      params: ["variants.${key}"]
+      outs: ["models/${key}"]
+      metrics: ["metrics/quantize/${key}.json": {cache: false}]
+  benchmark:
+    foreach: ${variants}
+    do:
+      cmd: python stage.py benchmark@${key} - metrics/benchmark/${key}.json
+      deps: [stage.py, "models/${key}"]
+      metrics: ["metrics/benchmark/${key}.json": {cache: false}]
+  report:
+    cmd: python stage.py report report
+    deps: [stage.py, metrics/quantize, metrics/benchmark]
+    params: [variants, gate]
+    outs: [report]
+"""
+
+# what a stage does beyond writing its outputs is said by files in wish/, which no stage depends on
+STAGE = """
+import json, os, sys, time
+from pathlib import Path
+import yaml
+
+name, out, *metrics = sys.argv[1:]
+wish = Path("wish") / name
+wish = wish.read_text() if wish.exists() else ""
+with open("times.jsonl", "a") as file:
+    file.write(json.dumps([name, "start", time.time()]) + "\\n")
+print(f"working on {name}", flush=True)
+if wish == "fail":
+    sys.exit(f"error: {name} found 3, expected 4; mend it")
+if wish.startswith("sleep"):
+    Path(f"pid-{name}").write_text(str(os.getpid()))
+    time.sleep(float(wish.split()[1]))
+params = yaml.safe_load(Path("params.yaml").read_text())
+variant = name.partition("@")[2]
+content = json.dumps([name.partition("@")[0], params["variants"].get(variant), params["model"]["source"]])
+if out != "-":
+    Path(out).mkdir(parents=True)
+    Path(out, "content.json").write_text(content)
+for path in metrics:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps({"variant": variant, "seconds": len(content), "layers": {"a": 0.5}}))
+if name == "report":
+    Path(out, "table.txt").write_text("the table of the field\\n")
+    names = [v for v in params["variants"] if v != "base"]
+    verdicts = {v: {"verdict": "pass", "identity": "0" * 64, "retention": {"mean": 0.97, "low": 0.95}} for v in names}
+    Path(out, "summary.json").write_text(json.dumps({"variants": verdicts, "winner": names[0]}))
+with open("times.jsonl", "a") as file:
+    file.write(json.dumps([name, "end", time.time()]) + "\\n")
+"""
+
+
+@dataclass(frozen=True)
+class Toy:
+    """The toy pipeline in `root`."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, root: Path) -> Toy:
+        """A git and DVC repository in which nothing has run."""
+        root.mkdir(parents=True)
+        toy = cls(root)
+        params = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
+        params["variants"] = {name: params["variants"][name] for name in VARIANTS}
+        toy.write("params.yaml", "# a comment that must stay\n" + yaml.safe_dump(params, sort_keys=False))
+        toy.write("dvc.yaml", DVC_YAML)
+        toy.write("stage.py", STAGE)
+        shutil.copy(PROJECT / ".gitignore", root / ".gitignore")
+        toy.command("git", "init", "--quiet")
+        toy.dvc("init", "--quiet")
+        shutil.copy(PROJECT / ".dvc/config", root / ".dvc/config")
+        toy.command("git", "add", "--all")
+        toy.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "start")
+        return toy
+
+    def copy(self, root: Path) -> Toy:
+        """The same state elsewhere."""
+        shutil.copytree(self.root, root, symlinks=True)
+        return Toy(root)
+
+    def run(self, **options: Any) -> dict[str, str]:
+        """Run the flow in this process."""
+        from flows.optimize import optimize
+
+        return dict(optimize(str(self.root), **options))
+
+    def cli(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run `modelpress` in a process of its own, to its end."""
+        return subprocess.run(
+            cli_command(*arguments), cwd=self.root, env=cli_env(**env), capture_output=True, text=True, timeout=120
+        )
+
+    def start_cli(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
+        """Start `modelpress` in a session of its own."""
+        return subprocess.Popen(
+            cli_command(*arguments),
+            cwd=self.root,
+            env=cli_env(**env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def dvc(self, *arguments: str) -> str:
+        """What `dvc ARGUMENTS` prints."""
+        return self.command(sys.executable, "-P", "-m", "dvc", *arguments)
+
+    def command(self, *words: str) -> str:
+        """What a command prints; it must succeed."""
+        path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+        done = subprocess.run(words, cwd=self.root, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def set(self, **values: Any) -> None:
+        """Change `section__key=value` in params.yaml."""
+        params = yaml.safe_load(self.read("params.yaml"))
+        for name, value in values.items():
+            *sections, key = name.split("__")
+            place = params
+            for section in sections:
+                place = place[section]
+            place[key] = value
+        self.write("params.yaml", yaml.safe_dump(params, sort_keys=False))
+
+    def wish(self, stage: str, what: str = "") -> None:
+        """Let a stage `fail` or `sleep SECONDS`; nothing takes the wish back."""
+        self.write(f"wish/{stage}", what)
+
+    def write(self, path: str, text: str) -> None:
+        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / path).write_text(text, encoding="utf-8")
+
+    def read(self, path: str) -> str:
+        return (self.root / path).read_text(encoding="utf-8")
+
+    def times(self) -> list[tuple[str, str, float]]:
+        """When each stage that really ran started and ended, in order."""
+        path = self.root / "times.jsonl"
+        return [tuple(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def executed(self) -> list[str]:
+        """The stages that ran, in the order in which they started."""
+        return [name for name, what, _ in self.times() if what == "start"]
+
+    def mlflow_runs(self, parents: bool = True) -> list[Any]:
+        """The runs in the MLflow store that were not deleted: parents or children, the oldest first."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{self.root / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("modelpress")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+        return [run for run in runs if ("mlflow.parentRunId" in run.data.tags) != parents]
+
+
+def cli_command(*arguments: str) -> list[str]:
+    """The words that run `modelpress` from this source tree."""
+    return [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
+
+
+def cli_env(**env: str) -> dict[str, str]:
+    """The environment in which `cli_command` works."""
+    return {**os.environ, "PYTHONPATH": str(PROJECT), "NO_COLOR": "1", "COLUMNS": "200", **env}
