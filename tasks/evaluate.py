@@ -135,9 +135,8 @@ def _run_tasks(
             ) from error
     assert results is not None  # only other ranks of a distributed run get none
     names = list(results["samples"])
-    definition = {
-        task: {"version": results["versions"].get(task), "hash": results.get("task_hashes", {}).get(task)} for task in names
-    }
+    hashes = results.get("task_hashes", {})
+    definition = {task: {"version": results["versions"].get(task), "hash": hashes.get(task)} for task in names}
     return {task: results["samples"][task] for task in names}, definition
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from tasks.settings import AwqSettings, GptqSettings, NoneSettings, Variant
 # The families whose layers the methods know how to smooth and scale; each has a test.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 GROUP_SIZES = (16, 32, 64, 128, 256)
-PACKED = 8  # 4-bit columns in a word of AutoAWQ's format
+PACKED = 32  # rows of a layer that AutoAWQ packs together
 
 
 def check_fit(name: str, variant: Variant, model: Path) -> None:
@@ -28,18 +27,17 @@ def check_fit(name: str, variant: Variant, model: Path) -> None:
             f"variants.{name}: the model is of type {config.get('model_type')!r}; supported: {', '.join(ARCHITECTURES)}"
         )
     layers = config["num_hidden_layers"]
-    if beyond := [index for index in variant.skip_layers if index >= layers]:
+    skipped = () if isinstance(variant, AwqSettings) else variant.skip_layers
+    if beyond := [index for index in skipped if index >= layers]:
         raise TaskError(
             f"variants.{name}.skip_layers names layer {beyond[0]}, but the model has {layers}: 0 to {layers - 1}"
         )
-    if len(set(variant.skip_layers)) == layers:
+    if len(set(skipped)) == layers:
         raise TaskError(f"variants.{name}.skip_layers names all {layers} layers, so nothing would be quantized")
     if isinstance(variant, GptqSettings | AwqSettings):
-        shapes = linear_shapes(model)
-        skipped = (
-            re.compile(rf"\.layers\.({'|'.join(map(str, variant.skip_layers))})\.") if variant.skip_layers else None
-        )
-        _check_groups(name, variant, {n: s for n, s in shapes.items() if not (skipped and skipped.search(n))})
+        inside = tuple(f".layers.{index}." for index in skipped)
+        shapes = {n: shape for n, shape in linear_shapes(model).items() if not any(part in n for part in inside)}
+        _check_groups(name, variant, shapes)
         _check_grid(name, variant, model)
 
 
@@ -54,7 +52,7 @@ def _check_groups(name: str, variant: GptqSettings | AwqSettings, shapes: Mappin
             )
         if isinstance(variant, AwqSettings) and rows % PACKED:
             raise TaskError(
-                f"variants.{name}: {layer} has {rows} rows, and AWQ's format packs {PACKED} into a word; "
+                f"variants.{name}: {layer} has {rows} rows, and AutoAWQ packs {PACKED} at a time; "
                 "use method gptq for this model"
             )
 

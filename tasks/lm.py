@@ -97,7 +97,7 @@ class RuntimeLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy text up to the first stop string, also where a task asks for sampling: a drawn answer measures luck."""
+        """Greedy text up to the first stop string, also where a task asks for sampling: that would measure luck."""
         answers = []
         for request in requests:
             prompt, options = request.args[0], request.args[1]

@@ -147,16 +147,16 @@ class NoneSettings(Section):
 
 
 class _Calibrated(Section):
-    """What the methods share: how many of the calibration samples they see, and which layers they leave alone."""
+    """What the methods share: how many of the calibration samples they see (None: all)."""
 
     samples: Annotated[int, Field(ge=1)] | None = None
-    skip_layers: list[Annotated[int, Field(ge=0)]] = []
 
 
 class Int8Settings(_Calibrated):
     """W8A8: 8-bit weights per output channel, 8-bit activations per token, after SmoothQuant (arXiv 2211.10438)."""
 
     method: Literal["int8"]
+    skip_layers: list[Annotated[int, Field(ge=0)]] = []
     smoothing: Annotated[float, Field(ge=0, le=1, strict=False)]
 
     @property
@@ -169,6 +169,7 @@ class GptqSettings(_Calibrated):
     """GPTQ (arXiv 2210.17323), 4-bit weights in groups along the input."""
 
     method: Literal["gptq"]
+    skip_layers: list[Annotated[int, Field(ge=0)]] = []
     bits: Literal[4]
     group_size: Annotated[int, Field(ge=8, le=1024)]
     symmetric: bool

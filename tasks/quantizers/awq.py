@@ -8,11 +8,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from awq import AutoAWQForCausalLM
 from awq.quantize.quantizer import AwqQuantizer
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -108,8 +110,6 @@ def press(job: Job) -> None:
         safetensors=True,
         trust_remote_code=False,
     )
-    if variant.skip_layers:
-        model.modules_to_not_convert = [f"layers.{index}." for index in variant.skip_layers]
     # autoawq collects garbage after every step; what is here now need not be looked through each time
     gc.freeze()
     model.quantize(
@@ -128,9 +128,20 @@ def press(job: Job) -> None:
         quantizer_cls=GramAwqQuantizer,
     )
     # the format's scales are float16; what is not quantized goes with them
-    model.model.to(torch.float16)
-    model.model.config.dtype = torch.float16
-    model.save_quantized(str(job.destination))
+    _save(model, job.destination)
+
+
+def _save(model: Any, destination: Path) -> None:
+    """Write weights and config.json. autoawq's own save switches sampling on, and its bytes differ from run to run."""
+    inner = model.model.to(torch.float16)
+    inner.config.dtype = torch.float16
+    inner.config.use_cache = True
+    inner.config.quantization_config = model.quant_config.to_transformers_dict()
+    # a tied output layer is the embedding under another name
+    tied = {"lm_head.weight"} if inner.config.tie_word_embeddings else set()
+    state = {name: tensor.contiguous() for name, tensor in inner.state_dict().items() if name not in tied}
+    save_torch_state_dict(state, destination)
+    inner.config.save_pretrained(destination)
 
 
 def keep_freed_memory() -> None:

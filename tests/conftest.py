@@ -1,0 +1,34 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import Corpus, tiny_corpus, tiny_llama
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--run-gpu: also the tests that need an NVIDIA GPU."""
+    parser.addoption("--run-gpu", action="store_true", help="also run the tests that need an NVIDIA GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU, unless it is asked for."""
+    if not config.getoption("--run-gpu"):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest --run-gpu"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama that was trained a little, so that damage shows. Read only."""
+    return tiny_llama(tmp_path_factory.mktemp("llama") / "model", steps=60)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Small texts and question sets. Read only."""
+    return tiny_corpus(tmp_path_factory.mktemp("corpus"))

@@ -1,0 +1,49 @@
+"""AutoAWQ's packed weights, dequantized as AutoAWQ's own layer does it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from awq.modules.linear.gemm import WQLinear_GEMM
+from awq.utils.packing_utils import dequantize_gemm
+
+from tasks.runtimes.awq_format import dequantize, unpack
+
+ROWS, WIDTH, GROUP = 32, 64, 32
+
+
+def packed_layer() -> tuple[WQLinear_GEMM, torch.Tensor]:
+    """A layer packed by AutoAWQ from random integers, and the weight that they stand for, exactly."""
+    random = torch.Generator().manual_seed(0)
+    integers = torch.randint(0, 16, (ROWS, WIDTH), generator=random)
+    zeros = torch.randint(0, 16, (ROWS, WIDTH // GROUP), generator=random)
+    scales = (torch.rand(ROWS, WIDTH // GROUP, generator=random) + 0.5).half()
+    weight = (integers - zeros.repeat_interleave(GROUP, 1)) * scales.float().repeat_interleave(GROUP, 1)
+    linear = torch.nn.Linear(WIDTH, ROWS, bias=False)
+    linear.weight.data = weight.half()
+    layer = WQLinear_GEMM.from_linear(
+        linear, 4, GROUP, scales=scales.T.contiguous(), zeros=zeros.T.contiguous().float()
+    )
+    return layer, weight
+
+
+def test_the_weight_is_exact() -> None:
+    layer, weight = packed_layer()
+    ours = dequantize(layer.qweight, layer.qzeros, layer.scales, torch.float32)
+    assert torch.equal(ours, weight)
+
+
+def test_it_is_what_autoawq_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("awq.modules.linear.gemm.TRITON_AVAILABLE", False)  # its own path for a machine without a GPU
+    layer, _ = packed_layer()
+    theirs = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, GROUP).T
+    assert torch.equal(dequantize(layer.qweight, layer.qzeros, layer.scales, torch.float16), theirs)
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1)).half()
+    weight = dequantize(layer.qweight, layer.qzeros, layer.scales, torch.float16)
+    torch.testing.assert_close(torch.nn.functional.linear(x, weight), layer(x), rtol=2e-3, atol=2e-2)
+
+
+def test_unpacking_reads_every_bit() -> None:
+    # the highest place of a word is negative in int32
+    assert unpack(torch.tensor([[-1]], dtype=torch.int32)).tolist() == [[15] * 8]
+    assert unpack(torch.tensor([[0x76543210]], dtype=torch.int32)).tolist() == [[0, 4, 1, 5, 2, 6, 3, 7]]

@@ -1,0 +1,85 @@
+"""Settings that do not fit a model are refused before work starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.errors import TaskError
+from tasks.fit import check_fit, linear_shapes
+from tasks.settings import AwqSettings, GptqSettings, Int8Settings
+
+GPTQ: dict[str, Any] = {
+    "method": "gptq",
+    "bits": 4,
+    "group_size": 32,
+    "symmetric": False,
+    "act_order": "static",
+    "damping": 0.01,
+}
+
+
+def gptq(**changes: Any) -> GptqSettings:
+    return GptqSettings.model_validate({**GPTQ, **changes})
+
+
+def test_a_group_size_that_fits_passes(llama: Path) -> None:
+    check_fit("v", gptq(), llama)
+    check_fit("v", AwqSettings(method="awq", bits=4, group_size=64, clip=True), llama)
+
+
+def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(llama: Path) -> None:
+    with pytest.raises(TaskError) as caught:
+        check_fit("v", gptq(group_size=128), llama)
+    message = str(caught.value)
+    assert "variants.v.group_size is 128, which does not divide the width 64 of model.layers.0." in message
+    assert message.endswith("sizes that divide every layer: 16, 32, 64")
+
+
+def test_skipped_layers_need_not_fit_but_must_exist(llama: Path) -> None:
+    with pytest.raises(TaskError, match=r"skip_layers names layer 2, but the model has 2: 0 to 1"):
+        check_fit("v", gptq(skip_layers=[2]), llama)
+    with pytest.raises(TaskError, match="names all 2 layers"):
+        check_fit("v", Int8Settings(method="int8", smoothing=0.5, skip_layers=[0, 1]), llama)
+
+
+def test_an_unsupported_architecture_is_named_with_the_supported_ones(llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    with pytest.raises(TaskError, match=r"of type 'mamba'; supported: llama, "):
+        check_fit("v", gptq(), model)
+
+
+@pytest.mark.parametrize(
+    ("grid_symmetric", "group", "symmetric", "refused"),
+    [
+        (False, 32, False, True),
+        (False, 16, False, True),  # a finer grouping holds the coarser grid
+        (False, 64, False, False),
+        (False, 32, True, False),  # a symmetric grid does not hold an asymmetric one
+        (True, 32, True, True),
+    ],
+)
+def test_the_grid_that_the_weights_came_from_is_refused_as_meaningless(
+    llama: Path, tmp_path: Path, grid_symmetric: bool, group: int, symmetric: bool, refused: bool
+) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    grid = {"bits": 4, "group_size": 32, "symmetric": grid_symmetric}
+    (model / "source.json").write_text(json.dumps({"grid": grid}))
+    variant = gptq(group_size=group, symmetric=symmetric)
+    if refused:
+        with pytest.raises(TaskError, match="would be exactly the baseline and prove nothing"):
+            check_fit("v", variant, model)
+    else:
+        check_fit("v", variant, model)
+
+
+def test_shapes_are_of_the_linear_layers_inside_the_decoder(llama: Path) -> None:
+    shapes = linear_shapes(llama)
+    assert shapes["model.layers.1.mlp.down_proj"] == (64, 128)
+    assert len(shapes) == 14

@@ -1,0 +1,87 @@
+"""The transformers runtime: its scores are those of one plain forward pass a continuation, and lm-eval's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tasks.errors import TaskError
+from tasks.lm import RuntimeLM
+from tasks.runtimes import Question, load_runtime
+from tasks.runtimes.transformers import TransformersRuntime
+
+
+@pytest.fixture(scope="module")
+def runtime(llama: Path) -> TransformersRuntime:
+    return TransformersRuntime(llama, "float32")
+
+
+QUESTIONS = [
+    Question((5, 9, 30), ((7,), (8, 9, 10), (11, 12))),
+    Question((5, 9, 30, 31, 32, 40, 41), ((7, 8), (100,))),
+    Question((3,), ((4, 5, 6, 7, 8),)),
+]
+
+
+def test_a_tree_scores_as_separate_sequences_do(llama: Path, runtime: TransformersRuntime) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    for question, scores in zip(QUESTIONS, runtime.score(QUESTIONS, 64, "test"), strict=True):
+        for continuation, score in zip(question.continuations, scores, strict=True):
+            ids = torch.tensor([[*question.context, *continuation]])
+            with torch.inference_mode():
+                rows = model(ids).logits[0, len(question.context) - 1 : -1].log_softmax(-1)
+            expected = rows.gather(1, torch.tensor(continuation)[:, None]).sum().item()
+            assert score.logprob == pytest.approx(expected, abs=1e-4)
+            assert score.greedy == (rows.argmax(-1).tolist() == list(continuation))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 16, 4096])
+def test_the_size_of_a_batch_changes_nothing(runtime: TransformersRuntime, batch_tokens: int) -> None:
+    expected = runtime.score(QUESTIONS, 64, "test")
+    for row, other in zip(expected, runtime.score(QUESTIONS, batch_tokens, "test"), strict=True):
+        assert [s.logprob for s in row] == pytest.approx([s.logprob for s in other], abs=1e-4)
+
+
+def test_a_greedy_continuation_is_found_to_be_greedy(runtime: TransformersRuntime) -> None:
+    context = torch.tensor([[5, 9, 30]])
+    written = runtime.generate_ids(context, 4)[0, 3:].tolist()
+    (scores,) = runtime.score([Question((5, 9, 30), (tuple(written), (1, 1)))], 64, "test")
+    assert [s.greedy for s in scores] == [True, False]
+
+
+def test_lm_eval_gets_what_its_own_model_would_give(llama: Path, runtime: TransformersRuntime) -> None:
+    asked = [("Question: Who? Answer:", " Anna"), ("Question: Who? Answer:", " the old bridge"), ("", "A story")]
+    requests = [Instance("loglikelihood", {}, args, i) for i, args in enumerate(asked)]
+    texts = [Instance("loglikelihood_rolling", {}, ("Anna saw the river. " * 40,), 0)]
+    ours = RuntimeLM(runtime, 256, 128)
+    theirs = HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(llama),
+        max_length=128,
+        device="cpu",
+    )
+    for (a, greedy), (b, also) in zip(ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+        assert greedy == also
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), abs=1e-2)
+
+
+def test_generated_text_stops_at_the_stop_string(runtime: TransformersRuntime) -> None:
+    text = runtime.generate("Anna", 12)
+    assert len(text) > 2
+    stop = text[2]
+    request = Instance("generate_until", {}, ("Anna", {"until": [stop], "max_gen_toks": 12}), 0)
+    (answer,) = RuntimeLM(runtime, 256, 128).generate_until([request])
+    assert answer == text.split(stop)[0]
+
+
+def test_a_folder_without_a_model_and_an_unknown_target_are_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="holds no model"):
+        load_runtime("transformers", tmp_path, "float32")
+    with pytest.raises(TaskError, match="no runtime for the target 'tpu'"):
+        load_runtime("tpu", llama, "float32")
