@@ -49,14 +49,13 @@ def override(path: Path, changes: list[str]) -> list[str]:
 def _overridden(scratch: Path, text: str, changes: list[str]) -> Any:
     """The values in `text` after the changes, by DVC's own reading of `--set-param`."""
     from dvc.exceptions import DvcException
-    from dvc.utils.hydra import apply_overrides
 
     scratch.write_text(text, encoding="utf-8")
     for change in changes:
         if "=" not in change and not change.startswith("~"):
             raise FlowError(f"--set {change}: expected KEY=VALUE, or ~KEY to remove one")
         try:
-            apply_overrides(str(scratch), [change])
+            _apply(scratch, change)
         except DvcException as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
             raise FlowError(
@@ -64,6 +63,22 @@ def _overridden(scratch: Path, text: str, changes: list[str]) -> Any:
                 "~KEY removes one"
             ) from error
     return yaml.safe_load(scratch.read_text(encoding="utf-8"))
+
+
+def _apply(path: Path, change: str) -> None:
+    """One override; a value that is no expression of Hydra's, such as `wheel:a==1/b`, is taken as plain text."""
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import apply_overrides
+    from hydra.errors import OverrideParseException
+
+    try:
+        apply_overrides(str(path), [change])
+    except DvcException as error:
+        key, equals, value = change.partition("=")
+        if not (equals and isinstance(error.__cause__, OverrideParseException)):
+            raise
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        apply_overrides(str(path), [f"{key}='{quoted}'"])
 
 
 def _edited(text: str, values: Any) -> str:

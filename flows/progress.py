@@ -42,10 +42,10 @@ class Lines:
         for line in done:
             yield from self._line(line)
         # all but the newest state of a bar can be forgotten
-        head, mark, last = self._rest.rpartition("\r")
-        if mark and (last.strip() or not chunk):
-            yield from self._redrawn([head.rpartition("\r")[2], last])
-            self._rest = "\r" + last
+        _, mark, newest = self._rest.rpartition("\r")
+        if mark and newest.strip():
+            yield from self._redrawn([newest])
+            self._rest = "\r" + newest
 
     def close(self) -> Iterator[str]:
         """What is left when the program has ended."""

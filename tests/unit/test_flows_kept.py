@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from flows.kept import KEPT, kept, recover
+
+
+def _model(root: Path, text: str) -> None:
+    (root / "models/a").mkdir(parents=True, exist_ok=True)
+    (root / "models/a/weights").write_text(text)
+    (root / "metrics.json").write_text(text)
+
+
+def _remove(root: Path) -> None:
+    """What DVC does before it runs a stage."""
+    (root / "models/a/weights").unlink()
+    (root / "models/a").rmdir()
+    (root / "metrics.json").unlink()
+
+
+OUTS = ["models/a", "metrics.json", "never/there"]
+
+
+def test_a_stage_that_works_leaves_only_what_it_wrote(tmp_path: Path) -> None:
+    _model(tmp_path, "old")
+    with kept(tmp_path, "stage@a", OUTS):
+        _remove(tmp_path)
+        _model(tmp_path, "new")
+    assert (tmp_path / "models/a/weights").read_text() == "new"
+    assert not list((tmp_path / KEPT).iterdir())
+
+
+def test_a_stage_that_fails_gives_back_what_was_there(tmp_path: Path) -> None:
+    _model(tmp_path, "old")
+    inode = (tmp_path / "models/a/weights").stat().st_ino
+    with contextlib.suppress(RuntimeError), kept(tmp_path, "stage@a", OUTS):
+        _remove(tmp_path)
+        (tmp_path / "models/a").mkdir()
+        (tmp_path / "models/a/half").write_text("half")
+        raise RuntimeError
+    assert [p.name for p in (tmp_path / "models/a").iterdir()] == ["weights"]
+    assert (tmp_path / "models/a/weights").read_text() == "old"
+    # the very file, so that neither time nor space was spent and DVC need not read it again
+    assert (tmp_path / "models/a/weights").stat().st_ino == inode
+    assert (tmp_path / "metrics.json").read_text() == "old"
+    assert not (tmp_path / "never").exists()
+    assert not list((tmp_path / KEPT).iterdir())
+
+
+def test_the_next_run_puts_back_what_a_killed_one_took_away(tmp_path: Path) -> None:
+    _model(tmp_path, "old")
+    killed = kept(tmp_path, "stage@a", OUTS)
+    killed.__enter__()  # and never left
+    _remove(tmp_path)
+    (tmp_path / "metrics.json").write_text("new")
+    assert recover(tmp_path) == ["models/a"]
+    assert (tmp_path / "models/a/weights").read_text() == "old"
+    assert (tmp_path / "metrics.json").read_text() == "new"
+    assert recover(tmp_path) == []

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.process import Process, Stopped, TimedOut, stopped_on_error
+
+# a command with a child of its own that does not heed SIGTERM
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+sys.stdout.write(f"{child.pid} {os.getpid()}\\n")
+sys.stdout.flush()
+time.sleep(600)
+"""
+
+
+def _process(code: str, tmp_path: Path) -> Process:
+    return Process([sys.executable, "-c", code], tmp_path, dict(os.environ))
+
+
+def test_output_comes_as_it_is_written_and_the_status_at_the_end(tmp_path: Path) -> None:
+    code = "import sys, time; print('a', flush=True); time.sleep(1.2); print('b'); sys.exit(3)"
+    with _process(code, tmp_path) as process:
+        chunks = list(process.chunks())
+        assert process.wait() == 3
+    # the silence between is told, so that whoever reads can look at the clock
+    silence = chunks.index(b"")
+    assert b"".join(chunks[:silence]) == b"a\n"
+    assert b"".join(chunks[silence:]) == b"b\n"
+
+
+def test_too_long_is_told_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.process.GRACE", 0.5)
+    pids: list[int] = []
+    timed_out = False
+    with _process(STUBBORN, tmp_path) as process:
+        try:
+            for chunk in process.chunks(timeout=2):
+                pids += [int(word) for word in chunk.split()]
+        except TimedOut:
+            timed_out = True
+    assert timed_out
+    assert len(pids) == 2
+    assert not any(_runs(pid) for pid in pids)
+
+
+def test_an_error_elsewhere_stops_what_runs_and_what_is_about_to(tmp_path: Path) -> None:
+    with _process("import time; time.sleep(600)", tmp_path) as process:
+        with pytest.raises(RuntimeError), stopped_on_error():
+            raise RuntimeError
+        with pytest.raises(Stopped):
+            list(process.chunks())
+    with _process("import time; time.sleep(600)", tmp_path) as late, pytest.raises(Stopped):
+        list(late.chunks())
+    with stopped_on_error(), _process("print('again')", tmp_path) as process:
+        assert b"".join(process.chunks()) == b"again\n"
+
+
+def test_a_killed_owner_takes_the_whole_group_along(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+from pathlib import Path
+from flows.process import Process
+with Process([sys.executable, "-c", {STUBBORN!r}], Path("."), dict(os.environ)) as process:
+    for chunk in process.chunks():
+        print(chunk.decode(), flush=True)
+"""
+    project = str(Path(__file__).resolve().parents[2])
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": project}, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    pids = [int(word) for word in owner.stdout.readline().split()]
+    assert len(pids) == 2
+    assert all(_runs(pid) for pid in pids)
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    end = time.monotonic() + 15
+    while any(_runs(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(_runs(pid) for pid in pids)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is at work; one that has ended may still wait to be buried."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from flows.schedule import doomed, startable
+
+GRAPH = {
+    "download": (),
+    "quantize@a": ("download",),
+    "quantize@b": ("download",),
+    "evaluate@a": ("quantize@a",),
+    "benchmark@a": ("quantize@a",),
+    "benchmark@b": ("quantize@b",),
+    "report": ("evaluate@a", "benchmark@a", "benchmark@b"),
+}
+
+
+def test_a_stage_starts_when_all_that_it_needs_is_done() -> None:
+    assert startable(GRAPH, set(), set(), jobs=4) == ["download"]
+    assert startable(GRAPH, set(), {"download"}, jobs=4) == []
+    assert startable(GRAPH, {"download"}, set(), jobs=4) == ["quantize@a", "quantize@b"]
+
+
+def test_no_more_than_jobs_run() -> None:
+    assert startable(GRAPH, {"download"}, set(), jobs=1) == ["quantize@a"]
+    assert startable(GRAPH, {"download"}, {"quantize@a"}, jobs=1) == []
+    assert startable(GRAPH, {"download"}, {"quantize@a"}, jobs=2) == ["quantize@b"]
+
+
+def test_benchmarks_wait_for_everything_else_and_run_one_at_a_time() -> None:
+    done = {"download", "quantize@a"}
+    assert startable(GRAPH, done, {"quantize@b"}, jobs=4) == ["evaluate@a"]
+    done |= {"quantize@b"}
+    assert startable(GRAPH, done, {"evaluate@a"}, jobs=4) == []
+    done |= {"evaluate@a"}
+    assert startable(GRAPH, done, set(), jobs=4) == ["benchmark@a"]
+    assert startable(GRAPH, done, {"benchmark@a"}, jobs=4) == []
+    assert startable(GRAPH, done | {"benchmark@a"}, set(), jobs=4) == ["benchmark@b"]
+    assert startable(GRAPH, done | {"benchmark@a", "benchmark@b"}, set(), jobs=4) == ["report"]
+
+
+def test_what_needs_a_failed_stage_is_lost_and_nothing_else() -> None:
+    assert doomed(GRAPH, {"quantize@a"}) == ["evaluate@a", "benchmark@a", "report"]
+    assert doomed(GRAPH, {"report"}) == []

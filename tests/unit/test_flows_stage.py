@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from flows.stage import last_word, stage_environment
+
+
+@pytest.mark.parametrize(
+    ("lines", "word"),
+    [
+        (
+            ["error: group_size 7 does not divide 576", "ERROR: failed to reproduce 'x'"],
+            "group_size 7 does not divide 576",
+        ),
+        (["Traceback", "ValueError: no", "ERROR: failed to reproduce 'x': exited with 1"], "ValueError: no"),
+        (["Running stage 'x':", "ERROR: failed to reproduce 'x'"], "failed to reproduce 'x'"),
+        ([], "ended with status 3, without a word"),
+    ],
+)
+def test_the_line_that_says_why_is_found(lines: list[str], word: str) -> None:
+    assert last_word(lines, 3) == word
+
+
+def test_a_stage_finds_this_python_first() -> None:
+    env = stage_environment({"PATH": "/elsewhere", "HF_TOKEN": "kept"})
+    assert env["PATH"] == f"{os.path.dirname(sys.executable)}{os.pathsep}/elsewhere"
+    assert env["PYTHONUNBUFFERED"] == "1"
+    assert env["HF_TOKEN"] == "kept"
