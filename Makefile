@@ -46,6 +46,6 @@ $(STAMP): requirements.lock pyproject.toml
 	  echo "error: $(PYTHON) has no venv module; install it (on Debian: apt install python3-venv)" >&2; exit 1; }
 	@echo "installing into $(VENV) (about 3 GB, a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --requirement requirements.lock
-	@$(BIN)/pip install --quiet --no-deps --editable .
+	@$(BIN)/pip install -qq --requirement requirements.lock
+	@$(BIN)/pip install -qq --no-deps --editable .
 	@touch $@

@@ -5,13 +5,14 @@ modelpress run --set variants.awq-int4.group_size=32
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -64,7 +65,7 @@ def run(overrides: Set = None, jobs: Jobs = 2, timeout: Timeout = None) -> None:
 
         modelpress run --set variants.awq-int4.group_size=32 --set gate.four_bit=0.97
 
-        modelpress run --set '+variants.small={method: gptq, bits: 4, group_size: 32, symmetric: true, ...}'
+        modelpress run --set '+variants.int8-hard={method: int8, smoothing: 0.9}'
 
         modelpress run --set '~variants.int8'
     """
@@ -101,9 +102,11 @@ def plan() -> None:
     """Say what a run would do with each stage, why, and how large its outputs are; nothing is changed."""
     root = find_root()
     quiet(root)
+    from flows.dvc_state import check_dvc
     from flows.overrides import read_settings
     from flows.plan import read_plan, summary
 
+    check_dvc(root)
     read_settings(root / "params.yaml")
     stages = read_plan(root)
     table = Table("stage", "what", "why", "size", box=None, pad_edge=False, header_style="bold")
@@ -201,5 +204,14 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except FlowError as error:
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {error}", style="red")
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        _fail(f"{error.filename or 'the disk'}: {error.strerror}; free some space or mend the permissions")
+
+
+def _fail(message: str) -> NoReturn:
+    line = f"error: {' '.join(message.split())}"
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(line, style="red")
+    sys.exit(1)

@@ -128,7 +128,7 @@ def _repository(root: Path) -> Iterator[Finding]:
     except (OSError, subprocess.SubprocessError):
         yield Finding("git", "bad", f"{root} has no git commit, or git is missing", "install git; use a clone")
     problems = list(damage(root))
-    yield from (Finding("dvc", "bad", problem, "as said") for problem in problems)
+    yield from (Finding("dvc", "bad", problem) for problem in problems)
     if not problems:
         yield Finding("dvc", "ok", "dvc.lock and locks are sound")
 
