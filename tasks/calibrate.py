@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from tasks.bos import begins_with_bos
 from tasks.errors import TaskError
 from tasks.output import whole_directory, write_json
 from tasks.overlap import Match, check_overlap, find_overlap, ngrams
@@ -84,9 +85,7 @@ def calibrate(
     reports: dict[str, SourceReport] = {}
     seen: set[int] = set()
     for name, count in tqdm(shares(settings).items(), desc="packing"):
-        sequences, reports[name] = _pack(
-            raw, name, settings.sources[name], tokenizer, count, length, settings.seed
-        )
+        sequences, reports[name] = _pack(raw, name, settings.sources[name], tokenizer, count, length, settings.seed)
         rows += [[tokenizer.bos_token_id, *ids] if bos else ids for ids in sequences]
         for text in tokenizer.batch_decode(sequences):
             seen |= ngrams(text, settings.overlap.ngram)
@@ -126,12 +125,6 @@ def shares(settings: CalibrationSettings) -> dict[str, int]:
     for name in by_remainder[: settings.samples - sum(count.values())]:
         count[name] += 1
     return count
-
-
-def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether this tokenizer puts a beginning-of-sequence token before a text, as the model then expects it."""
-    ids = tokenizer("a").input_ids
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
 def _pack(

@@ -20,8 +20,7 @@ from tasks.output import link_or_copy, sha256, whole_directory, write_json
 from tasks.program import run_stage
 from tasks.settings import DataSource, Settings
 from tasks.sources import fetch_file
-
-FILES = {"text": "data.txt", "jsonl": "data.jsonl", "parquet": "data.parquet"}  # by format
+from tasks.text import FILES
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from tasks.bos import begins_with_bos
 from tasks.errors import TaskError
 from tasks.settings import DataSource
 from tasks.text import documents
@@ -49,8 +50,6 @@ def text_windows(
 
     TaskError if the text is shorter than that.
     """
-    from tasks.calibrate import begins_with_bos
-
     prefix = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     size = window - len(prefix)
     count = math.ceil(tokens / window)

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tasks.bos import begins_with_bos
 from tasks.check import check_tasks, local_tasks
 from tasks.device import peak_memory
 from tasks.divergence import TextScore, measure_text, text_windows
@@ -161,8 +162,6 @@ def _contract(
     settings: EvaluationSettings, runtime: Runtime, model: Path, raw: Path, definition: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything that two evaluations must share to be compared."""
-    from tasks.calibrate import begins_with_bos
-
     libraries = ("torch", "transformers", "compressed-tensors", "lm-eval", "datasets")
     data = json.loads((raw / "sources.json").read_text(encoding="utf-8"))
     return {

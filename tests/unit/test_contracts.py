@@ -1,0 +1,155 @@
+"""Places that must agree: params.yaml, dvc.yaml, the settings, pyproject.toml, the lock, Makefile and README."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from tasks.check import local_tasks
+from tasks.quantize import LIBRARIES
+from tasks.settings import Settings, load_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
+
+
+def body(stage: dict[str, Any]) -> dict[str, Any]:
+    return stage.get("do", stage)
+
+
+def paths(values: list[Any]) -> Iterator[str]:
+    for value in values:
+        yield value if isinstance(value, str) else next(iter(value))
+
+
+def test_params_yaml_is_valid() -> None:
+    settings = load_settings(ROOT / "params.yaml")
+    assert {v.method for v in settings.variants.values()} == {"none", "int8", "gptq", "awq"}
+
+
+def test_every_required_setting_is_in_params_yaml_with_a_value() -> None:
+    def missing(model: type[BaseModel], values: dict[str, Any]) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            if name not in values:
+                yield name
+            elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from missing(field.annotation, values[name])
+
+    assert not list(missing(Settings, PARAMS))
+
+
+def test_every_section_is_a_parameter_of_some_stage_and_every_parameter_exists() -> None:
+    used = set()
+    for stage in STAGES.values():
+        for name in paths(body(stage).get("params", [])):
+            if name == "pyproject.toml":
+                continue
+            used.add(name.split(".")[0])
+            place: Any = PARAMS
+            for key in name.split("."):
+                if key == "${key}":
+                    break
+                assert key in place, f"dvc.yaml names {name}, which params.yaml lacks"
+                place = place[key]
+    assert used == set(PARAMS)
+
+
+def test_the_versions_that_stages_depend_on_are_the_pinned_ones() -> None:
+    pins = {re.split(r"[<>=]", r)[0] for r in PROJECT["optional-dependencies"]["tasks"] if "==" in r}
+    assert {library for names in LIBRARIES.values() for library in names} <= pins
+    for name in ("quantize", "evaluate", "benchmark"):
+        assert {"pyproject.toml": ["project.optional-dependencies.tasks"]} in body(STAGES[name])["params"]
+
+
+def test_the_lock_holds_every_direct_dependency_at_an_exact_version() -> None:
+    lock = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+    lock = {name.lower().replace("_", "-").replace(".", "-"): version for name, version in lock.items()}
+    for requirement in [
+        *PROJECT["dependencies"],
+        *(r for extra in PROJECT["optional-dependencies"].values() for r in extra),
+    ]:
+        name, *pin = requirement.split("==")
+        key = re.split(r"[<>=\[]", name)[0].lower().replace(".", "-")
+        assert key in lock, f"{key} is not locked; run: make lock"
+        assert not pin or lock[key] == pin[0], f"{key} is locked at another version; run: make lock"
+    minor = {name: tuple(map(int, lock[name].split(".")[:2])) for name in ("fastapi", "sqlalchemy")}
+    assert minor["fastapi"] < (0, 151)
+    assert minor["sqlalchemy"] < (2, 1)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_its_program_and_all_that_it_imports(name: str) -> None:
+    """Settings and the helpers that every stage shares are left out: their change seldom changes a result."""
+    shared = {"settings", "errors", "output", "program", "check", "device"}
+    deps = {d for d in paths(body(STAGES[name])["deps"]) if d.startswith("tasks/")}
+    methods = {"quantizers"} if name == "quantize" else set()
+    seen, queue = set(), [f"tasks.{name}"]
+    while queue:
+        module = queue.pop()
+        if module in seen or module.split(".")[1] in shared | methods:
+            continue
+        seen.add(module)
+        queue += imports(module)
+    for module in seen:
+        path = module.replace(".", "/")
+        covered = any(path == d.removesuffix(".py") or path.startswith(d + "/") or path == d for d in deps)
+        assert covered, f"stage {name} imports {module}, but dvc.yaml does not list it"
+
+
+def imports(module: str) -> list[str]:
+    path = ROOT / module.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tasks."):
+            found.append(node.module)
+    return found
+
+
+def test_every_stage_has_a_program() -> None:
+    for name, stage in STAGES.items():
+        assert (ROOT / f"tasks/{name}.py").is_file()
+        assert body(stage)["cmd"].startswith(f"python -m tasks.{name}")
+
+
+def test_every_local_task_reads_a_data_set_of_params_yaml() -> None:
+    for task in local_tasks(ROOT / "evals"):
+        definition = re.search(r"data/raw/([a-z0-9-]+)/data", (ROOT / f"evals/{task}.yaml").read_text())
+        assert definition
+        assert definition.group(1) in PARAMS["evaluation"]["sources"]
+    assert set(PARAMS["evaluation"]["tasks"]) == set(local_tasks(ROOT / "evals"))
+
+
+def test_the_readme_names_what_there_is() -> None:
+    targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z]+)\b", README))
+    assert {"demo", "test"} <= named <= targets
+    from flows.cli import app
+
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    assert set(re.findall(r"bin/modelpress ([a-z]+)", README)) == commands
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for key in re.findall(r"--set '?~?([a-z0-9_.-]+)", README):
+        place: Any = PARAMS
+        for part in key.split("."):
+            assert part in place, f"README sets {key}, which params.yaml lacks"
+            place = place[part]
+
+
+def test_ci_calls_the_commands_of_the_readme() -> None:
+    script = (ROOT / ".ci/run").read_text()
+    for target in ("lint", "types", "test"):
+        assert f"make {target}" in script
+        assert f"make {target}" in README
