@@ -64,7 +64,7 @@ def text_windows(
             "lower it or choose a longer text"
         )
     pieces = [stream[i * size : (i + 1) * size] for i in range(count)]
-    return [Window([*prefix, *piece], len(tokenizer.decode(piece).split())) for piece in pieces]
+    return [Window([*prefix, *piece], len(str(tokenizer.decode(piece)).split())) for piece in pieces]
 
 
 def measure_text(

@@ -83,7 +83,7 @@ def quantize(name: str, variant: Variant, model: Path, calibration: Path, destin
     return QuantizeReport(
         variant=name,
         method=variant.method,
-        bits=None if baseline else variant.bits,
+        bits=None if isinstance(variant, NoneSettings) else variant.bits,
         bits_per_weight=round(bits, 3),
         seconds=seconds,
         peak_memory_bytes=peak_memory(),

@@ -109,9 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer, or fail as the real hub does."""
         path = unquote(urlsplit(self.path).path)
         host = self.headers.get("Host", "")
-        self.hub.requests.append(
-            Request(self.command, host, path, {k.lower(): v for k, v in self.headers.items()})
-        )
+        self.hub.requests.append(Request(self.command, host, path, {k.lower(): v for k, v in self.headers.items()}))
         if match := _CDN.fullmatch(path):
             self._large(match["digest"])
         elif match := _INFO.fullmatch(path):

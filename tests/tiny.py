@@ -155,14 +155,10 @@ def tiny_corpus(directory: Path, *, documents: int = 60, items: int = 24, seed: 
         chats=_jsonl(directory / "chats.jsonl", ({"messages": _chat(t)} for t in texts())),
         piqa=_jsonl(directory / "piqa.jsonl", (_choice(rng, 2) for _ in range(items))),
         openbookqa=_jsonl(directory / "openbookqa.jsonl", (_choice(rng, 4) for _ in range(items))),
-        commonsenseqa=_jsonl(
-            directory / "commonsenseqa.jsonl", (_choice(rng, 5, "\n") for _ in range(items))
-        ),
+        commonsenseqa=_jsonl(directory / "commonsenseqa.jsonl", (_choice(rng, 5, "\n") for _ in range(items))),
         boolq=_jsonl(directory / "boolq.jsonl", (_yes_no(rng) for _ in range(items))),
         news=_jsonl(directory / "news.jsonl", ({"id": str(i), "document": t} for i, t in enumerate(texts()))),
-        medical=_jsonl(
-            directory / "medical.jsonl", ({"question": _sentence(rng), "passage": t} for t in texts())
-        ),
+        medical=_jsonl(directory / "medical.jsonl", ({"question": _sentence(rng), "passage": t} for t in texts())),
     )
 
 

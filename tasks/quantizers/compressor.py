@@ -26,7 +26,7 @@ def press_with_recipe(job: Job, recipe: list[Any], pipeline: str, keep_scales: b
     pipeline: "sequential" (layer by layer, each sees the layers before it quantized) or "basic" (one pass).
     keep_scales: scales stay float32 (one per output row costs nothing) instead of the model's precision.
     """
-    from llmcompressor import oneshot
+    from llmcompressor import oneshot  # type: ignore[attr-defined]
     from transformers import AutoModelForCausalLM
 
     saved_dtype = getattr(torch, json.loads((job.source / "config.json").read_text(encoding="utf-8"))["dtype"])

@@ -15,7 +15,12 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompressedTensorsConfig,
+    PreTrainedTokenizerBase,
+)
 
 from tasks.device import compute_device, processor_name
 from tasks.runtimes import About, Question, Score
@@ -30,8 +35,8 @@ class TransformersRuntime:
         device = compute_device()
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         method = config.get("quantization_config", {}).get("quant_method")
-        self.model = _load(directory, getattr(torch, dtype), method).to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.model: Any = _load(directory, getattr(torch, dtype), method).to(device).eval()
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
         self.about = About(
             "transformers", transformers.__version__, device, dtype, torch.get_num_threads(), processor_name()
         )
@@ -110,7 +115,7 @@ class TransformersRuntime:
         return str(self.tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
 
 
-def _load(directory: Path, dtype: torch.dtype, method: str | None) -> PreTrainedModel:
+def _load(directory: Path, dtype: torch.dtype, method: str | None) -> Any:
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if method == "awq":
         return load_awq(directory, dtype)

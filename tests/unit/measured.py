@@ -40,10 +40,7 @@ def made_up(
     of its perplexity; `tasks` has each task's chance and the baseline's score.
     """
     for name, made in variants.items():
-        answers = {
-            task: _answers(i, items, score, made["lost"])
-            for i, (task, (_, score)) in enumerate(tasks.items())
-        }
+        answers = {task: _answers(i, items, score, made["lost"]) for i, (task, (_, score)) in enumerate(tasks.items())}
         _results(root / "results" / name, answers)
         _metrics(root / "metrics", name, made, tasks, answers)
     write_json(
@@ -91,9 +88,7 @@ def _metrics(
     answers: Mapping[str, list[int]],
 ) -> None:
     bits, worse = made.get("bits"), made.get("worse", 0.0)
-    layers = {
-        f"model.layers.{i}.{p}": 0.002 * (i + 1) * (j + 1) for i in range(6) for j, p in enumerate(LAYERS)
-    }
+    layers = {f"model.layers.{i}.{p}": 0.002 * (i + 1) * (j + 1) for i in range(6) for j, p in enumerate(LAYERS)}
     write_json(
         metrics / "quantize" / f"{name}.json",
         {

@@ -74,7 +74,7 @@ def test_the_chat_template_is_applied(llama: Path, raw: Path, tmp_path: Path) ->
     only_chats = {"chats": settings().sources["chats"].model_dump()}
     calibrate(settings(sources=only_chats), {}, llama, raw, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    template = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    template = str(tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False))
     marker = template[: template.index("x")]
     assert marker in tokenizer.decode(load_file(tmp_path / "out/tokens.safetensors")["input_ids"].flatten())
 

@@ -1,0 +1,172 @@
+"""The whole pipeline on a tiny trained llama: real git, DVC, Prefect and MLflow, by the flow and by `dvc repro`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+
+from tests.functional.toy import PROJECT, cli_command, cli_env
+from tests.tiny import Corpus
+
+CODE = ("tasks", "flows", "evals", "dvc.yaml", "pyproject.toml", ".gitignore", ".dvcignore", ".dvc/config")
+
+
+def params(llama: Path, corpus: Corpus) -> dict[str, Any]:
+    """params.yaml with the tiny model and corpus in the places of the real ones, and tasks that take seconds."""
+    values: dict[str, Any] = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
+    values["model"] |= {"source": f"path:{llama}", "sha256": None, "licence": "Apache-2.0"}
+    values["calibration"] |= {
+        "samples": 8,
+        "sequence_length": 32,
+        "sources": {"text": {"source": f"path:{corpus.text}", "split": "\n\n"}},
+    }
+    for name in values["evaluation"]["sources"]:
+        values["evaluation"]["sources"][name] = {"source": f"path:{getattr(corpus, name)}", "format": "jsonl"}
+    for name, field in (("news", "document"), ("medical", "passage")):
+        source = {"source": f"path:{getattr(corpus, name)}", "format": "jsonl", "field": field}
+        values["evaluation"]["texts"][name] = source
+    values["evaluation"] |= {"limit": 12, "text_tokens": 128, "window": 64}
+    values["variants"]["awq-int4"]["group_size"] = 32
+    del values["variants"]["gptq-int4"]
+    values["benchmark"] |= {"prompt_tokens": 8, "new_tokens": 4, "repeats": 1}
+    values["gate"] = {"four_bit": 0.5, "eight_bit": 0.5, "confidence": 0.9, "resamples": 200}
+    return values
+
+
+class Checkout:
+    """A checkout of the project with tiny parameters, in which nothing has run."""
+
+    def __init__(self, root: Path, values: dict[str, Any]) -> None:
+        self.root = root
+        root.mkdir()
+        for name in CODE:
+            source, target = PROJECT / name, root / name
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, target)
+        (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        self.command("git", "init", "--quiet")
+        (root / ".dvc/.gitignore").write_text("/config.local\n/tmp\n/cache\n")
+        self.command("git", "add", "--all")
+        self.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "start")
+
+    def command(self, *arguments: str) -> str:
+        done = subprocess.run(
+            arguments, cwd=self.root, env=cli_env(), capture_output=True, text=True, timeout=500, check=False
+        )
+        assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def dvc(self, *arguments: str) -> str:
+        return self.command(sys.executable, "-P", "-m", "dvc", *arguments)
+
+    def run(self, *arguments: str) -> str:
+        return self.command(*cli_command("run", *arguments))
+
+    def stages(self) -> dict[str, list[str]]:
+        """Digests of each stage's outputs that the cache holds (metrics hold seconds, which differ)."""
+        lock = yaml.safe_load((self.root / "dvc.lock").read_text(encoding="utf-8"))
+        return {
+            name: [out["md5"] for out in stage.get("outs", []) if not out["path"].startswith("metrics")]
+            for name, stage in lock["stages"].items()
+        }
+
+    def runs(self) -> dict[str, int]:
+        client = mlflow.MlflowClient(f"sqlite:///{self.root}/mlflow.db")
+        found = client.search_runs([e.experiment_id for e in client.search_experiments()])
+        parents = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
+        return {"parents": len(parents), "children": len(found) - len(parents)}
+
+
+@pytest.fixture(scope="module")
+def by_flow(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout after `modelpress run`. Tests that change it put it back."""
+    checkout = Checkout(tmp_path_factory.mktemp("flow") / "project", params(llama, corpus))
+    checkout.output = checkout.run()  # type: ignore[attr-defined]
+    return checkout
+
+
+def test_the_run_shows_its_result(by_flow: Checkout) -> None:
+    output = by_flow.output  # type: ignore[attr-defined]
+    assert (by_flow.root / "report/table.txt").read_text().strip() in output
+    for place in ("report/index.html", "dist/smollm2-135m-instruct", "mlflow.db"):
+        assert str(by_flow.root / place) in output
+    assert "evaluate@int8" in output
+    assert by_flow.runs() == {"parents": 1, "children": 3}
+
+
+def test_what_was_evaluated_is_what_is_packaged(by_flow: Checkout) -> None:
+    summary = json.loads((by_flow.root / "report/summary.json").read_text())
+    bundle = by_flow.root / "dist/smollm2-135m-instruct"
+    sizes = {name: v["size_bytes"] for name, v in summary["variants"].items() if v["verdict"] == "pass"}
+    assert summary["winner"] == min(sizes, key=lambda name: sizes[name])
+    weights = "model.safetensors"
+    assert (bundle / weights).read_bytes() == (by_flow.root / "exports" / summary["winner"] / weights).read_bytes()
+    by_flow.command("sh", "-c", f"cd {bundle} && sha256sum --check --quiet SHA256SUMS")
+    from tasks.runtimes import load_runtime
+
+    assert load_runtime("transformers", bundle, "float32").generate("Anna", 4)
+    assert "/" + str(by_flow.root).strip("/") not in (bundle / "provenance.json").read_text()
+
+
+def test_the_baseline_is_compared_with_itself_without_loss(by_flow: Checkout) -> None:
+    base = json.loads((by_flow.root / "metrics/evaluate/base.json").read_text())
+    int8 = json.loads((by_flow.root / "metrics/evaluate/int8.json").read_text())
+    assert all(text["kl"] == 0 and text["top1"] == 1 for text in base["texts"].values())
+    assert all(0 < text["kl"] < 0.5 and text["top1"] > 0.5 for text in int8["texts"].values())
+    assert base["contract_hash"] == int8["contract_hash"]
+    assert {task["items"] for task in int8["tasks"].values()} == {12}
+
+
+def test_after_the_flow_dvc_has_nothing_to_do(by_flow: Checkout) -> None:
+    assert "up to date" in by_flow.dvc("status")
+    assert "up to date" in by_flow.dvc("repro")
+
+
+def test_a_second_run_changes_nothing(by_flow: Checkout) -> None:
+    before = (by_flow.root / "dvc.lock").read_bytes()
+    assert "11 unchanged" in by_flow.run() or "unchanged" in by_flow.output  # type: ignore[attr-defined]
+    assert (by_flow.root / "dvc.lock").read_bytes() == before
+    assert by_flow.runs() == {"parents": 1, "children": 3}
+
+
+def test_dvc_repro_gives_the_same_bytes_and_then_the_flow_has_nothing_to_do(
+    by_flow: Checkout, llama: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    by_dvc = Checkout(tmp_path / "project", params(llama, corpus))
+    by_dvc.dvc("repro")
+    ours, theirs = by_flow.stages(), by_dvc.stages()
+    assert ours.keys() == theirs.keys()
+    # report and package hold the seconds and the git commit of their own run
+    same = [name for name in ours if name not in ("report", "package")]
+    assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+    output = by_dvc.run()
+    assert not {line.split(":")[0] for line in output.splitlines() if ": executed" in line}
+    assert by_dvc.runs() == {"parents": 1, "children": 3}
+
+
+def test_a_change_of_one_variant_runs_its_stages_and_what_follows(by_flow: Checkout, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(by_flow.root, copy, symlinks=True)
+    before = by_flow.stages()
+    changed = object.__new__(Checkout)
+    changed.root = copy
+    changed.run("--set", "variants.awq-int4.clip=false")
+    after = changed.stages()
+    differing = {name for name in before if before[name] != after[name]}
+    assert {"quantize@awq-int4", "export@awq-int4", "report"} <= differing
+    assert not {name for name in differing if name.endswith(("@base", "@int8"))}
+    assert differing.isdisjoint({"download", "datasets", "calibrate"})
+    assert changed.runs() == {"parents": 2, "children": 6}
+    assert os.path.exists(copy / "dist/smollm2-135m-instruct/SHA256SUMS")
