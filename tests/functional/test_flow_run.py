@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from prefect import task
 
 from flows.checkout import exclusive
 from flows.errors import FlowError
 from flows.optimize import PipelineError
 from flows.plan import read_plan
+from flows.stage import LockBusyError, StageError, stage_task
 from tests.functional.toy import STAGES, VARIANTS, Toy
 
 
@@ -126,6 +128,19 @@ def test_a_stage_that_takes_too_long_is_stopped(toy: Toy) -> None:
 def test_two_runs_in_one_checkout_are_refused(toy: Toy) -> None:
     with exclusive(toy.root), pytest.raises(FlowError, match=r"another run \(process \d+\) is at work in"):
         toy.run()
+
+
+@pytest.mark.parametrize(("error", "again"), [(LockBusyError("busy"), True), (StageError("broken"), False)])
+def test_only_a_busy_lock_is_tried_again(prefect_server: str, error: Exception, again: bool) -> None:
+    @task(retries=1, retry_delay_seconds=0, retry_condition_fn=stage_task.retry_condition_fn)
+    def fail() -> None:
+        tries.append(1)
+        raise error
+
+    tries: list[int] = []
+    with pytest.raises(type(error)):
+        fail()
+    assert len(tries) == (2 if again else 1)
 
 
 def _gptq(group_size: int) -> dict[str, object]:
