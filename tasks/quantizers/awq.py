@@ -8,18 +8,25 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from awq import AutoAWQForCausalLM
-from awq.quantize.quantizer import AwqQuantizer
+import transformers
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from tasks.quantizers import Job
 from tasks.settings import AwqSettings
+
+if not torch.cuda.is_available():
+    # triton compiles for GPUs; here autoawq would only import it, and it complains of leaks when the process ends
+    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
+with warnings.catch_warnings(record=True):  # autoawq tells of its age; the versions are pinned and tested here
+    from awq import AutoAWQForCausalLM
+    from awq.quantize.quantizer import AwqQuantizer
 
 # Calibration samples that go through a block at once: bounds memory, changes no result beyond rounding.
 PARALLEL_SAMPLES = 4
@@ -103,6 +110,7 @@ def press(job: Job) -> None:
     assert isinstance(variant, AwqSettings)  # the method named this module
     keep_freed_memory()
     cpu = job.device == "cpu"
+    transformers.utils.logging.disable_progress_bar()
     model = AutoAWQForCausalLM.from_pretrained(
         str(job.source),
         device_map=None,

@@ -7,10 +7,13 @@ also faster. What is saved has the precision that the model came in.
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from datasets import Dataset
+from loguru import logger
 
 from tasks.quantizers import Job
 
@@ -26,6 +29,7 @@ def press_with_recipe(job: Job, recipe: list[Any], pipeline: str, keep_scales: b
     pipeline: "sequential" (layer by layer, each sees the layers before it quantized) or "basic" (one pass).
     keep_scales: scales stay float32 (one per output row costs nothing) instead of the model's precision.
     """
+    _only_warnings()
     from llmcompressor import oneshot  # type: ignore[attr-defined]
     from transformers import AutoModelForCausalLM
 
@@ -46,6 +50,13 @@ def press_with_recipe(job: Job, recipe: list[Any], pipeline: str, keep_scales: b
     )
     _narrow(model, saved_dtype, keep_scales)
     model.save_pretrained(job.destination, save_compressed=True)
+
+
+def _only_warnings() -> None:
+    """llm-compressor tells of every layer; its bars and its warnings are what a person needs."""
+    transformers.utils.logging.disable_progress_bar()
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="{message}")
 
 
 def ignored(variant: Any) -> list[str]:

@@ -7,12 +7,14 @@ of the format is exact, activations of W8A8 are rounded as it says, but no integ
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from compressed_tensors.quantization import QuantizationStatus
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -121,7 +123,13 @@ def _load(directory: Path, dtype: torch.dtype, method: str | None) -> Any:
         return load_awq(directory, dtype)
     if method == "compressed-tensors":
         options["quantization_config"] = CompressedTensorsConfig(run_compressed=False)
-    return AutoModelForCausalLM.from_pretrained(directory, **options)
+    with warnings.catch_warnings(record=True):  # that run_compressed is heeded and the rest is the model's own
+        model = AutoModelForCausalLM.from_pretrained(directory, **options)
+    for module in model.modules():
+        if getattr(module, "quantization_status", None) is not None:
+            # the weights lie on their grid; rounding them to it again at each call would cost time and change nothing
+            module.quantization_status = QuantizationStatus.COMPRESSED
+    return model
 
 
 def _pad(tokenizer: Any) -> int:
