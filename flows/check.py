@@ -14,7 +14,7 @@ MODEL = "models/source"
 
 
 def check_settings_work(root: Path, downloaded: bool) -> None:
-    """FlowError with the reason if tasks/check.py refuses; variants are held against the model if it is `downloaded`."""
+    """FlowError with the reason if tasks/check.py refuses; with `downloaded`, variants are held against the model."""
     if not (root / "tasks/check.py").is_file():
         return
     done = subprocess.run(

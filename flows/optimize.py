@@ -7,6 +7,7 @@ Prefect decides when and where a stage runs, DVC decides whether, MLflow remembe
 
 from __future__ import annotations
 
+import os
 import queue
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from pydantic import Field
 
+from flows.check import check_settings_work
 from flows.checkout import exclusive
 from flows.dvc_state import check_dvc
 from flows.errors import FlowError
@@ -26,8 +28,10 @@ from flows.overrides import read_settings
 from flows.plan import Plan, read_plan, summary
 from flows.process import stopped_on_error
 from flows.record import recorded
-from flows.schedule import doomed, startable
+from flows.schedule import doomed, startable, threads_of
 from flows.stage import stage_task
+
+DOWNLOAD = "download"  # the stage after which the variants can be held against the model
 
 
 class PipelineError(FlowError):
@@ -58,6 +62,7 @@ def optimize(
             log.info("%s is back: a run that was killed had taken it away", path)
         plan = read_plan(folder)
         log.info("%s", summary(plan))
+        check_settings_work(folder, downloaded=DOWNLOAD in plan and plan[DOWNLOAD].state == "unchanged")
         timeout = 60 * timeout_minutes if timeout_minutes else None
         with recorded(folder, plan, log, flow_run_identity()) as record:
             results, failures = _run_stages(folder, plan, jobs, timeout)
@@ -76,6 +81,7 @@ def _run_stages(
 ) -> tuple[dict[str, str], dict[str, BaseException]]:
     """Results and errors by stage. A failed stage takes along what needs it; the others go on."""
     log = get_run_logger()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     futures: dict[str, PrefectFuture[Any]] = {}
     results: dict[str, str] = {}
     failures: dict[str, BaseException] = {}
@@ -90,6 +96,7 @@ def _run_stages(
             outs=[out.path for out in stage.outs],
             unchanged=stage.state == "unchanged",
             timeout=timeout,
+            threads=threads_of(name, jobs, cores),
             wait_for=[futures[up] for up in stage.upstreams],
             return_state=False,
         )
@@ -110,13 +117,28 @@ def _run_stages(
             running.remove(name)
             futures[name].wait()
             outcome, state = futures[name].result(raise_on_failure=False), futures[name].state
-            if state.is_completed():
+            error = _refusal(root, name, outcome) if state.is_completed() else _error(name, outcome, state)
+            if error is None:
                 results[name] = outcome
                 if outcome != "unchanged":
                     log.info("%s: %s; %d of %d stages done", name, outcome, len(results), len(plan))
             else:
-                failures[name] = outcome if isinstance(outcome, BaseException) else FlowError(f"{name}: {state}")
-                log.error("%s", failures[name])
+                failures[name] = error
+                log.error("%s", error)
+
+
+def _refusal(root: Path, stage: str, outcome: str) -> FlowError | None:
+    """What is wrong with the settings, once there is a new model to hold them against."""
+    if stage == DOWNLOAD and outcome != "unchanged":
+        try:
+            check_settings_work(root, downloaded=True)
+        except FlowError as error:
+            return error
+    return None
+
+
+def _error(stage: str, outcome: object, state: object) -> BaseException:
+    return outcome if isinstance(outcome, BaseException) else FlowError(f"{stage}: {state}")
 
 
 def _show(root: Path) -> None:

@@ -16,6 +16,11 @@ def runs_alone(stage: str) -> bool:
     return stage.partition("@")[0] == "benchmark"
 
 
+def threads_of(stage: str, jobs: int, cores: int) -> int:
+    """The threads that `stage` may use, so that all that run together use each core once."""
+    return cores if runs_alone(stage) else max(1, cores // jobs)
+
+
 def startable(upstreams: Upstreams, done: Collection[str], running: Collection[str], jobs: int) -> list[str]:
     """The stages to start now, at most `jobs` at a time.
 

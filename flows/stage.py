@@ -51,15 +51,21 @@ def _lock_was_busy(_task: Any, _run: Any, state: Any) -> bool:
     persist_result=False,
     cache_policy=NO_CACHE,
 )
-def stage_task(root: str, stage: str, outs: list[str], unchanged: bool, timeout: float | None) -> Any:
+def stage_task(root: str, stage: str, outs: list[str], unchanged: bool, timeout: float | None, threads: int) -> Any:
     """Bring one stage up to date; `unchanged` is the plan's word that nothing is to be done."""
     if unchanged:
         return Completed(name="Cached", message="unchanged", data="unchanged")
-    return run_stage(Path(root), stage, outs, log=get_run_logger().info, timeout=timeout)
+    return run_stage(Path(root), stage, outs, log=get_run_logger().info, timeout=timeout, threads=threads)
 
 
 def run_stage(
-    root: Path, stage: str, outs: list[str], *, log: Callable[[str], None], timeout: float | None = None
+    root: Path,
+    stage: str,
+    outs: list[str],
+    *,
+    log: Callable[[str], None],
+    timeout: float | None = None,
+    threads: int | None = None,
 ) -> Result:
     """Bring `stage` of the pipeline in `root` up to date, `timeout` in seconds; its log is also in a file.
 
@@ -90,7 +96,7 @@ def run_stage(
                 log(line)
 
         try:
-            with Process(command, root, stage_environment(os.environ)) as process:
+            with Process(command, root, stage_environment(os.environ, threads)) as process:
                 for chunk in process.chunks(timeout):
                     for line in lines.feed(chunk):
                         take(line)
@@ -119,9 +125,14 @@ def last_word(lines: list[str], status: int) -> str:
     return words[-1] if words else f"ended with status {status}, without a word"
 
 
-def stage_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a stage: this Python first on the path, output unbuffered, nobody called at home."""
+def stage_environment(environ: Mapping[str, str], threads: int | None = None) -> dict[str, str]:
+    """The environment of a stage: this Python first on the path, output unbuffered, nobody called at home.
+
+    threads: that it computes with, unless the person has said OMP_NUM_THREADS. More threads than cores, summed over
+    the stages that run together, would wait for each other and take many times longer.
+    """
     return {
+        **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
         **environ,
         "PATH": os.pathsep.join([os.path.dirname(sys.executable), environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",

@@ -1,10 +1,12 @@
 """Refuse what cannot work before any work starts: unknown tasks, settings that do not fit the downloaded model.
 
-python -m tasks.check
+python -m tasks.check                  # the settings by themselves
+python -m tasks.check models/source    # and whether the variants fit the model there
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from tasks.errors import TaskError
@@ -13,10 +15,10 @@ from tasks.program import run_stage
 from tasks.settings import Settings
 
 
-def check(settings: Settings, model: Path, evals: Path) -> None:
-    """TaskError for the first thing that cannot work. `model` may not be downloaded yet; then it is not looked at."""
+def check(settings: Settings, model: Path | None, evals: Path) -> None:
+    """TaskError for the first thing that cannot work. `model` None: it is not downloaded yet."""
     check_tasks(settings.evaluation.tasks, evals)
-    if (model / "config.json").exists():
+    if model is not None:
         for name, variant in settings.variants.items():
             check_fit(name, variant, model)
 
@@ -43,7 +45,8 @@ def check_tasks(tasks: list[str], evals: Path) -> None:
 
 def main() -> None:
     """Check the project in the current directory."""
-    run_stage(lambda settings: check(settings, Path("models/source"), Path("evals")))
+    model = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    run_stage(lambda settings: check(settings, model, Path("evals")))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+if not torch.cuda.is_available():
+    # triton compiles for GPUs; here autoawq would only import it, and it complains of leaks when the process ends
+    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
+
 import transformers
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
@@ -21,9 +26,6 @@ from transformers import AutoTokenizer
 from tasks.quantizers import Job
 from tasks.settings import AwqSettings
 
-if not torch.cuda.is_available():
-    # triton compiles for GPUs; here autoawq would only import it, and it complains of leaks when the process ends
-    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
 with warnings.catch_warnings(record=True):  # autoawq tells of its age; the versions are pinned and tested here
     from awq import AutoAWQForCausalLM
     from awq.quantize.quantizer import AwqQuantizer

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from flows.schedule import doomed, startable
+import pytest
+
+from flows.schedule import doomed, startable, threads_of
 
 GRAPH = {
     "download": (),
@@ -40,3 +42,11 @@ def test_benchmarks_wait_for_everything_else_and_run_one_at_a_time() -> None:
 def test_what_needs_a_failed_stage_is_lost_and_nothing_else() -> None:
     assert doomed(GRAPH, {"quantize@a"}) == ["evaluate@a", "benchmark@a", "report"]
     assert doomed(GRAPH, {"report"}) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "jobs", "cores", "threads"),
+    [("evaluate@a", 2, 2, 1), ("evaluate@a", 2, 64, 32), ("evaluate@a", 4, 2, 1), ("benchmark@a", 2, 2, 2)],
+)
+def test_stages_that_run_together_share_the_cores(stage: str, jobs: int, cores: int, threads: int) -> None:
+    assert threads_of(stage, jobs, cores) == threads

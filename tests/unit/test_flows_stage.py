@@ -29,3 +29,8 @@ def test_a_stage_finds_this_python_first() -> None:
     assert env["PATH"] == f"{os.path.dirname(sys.executable)}{os.pathsep}/elsewhere"
     assert env["PYTHONUNBUFFERED"] == "1"
     assert env["HF_TOKEN"] == "kept"
+
+
+def test_threads_are_set_unless_the_person_did() -> None:
+    assert stage_environment({}, 3)["OMP_NUM_THREADS"] == "3"
+    assert stage_environment({"OMP_NUM_THREADS": "8"}, 3)["OMP_NUM_THREADS"] == "8"
