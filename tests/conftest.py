@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # as in tasks/quantizers/awq.py: it is of no use here, and complains of leaks when the process ends
+    sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
+
 
 from tests.tiny import Corpus, tiny_corpus, tiny_llama
 
