@@ -158,6 +158,7 @@ class Int8Settings(_Calibrated):
     method: Literal["int8"]
     skip_layers: list[Annotated[int, Field(ge=0)]] = []
     smoothing: Annotated[float, Field(ge=0, le=1, strict=False)]
+    symmetric_activations: bool
 
     @property
     def bits(self) -> int:
@@ -234,7 +235,7 @@ class Settings(Section):
         if len(value) < 2:
             raise ValueError(
                 "holds nothing to compare with the baseline; add a variant, such as "
-                "`int8: {method: int8, smoothing: 0.8}`"
+                "`int8: {method: int8, smoothing: 0.8, symmetric_activations: false}`"
             )
         seen: dict[str, str] = {}
         for name, variant in value.items():

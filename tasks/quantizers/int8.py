@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
@@ -17,7 +19,22 @@ def press(job: Job) -> None:
     ignore = ignored(variant)
     recipe = [
         SmoothQuantModifier(smoothing_strength=variant.smoothing, ignore=ignore),
-        QuantizationModifier(targets="Linear", scheme="W8A8", ignore=ignore),
+        QuantizationModifier(config_groups={"group_0": _scheme(variant.symmetric_activations)}, ignore=ignore),
     ]
     # the statistics need no error of earlier layers: one pass serves all
     press_with_recipe(job, recipe, pipeline="basic", keep_scales=True)
+
+
+def _scheme(symmetric_activations: bool) -> dict[str, Any]:
+    """Weights: a scale per output channel. Activations: a scale per token, found as the model runs."""
+    return {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+        "input_activations": {
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": symmetric_activations,
+            "strategy": "token",
+            "dynamic": True,
+        },
+    }

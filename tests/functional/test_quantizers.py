@@ -24,7 +24,7 @@ from tests.tiny import Corpus, tiny_corpus
 
 LENGTH = 32
 METHODS: dict[str, dict[str, Any]] = {
-    "int8": {"method": "int8", "smoothing": 0.5},
+    "int8": {"method": "int8", "smoothing": 0.5, "symmetric_activations": False},
     "gptq": {
         "method": "gptq",
         "bits": 4,

@@ -44,7 +44,9 @@ def test_skipped_layers_need_not_fit_but_must_exist(llama: Path) -> None:
     with pytest.raises(TaskError, match=r"skip_layers names layer 2, but the model has 2: 0 to 1"):
         check_fit("v", gptq(skip_layers=[2]), llama)
     with pytest.raises(TaskError, match="names all 2 layers"):
-        check_fit("v", Int8Settings(method="int8", smoothing=0.5, skip_layers=[0, 1]), llama)
+        check_fit(
+            "v", Int8Settings(method="int8", smoothing=0.5, symmetric_activations=True, skip_layers=[0, 1]), llama
+        )
 
 
 def test_an_unsupported_architecture_is_named_with_the_supported_ones(llama: Path, tmp_path: Path) -> None:
