@@ -47,10 +47,10 @@ def datasets(
 ) -> dict[str, DataReport]:
     """Get every source and write it to `destination`/NAME/, with `sources.json`.
 
-    TaskError if a name stands twice, a source cannot be had, or a file is not of its format (naming the
+    TaskError if a source cannot be had, or a file is not of its format (naming the
     line); `destination` then stays as it was.
     """
-    sources = _all(calibration, evaluation, texts)
+    sources: dict[str, DataSource] = {**calibration, **evaluation, **texts}
     reports = {}
     with whole_directory(destination) as work:
         with tempfile.TemporaryDirectory(prefix=".scratch", dir=work) as scratch:
@@ -75,21 +75,6 @@ def datasets(
                 reports[name] = DataReport(source.source, fetched.revision, fetched.pin, sha256(path), size, file)
         write_json(work / "sources.json", {name: asdict(report) for name, report in reports.items()})
     return reports
-
-
-def _all(*groups: Mapping[str, DataSource]) -> dict[str, DataSource]:
-    """Every source by its name; TaskError if two have one."""
-    sections = ("calibration.sources", "evaluation.sources", "evaluation.texts")
-    where: dict[str, str] = {}
-    for section, group in zip(sections, groups, strict=True):
-        for name in group:
-            if name in where:
-                raise TaskError(
-                    f"{name} is the name of two sources, in {where[name]} and in {section}; each is kept in "
-                    f"data/raw/{name}, so rename one"
-                )
-            where[name] = section
-    return {name: source for group in groups for name, source in group.items()}
 
 
 def check_format(path: Path, source: DataSource) -> None:

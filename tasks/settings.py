@@ -249,6 +249,24 @@ class Settings(Section):
         return value
 
     @model_validator(mode="after")
+    def _each_data_set_has_its_own_name(self) -> Settings:
+        groups = {
+            "calibration.sources": self.calibration.sources,
+            "evaluation.sources": self.evaluation.sources,
+            "evaluation.texts": self.evaluation.texts,
+        }
+        owner: dict[str, str] = {}
+        for group, names in groups.items():
+            for name in names:
+                if name in owner:
+                    raise ValueError(
+                        f"{owner[name]}.{name} and {group}.{name} have one name, but each data set is kept in "
+                        f"data/raw/{name}; rename one"
+                    )
+                owner[name] = group
+        return self
+
+    @model_validator(mode="after")
     def _samples_exist(self) -> Settings:
         for name, variant in self.variants.items():
             wanted = getattr(variant, "samples", None)

@@ -69,12 +69,6 @@ def test_a_parquet_file(corpus: Corpus) -> None:
         datasets({"some": source.model_copy(update={"field": "body"})}, {}, {}, RAW)
 
 
-def test_one_name_for_two_sources_is_refused(corpus: Corpus) -> None:
-    prose = CalibrationSource(source=f"path:{corpus.text}")
-    with pytest.raises(TaskError, match=r"news.*calibration\.sources.*evaluation\.texts"):
-        datasets({"news": prose}, {}, {"news": TextSource(source=f"path:{corpus.text}")}, RAW)
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -75,7 +75,13 @@ def test_after_dvc_repro_a_run_is_all_unchanged(toy: Toy) -> None:
 def test_a_failed_stage_stops_what_follows_and_nothing_else(toy: Toy) -> None:
     model, metrics = toy.read("models/int8/content.json"), toy.read("metrics/quantize/int8.json")
     before = len(toy.executed())
-    toy.set(variants={"base": {"method": "none"}, "int8": {"method": "int8", "smoothing": 0.3}, **_gptq(32)})
+    toy.set(
+        variants={
+            "base": {"method": "none"},
+            "int8": {"method": "int8", "smoothing": 0.3, "symmetric_activations": True},
+            **_gptq(32),
+        }
+    )
     toy.wish("quantize@int8", "fail")
     with pytest.raises(PipelineError) as caught:
         toy.run()

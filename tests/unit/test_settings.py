@@ -54,6 +54,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("variants/gptq-int4/bits", 3, r"variants\.gptq-int4\.bits is 3: input should be 4"),
         ("variants/gptq-int4/samples", 4096, r"variants\.gptq-int4\.samples is 4096, but calibration\.samples is only"),
         ("gate/confidence", 1.0, r"gate\.confidence is 1\.0: input should be less than 1"),
+        (
+            "evaluation/texts/wiki",
+            PARAMS["evaluation"]["texts"]["news"],
+            r"sources\.wiki and evaluation\.texts\.wiki have",
+        ),
         ("target", "tpu", r"target is 'tpu'.*transformers"),
         ("package/name", "../up", r"package\.name is '\.\./up'"),
     ],
