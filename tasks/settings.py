@@ -250,7 +250,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _each_data_set_has_its_own_name(self) -> Settings:
-        groups = {
+        groups: dict[str, Mapping[str, DataSource]] = {
             "calibration.sources": self.calibration.sources,
             "evaluation.sources": self.evaluation.sources,
             "evaluation.texts": self.evaluation.texts,

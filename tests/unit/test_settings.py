@@ -57,7 +57,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         (
             "evaluation/texts/wiki",
             PARAMS["evaluation"]["texts"]["news"],
-            r"sources\.wiki and evaluation\.texts\.wiki have",
+            r"wiki and evaluation\.texts\.wiki have",
         ),
         ("target", "tpu", r"target is 'tpu'.*transformers"),
         ("package/name", "../up", r"package\.name is '\.\./up'"),
