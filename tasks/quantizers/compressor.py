@@ -56,7 +56,8 @@ def _only_warnings() -> None:
     """llm-compressor tells of every layer; its bars and its warnings are what a person needs."""
     transformers.utils.logging.disable_progress_bar()
     logger.remove()
-    logger.add(sys.stderr, level="WARNING", format="{message}")
+    # METRIC, a level of its own above WARNING, is two lines for every linear layer
+    logger.add(sys.stderr, level="WARNING", format="{message}", filter=lambda r: r["level"].name != "METRIC")
 
 
 def ignored(variant: Any) -> list[str]:

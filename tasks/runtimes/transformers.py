@@ -122,8 +122,8 @@ def _load(directory: Path, dtype: torch.dtype, method: str | None) -> Any:
     if method == "awq":
         return load_awq(directory, dtype)
     if method == "compressed-tensors":
-        options["quantization_config"] = CompressedTensorsConfig(run_compressed=False)
-    with warnings.catch_warnings(record=True):  # that run_compressed is heeded and the rest is the model's own
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    with warnings.catch_warnings(record=True):  # that only this option is heeded, the rest is the model's own
         model = AutoModelForCausalLM.from_pretrained(directory, **options)
     for module in model.modules():
         if getattr(module, "quantization_status", None) is not None:
