@@ -40,11 +40,17 @@ class TaskRetention:
 
 @dataclass(frozen=True)
 class Retention:
-    """The mean over tasks of score(variant) / score(baseline), its interval, and each task's own."""
+    """The mean over tasks of score(variant) / score(baseline), its interval, and each task's own.
+
+    low, high: the two-sided interval at `confidence`. at_least, at_most: one-sided bounds, each at `confidence`.
+    """
 
     mean: float
     low: float
     high: float
+    at_least: float
+    at_most: float
+    confidence: float
     tasks: dict[str, TaskRetention]
 
 
@@ -118,9 +124,10 @@ def retention(pairs: Pairs, confidence: float, resamples: int, seed: int = SEED)
             float(score / baseline), float(low), float(high), float(baseline), float(score), len(scores)
         )
         total += ratios
-    low, high = np.percentile(total / len(tasks), (tail, 100 - tail))
     mean = sum(t.retention for t in tasks.values()) / len(tasks)
-    return Retention(mean, float(low), float(high), tasks)
+    low, high = np.percentile(total / len(tasks), (tail, 100 - tail))
+    at_least, at_most = np.percentile(total / len(tasks), (2 * tail, 100 - 2 * tail))
+    return Retention(mean, float(low), float(high), float(at_least), float(at_most), confidence, tasks)
 
 
 def flips(pairs: Pairs) -> Flips:
@@ -141,15 +148,18 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def judge(result: Retention, gate: float) -> Verdict:
-    """Pass if the whole interval is at or above `gate`, fail if all of it is below, else inconclusive."""
-    wanted = short_percent(gate)
-    low, high = percent_beside(result.low, gate), percent_beside(result.high, gate)
-    if result.low >= gate:
-        return Verdict("pass", f"the whole interval, {low} to {high}, is at or above the gate of {wanted}")
-    if result.high < gate:
-        return Verdict("fail", f"the whole interval, {low} to {high}, is below the gate of {wanted}")
+    """Two one-sided tests: pass if it surely keeps at least `gate`, fail if it surely keeps less, else inconclusive.
+
+    A gate asks about one side. The two-sided interval's end would spend half of the allowed error on the other side.
+    """
+    wanted, sure = short_percent(gate), f"with {short_percent(result.confidence)} confidence"
+    low, high = percent_beside(result.at_least, gate), percent_beside(result.at_most, gate)
+    if result.at_least >= gate:
+        return Verdict("pass", f"it keeps at least {low} {sure}, and the gate is {wanted}")
+    if result.at_most < gate:
+        return Verdict("fail", f"it keeps at most {high} {sure}, and the gate is {wanted}")
     mean = percent_beside(result.mean, gate)
-    open_question = f"the interval, {low} to {high}, reaches to both sides of the gate of {wanted}"
+    open_question = f"it keeps at least {low} and at most {high}, each {sure}, and the gate of {wanted} is between"
     now = sum(t.items for t in result.tasks.values()) / len(result.tasks)
     factor = _more_items(result, gate)
     if factor is None or factor * now > MANY_ITEMS:
@@ -161,9 +171,9 @@ def judge(result: Retention, gate: float) -> Verdict:
 
 
 def _more_items(result: Retention, gate: float) -> float | None:
-    """How many times as many items bring the nearer end of the interval to the gate: width ~ 1 / sqrt(n)."""
+    """How many times as many items bring the nearer bound to the gate: its distance is ~ 1 / sqrt(n)."""
     distance = abs(result.mean - gate)
-    half = result.mean - result.low if result.mean >= gate else result.high - result.mean
+    half = result.mean - result.at_least if result.mean >= gate else result.at_most - result.mean
     # in a skewed sample the estimate may lie outside its own interval: then nothing can be said
     return None if distance == 0 or half <= 0 else max(1.0, (half / distance) ** 2)
 

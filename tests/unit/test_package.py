@@ -140,7 +140,7 @@ class TestBundle:
 
     def test_without_a_winner_nothing_is_written(self, workplace: Callable[..., Workplace]) -> None:
         work = workplace(FAILING)
-        with pytest.raises(TaskError, match=r"no variant passes its gate.*int8: fail, the whole interval, .* of 98%"):
+        with pytest.raises(TaskError, match=r"no variant passes its gate.*int8: fail, it keeps at most .* gate is 98%"):
             work.package()
         assert work.leftovers() == []
 

@@ -170,7 +170,7 @@ class TestTable:
         for figure in ("163 MB", "1.65x", "1.10x", "27.60  +0.6%", "0.003", "99.4%", "PASS"):
             assert figure in row
         assert "Winner: gptq-int4, the smallest that passes (112 MB, 2.40x smaller" in text
-        assert re.search(r"awq-int4: fail: the whole interval, .*, is below the gate of 95%", text)
+        assert re.search(r"awq-int4: fail: it keeps at most .* with 95% confidence, and the gate is 95%", text)
         assert "dequantized" in text
         assert "limit: 400" in text
 

@@ -32,7 +32,8 @@ def simulated(items: int, accuracy: float, lost: float, seed: int) -> np.ndarray
 
 
 def result(mean: float, low: float, high: float, items: int = 400) -> Retention:
-    return Retention(mean, low, high, {"t": TaskRetention(mean, low, high, 0.5, 0.5 * mean, items)})
+    tasks = {"t": TaskRetention(mean, low, high, 0.5, 0.5 * mean, items)}
+    return Retention(mean, low - 0.01, high + 0.01, low, high, 0.95, tasks)
 
 
 class TestPairing:
@@ -146,18 +147,26 @@ class TestVerdict:
             (0.90, 0.9499, "fail"),
         ],
     )
-    def test_the_whole_interval_decides(self, low: float, high: float, verdict: str) -> None:
+    def test_the_bounds_decide(self, low: float, high: float, verdict: str) -> None:
         assert judge(result((low + high) / 2, low, high), 0.95).verdict == verdict
 
     def test_the_reason_shows_on_which_side_the_number_lies(self) -> None:
         reason = judge(result(0.93, 0.91, 0.94996), 0.95).reason
-        assert reason == "the whole interval, 91.0% to 94.996%, is below the gate of 95%"
+        assert reason == "it keeps at most 94.996% with 95% confidence, and the gate is 95%"
 
     def test_a_quarter_of_the_width_needs_sixteen_times_the_items(self) -> None:
         # 4 points of half width, 1 point of distance
         verdict = judge(result(0.96, 0.92, 1.0, items=100), 0.95)
         assert verdict.items_needed == 1600
         assert "about 1,600 items a task instead of 100 would decide" in verdict.reason
+
+    def test_a_variant_at_the_gate_passes_as_seldom_as_the_confidence_says(self) -> None:
+        # it truly keeps 95%, the gate: each one-sided test may be wrong 5% of the time
+        verdicts = [
+            judge(retention({"t": simulated(400, 0.6, 0.05, seed=s)}, 0.95, 500), 0.95).verdict for s in range(300)
+        ]
+        assert 0.01 < verdicts.count("pass") / 300 < 0.10
+        assert 0.01 < verdicts.count("fail") / 300 < 0.10
 
     def test_the_items_needed_do_decide(self) -> None:
         few = {"t": simulated(300, 0.6, 0.07, seed=8)}
