@@ -136,9 +136,16 @@ def _run_tasks(
             ) from error
     assert results is not None  # only other ranks of a distributed run get none
     names = list(results["samples"])
-    hashes = results.get("task_hashes", {})
-    definition = {task: {"version": results["versions"].get(task), "hash": hashes.get(task)} for task in names}
+    definition = {
+        task: {"version": results["versions"].get(task), "hash": _asked(results["samples"][task])} for task in names
+    }
     return {task: results["samples"][task] for task in names}, definition
+
+
+def _asked(samples: list[dict[str, Any]]) -> str:
+    """What was asked, down to the letter: sha256 over every item's document, prompt and target."""
+    parts = (s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in sorted(samples, key=lambda s: s["doc_id"]))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _write_items(work: Path, task: str, samples: list[dict[str, Any]]) -> TaskScore:
