@@ -5,6 +5,7 @@ python -m tasks.quantize awq-int4
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import time
@@ -75,6 +76,7 @@ def quantize(name: str, variant: Variant, model: Path, calibration: Path, destin
     started = time.monotonic()
     with whole_directory(destination) as work:
         quantizer(variant.method).press(Job(model, used, variant, device, work))
+        gc.collect()  # the pressed model makes room for the two that are compared
         seconds = round(time.monotonic() - started, 1)
         _add_companions(model, work)
         baseline = isinstance(variant, NoneSettings)

@@ -137,6 +137,7 @@ def press(job: Job) -> None:
         n_parallel_calib_samples=PARALLEL_SAMPLES,
         quantizer_cls=GramAwqQuantizer,
     )
+    gc.unfreeze()
     # the format's scales are float16; what is not quantized goes with them
     _save(model, job.destination)
 

@@ -17,6 +17,7 @@ import yaml
 from tests.functional.toy import PROJECT, cli_command, cli_env
 from tests.tiny import Corpus, tiny_corpus
 
+PATH = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # an activated environment
 ITEMS = 60  # of each task: with fewer, a resample may hold none that the baseline answers
 CODE = ("tasks", "flows", "evals", "dvc.yaml", "pyproject.toml", ".gitignore", ".dvcignore", ".dvc/config")
 
@@ -28,6 +29,7 @@ def params(llama: Path, corpus: Corpus) -> dict[str, Any]:
     values["calibration"] |= {
         "samples": 8,
         "sequence_length": 32,
+        "overlap": {"ngram": 13, "limit": 1000},  # the tiny corpus repeats itself
         "sources": {"text": {"source": f"path:{corpus.text}", "split": "\n\n"}},
     }
     for name in values["evaluation"]["sources"]:
@@ -66,7 +68,7 @@ class Checkout:
 
     def command(self, *arguments: str) -> str:
         done = subprocess.run(
-            arguments, cwd=self.root, env=cli_env(), capture_output=True, text=True, timeout=500, check=False
+            arguments, cwd=self.root, env=cli_env(PATH=PATH), capture_output=True, text=True, timeout=500, check=False
         )
         assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
@@ -145,7 +147,7 @@ def test_after_the_flow_dvc_has_nothing_to_do(by_flow: Checkout) -> None:
 
 def test_a_second_run_changes_nothing(by_flow: Checkout) -> None:
     before = (by_flow.root / "dvc.lock").read_bytes()
-    assert "11 unchanged" in by_flow.run() or "unchanged" in by_flow.output  # type: ignore[attr-defined]
+    assert by_flow.run().rstrip().endswith(f"{len(by_flow.stages())} unchanged")
     assert (by_flow.root / "dvc.lock").read_bytes() == before
     assert by_flow.runs() == {"parents": 1, "children": 3}
 

@@ -138,7 +138,7 @@ def test_the_readme_names_what_there_is() -> None:
     from flows.cli import app
 
     commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
-    assert set(re.findall(r"bin/modelpress ([a-z]+)", README)) == commands
+    assert set(re.findall(r"^modelpress ([a-z]+)", README, re.MULTILINE)) == commands
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
     for key in re.findall(r"--set '?~?([a-z0-9_.-]+)", README):
