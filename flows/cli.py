@@ -1,6 +1,6 @@
 """`modelpress`: the command line.
 
-modelpress run --set variants.awq-int4.group_size=32
+modelpress run --set variants.awq-int4.clip=false
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run(overrides: Set = None, jobs: Jobs = 2, timeout: Timeout = None) -> None:
 
         modelpress run --set evaluation.limit=100
 
-        modelpress run --set variants.awq-int4.group_size=32 --set gate.four_bit=0.97
+        modelpress run --set variants.gptq-int4.symmetric=true --set gate.four_bit=0.97
 
         modelpress run --set '+variants.int8-hard={method: int8, smoothing: 0.9}'
 
@@ -73,10 +73,9 @@ def run(overrides: Set = None, jobs: Jobs = 2, timeout: Timeout = None) -> None:
     quiet(root)
     from flows.checkout import exclusive
     from flows.dvc_state import check_dvc
-    from flows.overrides import override
 
     with exclusive(root):  # a run that is at work must not see the change
-        for change in override(root / "params.yaml", overrides or []):
+        for change in _override(root, overrides or []):
             print(f"params.yaml: {change}", file=sys.stderr)
     check_dvc(root)
     with _interruptible(), server(root) as prefect_server:
@@ -156,6 +155,30 @@ def find_root() -> Path:
         if (folder / "dvc.yaml").is_file():
             return folder
     raise FlowError(f"no dvc.yaml in {here} or above it; run in the project's folder")
+
+
+def _override(root: Path, overrides: list[str]) -> list[str]:
+    """Write the changes that --set asks for, unless they cannot work: then params.yaml is as it was."""
+    from flows.check import MODEL, check_settings_work
+    from flows.overrides import override
+
+    params = root / "params.yaml"
+    before = params.read_text(encoding="utf-8") if params.exists() else ""
+    changes = override(params, overrides)
+    if overrides:
+        try:
+            check_settings_work(
+                root, downloaded=(root / MODEL / "config.json").exists() and not _names_model(overrides)
+            )
+        except FlowError as error:
+            params.write_text(before, encoding="utf-8")
+            raise FlowError(f"{error}; params.yaml is as it was") from error
+    return list(changes)
+
+
+def _names_model(overrides: list[str]) -> bool:
+    """Whether another model is asked for: the variants cannot be held against the one that is there."""
+    return any(item.lstrip("+~").startswith("model") for item in overrides)
 
 
 def _show_report(root: Path) -> None:

@@ -181,3 +181,29 @@ def test_a_change_of_one_variant_runs_its_stages_and_what_follows(by_flow: Check
     assert differing.isdisjoint({"download", "datasets", "calibrate"})
     assert changed.runs() == {"parents": 2, "children": 6}
     assert os.path.exists(copy / "dist/smollm2-135m-instruct/SHA256SUMS")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("variants.awq-int4.group_size=128", "does not divide the width 64"),
+        ("evaluation.tasks=[piqa_local,nonesuch]", "names nonesuch"),
+    ],
+)
+def test_a_change_that_cannot_work_is_refused_before_work_and_not_kept(
+    by_flow: Checkout, change: str, reason: str
+) -> None:
+    params = by_flow.root / "params.yaml"
+    before = params.read_bytes()
+    done = subprocess.run(
+        cli_command("run", "--set", change),
+        cwd=by_flow.root,
+        env=cli_env(PATH=PATH),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert done.stderr.rstrip().endswith("params.yaml is as it was")
+    assert params.read_bytes() == before
