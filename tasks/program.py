@@ -12,6 +12,7 @@ from tasks.errors import TaskError
 from tasks.settings import Settings, load_settings
 
 PARAMS = Path("params.yaml")
+_MEND = "free some space or mend the permissions, then run again"
 
 
 def run_stage(work: Callable[[Settings], object]) -> None:
@@ -36,9 +37,12 @@ def run_stage(work: Callable[[Settings], object]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        sys.exit(
-            f"error: cannot write{where}: {error.strerror}; free some space or mend the permissions, then run again"
-        )
+        sys.exit(f"error: cannot write{where}: {error.strerror}; {_MEND}")
+    except Exception as error:
+        # safetensors wraps the system's error in one of its own, as text
+        if f"(os error {errno.ENOSPC})" not in str(error):
+            raise
+        sys.exit(f"error: cannot write: {os.strerror(errno.ENOSPC)}; {_MEND}")
 
 
 def one_argument(usage: str) -> str:
