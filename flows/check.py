@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from flows.errors import FlowError
-from flows.stage import last_word, stage_environment
+from flows.words import last_word, stage_environment
 
 MODEL = "models/source"
 

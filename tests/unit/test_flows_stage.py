@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flows.stage import last_word, stage_environment
+from flows.words import last_word, stage_environment
 
 
 @pytest.mark.parametrize(
