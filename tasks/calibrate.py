@@ -20,13 +20,12 @@ from tasks.output import whole_directory, write_json
 from tasks.overlap import Match, check_overlap, find_overlap, ngrams
 from tasks.program import run_stage
 from tasks.settings import CalibrationSettings, CalibrationSource, DataSource, Settings
-from tasks.text import documents
+from tasks.text import SEPARATOR, documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHORTEST = 32  # characters; a shorter document is noise
-SEPARATOR = "\n\n"
 CHOICE = 64  # times more text than is needed is read, if it is there, to draw sequences from
 
 

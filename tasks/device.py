@@ -16,16 +16,20 @@ def compute_device() -> str:
 
 
 def processor_name() -> str:
-    """The GPU's name, or the CPU's model."""
+    """What torch computes on here: the GPU's name, or the CPU's model."""
     import torch
 
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name(0))
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else cpu_name()
+
+
+def cpu_name() -> str:
+    """The CPU's model."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.lower().startswith("model name"):
                 return line.partition(":")[2].strip()
+    except OSError:
+        pass
     return platform.processor() or platform.machine()
 
 

@@ -13,14 +13,12 @@ from tqdm import tqdm
 from tasks.bos import begins_with_bos
 from tasks.errors import TaskError
 from tasks.settings import DataSource
-from tasks.text import documents
+from tasks.text import SEPARATOR, documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tasks.runtimes import Runtime
-
-SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from tasks.output import checksums, link_or_copy, whole_directory, write_json, w
 from tasks.program import run_stage
 from tasks.settings import ModelSettings
 from tasks.sources import Fetched, fetch_model
-from tasks.sources.address import HubAddress, parse
-from tasks.sources.choice import Choice, check_config, is_licence
+from tasks.sources.choice import check_config, is_licence
 from tasks.sources.files import require_space
 from tasks.weights import BYTES, DTYPES, convert, needs_conversion, read_header
 
@@ -34,7 +33,7 @@ class SourceReport:
 
     `dequantized_from` is the type that most weights had before, None if they came in full precision; `grid`
     says where such weights lie. `pin` is the value for model.sha256 in params.yaml, None for a folder.
-    `remote_code` is true if the folder holds Python code that loading needs. `files` leaves out source.json.
+    `files` leaves out source.json.
     """
 
     source: str
@@ -46,7 +45,6 @@ class SourceReport:
     licence: str | None
     dtype: str
     parameters: int
-    remote_code: bool
     files: dict[str, dict[str, str | int]]
 
 
@@ -69,7 +67,7 @@ def download(settings: ModelSettings, destination: Path) -> SourceReport:
             else:
                 found = gguf.Quantized()
                 _place_folder(fetched, work, settings.dtype)
-        _edit(work, settings.dtype, keep_code=_has_code(fetched))
+        _edit(work, settings.dtype)
         report = _finish(work, settings, fetched, found)
         write_json(work / SOURCE, asdict(report))
         for path in work.iterdir():
@@ -79,13 +77,11 @@ def download(settings: ModelSettings, destination: Path) -> SourceReport:
     return report
 
 
-def _check(files: dict[str, Path], settings: ModelSettings) -> Choice:
+def _check(files: dict[str, Path], settings: ModelSettings) -> None:
     """Refuse a folder by its small files."""
     if "config.json" not in files:
         raise TaskError(f"{settings.source} has no config.json, so it is no model of transformers")
-    address = parse(settings.source)
-    repository = address.repository if isinstance(address, HubAddress) else None
-    return check_config(_read_json(files["config.json"]), settings.source, repository, settings.remote_code)
+    check_config(_read_json(files["config.json"]), settings.source)
 
 
 def _place_folder(fetched: Fetched, work: Path, dtype: str) -> None:
@@ -109,24 +105,18 @@ def _place_folder(fetched: Fetched, work: Path, dtype: str) -> None:
         write_json(index, values)
 
 
-def _edit(work: Path, dtype: str, *, keep_code: bool) -> None:
-    """Let the configurations say what is there, not where it was, nor what code did not come along."""
+def _edit(work: Path, dtype: str) -> None:
+    """Let the configurations say what is there, not where it was, nor name code, which does not come along."""
     for path in (work / "config.json", work / "tokenizer_config.json"):
         if not path.exists():
             continue
         values = _read_json(path)
-        for key in ("_name_or_path", "_model_name_or_path", "name_or_path", "is_local", "local_files_only"):
+        for key in ("_name_or_path", "_model_name_or_path", "name_or_path", "is_local", "local_files_only", "auto_map"):
             values.pop(key, None)
-        if not keep_code:
-            values.pop("auto_map", None)
         if path.name == "config.json":
             values.pop("torch_dtype", None)
             values["dtype"] = dtype
         write_json(path, values)
-
-
-def _has_code(fetched: Fetched) -> bool:
-    return any(name.endswith(".py") for name in fetched.files)
 
 
 def _place(files: dict[str, Path], work: Path, *, own: bool) -> None:
@@ -142,10 +132,9 @@ def _finish(work: Path, settings: ModelSettings, fetched: Fetched, found: gguf.Q
     """Add what every model folder must have, and describe the whole."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    code = _has_code(fetched)
     try:
-        config = AutoConfig.from_pretrained(work, trust_remote_code=code)
-        tokenizer = AutoTokenizer.from_pretrained(work, trust_remote_code=code)
+        config = AutoConfig.from_pretrained(work, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(work, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise TaskError(
@@ -169,7 +158,6 @@ def _finish(work: Path, settings: ModelSettings, fetched: Fetched, found: gguf.Q
         licence=licence,
         dtype=settings.dtype,
         parameters=sum(e.count for header in headers for e in header.values()),
-        remote_code=code,
         files={n: {"sha256": d, "bytes": (work / n).stat().st_size} for n, d in checksums(work).items()},
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 from tasks.errors import TaskError
 from tasks.settings import AwqSettings, GptqSettings, NoneSettings, Variant
 
-# The families whose layers the methods know how to smooth and scale; of them llama alone is tested.
+# The families whose layers the methods know how to smooth and scale.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 PACKED = 32  # rows of a layer that AutoAWQ packs together

@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import yaml
 
+from tasks.device import cpu_name
+
 # what can change a number; the rest of the environment is in the lock file
 LIBRARIES = (
     "torch",
@@ -37,7 +39,7 @@ CODE = ("tasks", "evals", "params.yaml", "dvc.yaml", "pyproject.toml")
 def machine() -> dict[str, Any]:
     """Processor, cores, memory (whole GiB), GPUs, operating system and Python of this machine."""
     return {
-        "processor": _processor(),
+        "processor": cpu_name(),
         "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
@@ -103,16 +105,6 @@ def _output(*command: str) -> str | None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _operating_system() -> str:

@@ -38,7 +38,6 @@ class ModelSettings(Section):
     sha256: Sha256 | None = None
     dtype: Literal["bfloat16", "float16", "float32"]
     licence: str | None = None
-    remote_code: str | None = None
 
     _readable = field_validator("source")(check_model_source)
 

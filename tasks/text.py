@@ -12,6 +12,7 @@ from tasks.errors import TaskError
 from tasks.settings import DataSource
 
 FILES = {"text": "data.txt", "jsonl": "data.jsonl", "parquet": "data.parquet"}  # by format
+SEPARATOR = "\n\n"  # between two documents that are read one after the other
 
 
 def records(raw: Path, name: str, source: DataSource) -> Iterator[Any]:

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
 
 
-from tests.tiny import Corpus, tiny_corpus, tiny_llama
+from tests.tiny import Corpus, tiny_corpus, tiny_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama that was trained a little, so that damage shows. Read only."""
-    return tiny_llama(tmp_path_factory.mktemp("llama") / "model", steps=60)
+    return tiny_model(tmp_path_factory.mktemp("llama") / "model", steps=60)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A tiny random llama and a tiny corpus: real files in the real formats, the same every time."""
+"""A tiny random model and a tiny corpus: real files in the real formats, the same every time."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ class Corpus:
     medical: Path  # JSONL: {"question", "passage"}
 
 
-def tiny_llama(
+def tiny_model(
     directory: Path,
     *,
+    family: str = "llama",
     hidden: int = 64,
     layers: int = 2,
     heads: int = 4,
@@ -58,29 +59,32 @@ def tiny_llama(
     seed: int = 0,
     steps: int = 0,
 ) -> Path:
-    """Write a llama with tied embeddings and its tokenizer to `directory` (bfloat16 safetensors).
+    """Write a model of the `family` (its model_type in config.json) with tied embeddings, and its tokenizer, to
+    `directory` (bfloat16 safetensors).
 
     The weights are random, with logits about 2 apart. With `steps` > 0 the model is trained for so many steps
     on the corpus' sentences, so that damage to it shows in its perplexity. Returns `directory`.
     """
     import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer(vocab)
     ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=hidden * 2,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         **ids,
     )
-    model: Any = LlamaForCausalLM(config)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     random_numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

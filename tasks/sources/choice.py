@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from tasks.errors import TaskError
@@ -13,13 +12,6 @@ _SMALL = (".json", ".txt", ".jinja", ".model", ".tiktoken")
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy)[^/]*", re.IGNORECASE)
 _INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What `check_config` allows: whether the folder's own Python code is needed and taken along."""
-
-    code: bool
 
 
 def is_licence(name: str) -> bool:
@@ -59,16 +51,10 @@ def weight_files(names: Iterable[str], where: str) -> list[str]:
     raise TaskError(f"{where} has no weights; expected model.safetensors or {_INDEX} (found {_few(top)})")
 
 
-def code_files(names: Iterable[str]) -> list[str]:
-    """The model's own Python code."""
-    return sorted(n for n in names if "/" not in n and n.endswith(".py"))
+def check_config(config: Any, where: str) -> None:
+    """TaskError unless `config` (config.json) is of a decoder language model in full precision that transformers knows.
 
-
-def check_config(config: Any, where: str, repository: str | None, remote_code: str | None) -> Choice:
-    """TaskError unless `config` (config.json) is of a decoder language model in full precision.
-
-    `remote_code` names the one repository whose own code may run; it is needed only for a kind of model that
-    transformers does not know.
+    A model that needs Python code of its own is refused: such code is never taken along and never run.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
@@ -84,22 +70,15 @@ def check_config(config: Any, where: str, repository: str | None, remote_code: s
     names = config.get("architectures") or []
     fits = kind in KNOWN and (not names or any(n in _classes(KNOWN[kind]) for n in names))
     if fits and not config.get("is_encoder_decoder"):
-        return Choice(code=False)
+        return
     what = f"{where} is a {kind} model ({', '.join(names) or 'no architecture named'})"
     code = config.get("auto_map", {}).get("AutoModelForCausalLM")
-    if kind in KNOWN or code is None:
-        raise TaskError(f"{what}, which transformers knows no decoder language model for; choose one such as llama")
-    if repository is not None and remote_code == repository and "--" not in code:
-        return Choice(code=True)
-    needed = code.partition("--")[0] if "--" in code else repository
-    raise TaskError(
-        f"{what}: it needs Python code of its own ({code}), and model.remote_code is {remote_code!r}. "
-        + (
-            f"Read that code; if you trust it, set model.remote_code to {needed}"
-            if needed == repository and needed
-            else "Code from a folder or from another repository is never run; choose another model"
+    if kind not in KNOWN and code is not None:
+        raise TaskError(
+            f"{what} that needs Python code of its own ({code}), which is never run; choose a model that "
+            "transformers knows, such as llama"
         )
-    )
+    raise TaskError(f"{what}, which transformers knows no decoder language model for; choose one such as llama")
 
 
 def _classes(names: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Literal
 from tasks.errors import TaskError
 from tasks.output import sha256
 from tasks.sources.address import HubAddress
-from tasks.sources.choice import Choice, code_files, small_files, weight_files
+from tasks.sources.choice import small_files, weight_files
 from tasks.sources.files import Fetched, check_pin, one_at_a_time, require_space, size
 
 Kind = Literal["model", "dataset"]
@@ -53,7 +53,7 @@ def fetch_file(address: HubAddress, expected: str | None, kind: Kind, downloads:
     return Fetched("hf", about.commit_hash, pin, path)
 
 
-def fetch_model(address: HubAddress, check: Callable[[dict[str, Path]], Choice], downloads: Path) -> Fetched:
+def fetch_model(address: HubAddress, check: Callable[[dict[str, Path]], None], downloads: Path) -> Fetched:
     """Get a whole repository: what describes the model first, the weights after `check` has agreed."""
     from huggingface_hub import HfApi, hf_hub_url
 
@@ -71,10 +71,10 @@ def fetch_model(address: HubAddress, check: Callable[[dict[str, Path]], Choice],
             remotes[f.rfilename] = _Remote(f.rfilename, url, f.size, digest)
         weights = weight_files(remotes, _name(address))
         files = {name: _download(remotes[name], folder) for name in small_files(remotes)}
-        chosen = [*weights, *(code_files(remotes) if check(files).code else [])]
-        missing = sum(remotes[n].bytes or 0 for n in chosen if not (folder / remotes[n].digest).exists())
+        check(files)
+        missing = sum(remotes[n].bytes or 0 for n in weights if not (folder / remotes[n].digest).exists())
         require_space(folder, missing, f"downloading {_name(address)}")
-        files |= {name: _download(remotes[name], folder) for name in chosen}
+        files |= {name: _download(remotes[name], folder) for name in weights}
     licence = getattr(info.card_data, "license", None)
     return Fetched("hf", commit, None, None, files, licence if isinstance(licence, str) else None)
 

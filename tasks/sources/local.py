@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tasks.errors import TaskError
 from tasks.sources.address import LocalAddress
-from tasks.sources.choice import Choice, code_files, small_files, weight_files
+from tasks.sources.choice import small_files, weight_files
 from tasks.sources.files import Fetched, check_pin
 
 
@@ -19,7 +19,7 @@ def fetch_file(address: LocalAddress, expected: str | None) -> Fetched:
     return Fetched("path", None, check_pin(path, expected, f"path:{address.path}"), path, own=True)
 
 
-def fetch_model(address: LocalAddress, expected: str | None, check: Callable[[dict[str, Path]], Choice]) -> Fetched:
+def fetch_model(address: LocalAddress, expected: str | None, check: Callable[[dict[str, Path]], None]) -> Fetched:
     """The model's files in the folder at the path, or the GGUF file there."""
     path, where = _present(address), f"path:{address.path}"
     if path.is_file():
@@ -31,9 +31,8 @@ def fetch_model(address: LocalAddress, expected: str | None, check: Callable[[di
     names = [p.name for p in path.iterdir() if p.is_file()]
     weights = weight_files(names, where)
     files = {name: path / name for name in small_files(names)}
-    code = check(files).code
-    chosen = [*weights, *(code_files(names) if code else [])]
-    return Fetched("path", None, None, None, files | {n: path / n for n in chosen}, own=True)
+    check(files)
+    return Fetched("path", None, None, None, files | {n: path / n for n in weights}, own=True)
 
 
 def _present(address: LocalAddress) -> Path:

@@ -21,14 +21,14 @@ from tasks.errors import TaskError
 from tasks.output import checksums
 from tasks.settings import ModelSettings, load_settings
 from tests.gguf_file import write_gguf
-from tests.tiny import CHAT_TEMPLATE, tiny_llama
+from tests.tiny import CHAT_TEMPLATE, tiny_model
 
 TEXT = "Ada paints the lamp of Ben\n\n12 times  3, near the   harbour."
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("llama"))
+    return tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
@@ -152,13 +152,13 @@ def test_an_encoder_is_refused(model: Path) -> None:
 def test_code_of_its_own_is_refused(model: Path) -> None:
     (model / "modeling_mine.py").write_text("raise SystemExit('the code ran')")
     edit(model / "config.json", model_type="mine", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
-    assert "modeling_mine.Mine" in refusal(remote_code="acme/mine")
+    assert "modeling_mine.Mine" in refusal()
 
 
 def test_code_that_is_not_needed_stays_behind(model: Path) -> None:
     (model / "modeling_mine.py").write_text("raise SystemExit('the code ran')")
     edit(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
-    assert take().remote_code is False
+    take()
     assert not list(Path("models/source").glob("*.py"))
     assert "auto_map" not in json.loads(Path("models/source/config.json").read_text())
 

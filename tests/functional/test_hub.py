@@ -18,7 +18,7 @@ from tasks.errors import TaskError
 from tasks.settings import ModelSettings
 from tasks.sources import fetch_file
 from tests.hub import FakeHub, Repository, running_hub
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_model
 
 MODEL = "acme/tiny"
 DATA = "datasets/acme/questions"
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def llama_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     # larger than the pieces of 10 MiB in which the hub's library writes
-    folder = tiny_llama(tmp_path_factory.mktemp("llama"), hidden=320, layers=10)
+    folder = tiny_model(tmp_path_factory.mktemp("llama"), hidden=320, layers=10)
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
@@ -210,25 +210,15 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(hub: 
     assert hub.asked("/cdn/") == []
 
 
-def test_code_comes_along_only_where_the_repository_is_named(hub: FakeHub) -> None:
+def test_a_model_that_needs_code_of_its_own_is_refused_before_that_code_is_fetched(hub: FakeHub) -> None:
     files = hub.repositories[MODEL].files
     config = {**json.loads(files["config.json"]), "model_type": "mine", "architectures": ["Mine"]}
     config["auto_map"] = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}
     files["config.json"] = json.dumps(config).encode()
-    files["mine.py"] = b"""
-from transformers import LlamaConfig, LlamaForCausalLM
-class MineConfig(LlamaConfig):
-    model_type = "mine"
-class Mine(LlamaForCausalLM):
-    config_class = MineConfig
-"""
-    said = refusal()
-    assert "mine.Mine" in said
-    assert f"set model.remote_code to {MODEL}" in said
+    files["mine.py"] = b"raise SystemExit('the code ran')"
+    assert "code of its own (mine.Mine), which is never run" in refusal()
     assert hub.asked("mine.py") == []
-
-    assert download(settings(remote_code=MODEL), Path("models/source")).remote_code is True
-    assert Path("models/source/mine.py").read_bytes() == files["mine.py"]
+    assert hub.asked("/cdn/") == []
 
 
 def test_a_name_that_no_repository_can_have(hub: FakeHub) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tasks.sources.choice import check_config, small_files, weight_files
 from tasks.sources.files import require_space, size
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-MINE = {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}
+MINE = {"model_type": "mine", "architectures": ["Mine"]}
 
 
 def test_copies_of_the_weights_are_left_out() -> None:
@@ -47,7 +48,7 @@ def test_what_describes_a_model_is_taken_and_nothing_else() -> None:
 
 def test_a_decoder_is_taken_without_its_own_code() -> None:
     with_code = {**LLAMA, "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}
-    assert check_config(with_code, "here", "acme/tiny", "acme/tiny").code is False
+    check_config(with_code, "here")
 
 
 @pytest.mark.parametrize(
@@ -63,20 +64,13 @@ def test_a_decoder_is_taken_without_its_own_code() -> None:
 )
 def test_what_is_no_decoder_in_full_precision_is_refused(config: Any) -> None:
     with pytest.raises(TaskError, match=r"^here"):
-        check_config(config, "here", "acme/tiny", None)
+        check_config(config, "here")
 
 
-def test_remote_code_runs_only_for_the_repository_that_is_named() -> None:
-    assert check_config(MINE, "here", "acme/mine", "acme/mine").code is True
-    for repository, allowed in [("acme/mine", None), ("acme/mine", "acme/other"), (None, "acme/mine")]:
-        with pytest.raises(TaskError, match=r"modeling_mine\.Mine"):
-            check_config(MINE, "here", repository, allowed)
-
-
-def test_code_of_a_third_repository_never_runs() -> None:
-    config = {**MINE, "auto_map": {"AutoModelForCausalLM": "evil/code--modeling.Mine"}}
-    with pytest.raises(TaskError, match="never run"):
-        check_config(config, "here", "acme/mine", "acme/mine")
+@pytest.mark.parametrize("code", ["modeling_mine.Mine", "evil/code--modeling.Mine"])
+def test_a_model_that_needs_code_of_its_own_is_refused(code: str) -> None:
+    with pytest.raises(TaskError, match=rf"of its own \({re.escape(code)}\), which is never run"):
+        check_config({**MINE, "auto_map": {"AutoModelForCausalLM": code}}, "here")
 
 
 @pytest.mark.parametrize(

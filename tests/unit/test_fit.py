@@ -8,19 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tasks.errors import TaskError
 from tasks.fit import check_fit, linear_shapes
 from tasks.settings import AwqSettings, GptqSettings, Int8Settings
 
-GPTQ: dict[str, Any] = {
-    "method": "gptq",
-    "bits": 4,
-    "group_size": 32,
-    "symmetric": False,
-    "act_order": "static",
-    "damping": 0.01,
-}
+GPTQ = {**yaml.safe_load(Path("params.yaml").read_text())["variants"]["gptq-int4"], "group_size": 32}
 
 
 def gptq(**changes: Any) -> GptqSettings:

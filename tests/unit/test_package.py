@@ -23,7 +23,7 @@ from tasks.package import Inputs, Package, package
 from tasks.provenance import dvc_identity, git_state, machine, versions, without_folders
 from tasks.report import report
 from tasks.settings import Settings, check_settings
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_model
 from tests.unit.measured import GATE, made_up
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -286,11 +286,11 @@ class TestTrial:
         assert smoke.nonsense(text) is not None
 
     def test_a_model_that_loads_and_writes_is_sound(self, tmp_path: Path) -> None:
-        text = smoke.generates(tiny_llama(tmp_path / "model", steps=40), "transformers", "float32")
+        text = smoke.generates(tiny_model(tmp_path / "model", steps=40), "transformers", "float32")
         assert len(text.split()) > 3
 
     def test_a_model_that_loads_and_writes_nonsense_is_refused(self, tmp_path: Path) -> None:
-        model = tiny_llama(tmp_path / "model") / "model.safetensors"
+        model = tiny_model(tmp_path / "model") / "model.safetensors"
         weights = load_file(model)
         save_file({name: 0 * tensor for name, tensor in weights.items()}, model, {"format": "pt"})
         with pytest.raises(TaskError, match=r"loads in transformers, but after .* it (writes nothing|only repeats)"):
