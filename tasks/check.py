@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tasks.errors import TaskError
+from tasks.catalogue import check_tasks
 from tasks.fit import check_fit
 from tasks.program import run_stage
 from tasks.settings import Settings
@@ -21,26 +21,6 @@ def check(settings: Settings, model: Path | None, evals: Path) -> None:
     if model is not None:
         for name, variant in settings.variants.items():
             check_fit(name, variant, model)
-
-
-def local_tasks(evals: Path) -> list[str]:
-    """Names of the task definitions in `evals`, which are their files' names."""
-    return sorted(path.stem for path in evals.glob("*.yaml"))
-
-
-def check_tasks(tasks: list[str], evals: Path) -> None:
-    """TaskError if a task is defined neither in `evals` nor in lm-eval."""
-    others = [task for task in tasks if task not in local_tasks(evals)]
-    if not others:
-        return
-    from lm_eval.tasks import TaskManager  # slow, so only where it is needed
-
-    known = TaskManager().all_tasks
-    if unknown := [task for task in others if task not in known]:
-        raise TaskError(
-            f"evaluation.tasks names {', '.join(unknown)}, which neither {evals}/ nor lm-eval defines; "
-            f"without a hub there are: {', '.join(local_tasks(evals))}"
-        )
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.bos import begins_with_bos
-from tasks.check import check_tasks, local_tasks
+from tasks.catalogue import task_manager
 from tasks.device import peak_memory
 from tasks.divergence import TextScore, measure_text, text_windows
 from tasks.errors import TaskError
@@ -26,7 +26,7 @@ from tasks.program import one_argument, run_stage
 from tasks.runtimes import Runtime, load_runtime
 from tasks.settings import BASE, EvaluationSettings, Settings
 
-# The metric that an item's score is, where a task offers several.
+# The metric that an item's score is, where a task offers several; else the first that is better when higher.
 METRICS = ("acc_norm", "acc", "exact_match", "f1")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
@@ -70,7 +70,6 @@ def evaluate(
     baseline: the model that divergence is measured from; the divergence of `base` itself is zero.
     TaskError if a task is unknown or its data cannot be read, or if a text is too short.
     """
-    check_tasks(settings.tasks, evals)
     started = time.monotonic()
     runtime = load_runtime(target, model, settings.dtype)
     with whole_directory(destination) as work:
@@ -106,40 +105,61 @@ def _run_tasks(
         # datasets caches by path and time; a cache of our own can hold nothing stale
         os.environ["HF_DATASETS_CACHE"] = cache
         import datasets
+        import httpx
         from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
 
         from tasks.lm import RuntimeLM
 
         datasets.disable_progress_bars()
-        only_ours = set(settings.tasks) <= set(local_tasks(evals))
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         try:
             results = simple_evaluate(
                 model=RuntimeLM(runtime, settings.batch_tokens, config["max_position_embeddings"]),
                 tasks=list(settings.tasks),
-                num_fewshot=settings.shots or None,
+                num_fewshot=settings.shots,
                 limit=settings.limit,
                 bootstrap_iters=0,
                 log_samples=True,
                 apply_chat_template=settings.chat_template,
-                task_manager=TaskManager(include_path=str(evals), include_defaults=not only_ours),
+                task_manager=task_manager(settings.tasks, evals),
                 random_seed=settings.seed,
                 numpy_random_seed=settings.seed,
                 torch_random_seed=settings.seed,
                 fewshot_random_seed=settings.seed,
             )
-        except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        except (FileNotFoundError, ConnectionError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+            reason = str(error).strip().partition("\n")[0]
             raise TaskError(
-                f"the data of {', '.join(settings.tasks)} cannot be read: {error}; "
+                f"the data of {', '.join(settings.tasks)} cannot be read: {reason}; "
                 "run the datasets stage, or check that the hub is reachable: modelpress doctor"
             ) from error
     assert results is not None  # only other ranks of a distributed run get none
-    names = list(results["samples"])
-    definition = {
-        task: {"version": results["versions"].get(task), "hash": _asked(results["samples"][task])} for task in names
+    samples = {
+        task: _one_score_each(task, found, results["higher_is_better"][task])
+        for task, found in results["samples"].items()
     }
-    return {task: results["samples"][task] for task in names}, definition
+    definition = {
+        task: {"version": results["versions"].get(task), "hash": _asked(found)} for task, found in samples.items()
+    }
+    return samples, definition
+
+
+def _one_score_each(task: str, samples: list[dict[str, Any]], higher_is_better: Mapping[str, bool]) -> list[Any]:
+    """Each item once, its score as "score" and the name of that score as "metric". TaskError if there is none."""
+    if not samples:
+        raise TaskError(f"task {task} has no items; check its data")
+    # where a task reads an answer in several ways (its filters), lm-eval lists the item for each
+    first = samples[0]["filter"]
+    found = [sample for sample in samples if sample["filter"] == first]
+    numbers = [name for name in found[0]["metrics"] if isinstance(found[0][name], int | float)]
+    metric = next((m for m in (*METRICS, *numbers) if m in numbers and higher_is_better.get(m)), None)
+    if metric is None:
+        raise TaskError(
+            f"task {task} gives its items no number that is better when higher (it has: "
+            f"{', '.join(found[0]['metrics'])}); choose another task"
+        )
+    name = metric if first == "none" else f"{metric},{first}"
+    return [{**sample, "score": float(sample[metric]), "metric": name} for sample in found]
 
 
 def _asked(samples: list[dict[str, Any]]) -> str:
@@ -150,19 +170,14 @@ def _asked(samples: list[dict[str, Any]]) -> str:
 
 def _write_items(work: Path, task: str, samples: list[dict[str, Any]]) -> TaskScore:
     """Write items-TASK.jsonl and sum it up."""
-    if not samples:
-        raise TaskError(f"task {task} has no items; check its data")
-    metric = next((m for m in METRICS if m in samples[0]), None)
-    if metric is None:
-        raise TaskError(f"task {task} has no per-item metric of {', '.join(METRICS)}; choose another task")
     rows = sorted(
-        ({"item": s["doc_id"], "hash": s["doc_hash"], "score": float(s[metric])} for s in samples),
+        ({"item": s["doc_id"], "hash": s["doc_hash"], "score": s["score"]} for s in samples),
         key=lambda r: r["item"],
     )
     write_text(work / f"items-{task}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     options = [len(s["arguments"]) for s in samples]
     chance = sum(1 / n for n in options) / len(options) if min(options) > 1 else None
-    return TaskScore(metric, sum(row["score"] for row in rows) / len(rows), len(rows), chance)
+    return TaskScore(samples[0]["metric"], sum(row["score"] for row in rows) / len(rows), len(rows), chance)
 
 
 def _contract(

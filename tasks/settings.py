@@ -120,7 +120,7 @@ class EvaluationSettings(Section):
 
     tasks: Annotated[list[str], Field(min_length=1)]
     limit: Annotated[int, Field(ge=1)] | None
-    shots: Annotated[int, Field(ge=0, le=64)]
+    shots: Annotated[int, Field(ge=0, le=64)] | None
     chat_template: bool
     dtype: Literal["float32", "bfloat16", "float16"]
     batch_tokens: Annotated[int, Field(ge=16)]

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 _INFO = re.compile(r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?")
+_TREE = re.compile(r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?")
 _FILE = re.compile(r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 _CDN = re.compile(r"/cdn/(?P<digest>[0-9a-f]{64})")
 
@@ -114,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._large(match["digest"])
         elif match := _INFO.fullmatch(path):
             self._info(match["kind"], match["name"], match["revision"])
+        elif match := _TREE.fullmatch(path):
+            self._tree(match["kind"], match["name"], match["revision"], match["folder"])
         elif match := _FILE.fullmatch(path):
             self._file(match["kind"] or "", match["name"], match["revision"], match["file"])
         else:
@@ -152,6 +156,19 @@ class _Handler(BaseHTTPRequestHandler):
             "private": False,
         }
         self._send(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, kind: str, name: str, revision: str, folder: str | None) -> None:
+        """The files and folders in a folder and below."""
+        repository = self._find(name if kind == "models" else f"datasets/{name}", revision)
+        if repository is None:
+            return
+        files = {n: c for n, c in repository.files.items() if n.startswith(f"{folder}/" if folder else "")}
+        listing = [{"type": "file", "path": n, "size": len(c), "oid": _git(c)} for n, c in files.items()]
+        folders = {
+            str(parent) for n in files for parent in PurePosixPath(n).parents if str(parent) not in (".", folder)
+        }
+        listing += [{"type": "directory", "path": n, "size": 0, "oid": _git(n.encode())} for n in sorted(folders)]
+        self._send(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
 
     def _file(self, kind: str, name: str, revision: str, file: str) -> None:
         repository = self._find(kind + name, revision)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from tasks.check import local_tasks
+from tasks.catalogue import local_tasks
 from tasks.quantize import LIBRARIES
 from tasks.settings import Settings, load_settings
 
@@ -91,7 +91,7 @@ def test_the_lock_holds_every_direct_dependency_at_an_exact_version() -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_depends_on_its_program_and_all_that_it_imports(name: str) -> None:
     """Settings and the helpers that every stage shares are left out: their change seldom changes a result."""
-    shared = {"settings", "errors", "output", "program", "check", "device"}
+    shared = {"settings", "errors", "output", "program", "device"}
     deps = {d for d in paths(body(STAGES[name])["deps"]) if d.startswith("tasks/")}
     methods = {"quantizers"} if name == "quantize" else set()
     seen, queue = set(), [f"tasks.{name}"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.check import check_tasks
+from tasks.catalogue import check_tasks
 from tasks.errors import TaskError
 from tasks.settings import check_settings, load_settings
 
