@@ -18,6 +18,8 @@ _BAR = re.compile(
     r"^(?:(?P<name>.*?):\s*)?\s*\d+%\|.*\|\s*(?P<n>[\d.]+\w?)/(?P<total>[\d.]+\w?)"
     r"\s*\[(?P<spent>[\d:]+)<(?P<left>[\d:?]+)"
 )
+# the same where the total is not known: `name: 1.2MB [00:01, 4.0MB/s]`
+_COUNT = re.compile(r"^(?P<name>\S.*?):\s*(?P<n>[\d.]+\w*)\s*\[(?P<spent>[\d:]+), .*/s\]$")
 
 
 class Lines:
@@ -56,7 +58,7 @@ class Lines:
         *redrawn, last = line.rstrip("\r").split("\r")
         yield from self._redrawn(redrawn)
         text = _ESCAPE.sub("", last).rstrip()
-        if _BAR.match(text):
+        if _BAR.match(text) or _COUNT.match(text):
             yield from self._redrawn([text])
         elif text:
             yield text
@@ -68,13 +70,13 @@ class Lines:
                 yield from self._bar(text)
 
     def _bar(self, text: str) -> Iterator[str]:
-        bar = _BAR.match(text)
+        bar = _BAR.match(text) or _COUNT.match(text)
         name = (bar["name"] or "").strip() if bar else text
         key = re.sub(r"\d+", "#", name)
         now = self._clock()
         due = self._due.setdefault(key, now + 1)
         line = _readable(name, bar) if bar else text
-        ended = bar is not None and bar["n"] == bar["total"] and self._shown.get(key) == name
+        ended = bar is not None and bar["n"] == bar.groupdict().get("total") and self._shown.get(key) == name
         if now >= due or ended:
             self._due[key] = now + self._every
             # a bar that has ended is not shown again, however often it is redrawn
@@ -83,6 +85,8 @@ class Lines:
 
 
 def _readable(name: str, bar: re.Match[str]) -> str:
-    left = "" if "?" in bar["left"] or bar["n"] == bar["total"] else f", {bar['left']} left"
     what = f"{name}: " if name else ""
+    if "total" not in bar.groupdict():
+        return f"{what}{bar['n']}, {bar['spent']} spent"
+    left = "" if "?" in bar["left"] or bar["n"] == bar["total"] else f", {bar['left']} left"
     return f"{what}{bar['n']} of {bar['total']}, {bar['spent']} spent{left}"

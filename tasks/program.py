@@ -25,6 +25,7 @@ def run_stage(work: Callable[[Settings], object]) -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",  # while it is imported; tasks/quantizers/compressor.py chooses after that
     }.items():
         os.environ.setdefault(name, value)
     try:

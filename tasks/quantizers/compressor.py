@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,9 +30,10 @@ def press_with_recipe(job: Job, recipe: list[Any], pipeline: str, keep_scales: b
     pipeline: "sequential" (layer by layer, each sees the layers before it quantized) or "basic" (one pass).
     keep_scales: scales stay float32 (one per output row costs nothing) instead of the model's precision.
     """
-    _only_warnings()
     from llmcompressor import oneshot  # type: ignore[attr-defined]
     from transformers import AutoModelForCausalLM
+
+    _only_warnings()
 
     saved_dtype = getattr(torch, json.loads((job.source / "config.json").read_text(encoding="utf-8"))["dtype"])
     model = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32, use_safetensors=True).eval()
@@ -57,7 +59,14 @@ def _only_warnings() -> None:
     transformers.utils.logging.disable_progress_bar()
     logger.remove()
     # METRIC, a level of its own above WARNING, is two lines for every linear layer
-    logger.add(sys.stderr, level="WARNING", format="{message}", filter=lambda r: r["level"].name != "METRIC")
+    logger.add(sys.stderr, level="WARNING", format="{message}", filter=_is_news)
+    warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+
+
+def _is_news(record: Any) -> bool:
+    """Whether a person can do something about it: that there is no GPU, they know, and the pipeline is our choice."""
+    known = ("No accelerator available", "Attempting to calibrate on CPU", "Calibration pipeline is set to")
+    return record["level"].name != "METRIC" and not record["message"].startswith(known)
 
 
 def ignored(variant: Any) -> list[str]:

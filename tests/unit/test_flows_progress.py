@@ -92,3 +92,12 @@ def test_a_bar_in_silence_is_shown_before_its_next_move() -> None:
     assert list(lines.feed(b"\rslow: 10%|#| 1/10 [00:30<04:30, 30s/it]")) == []
     clock.now = 2
     assert list(lines.feed(b"")) == ["slow: 1 of 10, 00:30 spent, 04:30 left"]
+
+
+def test_a_bar_whose_total_is_not_known_keeps_the_same_pace() -> None:
+    clock = Clock()
+    lines, seen = Lines(clock=clock), []
+    for n in range(1, 9):
+        clock.now += 0.5
+        seen += list(lines.feed(f"\rwheel==1.2: {n}.0MB [00:0{n // 2}, 2.0MB/s]\n".encode()))
+    assert seen == ["wheel==1.2: 3.0MB, 00:01 spent"]
