@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types lock clean
+.PHONY: help install demo ui test lint types lock clean
 .DELETE_ON_ERROR:
 
 help: ## List what can be made
@@ -16,6 +16,9 @@ install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
 
 demo: install ## Press the built-in model three ways and prove the result (about 15 minutes on 2 cores)
 	@$(BIN)/modelpress run
+
+ui: install ## Serve the pages of Prefect and MLflow on this machine, with a worker; Ctrl-C stops them
+	@$(BIN)/modelpress serve
 
 test: install ## Run all tests
 	@$(BIN)/pytest

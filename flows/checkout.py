@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +20,30 @@ def exclusive(root: Path) -> Iterator[None]:
     path = root / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
-        try:
-            # the lock goes with the process, however it ends
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for wait in (0.1, 0.2, 0.0):  # somebody may only be looking: `is_held`
+            try:
+                # the lock goes with the process, however it ends
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(wait)
+        else:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise FlowError(f"another run (process {holder}) is at work in {root}; wait until it ends") from None
+            raise FlowError(f"another run (process {holder}) is at work in {root}; wait until it ends")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def is_held(root: Path) -> bool:
+    """Whether a run is at work in the checkout `root`."""
+    try:
+        with (root / LOCK).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

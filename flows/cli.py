@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -125,6 +126,68 @@ def report() -> None:
 
 
 @app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="The address to listen on; anything but 127.0.0.1 is open to others.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Prefect's pages and API.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="MLflow's pages.")] = 5000,
+) -> None:
+    """Serve the pages: start runs from the browser, on a schedule, and look at their results. Ctrl-C stops it all."""
+    root = find_root()
+    quiet(root)
+    from flows.serve import serve as start
+
+    with _interruptible("stopped"):
+        start(root, host, port, mlflow_port, say=lambda line: print(line, flush=True))
+
+
+@app.command()
+def runs(
+    sweep: Annotated[bool, typer.Option("--sweep", help="Delete the workspaces of runs that are not at work.")] = False,
+    names: Annotated[list[str] | None, typer.Argument(help="Only these runs.", metavar="[NAME]...")] = None,
+) -> None:
+    """List the runs that were started from the browser or a schedule: those with a workspace, and the finished ones.
+
+    A finished run is a tag: `git checkout run/NAME` has its parameters, `modelpress get run/NAME` its package.
+    """
+    root = find_root()
+    quiet(root)
+    from flows.workspace import remove, tags, workspaces
+
+    spaces = [space for space in workspaces(root) if not names or space.name in names]
+    if unknown := set(names or ()) - {space.name for space in spaces}:
+        raise FlowError(f"no workspace of a run {', '.join(sorted(unknown))}; `modelpress runs` lists them")
+    if sweep:
+        for space in spaces:
+            if not space.running:
+                remove(space)
+                print(f"deleted {space.root}")
+        return
+    table = Table("run", "state", "started", "changes", "why", box=None, pad_edge=False, header_style="bold")
+    for space in spaces:
+        state = "running" if space.running else "failed" if space.error else "interrupted"
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(space.started))
+        table.add_row(space.name, state, started, " ".join(space.changes), space.error or "")
+    for tag in [] if names else tags(root):
+        table.add_row(tag, "finished", "", "", "")
+    Console(soft_wrap=False).print(table)
+
+
+@app.command()
+def get(
+    what: Annotated[str, typer.Argument(help="run/NAME, the tag of a finished run.")],
+    to: Annotated[Path | None, typer.Option(help="The folder to write; by default of the package's name.")] = None,
+) -> None:
+    """Fetch the package of a finished run, checked against its checksums."""
+    root = find_root()
+    quiet(root)
+    from flows.fetch import fetch_package
+
+    print(fetch_package(root, what, to))
+
+
+@app.command()
 def doctor() -> None:
     """Check versions, device, room, network, settings and DVC; say what to do where something is amiss."""
     root = find_root()
@@ -208,7 +271,9 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(
+    word: str = "interrupted; what was finished stays, and the next run goes on from there",
+) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the body in order, with a word to the person and the usual exit status."""
 
     def terminate(*_: object) -> None:
@@ -218,7 +283,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        print("interrupted; what was finished stays, and the next run goes on from there", file=sys.stderr)
+        print(word, file=sys.stderr)
         raise typer.Exit(143 if isinstance(interrupt, _Terminated) else 130) from interrupt
 
 

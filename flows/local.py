@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from flows.addresses import at_work
 from flows.errors import FlowError
 from flows.process import Process
 
@@ -66,9 +67,21 @@ class Server:
 
 @contextlib.contextmanager
 def server(root: Path) -> Iterator[Server | None]:
-    """Start a server and point Prefect at it (call its `wait` first); None if PREFECT_API_URL names one."""
+    """Start a server and point Prefect at it (call its `wait` first).
+
+    None where one is there: the one that PREFECT_API_URL names, or that of `modelpress serve`, whose database two
+    servers must not share.
+    """
     if os.environ.get("PREFECT_API_URL"):
         yield None
+        return
+    if (addresses := at_work(root)) is not None:
+        os.environ["PREFECT_API_URL"] = addresses.api
+        try:
+            yield None
+        finally:
+            _send_the_rest()
+            del os.environ["PREFECT_API_URL"]
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

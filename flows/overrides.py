@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from flows.errors import FlowError
 from tasks.errors import TaskError
@@ -54,6 +55,8 @@ def _overridden(scratch: Path, text: str, changes: list[str]) -> Any:
     for change in changes:
         if "=" not in change and not change.startswith("~"):
             raise FlowError(f"--set {change}: expected KEY=VALUE, or ~KEY to remove one")
+        if "${" in change:  # Hydra would fill in what the environment holds, tokens included
+            raise FlowError(f"--set {change}: ${{...}} is not filled in here; write the value itself")
         try:
             _apply(scratch, change)
         except DvcException as error:
@@ -86,14 +89,21 @@ def _edited(text: str, values: Any) -> str:
     editor = YAML()
     editor.preserve_quotes = True
     editor.width = 10_000
-    editor.representer.add_representer(
-        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    editor.Representer = _Representer
     document = editor.load(text)
     _merge(document, values)
     out = io.StringIO()
     editor.dump(document, out)
     return out.getvalue()
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes an empty value as `null`; a class of its own, since DVC in this process writes it otherwise."""
+
+
+_Representer.add_representer(
+    type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+)
 
 
 def _merge(document: Any, values: Mapping[str, Any]) -> None:

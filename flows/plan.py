@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,9 @@ class Stage:
     state: State
     reasons: tuple[str, ...]
     outs: tuple[Out, ...]
+    command: str
+    deps: tuple[str, ...]  # files and folders that it reads, in the checkout
+    params: Mapping[str, Any]  # file -> the parameters that it reads there
 
 
 Plan = Mapping[str, Stage]  # by name, every stage after its upstreams
@@ -63,6 +66,21 @@ def read_plan(root: Path) -> dict[str, Stage]:
             ups = sorted(graph.successors(stage), key=lambda s: position[s])
             plan[stage.name] = _judge(repo, stage, ups, plan, restored)
         return plan
+
+
+def cache_folder(root: Path) -> Path:
+    """The folder of DVC's cache in `root`: of objects and of the run cache."""
+    with _repo(root) as repo:
+        return Path(str(repo.cache.local_cache_dir))
+
+
+def forget_others(root: Path, stages: Collection[str]) -> None:
+    """Take out of dvc.lock what it says of stages that are not in `stages`."""
+    from dvc.utils.serialize import modify_yaml
+
+    with modify_yaml(str(root / "dvc.lock")) as lock:
+        for name in [name for name in lock["stages"] if name not in stages]:
+            del lock["stages"][name]
 
 
 def summary(plan: Plan) -> str:
@@ -89,6 +107,9 @@ def _judge(repo: Repo, stage: PipelineStage, ups: list[PipelineStage], plan: Pla
         state=state,
         reasons=tuple(reasons),
         outs=tuple(Out(out.def_path, out.meta.size if out.meta and out.hash_info else None) for out in stage.outs),
+        command=str(stage.cmd),
+        deps=tuple(dep.def_path for dep in stage.deps if dep not in stage.params),
+        params={str(dep.def_path): dep.read_params(flatten=True) for dep in stage.params},
     )
 
 
@@ -99,7 +120,7 @@ def _reasons(stage: PipelineStage, moving: list[PipelineStage]) -> list[str]:
     reasons = ["its command changed"] if stage.changed_stage() else []
     reasons += ["is set to run always"] if stage.is_callback or stage.always_changed else []
     theirs = [Path(out.fs_path) for up in moving for out in up.outs]
-    deps = [] if stage.frozen else [dep for dep in stage.deps if not _touches(Path(dep.fs_path), theirs)]
+    deps = [] if stage.frozen else [dep for dep in stage.deps if not touches(Path(dep.fs_path), theirs)]
     for item in [*deps, *stage.outs]:
         for what, status in item.status().items():
             # of parameters the status is a mapping: key -> new, modified, deleted
@@ -110,7 +131,7 @@ def _reasons(stage: PipelineStage, moving: list[PipelineStage]) -> list[str]:
     return reasons
 
 
-def _touches(path: Path, others: list[Path]) -> bool:
+def touches(path: Path, others: list[Path]) -> bool:
     """Whether `path` is one of the others, inside one of them, or around one."""
     return any(path == other or path in other.parents or other in path.parents for other in others)
 
@@ -137,7 +158,7 @@ def _restorable(
         for dep in stage.deps:
             if dep.def_path in restored:
                 dep.hash_info, dep.meta = restored[dep.def_path]
-            elif not dep.exists or _touches(Path(dep.fs_path), [Path(out.fs_path) for up in moving for out in up.outs]):
+            elif not dep.exists or touches(Path(dep.fs_path), [Path(out.fs_path) for up in moving for out in up.outs]):
                 return None  # something will be put back inside it: its hash is not known before
             else:
                 dep.save()

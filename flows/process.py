@@ -123,6 +123,12 @@ class Process:
         return True
 
 
+def pause(seconds: float) -> None:
+    """Sleep; Stopped as soon as every command is to stop."""
+    if _closed.wait(seconds):
+        raise Stopped
+
+
 @contextmanager
 def stopped_on_error() -> Iterator[None]:
     """If the body fails, stop every command, also those that other threads are about to start.

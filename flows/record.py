@@ -39,8 +39,9 @@ def tracking_uri(root: Path) -> str:
 class Record:
     """The MLflow side of one pipeline run. Its first failure is told and ends the recording, not the run."""
 
-    def __init__(self, root: Path, plan: Plan, log: Log) -> None:
+    def __init__(self, root: Path, home: Path, plan: Plan, log: Log) -> None:
         self._root = root
+        self._home = home
         self._plan = plan
         self._log = log
         self._client: MlflowClient | None = None
@@ -67,7 +68,7 @@ class Record:
             self._safely(lambda: self._end(status, error))
 
     def _start(self, tags: dict[str, str]) -> None:
-        self._client, self._experiment = _open(self._root)
+        self._client, self._experiment = _open(self._home)
         here = f"{socket.gethostname()}:{self._root}"
         # only one run at a time works in a checkout: another that seems to run here was killed
         for run in self._search(f"tags.`{CHECKOUT_TAG}` = '{_quoted(here)}' and attributes.status = 'RUNNING'"):
@@ -166,15 +167,33 @@ class Record:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             self._log.warning(
                 "MLflow at %s does not work (%s); the results are complete without it, but not recorded",
-                tracking_uri(self._root),
+                tracking_uri(self._home),
                 reason[0],
             )
 
 
+def prepare_store(home: Path) -> None:
+    """Create the store if it is not there yet, so that MLflow's pages and a first run do not both do it."""
+    _open(home)
+
+
+def find_run(home: Path, flow_run: str) -> tuple[str, str] | None:
+    """The experiment and the run in which a flow run (its id) was recorded; None where MLflow does not know."""
+    with suppress(Exception):
+        client, experiment = _open(home)
+        for run in client.search_runs([experiment], f"tags.`prefect.flow_run_id` = '{_quoted(flow_run)}'"):
+            return experiment, str(run.info.run_id)
+    return None
+
+
 @contextmanager
-def recorded(root: Path, plan: Plan, log: Log, tags: Mapping[str, str]) -> Iterator[Record]:
-    """A parent run that is RUNNING while the body runs, FAILED by an error, KILLED by an interrupt."""
-    record = Record(root, plan, log)
+def recorded(root: Path, home: Path, plan: Plan, log: Log, tags: Mapping[str, str]) -> Iterator[Record]:
+    """A parent run that is RUNNING while the body runs, FAILED by an error, KILLED by an interrupt.
+
+    root: the checkout that the results are read from; home: the one that the store is in, unless MLFLOW_TRACKING_URI
+    names another.
+    """
+    record = Record(root, home, plan, log)
     record.start(tags)
     try:
         yield record

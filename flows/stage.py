@@ -15,7 +15,8 @@ from prefect.states import Completed
 
 from flows.errors import FlowError
 from flows.kept import kept
-from flows.process import Process, Stopped, TimedOut
+from flows.once import computed_once
+from flows.process import Process, Stopped, TimedOut, pause
 from flows.progress import Lines
 from flows.words import last_word, stage_environment
 
@@ -52,11 +53,41 @@ def _lock_was_busy(_task: Any, _run: Any, state: Any) -> bool:
     persist_result=False,
     cache_policy=NO_CACHE,
 )
-def stage_task(root: str, stage: str, outs: list[str], unchanged: bool, timeout: float | None, threads: int) -> Any:
-    """Bring one stage up to date; `unchanged` is the plan's word that nothing is to be done."""
+def stage_task(
+    root: str,
+    home: str,
+    stage: str,
+    key: str,
+    outs: list[str],
+    unchanged: bool,
+    timeout: float | None,
+    threads: int,
+) -> Any:
+    """Bring one stage up to date; `unchanged` is the plan's word that nothing is to be done.
+
+    `key` is what two runs of `home` have in common when they would compute the same: one does, the other waits.
+    """
     if unchanged:
         return Completed(name="Cached", message="unchanged", data="unchanged")
-    return run_stage(Path(root), stage, outs, log=get_run_logger().info, timeout=timeout, threads=threads)
+    log = get_run_logger()
+    with computed_once(Path(home), key, _waiting(log.info, stage)):
+        return run_stage(Path(root), stage, outs, log=log.info, timeout=timeout, threads=threads)
+
+
+def _waiting(log: Callable[[str], None], stage: str) -> Callable[[], None]:
+    """Say once that another run is at it; StageError when this run is stopped meanwhile."""
+    said: list[str] = []
+
+    def wait() -> None:
+        if not said:
+            said.append("waiting: another run is computing the same")
+            log(said[0])
+        try:
+            pause(0.5)
+        except Stopped:
+            raise StageError(f"{stage}: stopped, the run was interrupted") from None
+
+    return wait
 
 
 def run_stage(

@@ -47,7 +47,7 @@ def test_the_parent_is_there_from_the_first_moment_and_tells_how_it_ended(toy: T
     toy.set(gate__four_bit=0.9)
     plan = read_plan(toy.root)
     seen = []
-    with contextlib.suppress(KeyboardInterrupt), recorded(toy.root, plan, LOG, {"name": "one"}):
+    with contextlib.suppress(KeyboardInterrupt), recorded(toy.root, toy.root, plan, LOG, {"name": "one"}):
         seen.append(toy.mlflow_runs()[-1].info.status)
         raise KeyboardInterrupt
     assert seen == ["RUNNING"]
@@ -58,10 +58,10 @@ def test_the_parent_is_there_from_the_first_moment_and_tells_how_it_ended(toy: T
 def test_a_run_that_was_killed_without_a_word_is_closed_by_the_next(toy: Toy) -> None:
     toy.set(gate__four_bit=0.9)
     plan = read_plan(toy.root)
-    dead = recorded(toy.root, plan, LOG, {"name": "dead"})
+    dead = recorded(toy.root, toy.root, plan, LOG, {"name": "dead"})
     dead.__enter__()  # and never left
     assert toy.mlflow_runs()[-1].info.status == "RUNNING"
-    with recorded(toy.root, plan, LOG, {"name": "next"}):
+    with recorded(toy.root, toy.root, plan, LOG, {"name": "next"}):
         statuses = {run.info.run_name: run.info.status for run in toy.mlflow_runs()}
         assert statuses["dead"] == "KILLED"
         assert statuses["next"] == "RUNNING"

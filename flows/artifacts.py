@@ -1,0 +1,79 @@
+"""What a person sees of a run in Prefect's pages: the plan, the result table, the summary with its plot and links."""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
+from flows.facts import read_json
+from flows.plan import Plan
+from flows.record import find_run
+
+MLFLOW_UI = "MODELPRESS_MLFLOW_UI"  # the environment variable that holds the address of MLflow's pages
+
+
+def show_result(root: Path) -> None:
+    """The result table, and the text of the report with its plot."""
+    summary = read_json(root / "report/summary.json")
+    if variants := summary.get("variants"):
+        create_table_artifact(
+            key="variants", table=[_row(n, v) for n, v in variants.items()], description="all variants"
+        )
+    table = root / "report/table.txt"
+    if table.is_file():
+        text = f"```\n{table.read_text(encoding='utf-8')}\n```\n"
+        create_markdown_artifact(
+            key="result", markdown=text + _plot(root / "report/pareto.png"), description="the result"
+        )
+
+
+def show_run(root: Path, home: Path, tag: str, flow_run: str) -> None:
+    """Where a finished run in a workspace is kept: its tag, its package, its record in MLflow."""
+    package = read_json(root / "report/summary.json").get("winner")
+    lines = [
+        f"Kept as the tag `{tag}`. In a clone of the repository:",
+        f"```\ngit checkout {tag} && dvc repro    # nothing to do: everything is in DVC's cache\n```",
+    ]
+    if package:
+        lines.append(f"The package, made of `{package}`:\n```\nmodelpress get {tag}\n```")
+    pages, found = os.environ.get(MLFLOW_UI), find_run(home, flow_run)
+    if pages and found:
+        url = f"{pages}/#/experiments/{found[0]}/runs/{found[1]}"
+        create_link_artifact(key="mlflow", link=url, link_text="this run in MLflow", description="the record")
+        lines.append(f"[This run in MLflow]({url})")
+    create_markdown_artifact(key="kept", markdown="\n\n".join(lines), description="where the run is kept")
+
+
+def show_plan(plan: Plan) -> None:
+    """What a run would do with each stage, and why."""
+    words = {"changed": "run", "cached": "restore", "unchanged": "-"}
+    rows = [{"stage": s.name, "what": words[s.state], "why": "; ".join(s.reasons)} for s in plan.values()]
+    create_table_artifact(key="plan", table=rows, description="what a run would do; nothing was done")
+
+
+def _row(name: str, variant: dict[str, Any]) -> dict[str, Any]:
+    retention = variant.get("retention") or {}
+    size = variant.get("size_bytes")
+    return {
+        "variant": name,
+        "MB": round(size / 1e6) if size else None,
+        "retention %": _percent(retention.get("mean")),
+        "from": _percent(retention.get("low")),
+        "to": _percent(retention.get("high")),
+        "verdict": variant.get("verdict"),
+    }
+
+
+def _percent(value: Any) -> float | None:
+    return round(100 * value, 1) if isinstance(value, int | float) else None
+
+
+def _plot(path: Path) -> str:
+    """The picture itself, inside the text: the page then needs no other server."""
+    if not path.is_file():
+        return ""
+    return f"\n![quality over size](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})\n"

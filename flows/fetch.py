@@ -1,0 +1,64 @@
+"""`modelpress get`: the package of a finished run, out of DVC's cache, checked against its own checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from flows.errors import FlowError
+from flows.words import last_word, stage_environment
+from flows.workspace import TAG, git, tags
+
+
+def package_path(home: Path, tag: str) -> str:
+    """Where the package is in the run's checkout; FlowError if there is no such run."""
+    if tag not in tags(home):
+        some = ", ".join(tags(home)[:5]) or "none yet"
+        raise FlowError(f"no finished run {tag}; there are: {some}")
+    return f"dist/{yaml.safe_load(git(home, 'show', f'{tag}:params.yaml'))['package']['name']}"
+
+
+def fetch_package(home: Path, tag: str, destination: Path | None) -> Path:
+    """Write the package of the run `tag` to `destination` (a new folder, by default of the package's name).
+
+    FlowError if the run is not there, the folder exists, or what arrives does not match its SHA256SUMS.
+    """
+    tag = tag if tag.startswith(TAG) else TAG + tag
+    path = package_path(home, tag)
+    target = (destination or Path(Path(path).name)).resolve()
+    if target.exists():
+        raise FlowError(f"{target} exists already; name another folder with --to, or remove it")
+    command = [sys.executable, "-P", "-m", "dvc", "get", str(home), path, "--rev", tag, "--out", str(target)]
+    done = subprocess.run(
+        command,
+        cwd=home,
+        env=stage_environment(os.environ),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = last_word((done.stdout + done.stderr).splitlines(), done.returncode)
+        raise FlowError(f"cannot fetch {path} of {tag}: {reason}; `dvc pull` gets what only a remote has")
+    if wrong := [name for name, digest in _sums(target) if _sha256(target / name) != digest]:
+        raise FlowError(f"{target} does not match its SHA256SUMS: {', '.join(wrong)}; `modelpress doctor --repair`")
+    return target
+
+
+def _sums(folder: Path) -> list[tuple[str, str]]:
+    """(file, sha256) of every line in SHA256SUMS."""
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    return [(name, digest) for digest, name in (line.split(maxsplit=1) for line in lines)]
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,110 @@
+"""The form that a person fills in to start a run: what can be chosen, and what a choice changes in params.yaml.
+
+Names and defaults are those of params.yaml in the current folder, so an untouched form is the run as it stands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path, PurePosixPath
+from typing import Any, get_args
+
+from flows.errors import FlowError
+from flows.overrides import read_settings
+from tasks.catalogue import local_tasks
+from tasks.settings import BASE, Settings
+
+_HERE = Path.cwd()
+ROOT = _HERE if (_HERE / "params.yaml").is_file() else Path(__file__).resolve().parents[1]
+NOW = read_settings(ROOT / "params.yaml")
+
+
+def _choice(name: str, values: Sequence[str]) -> Any:
+    """A drop-down of these values."""
+    return Enum(name, {value: value for value in values}, type=str)
+
+
+VARIANTS = [name for name in NOW.variants if name != BASE]
+TASKS = list(dict.fromkeys([*NOW.evaluation.tasks, *local_tasks(ROOT / "evals")]))
+TARGETS = get_args(Settings.model_fields["target"].annotation)
+VariantName = _choice("VariantName", VARIANTS)
+TaskName = _choice("TaskName", TASKS)
+TargetName = _choice("TargetName", TARGETS)
+
+
+def changes(
+    settings: Settings,
+    *,
+    model: str,
+    package: str,
+    variants: Sequence[str],
+    tasks: Sequence[str],
+    values: dict[str, Any],
+    others: Sequence[str],
+) -> list[str]:
+    """The form's choices as KEY=VALUE: only what differs from `settings`.
+
+    `values` holds plain numbers and names by key; `others` further changes as a person writes them. FlowError names
+    the field whose value cannot be.
+    """
+    if not variants:
+        raise FlowError(f"variants: nothing is chosen; choose at least one of {', '.join(VARIANTS)}")
+    if not tasks:
+        raise FlowError(f"tasks: nothing is chosen; choose at least one of {', '.join(TASKS)}")
+    found = [f"~variants.{name}" for name in settings.variants if name not in (BASE, *variants)]
+    if model != settings.model.source:
+        # checksum and licence are of the model that params.yaml names
+        found += [f"model.source={model}", "model.sha256=null", "model.licence=null"]
+        package = package if package != settings.package.name else _slug(model)
+    values = {**values, "package.name": package}
+    now = settings.model_dump()
+    found += [f"{key}={_text(value)}" for key, value in values.items() if value != _at(now, key)]
+    if list(tasks) != settings.evaluation.tasks:
+        found.append(f"evaluation.tasks=[{','.join(tasks)}]")
+    return [*found, *others]
+
+
+def check_reach(settings: Settings, trusted: Settings) -> None:
+    """FlowError if a source that is not in `trusted` (the committed params.yaml) is a path of the machine.
+
+    What a browser sends must not read the server's files; a folder that runs may use is named in params.yaml.
+    """
+    known = set(_sources(trusted))
+    for source in _sources(settings):
+        path = source.removeprefix("path:")
+        outside = PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or path.startswith("~")
+        if source.startswith("path:") and outside and source not in known:
+            raise FlowError(
+                f"{source} is outside the run's workspace; a folder of the server can only be named in params.yaml, "
+                "committed there; here use hf: or wheel:"
+            )
+
+
+def _sources(settings: Settings) -> Iterator[str]:
+    yield settings.model.source
+    groups: tuple[dict[str, Any], ...] = (
+        dict(settings.calibration.sources),
+        dict(settings.evaluation.sources),
+        dict(settings.evaluation.texts),
+    )
+    for group in groups:
+        yield from (source.source for source in group.values())
+
+
+def _slug(model: str) -> str:
+    """A package's name out of a model's address."""
+    last = re.split(r"[/:]", model.partition("@")[0].rstrip("/"))[-1]
+    return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")[:40].strip("-") or "model"
+
+
+def _at(values: dict[str, Any], key: str) -> Any:
+    place: Any = values
+    for part in key.split("."):
+        place = place[part]
+    return place
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,64 @@
+"""A stage that several runs need at once is computed by one of them; the others wait and take its result.
+
+Runs in their own checkouts share DVC's cache, but DVC locks a checkout, not the cache: without this, two runs that
+reach the same stage together would both compute it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows.facts import lock_stages
+from flows.plan import Stage, touches
+
+LOCKS = Path(".modelpress/stages")
+
+
+def stage_key(root: Path, stage: Stage) -> str:
+    """sha256 of all that decides what `stage` writes: its command, parameters, code and the bytes that it reads.
+
+    To be taken when the stages before it have ended, for it reads their outputs' checksums from dvc.lock.
+    """
+    made = {out["path"]: out.get("md5") for entry in lock_stages(root).values() for out in entry.get("outs", [])}
+    reads: dict[str, object] = {}
+    for dep in stage.deps:
+        inside = {path: md5 for path, md5 in made.items() if touches(Path(path), [Path(dep)])}
+        reads[dep] = inside or _digest(root / dep)
+    content = json.dumps([stage.name, stage.command, stage.params, reads], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+@contextmanager
+def computed_once(home: Path, key: str, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the stage `key` for all runs that share `home`; while another run holds it, call `waiting` again and again.
+
+    The lock goes with the process that holds it, however that ends.
+    """
+    folder = home / LOCKS
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / key).open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting()
+        yield
+
+
+def _digest(path: Path) -> str | None:
+    """sha256 of a file, or of a folder's files and their names; None if there is nothing."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    else:
+        files = [path] if path.is_file() else []
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest() if files else None

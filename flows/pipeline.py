@@ -1,0 +1,146 @@
+"""The pipeline of one checkout: read the plan from dvc.yaml, bring every stage up to date, record what came out.
+
+Prefect decides when and where a stage runs, DVC decides whether, MLflow remembers.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger
+from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
+
+from flows.artifacts import show_result
+from flows.check import check_settings_work
+from flows.checkout import exclusive
+from flows.dvc_state import check_dvc
+from flows.errors import FlowError
+from flows.kept import recover
+from flows.once import stage_key
+from flows.overrides import read_settings
+from flows.plan import Plan, read_plan, summary
+from flows.process import stopped_on_error
+from flows.record import recorded
+from flows.schedule import doomed, startable, threads_of
+from flows.stage import stage_task
+
+DOWNLOAD = "download"  # the stage after which the variants can be held against the model
+
+
+class PipelineError(FlowError):
+    """At least one stage failed; `results` says what became of the others."""
+
+    def __init__(self, message: str, results: dict[str, str]) -> None:
+        super().__init__(message)
+        self.results = results
+
+
+def bring_up_to_date(root: Path, home: Path, jobs: int, timeout_minutes: float | None) -> dict[str, str]:
+    """Run what is out of date in the checkout `root`, at most `jobs` stages at a time, inside a flow run.
+
+    home: the checkout whose records and locks are used; it is `root` itself unless `root` is a private workspace.
+    Returns what became of each stage: unchanged, restored or executed. FlowError names all that failed.
+    """
+    log = get_run_logger()
+    read_settings(root / "params.yaml")
+    with exclusive(root):
+        check_dvc(root)
+        for path in recover(root):
+            log.info("%s is back: a run that was killed had taken it away", path)
+        plan = read_plan(root)
+        log.info("%s", summary(plan))
+        check_settings_work(root, downloaded=DOWNLOAD in plan and plan[DOWNLOAD].state == "unchanged")
+        timeout = 60 * timeout_minutes if timeout_minutes else None
+        with recorded(root, home, plan, log, _identity()) as record:
+            results, failures = _run_stages(root, home, plan, jobs, timeout)
+            if failures:
+                if "report" in results:  # no variant passed, perhaps: a result all the same
+                    record.results(results)
+                raise PipelineError(_failed(failures, plan), results)
+            record.complete(results)
+        show_result(root)
+        log.info("%s", ", ".join(f"{n} {what}" for what, n in sorted(Counter(results.values()).items())))
+    return results
+
+
+def _run_stages(
+    root: Path, home: Path, plan: Plan, jobs: int, timeout: float | None
+) -> tuple[dict[str, str], dict[str, BaseException]]:
+    """Results and errors by stage. A failed stage takes along what needs it; the others go on."""
+    log = get_run_logger()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    futures: dict[str, PrefectFuture[Any]] = {}
+    results: dict[str, str] = {}
+    failures: dict[str, BaseException] = {}
+    running: set[str] = set()
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def submit(name: str) -> None:
+        stage = plan[name]
+        futures[name] = stage_task.submit(
+            root=str(root),
+            home=str(home),
+            stage=name,
+            key=stage_key(root, stage),
+            outs=[out.path for out in stage.outs],
+            unchanged=stage.state == "unchanged",
+            timeout=timeout,
+            threads=threads_of(name, jobs, cores),
+            wait_for=[futures[up] for up in stage.upstreams],
+            return_state=False,
+        )
+        running.add(name)
+        futures[name].add_done_callback(lambda _: ended.put(name))
+
+    def upstreams() -> dict[str, tuple[str, ...]]:
+        lost = {*failures, *doomed({s.name: s.upstreams for s in plan.values()}, failures)}
+        return {s.name: s.upstreams for s in plan.values() if s.name not in lost}
+
+    with stopped_on_error():
+        while True:
+            for name in startable(upstreams(), results, running, jobs):
+                submit(name)
+            if not running:
+                return results, failures
+            name = ended.get()
+            running.remove(name)
+            futures[name].wait()
+            outcome, state = futures[name].result(raise_on_failure=False), futures[name].state
+            error = _refusal(root, name, outcome) if state.is_completed() else _error(name, outcome, state)
+            if error is None:
+                results[name] = outcome
+                if outcome != "unchanged":
+                    log.info("%s: %s; %d of %d stages done", name, outcome, len(results), len(plan))
+            else:
+                failures[name] = error
+                log.error("%s", error)
+
+
+def _refusal(root: Path, stage: str, outcome: str) -> FlowError | None:
+    """What is wrong with the settings, once there is a new model to hold them against."""
+    if stage == DOWNLOAD and outcome != "unchanged":
+        try:
+            check_settings_work(root, downloaded=True)
+        except FlowError as error:
+            return error
+    return None
+
+
+def _error(stage: str, outcome: object, state: object) -> BaseException:
+    return outcome if isinstance(outcome, BaseException) else FlowError(f"{stage}: {state}")
+
+
+def _failed(failures: dict[str, BaseException], plan: Plan) -> str:
+    lost = doomed({s.name: s.upstreams for s in plan.values()}, failures)
+    text = "; ".join(str(error) for error in failures.values())
+    return text + (f"; not run because of that: {', '.join(lost)}" if lost else "")
+
+
+def _identity() -> dict[str, str]:
+    """The name of this run and the id by which Prefect finds it again."""
+    return {"name": str(flow_run.name), "prefect.flow_run_id": str(flow_run.id)}

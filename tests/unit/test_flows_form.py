@@ -1,0 +1,91 @@
+"""The form of a deployed run: what its fields offer, what they change, and what they may not reach."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.utilities.callables import parameter_schema_from_entrypoint
+
+from flows.errors import FlowError
+from flows.form import NOW, VARIANTS, changes, check_reach
+from flows.press import press
+from tasks.settings import Settings, check_settings
+
+UNTOUCHED: dict[str, Any] = {
+    "model": NOW.model.source,
+    "package": NOW.package.name,
+    "variants": VARIANTS,
+    "tasks": NOW.evaluation.tasks,
+    "values": {"calibration.samples": NOW.calibration.samples, "evaluation.limit": NOW.evaluation.limit},
+    "others": [],
+}
+
+
+def chosen(**choices: Any) -> list[str]:
+    return changes(NOW, **{**UNTOUCHED, **choices})
+
+
+def settings(**changes: Any) -> Settings:
+    """params.yaml with `section__key=value`."""
+    values = yaml.safe_load(Path("params.yaml").read_text())
+    for name, value in changes.items():
+        section, key = name.split("__")
+        values[section][key] = value
+    return check_settings(values)
+
+
+def test_an_untouched_form_changes_nothing() -> None:
+    assert chosen() == []
+
+
+def test_only_what_differs_is_changed() -> None:
+    values = {"calibration.samples": 8, "evaluation.limit": None}
+    assert chosen(values=values) == ["calibration.samples=8", "evaluation.limit=null"]
+    assert chosen(variants=["int8"]) == ["~variants.gptq-int4", "~variants.awq-int4"]
+    assert chosen(tasks=["piqa_local"]) == ["evaluation.tasks=[piqa_local]"]
+    assert chosen(others=["variants.int8.smoothing=0.5"]) == ["variants.int8.smoothing=0.5"]
+
+
+def test_another_model_leaves_nothing_of_the_first_behind() -> None:
+    found = chosen(model="hf:acme/Tiny.LM-1B@v1")
+    assert found == [
+        "model.source=hf:acme/Tiny.LM-1B@v1",
+        "model.sha256=null",
+        "model.licence=null",
+        "package.name=tiny-lm-1b",
+    ]
+    assert chosen(model="hf:acme/x@v1", package="mine")[-1] == "package.name=mine"
+
+
+def test_nothing_chosen_is_refused_by_name() -> None:
+    with pytest.raises(FlowError, match=r"^variants: nothing is chosen"):
+        chosen(variants=[])
+    with pytest.raises(FlowError, match=r"^tasks: nothing is chosen"):
+        chosen(tasks=[])
+
+
+@pytest.mark.parametrize("source", ["path:/etc/model", "path:../../other", "path:~/model"])
+def test_a_path_outside_the_workspace_is_refused_unless_it_is_committed(source: str) -> None:
+    wanted = settings(model__source=source, model__sha256=None)
+    with pytest.raises(FlowError, match="is outside the run's workspace"):
+        check_reach(wanted, NOW)
+    check_reach(wanted, wanted)
+    check_reach(settings(model__source="path:models/mine", model__sha256=None), NOW)
+
+
+def test_the_form_has_drop_downs_bounds_descriptions_and_the_defaults_of_params_yaml() -> None:
+    schema = parameter_schema_from_entrypoint("flows/press.py:press")
+    fields, kinds = schema.properties, schema.definitions
+    assert list(fields) == list(inspect.signature(press.fn).parameters)
+    assert not [name for name, field in fields.items() if not field.get("description")]
+    assert kinds["VariantName"]["enum"] == VARIANTS
+    assert kinds["TaskName"]["enum"] == NOW.evaluation.tasks
+    assert fields["variants"]["default"] == VARIANTS
+    assert fields["model"]["default"] == NOW.model.source
+    assert fields["gate_four_bit"]["default"] == NOW.gate.four_bit
+    assert (fields["samples"]["minimum"], fields["samples"]["maximum"]) == (1, 65536)
+    assert fields["limit"]["default"] == NOW.evaluation.limit
