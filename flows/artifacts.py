@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import base64
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 
 from flows.facts import read_json
 from flows.plan import Plan
 from flows.record import find_run
 
 MLFLOW_UI = "MODELPRESS_MLFLOW_UI"  # the environment variable that holds the address of MLflow's pages
+
+
+class ProgressArtifact:
+    """How far a stage is, in Prefect's pages: made when there is something to show, then moved along."""
+
+    def __init__(self, stage: str) -> None:
+        self._key = stage.replace("@", "-")
+        self._id: Any = None
+
+    def __call__(self, share: float, line: str) -> None:
+        """Show that `share` (0 to 1) of the work is done; a server that is away is no reason to stop the stage."""
+        with suppress(Exception):
+            if self._id is None:
+                self._id = create_progress_artifact(100 * share, key=self._key, description=line)
+            else:
+                update_progress_artifact(self._id, 100 * share, description=line)
 
 
 def show_result(root: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 from flows.errors import FlowError
 from flows.overrides import read_settings
-from tasks.catalogue import local_tasks
 from tasks.settings import BASE, Settings
 
 _HERE = Path.cwd()
@@ -27,7 +26,7 @@ def _choice(name: str, values: Sequence[str]) -> Any:
 
 
 VARIANTS = [name for name in NOW.variants if name != BASE]
-TASKS = list(dict.fromkeys([*NOW.evaluation.tasks, *local_tasks(ROOT / "evals")]))
+TASKS = list(dict.fromkeys([*NOW.evaluation.tasks, *sorted(path.stem for path in (ROOT / "evals").glob("*.yaml"))]))
 TARGETS = get_args(Settings.model_fields["target"].annotation)
 VariantName = _choice("VariantName", VARIANTS)
 TaskName = _choice("TaskName", TASKS)

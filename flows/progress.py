@@ -34,6 +34,7 @@ class Lines:
         self._clock = clock
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._rest = ""
+        self.share: float | None = None  # of the work that the last bar passed on says is done, 0 to 1
         self._due: dict[str, float] = {}
         self._shown: dict[str, str] = {}
 
@@ -61,6 +62,7 @@ class Lines:
         if _BAR.match(text) or _COUNT.match(text):
             yield from self._redrawn([text])
         elif text:
+            self.share = None
             yield text
 
     def _redrawn(self, states: Iterable[str]) -> Iterator[str]:
@@ -81,7 +83,19 @@ class Lines:
             self._due[key] = now + self._every
             # a bar that has ended is not shown again, however often it is redrawn
             self._shown[key] = "" if ended else name
+            self.share = _share(name, bar) if bar else None
             yield line
+
+
+def _share(name: str, bar: re.Match[str]) -> float | None:
+    """How much is done; of a bar that is one of many, `(2/31): Calibrating`, of all of them."""
+    total = bar.groupdict().get("total")
+    if total is None or bar["n"][-1:].isalpha() or total[-1:].isalpha() or not float(total):
+        return None
+    done = float(bar["n"]) / float(total)
+    if several := re.match(r"\((\d+)/(\d+)\)", name):
+        done = (int(several[1]) - 1 + done) / int(several[2])
+    return min(done, 1.0)
 
 
 def _readable(name: str, bar: re.Match[str]) -> str:

@@ -104,6 +104,7 @@ def _environment(root: Path, addresses: Addresses) -> None:
     os.environ["PREFECT_SERVER_UI_API_URL"] = addresses.api
     os.environ["PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT"] = "false"
     os.environ["PREFECT_WORKER_WEBSERVER_HOST"] = "127.0.0.1"
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # eight processes that nothing here needs
     os.environ[MLFLOW_UI] = addresses.mlflow
     # the worker's runs import what is here, whatever the folder that they are started from
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -13,6 +13,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
+from flows.artifacts import ProgressArtifact
 from flows.errors import FlowError
 from flows.kept import kept
 from flows.once import computed_once
@@ -70,8 +71,9 @@ def stage_task(
     if unchanged:
         return Completed(name="Cached", message="unchanged", data="unchanged")
     log = get_run_logger()
+    show = ProgressArtifact(stage)
     with computed_once(Path(home), key, _waiting(log.info, stage)):
-        return run_stage(Path(root), stage, outs, log=log.info, timeout=timeout, threads=threads)
+        return run_stage(Path(root), stage, outs, log=log.info, show=show, timeout=timeout, threads=threads)
 
 
 def _waiting(log: Callable[[str], None], stage: str) -> Callable[[], None]:
@@ -96,11 +98,13 @@ def run_stage(
     outs: list[str],
     *,
     log: Callable[[str], None],
+    show: Callable[[float, str], None] = lambda share, line: None,
     timeout: float | None = None,
     threads: int | None = None,
 ) -> Result:
     """Bring `stage` of the pipeline in `root` up to date, `timeout` in seconds; its log is also in a file.
 
+    show: called with the share of the work that is done (0 to 1) and the line that says so.
     StageError carries the stage's own last word; its outputs `outs` are then what they were before.
     """
     record = root / LOGS / f"{stage}.log"
@@ -126,6 +130,8 @@ def run_stage(
                 result = "restored"
             elif not line.startswith(("Stage '", "Updating lock file", "Generating lock file", "ERROR: ")):
                 log(line)
+                if lines.share is not None:
+                    show(lines.share, line)
 
         try:
             with Process(command, root, stage_environment(os.environ, threads)) as process:

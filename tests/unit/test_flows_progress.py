@@ -101,3 +101,20 @@ def test_a_bar_whose_total_is_not_known_keeps_the_same_pace() -> None:
         clock.now += 0.5
         seen += list(lines.feed(f"\rwheel==1.2: {n}.0MB [00:0{n // 2}, 2.0MB/s]\n".encode()))
     assert seen == ["wheel==1.2: 3.0MB, 00:01 spent"]
+
+
+def test_the_share_that_is_done_counts_all_of_several_bars() -> None:
+    clock = Clock()
+    lines = Lines(clock=clock)
+    shares = []
+    for state in (
+        "x: 50%|#| 1/2 [00:01<00:01, 1it/s]",
+        "(2/4): Calibrating: 50%|#| 4/8 [00:01<00:01, 1it/s]",
+        "a word",
+    ):
+        clock.now += 4
+        list(lines.feed(f"\r{state}".encode()))
+        clock.now += 4
+        list(lines.feed(b"" if "%" in state else b"\n"))
+        shares.append(lines.share)
+    assert shares == [0.5, 0.375, None]
