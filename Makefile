@@ -31,7 +31,7 @@ types: install ## Check types
 	@$(BIN)/mypy
 
 lock: install ## Resolve pyproject.toml anew into requirements.lock
-	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra tasks --extra dev --no-header \
+	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra tasks --extra dask --extra s3 --extra dev --no-header \
 	  --no-emit-index-url --no-emit-find-links --output-file requirements.lock pyproject.toml
 	@# the CPU's wheel of torch and the index's differ in the local version alone: let both satisfy the lock;
 	@# pip is left as the environment has it
