@@ -20,8 +20,8 @@ demo: install ## Press the built-in model three ways and prove the result (about
 ui: install ## Serve the pages of Prefect and MLflow on this machine, with a worker; Ctrl-C stops them
 	@$(BIN)/modelpress serve
 
-test: install ## Run all tests
-	@$(BIN)/pytest
+test: install ## Run all tests, two files at a time
+	@$(BIN)/pytest -n 2 --dist loadfile
 
 lint: install ## Check style and formatting
 	@$(BIN)/ruff check .

@@ -92,7 +92,8 @@ def press(
         results = bring_up_to_date(space.root, home, jobs, None)
         commit(space)
     except BaseException as error:
-        fail(space, str(error) or type(error).__name__)
+        cancelled = not isinstance(error, Exception)
+        fail(space, f"cancelled ({type(error).__name__})" if cancelled else str(error) or type(error).__name__)
         raise
     show_run(space.root, home, space.tag, str(flow_run.id))
     remove(space)

@@ -99,6 +99,10 @@ class Process:
         """Ask whoever reads `chunks` to stop; returns at once."""
         self._stop.set()
 
+    def terminate(self) -> None:
+        """Ask the whole group to end; returns at once, so that several can end together."""
+        self._signal(signal.SIGTERM)
+
     def kill(self) -> None:
         """End the whole group: SIGTERM, five seconds, SIGKILL."""
         for sign in (signal.SIGTERM, signal.SIGKILL):

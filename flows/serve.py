@@ -71,14 +71,18 @@ def serve(root: Path, host: str, port: int, mlflow_port: int, say: Callable[[str
             _wait(root, service, running[service.name])
         _say_addresses(addresses, say)
         say("press Ctrl-C to stop")
-        while True:
-            time.sleep(1)
-            for service in services:
-                if not running[service.name].alive:
-                    _count_death(root, service)
-                    say(f"{service.name} has ended; starting it again")
-                    running[service.name] = stack.enter_context(_start(root, service))
-                    _wait(root, service, running[service.name])
+        try:
+            while True:
+                time.sleep(1)
+                for service in services:
+                    if not running[service.name].alive:
+                        _count_death(root, service)
+                        say(f"{service.name} has ended; starting it again")
+                        running[service.name] = stack.enter_context(_start(root, service))
+                        _wait(root, service, running[service.name])
+        finally:
+            for process in running.values():
+                process.terminate()
 
 
 def _server(host: str, port: int) -> _Service:
