@@ -1,0 +1,233 @@
+"""`modelpress serve` for real: its pages in a browser, schedules, cancelling, and what listens where."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.functional.toy import PROJECT, Toy
+
+SCREENSHOTS = PROJECT / ".screenshots"
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+
+
+@dataclass
+class Served:
+    """A toy pipeline with its server at work."""
+
+    toy: Toy
+    process: subprocess.Popen[str]
+    pages: str
+    arguments: tuple[str, ...]
+
+    def api(self, path: str, body: Any = None, method: str = "POST") -> Any:
+        """What Prefect's API answers."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"{self.pages}/api{path}", data, {"Content-Type": "application/json"}, method=method
+        )
+        for _ in range(20):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    text = answer.read()
+                return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # its database is busy for a moment
+                    raise
+                time.sleep(1)
+        raise AssertionError(f"{path}: busy for 20 s")
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        return dict(self.api(f"/deployments/name/press/{name}", method="GET"))
+
+    def run(self, name: str, **parameters: Any) -> str:
+        """Start a deployed run as the form does; its id."""
+        flow_run = self.api(
+            f"/deployments/{self.deployment('on-demand')['id']}/create_flow_run",
+            {"name": name, "parameters": parameters},
+        )
+        return str(flow_run["id"])
+
+    def state(self, flow_run: str) -> str:
+        return str(self.api(f"/flow_runs/{flow_run}", method="GET")["state_name"])
+
+    def runs(self, deployment: str) -> list[dict[str, Any]]:
+        """The flow runs of a deployment that have been started."""
+        wanted = {
+            "deployments": {"id": {"any_": [self.deployment(deployment)["id"]]}},
+            "sort": "EXPECTED_START_TIME_ASC",
+        }
+        return [run for run in self.api("/flow_runs/filter", wanted) if run["state_name"] not in ("Scheduled", "Late")]
+
+    def processes(self, part: str) -> list[psutil.Process]:
+        """The processes whose folder's path holds `part`."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if part in process.cwd():
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+def until(condition: Callable[[], Any], seconds: float = 60, what: str = "it") -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"{what} did not happen within {seconds} s")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The server on ports of its own; a stage of the toy is real enough for it."""
+    toy = Toy.create(tmp_path_factory.mktemp("served") / "toy")
+    shutil.copy(PROJECT / "prefect.yaml", toy.root)
+    (toy.root / "flows").symlink_to(PROJECT / "flows")  # where prefect.yaml says that the flow is
+    ports = [free_port(), free_port()]
+    arguments = ("serve", "--port", str(ports[0]), "--mlflow-port", str(ports[1]))
+    log = toy.root / "serve.log"
+    quick = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"}
+    process = toy.start_cli(*arguments, PREFECT_HOME=str(toy.root / ".prefect"), PREFECT_API_URL="", **quick)
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if "Ctrl-C" in line:
+            break
+    log.write_text("".join(lines))
+    assert process.poll() is None, lines
+    yield Served(toy, process, f"http://127.0.0.1:{ports[0]}", arguments)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    until(lambda: not Served(toy, process, "", ()).processes(str(toy.root)), 15, "the end of every process")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_second_one_says_the_addresses_and_starts_nothing(served: Served) -> None:
+    again = served.toy.cli(*served.arguments)
+    assert again.returncode == 0, again.stderr
+    assert served.pages in again.stdout
+    assert "already at work" in again.stdout
+
+
+def test_nothing_listens_beyond_this_machine(served: Served) -> None:
+    ours = {process.pid for process in served.processes(str(served.toy.root))}
+    listening: list[Any] = [c for c in psutil.net_connections("inet") if c.pid in ours and c.status == psutil.CONN_LISTEN]
+    assert len(listening) >= 2
+    assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(("parameters", "name"), [({"samples": 0}, "samples"), ({"variants": ["int5"]}, "variants")])
+def test_a_bad_value_is_refused_by_name_before_a_run_starts(
+    served: Served, parameters: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        served.run("bad", **parameters)
+    assert caught.value.code == 409
+    assert name in caught.value.read().decode()
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+def test_a_person_fills_in_the_form_and_opens_the_results(served: Served, browser: webdriver.Chrome) -> None:
+    browser.get(f"{served.pages}/deployments/deployment/{served.deployment('on-demand')['id']}/run")
+    samples = wait_for(browser, "//label[contains(., 'samples')]/following::input[1]")
+    assert samples.get_attribute("value") == "32"
+    fill(browser, "Run Name", "By Hand")
+    fill(browser, "gate_four_bit", "0.9")
+    browser.save_screenshot(str(SCREENSHOTS / "form.png"))
+    wait_for(browser, "//button[@type='submit']").click()
+    run = until(lambda: [r for r in served.runs("on-demand") if r["name"] == "By Hand"], 60, "the run")[0]
+    assert run["parameters"]["gate_four_bit"] == 0.9
+    until(lambda: served.state(run["id"]) == "Completed", 120, "the end of the run")
+    browser.get(f"{served.pages}/runs/flow-run/{run['id']}")
+    wait_for(browser, "//*[contains(text(), 'Completed')]")
+    browser.save_screenshot(str(SCREENSHOTS / "run.png"))
+    kinds = {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}
+    artifacts = {a["key"]: a for a in served.api("/artifacts/filter", kinds)}
+    assert {"variants", "result", "kept", "mlflow"} <= set(artifacts)
+    browser.get(f"{served.pages}/artifacts/artifact/{artifacts['result']['id']}")
+    until(lambda: "the table of the field" in browser.page_source, 60, "the table")
+    browser.save_screenshot(str(SCREENSHOTS / "result.png"))
+    assert "run/by-hand" in served.toy.command("git", "tag", "--list")
+
+
+def test_cancelling_ends_every_process_of_the_run(served: Served) -> None:
+    served.toy.wish("quantize@int8", "sleep 100")
+    commit(served.toy, "wish")
+    run = served.run("to cancel", changes_to_params=["variants.int8.smoothing=0.11"])
+    place = "/.modelpress/runs/to-cancel"
+    until(lambda: any("stage.py" in " ".join(p.cmdline()) for p in served.processes(place)), 90, "the stage")
+    served.api(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    until(lambda: not served.processes(place), 10, "the end of its processes")
+    until(lambda: served.state(run) == "Cancelled", 60, "the state")
+    assert "cancelled" in served.toy.cli("runs").stdout
+    (served.toy.root / "wish/quantize@int8").write_text("")
+    commit(served.toy, "no wish")
+
+
+def test_a_scheduled_run_starts_and_finishes(served: Served) -> None:
+    nightly = served.deployment("nightly")
+    assert [s["schedule"]["cron"] for s in nightly["schedules"]] == ["0 3 * * *"]
+    often = [{"schedule": {"interval": 20}, "active": True}]
+    (schedule,) = served.api(f"/deployments/{nightly['id']}/schedules", often)
+    try:
+        until(lambda: any(run["state_name"] == "Completed" for run in served.runs("nightly")), 150, "a scheduled run")
+    finally:
+        served.api(f"/deployments/{nightly['id']}/schedules/{schedule['id']}", method="DELETE")
+    assert all(run["auto_scheduled"] for run in served.runs("nightly"))
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    SCREENSHOTS.mkdir(exist_ok=True)
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    quiet = ("disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update")
+    for word in ("headless", "no-sandbox", "disable-dev-shm-usage", "disable-sync", *quiet):
+        options.add_argument(f"--{word}")
+    options.add_argument("--window-size=1400,1800")
+    options.add_argument(f"--user-data-dir={tmp_path / 'browser'}")
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    yield chrome
+    chrome.quit()
+
+
+def wait_for(browser: webdriver.Chrome, xpath: str) -> WebElement:
+    return WebDriverWait(browser, 60).until(lambda b: b.find_element(By.XPATH, xpath))
+
+
+def fill(browser: webdriver.Chrome, label: str, text: str) -> None:
+    field = wait_for(browser, f"//label[contains(., '{label}')]/following::*[self::input or self::textarea][1]")
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys(text)
+
+
+def commit(toy: Toy, message: str) -> None:
+    toy.command("git", "add", "wish")
+    toy.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", message)
