@@ -47,7 +47,7 @@ stages:
 
 # what a stage does beyond writing its outputs is said by files in wish/, which no stage depends on
 STAGE = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 import yaml
 
@@ -59,6 +59,18 @@ with open("times.jsonl", "a") as file:
 print(f"working on {name}", flush=True)
 if wish == "fail":
     sys.exit(f"error: {name} found 3, expected 4; mend it")
+if wish.startswith("away"):  # so many times, then the network is there
+    Path(f"tries-{name}").open("a").write("x")
+    if len(Path(f"tries-{name}").read_text()) <= int(wish.split()[1]):
+        print("error: the hub is away", file=sys.stderr)
+        sys.exit(75)
+if wish in ("killed", "no memory"):
+    ballast = b"x" * 300_000_000
+    time.sleep(1.5)  # for a look at the memory
+    if wish == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("error: out of memory; lower something", file=sys.stderr)
+    sys.exit(71)
 if wish.startswith("sleep"):
     Path(f"pid-{name}").write_text(str(os.getpid()))
     time.sleep(float(wish.split()[1]))
@@ -157,7 +169,7 @@ class Toy:
         self.write("params.yaml", yaml.safe_dump(params, sort_keys=False))
 
     def wish(self, stage: str, what: str = "") -> None:
-        """Let a stage `fail` or `sleep SECONDS`; nothing takes the wish back."""
+        """Let a stage `fail`, `sleep SECONDS`, have the network `away TIMES`, be `killed` or have `no memory`."""
         self.write(f"wish/{stage}", what)
 
     def write(self, path: str, text: str) -> None:
