@@ -175,11 +175,42 @@ def runs(
 
 
 @app.command()
+def history() -> None:
+    """Compare the finished runs that MLflow remembers: what won, its size, what it keeps, and which is the champion."""
+    root = find_root()
+    quiet(root)
+    from flows.history import finished_runs
+
+    found = finished_runs(root)
+    if not found:
+        print("no finished runs yet; `modelpress run` makes the first")
+        return
+    headings = ("date", "run", "tag", "winner", "size", "retention (interval)", "perplexity", "")
+    table = Table(*headings, box=None, pad_edge=False, header_style="bold")
+    for one in found:
+        mean, low, high = (f"{100 * value:.1f}" for value in one.retention) if one.retention else ("", "", "")
+        table.add_row(
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(one.ended)),
+            one.name,
+            one.tag,
+            one.winner,
+            _bytes(one.size_bytes) if one.size_bytes else "",
+            f"{mean} ({low} to {high})" if mean else "",
+            ", ".join(f"{text} {value:.2f}" for text, value in one.perplexities.items()),
+            f"champion of {one.champion_of}" if one.champion_of else "",
+        )
+    Console(soft_wrap=False).print(table)
+
+
+@app.command()
 def get(
-    what: Annotated[str, typer.Argument(help="run/NAME, the tag of a finished run.")],
+    what: Annotated[
+        str,
+        typer.Argument(help="run/NAME, the tag of a finished run; or champion, the best package that MLflow knows."),
+    ],
     to: Annotated[Path | None, typer.Option(help="The folder to write; by default of the package's name.")] = None,
 ) -> None:
-    """Fetch the package of a finished run, checked against its checksums."""
+    """Fetch the package of a finished run, or the champion of those of its name, checked against its checksums."""
     root = find_root()
     quiet(root)
     from flows.fetch import fetch_package

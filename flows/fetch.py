@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
 from flows.errors import FlowError
-from flows.words import last_word, stage_environment
+from flows.outputs import fetch_output
+from flows.overrides import read_settings
+from flows.registry import CHAMPION, champion_tag
 from flows.workspace import TAG, git, tags
 
 
@@ -24,28 +23,19 @@ def package_path(home: Path, tag: str) -> str:
 
 
 def fetch_package(home: Path, tag: str, destination: Path | None) -> Path:
-    """Write the package of the run `tag` to `destination` (a new folder, by default of the package's name).
+    """Write the package of the run `tag`, or of the `champion` that MLflow knows for the package of params.yaml, to
+    `destination` (a new folder, by default of the package's name).
 
     FlowError if the run is not there, the folder exists, or what arrives does not match its SHA256SUMS.
     """
+    if tag == CHAMPION:
+        tag = champion_tag(home, read_settings(home / "params.yaml").package.name)
     tag = tag if tag.startswith(TAG) else TAG + tag
     path = package_path(home, tag)
     target = (destination or Path(Path(path).name)).resolve()
     if target.exists():
         raise FlowError(f"{target} exists already; name another folder with --to, or remove it")
-    command = [sys.executable, "-P", "-m", "dvc", "get", str(home), path, "--rev", tag, "--out", str(target)]
-    done = subprocess.run(
-        command,
-        cwd=home,
-        env=stage_environment(os.environ),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        reason = last_word((done.stdout + done.stderr).splitlines(), done.returncode)
-        raise FlowError(f"cannot fetch {path} of {tag}: {reason}; `dvc pull` gets what only a remote has")
+    fetch_output(home, path, tag, target)
     if wrong := [name for name, digest in _sums(target) if _sha256(target / name) != digest]:
         raise FlowError(f"{target} does not match its SHA256SUMS: {', '.join(wrong)}; `modelpress doctor --repair`")
     return target

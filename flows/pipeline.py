@@ -61,7 +61,7 @@ def bring_up_to_date(root: Path, home: Path, jobs: int, timeout_minutes: float |
             if failures:
                 if "report" in results:  # no variant passed, perhaps: a result all the same
                     record.results(results)
-                raise PipelineError(_failed(failures, plan), results)
+                raise PipelineError(_failed(failures, results, plan), results)
             record.complete(results)
         show_result(root)
         log.info("%s", ", ".join(f"{n} {what}" for what, n in sorted(Counter(results.values()).items())))
@@ -135,10 +135,16 @@ def _error(stage: str, outcome: object, state: object) -> BaseException:
     return outcome if isinstance(outcome, BaseException) else FlowError(f"{stage}: {state}")
 
 
-def _failed(failures: dict[str, BaseException], plan: Plan) -> str:
+def _failed(failures: dict[str, BaseException], results: dict[str, str], plan: Plan) -> str:
+    """One line: why each stage failed, what was not run because of that, and what was finished all the same."""
     lost = doomed({s.name: s.upstreams for s in plan.values()}, failures)
-    text = "; ".join(str(error) for error in failures.values())
-    return text + (f"; not run because of that: {', '.join(lost)}" if lost else "")
+    finished = [name for name, what in results.items() if what != "unchanged"]
+    parts = [str(error) for error in failures.values()]
+    parts += [f"not run because of that: {', '.join(lost)}"] if lost else []
+    parts += [f"finished, and kept for the next run: {', '.join(finished)}"] if finished else []
+    unchanged = len(results) - len(finished)
+    parts += [f"unchanged: {unchanged} stage{'s' if unchanged > 1 else ''}"] if unchanged else []
+    return "; ".join(parts)
 
 
 def _identity() -> dict[str, str]:

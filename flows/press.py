@@ -19,6 +19,7 @@ from flows.local import quiet
 from flows.overrides import read_settings
 from flows.pipeline import bring_up_to_date
 from flows.plan import read_plan, summary
+from flows.registry import register
 from flows.workspace import Workspace, commit, fail, git, open_workspace, remove, settings_at_commit
 
 # what the form shows at first
@@ -90,11 +91,12 @@ def press(
         return _dry_run(space)
     try:
         results = bring_up_to_date(space.root, home, jobs, None)
-        commit(space)
+        kept = commit(space)
     except BaseException as error:
         cancelled = not isinstance(error, Exception)
         fail(space, f"cancelled ({type(error).__name__})" if cancelled else str(error) or type(error).__name__)
         raise
+    register(space.root, home, space.tag, kept, space.flow_run, log)
     show_run(space.root, home, space.tag, str(flow_run.id))
     remove(space)
     log.info("done: tag %s; `modelpress get %s` fetches the package", space.tag, space.tag)

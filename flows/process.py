@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flows.memory import group_memory
+
 GUARD = Path(__file__).with_name("guard.py")
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 TICK = 0.5  # seconds between looks at the clock while the command is silent
@@ -40,6 +42,8 @@ class Process:
 
     def __init__(self, command: list[str], cwd: Path, env: dict[str, str], *, output: int = subprocess.PIPE) -> None:
         self._stop = threading.Event()
+        self._looked = 0.0
+        self._peak = 0
         self._popen = subprocess.Popen(
             [sys.executable, "-I", str(GUARD), *command],
             cwd=cwd,
@@ -67,6 +71,11 @@ class Process:
         """Whether the command still runs."""
         return self._popen.poll() is None
 
+    @property
+    def peak_memory(self) -> int:
+        """The most that its whole group was seen to hold, in bytes; a peak between two looks is missed."""
+        return self._peak
+
     def chunks(self, timeout: float | None = None) -> Iterator[bytes]:
         """Its output as it comes, b"" after each half second of silence, until it ends.
 
@@ -77,6 +86,7 @@ class Process:
             raise ValueError("the output of this command goes elsewhere")
         deadline = time.monotonic() + timeout if timeout else None
         while True:
+            self._look()
             if self._stop.is_set():
                 raise Stopped
             if deadline and time.monotonic() > deadline:
@@ -118,6 +128,13 @@ class Process:
         for pipe in (self._popen.stdin, self._popen.stdout):
             if pipe:
                 pipe.close()
+
+    def _look(self) -> None:
+        """Look at the memory, at most once a tick however much is printed."""
+        now = time.monotonic()
+        if now - self._looked >= TICK:
+            self._looked = now
+            self._peak = max(self._peak, group_memory(self._popen.pid))
 
     def _signal(self, sign: int) -> bool:
         try:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 EXPERIMENT = "modelpress"
 LOCK_TAG = "dvc.lock"
 ERROR_TAG = "error"
+GIT_TAG = "git.tag"  # of a run that was kept as one
+PARENT_TAG = "mlflow.parentRunId"
 CHECKOUT_TAG = "modelpress.checkout"
 ARTIFACTS = ("report/index.html", "report/pareto.png", "report/summary.json", "report/table.txt")
 
@@ -68,7 +70,7 @@ class Record:
             self._safely(lambda: self._end(status, error))
 
     def _start(self, tags: dict[str, str]) -> None:
-        self._client, self._experiment = _open(self._home)
+        self._client, self._experiment = open_store(self._home)
         here = f"{socket.gethostname()}:{self._root}"
         # only one run at a time works in a checkout: another that seems to run here was killed
         for run in self._search(f"tags.`{CHECKOUT_TAG}` = '{_quoted(here)}' and attributes.status = 'RUNNING'"):
@@ -107,7 +109,7 @@ class Record:
             self._child(variant)
 
     def _child(self, variant: facts.VariantFacts) -> None:
-        tags = {"mlflow.parentRunId": self._parent, "mlflow.source.name": "modelpress"}
+        tags = {PARENT_TAG: self._parent, "mlflow.source.name": "modelpress"}
         child = self._store.create_run(self._experiment, tags=tags, run_name=variant.name).info.run_id
         self._write(child, variant.params, variant.metrics, variant.tags)
         for path in variant.files:
@@ -164,26 +166,37 @@ class Record:
             action()
         except Exception as error:
             self._run = None
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             self._log.warning(
-                "MLflow at %s does not work (%s); the results are complete without it, but not recorded",
-                tracking_uri(self._home),
-                reason[0],
+                "%s; the results are complete without it, but not recorded", store_error(self._home, error)
             )
 
 
 def prepare_store(home: Path) -> None:
     """Create the store if it is not there yet, so that MLflow's pages and a first run do not both do it."""
-    _open(home)
+    open_store(home)
 
 
 def find_run(home: Path, flow_run: str) -> tuple[str, str] | None:
     """The experiment and the run in which a flow run (its id) was recorded; None where MLflow does not know."""
     with suppress(Exception):
-        client, experiment = _open(home)
+        client, experiment = open_store(home)
         for run in client.search_runs([experiment], f"tags.`prefect.flow_run_id` = '{_quoted(flow_run)}'"):
             return experiment, str(run.info.run_id)
     return None
+
+
+def run_with_result(home: Path, lock: str) -> tuple[str, str] | None:
+    """The experiment and the finished run that holds the result with this hash of dvc.lock, if MLflow has one."""
+    client, experiment = open_store(home)
+    for run in client.search_runs([experiment], f"tags.`{LOCK_TAG}` = '{lock}' and attributes.status = 'FINISHED'"):
+        return experiment, str(run.info.run_id)
+    return None
+
+
+def store_error(home: Path, error: Exception) -> str:
+    """What a person reads when MLflow fails."""
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return f"MLflow at {tracking_uri(home)} does not work ({reason[0]})"
 
 
 @contextmanager
@@ -205,8 +218,8 @@ def recorded(root: Path, home: Path, plan: Plan, log: Log, tags: Mapping[str, st
         raise
 
 
-def _open(root: Path) -> tuple[MlflowClient, str]:
-    """The store and the id of our experiment in it."""
+def open_store(root: Path) -> tuple[MlflowClient, str]:
+    """The store of the checkout `root` and the id of our experiment in it, which is created if it is not there."""
     from mlflow import MlflowClient
 
     uri = tracking_uri(root)

@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import task_run
 from prefect.states import Completed
 
 from flows.artifacts import ProgressArtifact
 from flows.errors import FlowError
 from flows.kept import kept
+from flows.memory import out_of_memory
 from flows.once import computed_once
 from flows.process import Process, Stopped, TimedOut, pause
 from flows.progress import Lines
 from flows.words import last_word, stage_environment
+from tasks.errors import MEMORY_STATUS, TRANSIENT_STATUS
 
 Result = Literal["unchanged", "restored", "executed"]
 LOGS = Path(".modelpress/logs")
+WAITS = (5.0, 20.0, 60.0)  # seconds before each new attempt
 
 # what DVC says to a person at a terminal, who is not reading here
 _CHATTER = re.compile(
     r"^(To track the changes|\tgit add|To enable auto staging|\tdvc config|Use `dvc push`"
     r"|Data and pipelines are up to date|> )"
 )
+# how DVC says which status a stage ended with; one that a signal ended has its number, by a shell with 128 added
+_STATUS = re.compile(r"failed to run: .*, exited with (-?\d+)$")
+_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 _BUSY = re.compile(r"is busy, it is being blocked|[Uu]nable to acquire lock")
 
 
@@ -36,21 +45,24 @@ class StageError(FlowError):
     """A stage ended with an error."""
 
 
-class LockBusyError(StageError):
-    """Another process held DVC's lock; trying again helps."""
+class TransientStageError(StageError):
+    """The network, or a lock that another process held, is to blame; trying again may help."""
 
 
-def _lock_was_busy(_task: Any, _run: Any, state: Any) -> bool:
-    """A failing stage fails again, a busy lock does not."""
-    return isinstance(state.result(raise_on_failure=False), LockBusyError)
+class OutOfMemoryError(StageError):
+    """The stage was killed for want of memory, or said itself that it had too little."""
+
+
+def _may_work_next_time(_task: Any, _run: Any, state: Any) -> bool:
+    """A stage that failed for a reason of its own fails again."""
+    return isinstance(state.result(raise_on_failure=False), TransientStageError)
 
 
 @task(
     name="stage",
     task_run_name="{stage}",
-    retries=3,
-    retry_delay_seconds=5,
-    retry_condition_fn=_lock_was_busy,
+    retries=len(WAITS),
+    retry_condition_fn=_may_work_next_time,
     persist_result=False,
     cache_policy=NO_CACHE,
 )
@@ -72,8 +84,21 @@ def stage_task(
         return Completed(name="Cached", message="unchanged", data="unchanged")
     log = get_run_logger()
     show = ProgressArtifact(stage)
-    with computed_once(Path(home), key, _waiting(log.info, stage)):
-        return run_stage(Path(root), stage, outs, log=log.info, show=show, timeout=timeout, threads=threads)
+    try:
+        with computed_once(Path(home), key, _waiting(log.info, stage)):
+            return run_stage(Path(root), stage, outs, log=log.info, show=show, timeout=timeout, threads=threads)
+    except TransientStageError as error:
+        _back_off(error, task_run.run_count, log.warning)
+        raise
+
+
+def _back_off(error: TransientStageError, attempt: int, log: Callable[[str], None]) -> None:
+    """Say that the stage is tried again, and wait: Prefect's own wait would not heed an interrupt."""
+    if attempt <= len(WAITS):
+        wait = WAITS[attempt - 1]
+        log(f"{error}; trying again in {wait:g} s ({attempt} of {len(WAITS)})")
+        with suppress(Stopped):
+            pause(wait)
 
 
 def _waiting(log: Callable[[str], None], stage: str) -> Callable[[], None]:
@@ -147,6 +172,21 @@ def run_stage(
         except Stopped:
             raise StageError(f"{stage}: stopped, the run was interrupted") from None
         if status:
-            busy = _BUSY.search("\n".join(tail))
-            raise (LockBusyError if busy else StageError)(f"{stage}: {last_word(tail, status)} (log: {record})")
+            raise _failure(stage, tail, status, process.peak_memory, record)
     return result
+
+
+def _failure(stage: str, tail: list[str], status: int, peak: int, record: Path) -> StageError:
+    """Why a stage failed, from the end of its output, DVC's exit status and the stage's peak of memory in bytes."""
+    said = [int(match[1]) for line in tail if (match := _STATUS.search(line))]
+    stages = said[-1] if said else status
+    word = last_word(tail, status)
+    # nobody here kills a stage that has not been stopped before
+    if stages in _KILLED:
+        word = out_of_memory(stage, "killed, most likely by the system for want of memory", peak)
+    elif stages == MEMORY_STATUS:
+        word = out_of_memory(stage, word.partition(";")[0], peak)
+    else:
+        again = stages == TRANSIENT_STATUS or _BUSY.search("\n".join(tail))
+        return (TransientStageError if again else StageError)(f"{stage}: {word} (log: {record})")
+    return OutOfMemoryError(f"{word} (log: {record})")

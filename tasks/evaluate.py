@@ -20,7 +20,7 @@ from tasks.bos import begins_with_bos
 from tasks.catalogue import task_manager
 from tasks.device import peak_memory
 from tasks.divergence import TextScore, measure_text, text_windows
-from tasks.errors import TaskError
+from tasks.errors import TaskError, TransientError
 from tasks.output import sha256, whole_directory, write_json, write_text
 from tasks.program import one_argument, run_stage
 from tasks.runtimes import Runtime, load_runtime
@@ -129,7 +129,8 @@ def _run_tasks(
             )
         except (FileNotFoundError, ConnectionError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise TaskError(
+            away = isinstance(error, ConnectionError | httpx.HTTPError)
+            raise (TransientError if away else TaskError)(
                 f"the data of {', '.join(settings.tasks)} cannot be read: {reason}; "
                 "run the datasets stage, or check that the hub is reachable: modelpress doctor"
             ) from error

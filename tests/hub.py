@@ -56,6 +56,7 @@ class FakeHub:
 
     `token` may read the gated ones. The next answers with a large file end after as many bytes as
     `break_after` says, one entry an answer; with `hang` they then wait instead, and `hanging` is set.
+    With a `status` every answer is that one.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -64,6 +65,7 @@ class FakeHub:
         self.token = "hf_the_right_one"
         self.break_after: list[int] = []
         self.hang = False
+        self.status: int | None = None
         self.hanging = threading.Event()
         self.requests: list[Request] = []
 
@@ -112,7 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         host = self.headers.get("Host", "")
         self.hub.requests.append(Request(self.command, host, path, {k.lower(): v for k, v in self.headers.items()}))
-        if match := _CDN.fullmatch(path):
+        if self.hub.status:
+            self._fail(self.hub.status, "")
+        elif match := _CDN.fullmatch(path):
             self._large(match["digest"])
         elif match := _INFO.fullmatch(path):
             self._info(match["kind"], match["name"], match["revision"])

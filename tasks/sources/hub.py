@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tasks.errors import TaskError
+from tasks.errors import TaskError, TransientError
 from tasks.output import sha256
 from tasks.sources.address import HubAddress
 from tasks.sources.choice import small_files, weight_files
 from tasks.sources.files import Fetched, check_pin, one_at_a_time, require_space, size
 
 Kind = Literal["model", "dataset"]
+
+_BUSY = (408, 429)  # took too long, was asked too much
 
 
 @dataclass(frozen=True)
@@ -175,22 +177,24 @@ def _explained(address: HubAddress, kind: Kind) -> Iterator[None]:
             "or set the environment variable HF_TOKEN to a token that may read it"
         ) from error
     except errors.HfHubHTTPError as error:
-        raise TaskError(
-            f"{endpoint} answered {error.response.status_code} for {name}; "
-            + (
-                f"{access}: set it to one that may read it"
-                if error.response.status_code in (401, 403)
-                else "run again later, what was fetched is kept"
-            )
-        ) from error
+        status = error.response.status_code
+        answered = f"{endpoint} answered {status} for {name}"
+        if status in (401, 403):
+            raise TaskError(f"{answered}; {access}: set it to one that may read it") from error
+        if status in _BUSY or status >= 500:
+            raise TransientError(f"{answered}; run again later, what was fetched is kept") from error
+        raise TaskError(f"{answered}; check the address and HF_ENDPOINT, then run again") from error
     except errors.HFValidationError as error:
         raise TaskError(f"{address.repository!r} can be no repository's name: {error}") from error
     except errors.OfflineModeIsEnabled as error:
         raise TaskError(f"{name} is not here, and HF_HUB_OFFLINE forbids fetching it; unset it") from error
+    except httpx.UnsupportedProtocol as error:
+        raise TaskError(f"{endpoint} is no address of a hub: {error}; mend HF_ENDPOINT") from error
     except (httpx.HTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        # the disk's errors have a number, and so has a connection that was reset
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise
-        raise TaskError(
+        raise TransientError(
             f"cannot fetch {name} from {endpoint}: {type(error).__name__}; check the network, a proxy and "
             "HF_ENDPOINT, then run again: what was fetched is kept"
         ) from error

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NoReturn
 
-from tasks.errors import TaskError
+from tasks.errors import TaskError, TransientError
 from tasks.output import sha256
 from tasks.sources.address import WheelAddress
 from tasks.sources.choice import is_licence
@@ -23,6 +23,12 @@ from tasks.sources.files import Fetched, one_at_a_time, require_space
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+# what pip says when the network or the index fails; it says 404 of what is not there
+_NETWORK = re.compile(
+    r"connection|timed out|time-?out|resolve|Retrying|proxy|HTTP error (408|429|5\d\d)|(408|429|5\d\d) Server Error"
+    r"|IncompleteRead|Response ended prematurely",
+    re.IGNORECASE,
+)
 _UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
@@ -117,7 +123,7 @@ def _run_pip(command: list[str], scratch: Path, address: WheelAddress) -> None:
         stop.set()
         watch.join()
     if pip.returncode:
-        raise TaskError(_explain("".join(said), address))
+        raise _explain("".join(said), address)
 
 
 def _watch(folder: Path, bar: tqdm[NoReturn], stop: threading.Event) -> None:
@@ -127,26 +133,28 @@ def _watch(folder: Path, bar: tqdm[NoReturn], stop: threading.Event) -> None:
         bar.update(max([*sizes, bar.n]) - bar.n)
 
 
-def _explain(said: str, address: WheelAddress) -> str:
-    """pip's failure as one line with a remedy."""
+def _explain(said: str, address: WheelAddress) -> TaskError:
+    """pip's failure as one line with a remedy; TransientError if the network is to blame."""
     what = f"{address.package}=={address.version}"
     if "No module named pip" in said:
-        return f"cannot fetch {what}: this Python has no pip; run `{sys.executable} -m ensurepip`"
+        return TaskError(f"cannot fetch {what}: this Python has no pip; run `{sys.executable} -m ensurepip`")
     if "No space left" in said:
-        return f"cannot fetch {what}: no space left on the disk; free some, then run again"
+        return TaskError(f"cannot fetch {what}: no space left on the disk; free some, then run again")
     if match := re.search(r"from versions: ([^)]+)\)", said):
         if match[1] != "none":
             near = difflib.get_close_matches(address.version, match[1].split(", "), 5, 0) or [match[1]]
-            return f"the package index has no wheel of {what}; the nearest versions it has: {', '.join(near)}"
-        if not re.search(r"connection|timed out|resolve|Retrying|proxy", said, re.IGNORECASE):
-            return (
+            return TaskError(
+                f"the package index has no wheel of {what}; the nearest versions it has: {', '.join(near)}"
+            )
+        if not _NETWORK.search(said):
+            return TaskError(
                 f"the package index has no wheel of {what}, nor of another version that fits this machine; "
                 "check the spelling, and pip's index-url"
             )
     errors = re.findall(r"^ERROR: (.+)$", said, re.MULTILINE) or said.split("\n")[-2:-1]
     # an index's address may carry a password
     reason = re.sub(r"//[^/@\s]+@", "//", errors[0] if errors else "pip failed without a word")
-    return (
+    return (TransientError if _NETWORK.search(said) else TaskError)(
         f"cannot fetch {what} with pip: {reason.strip()}; check the network and pip's settings "
         "(`pip config list`: index-url, proxy), then run again"
     )

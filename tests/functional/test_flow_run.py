@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import signal
 
 import pytest
 from prefect import task
 
+from flows import stage as stage_module
 from flows.checkout import exclusive
 from flows.errors import FlowError
 from flows.optimize import PipelineError
 from flows.plan import read_plan
-from flows.stage import LockBusyError, StageError, stage_task
+from flows.stage import OutOfMemoryError, StageError, TransientStageError, stage_task
 from tests.functional.toy import STAGES, VARIANTS, Toy
 
 
@@ -88,7 +91,10 @@ def test_a_failed_stage_stops_what_follows_and_nothing_else(toy: Toy) -> None:
 
     message = str(caught.value)
     assert "quantize@int8: quantize@int8 found 3, expected 4; mend it (log: " in message
-    assert message.endswith("not run because of that: benchmark@int8, report")
+    assert message.endswith(
+        "not run because of that: benchmark@int8, report; "
+        "finished, and kept for the next run: quantize@gptq-int4, benchmark@gptq-int4; unchanged: 3 stages"
+    )
     assert sorted(toy.executed()[before:]) == ["benchmark@gptq-int4", "quantize@gptq-int4", "quantize@int8"]
     assert "working on quantize@int8" in toy.read(".modelpress/logs/quantize@int8.log")
     # DVC had deleted both before it ran the stage; only one of them is in its cache
@@ -136,9 +142,12 @@ def test_two_runs_in_one_checkout_are_refused(toy: Toy) -> None:
         toy.run()
 
 
-@pytest.mark.parametrize(("error", "again"), [(LockBusyError("busy"), True), (StageError("broken"), False)])
-def test_only_a_busy_lock_is_tried_again(prefect_server: str, error: Exception, again: bool) -> None:
-    @task(retries=1, retry_delay_seconds=0, retry_condition_fn=stage_task.retry_condition_fn)
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [(TransientStageError("busy"), True), (StageError("broken"), False), (OutOfMemoryError("too large"), False)],
+)
+def test_only_what_may_work_next_time_is_tried_again(prefect_server: str, error: Exception, again: bool) -> None:
+    @task(retries=1, retry_condition_fn=stage_task.retry_condition_fn)
     def fail() -> None:
         tries.append(1)
         raise error
@@ -147,6 +156,71 @@ def test_only_a_busy_lock_is_tried_again(prefect_server: str, error: Exception, 
     with pytest.raises(type(error)):
         fail()
     assert len(tries) == (2 if again else 1)
+
+
+def test_a_download_without_a_network_is_tried_again_until_it_works(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stage_module, "WAITS", (0.1, 0.2, 0.3))
+    before = len(toy.executed())
+    toy.set(model__source="path:elsewhere")
+    toy.wish("download", "away 2")
+    assert toy.run()["download"] == "executed"
+    assert toy.executed()[before:].count("download") == 3
+    told = [line for line in caplog.text.splitlines() if "trying again" in line]
+    assert len(told) == 2
+    assert "download: the hub is away (log: " in told[0]
+    assert told[0].endswith("trying again in 0.1 s (1 of 3)")
+    assert told[1].endswith("trying again in 0.2 s (2 of 3)")
+
+
+def test_a_network_that_stays_away_fails_the_run_after_the_last_try(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_module, "WAITS", (0.0, 0.0, 0.0))
+    before = len(toy.executed())
+    toy.set(model__source="path:elsewhere")
+    toy.wish("download", "away 9")
+    with pytest.raises(PipelineError, match="download: the hub is away"):
+        toy.run()
+    assert toy.executed()[before:] == ["download"] * 4
+
+
+def test_an_interrupt_does_not_wait_for_the_next_try(toy: Toy, prefect_server: str) -> None:
+    toy.set(model__source="path:elsewhere")
+    toy.wish("download", "away 9")
+    process = toy.start_cli("run", PREFECT_API_URL=prefect_server)
+    assert process.stdout is not None
+    try:
+        while "trying again in 5 s" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=4)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("wish", "what"),
+    [
+        ("killed", "killed, most likely by the system for want of memory"),
+        ("no memory", "out of memory"),
+    ],
+)
+def test_a_stage_without_enough_memory_names_its_peak_and_what_to_lower(toy: Toy, wish: str, what: str) -> None:
+    before = len(toy.executed())
+    toy.set(variants__int8__smoothing=0.3)
+    toy.wish("quantize@int8", wish)
+    with pytest.raises(PipelineError) as caught:
+        toy.run()
+    message = re.search(
+        rf"quantize@int8: {what}; it was seen to hold (\d+\.\d) GB, and there are (\d+\.\d) GB; lower "
+        r"variants\.int8\.samples or calibration\.samples in params\.yaml, or run one stage at a time \(--jobs 1\)",
+        str(caught.value),
+    )
+    assert message, caught.value
+    # it holds 300 MB before it ends, and Python and DVC are there too
+    assert 0.3 <= float(message[1]) < float(message[2])
+    assert toy.executed()[before:] == ["quantize@int8"]  # the same again would end the same
 
 
 def _gptq(group_size: int) -> dict[str, object]:

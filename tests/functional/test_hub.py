@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tasks.download import download
-from tasks.errors import TaskError
+from tasks.errors import TaskError, TransientError
 from tasks.settings import ModelSettings
 from tasks.sources import fetch_file
 from tests.hub import FakeHub, Repository, running_hub
@@ -50,10 +50,12 @@ def settings(source: str = f"hf:{MODEL}@main", **more: str) -> ModelSettings:
     return ModelSettings.model_validate({"source": source, "dtype": "bfloat16", **more})
 
 
-def refusal(source: str = f"hf:{MODEL}@main") -> str:
+def refusal(source: str = f"hf:{MODEL}@main", *, transient: bool = False) -> str:
     """What the download says when it refuses; nothing may be left of it."""
     with pytest.raises(TaskError) as caught:
         download(settings(source), Path("models/source"))
+    # only what may work a moment later is tried again
+    assert isinstance(caught.value, TransientError) == transient
     assert not Path("models/source").exists()
     assert [p.name for p in Path("models").iterdir()] == []
     return str(caught.value)
@@ -228,9 +230,23 @@ def test_a_name_that_no_repository_can_have(hub: FakeHub) -> None:
 def test_no_hub_is_one_clear_line(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda _: None)
-    said = refusal()
+    said = refusal(transient=True)
     assert "cannot fetch" in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("status", "transient", "remedy"),
+    [(503, True, "run again later"), (429, True, "run again later"), (403, False, "HF_TOKEN"), (400, False, "address")],
+)
+def test_only_a_busy_hub_is_worth_another_try(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, status: int, transient: bool, remedy: str
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    hub.status = status
+    said = refusal(transient=transient)
+    assert f"answered {status}" in said
+    assert remedy in said
 
 
 def test_one_file_of_a_data_set(hub: FakeHub, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import TaskError
+from tasks.errors import TaskError, TransientError
 from tasks.sources import fetch_file
 from tasks.sources.files import DOWNLOADS, Fetched
 
@@ -51,9 +51,11 @@ def fetch(source: str = SOURCE, expected: str | None = None) -> Fetched:
     return fetch_file(source, expected, scratch)
 
 
-def refusal(source: str = SOURCE, expected: str | None = None) -> str:
+def refusal(source: str = SOURCE, expected: str | None = None, *, transient: bool = False) -> str:
     with pytest.raises(TaskError) as caught:
         fetch(source, expected)
+    # only what may work a moment later is tried again
+    assert isinstance(caught.value, TransientError) == transient
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -140,7 +142,7 @@ def test_no_network_says_what_to_check(index: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", "http://someone:secret@127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")
-    said = refusal()
+    said = refusal(transient=True)
     assert "check the network" in said
     assert "secret" not in said
 

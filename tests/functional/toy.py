@@ -45,9 +45,26 @@ stages:
     outs: [report]
 """
 
+# what a pipeline needs beyond that to end with a package: every item's result, and the bundle
+PACKAGING = """
+  evaluate:
+    foreach: ${variants}
+    do:
+      cmd: python stage.py evaluate@${key} results/${key} metrics/evaluate/${key}.json
+      deps: [stage.py, "models/${key}"]
+      params: [evaluation, "variants.${key}"]
+      outs: ["results/${key}"]
+      metrics: ["metrics/evaluate/${key}.json": {cache: false}]
+  package:
+    cmd: python stage.py package dist/${package.name}
+    deps: [stage.py, report, results]
+    params: [package, variants, evaluation]
+    outs: ["dist/${package.name}"]
+"""
+
 # what a stage does beyond writing its outputs is said by files in wish/, which no stage depends on
 STAGE = """
-import json, os, sys, time
+import hashlib, json, os, signal, sys, time
 from pathlib import Path
 import yaml
 
@@ -59,6 +76,18 @@ with open("times.jsonl", "a") as file:
 print(f"working on {name}", flush=True)
 if wish == "fail":
     sys.exit(f"error: {name} found 3, expected 4; mend it")
+if wish.startswith("away"):  # so many times, then the network is there
+    Path(f"tries-{name}").open("a").write("x")
+    if len(Path(f"tries-{name}").read_text()) <= int(wish.split()[1]):
+        print("error: the hub is away", file=sys.stderr)
+        sys.exit(75)
+if wish in ("killed", "no memory"):
+    ballast = b"x" * 300_000_000
+    time.sleep(1.5)  # for a look at the memory
+    if wish == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("error: out of memory; lower something", file=sys.stderr)
+    sys.exit(71)
 if wish.startswith("sleep"):
     Path(f"pid-{name}").write_text(str(os.getpid()))
     time.sleep(float(wish.split()[1]))
@@ -70,11 +99,30 @@ if out != "-":
     Path(out, "content.json").write_text(content)
 for path in metrics:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps({"variant": variant, "seconds": len(content), "layers": {"a": 0.5}}))
+    values = {"variant": variant, "seconds": len(content), "layers": {"a": 0.5}}
+    # a variant's settings say how large it is and how much it gets right
+    values["size_bytes"] = 1_000_000 * (params["variants"][variant].get("samples") or 16)
+    if name.startswith("evaluate"):
+        values["contract"] = {"limit": params["evaluation"]["limit"], "tokenizer": {"file": params["model"]["source"]}}
+    Path(path).write_text(json.dumps(values))
+if name.startswith("evaluate"):
+    right = 200 * params["variants"][variant].get("smoothing", 0.8)
+    items = [{"item": i, "hash": str(i), "score": float(i * 37 % 200 < right)} for i in range(200)]
+    Path(out, "items-quiz.jsonl").write_text("".join(json.dumps(item) + "\\n" for item in items))
+if name == "package":
+    Path(out, "content.json").write_text(json.dumps([params["variants"], params["evaluation"]]))
+    digest = hashlib.sha256(Path(out, "content.json").read_bytes()).hexdigest()
+    Path(out, "SHA256SUMS").write_text(digest + "  content.json\\n")
 if name == "report":
     Path(out, "table.txt").write_text("the table of the field\\n")
     names = [v for v in params["variants"] if v != "base"]
-    verdicts = {v: {"verdict": "pass", "identity": "0" * 64, "retention": {"mean": 0.97, "low": 0.95}} for v in names}
+    verdicts = {
+        v: {
+            "verdict": "pass", "gate": 0.95, "identity": "0" * 64, "size_bytes": 167_000_000,
+            "retention": {"mean": 0.97, "low": 0.95, "high": 0.99}, "texts": {"news": {"perplexity": 12.345}},
+        }
+        for v in names
+    }
     Path(out, "summary.json").write_text(json.dumps({"variants": verdicts, "winner": names[0]}))
 with open("times.jsonl", "a") as file:
     file.write(json.dumps([name, "end", time.time()]) + "\\n")
@@ -88,14 +136,14 @@ class Toy:
     root: Path
 
     @classmethod
-    def create(cls, root: Path) -> Toy:
-        """A git and DVC repository in which nothing has run."""
+    def create(cls, root: Path, *, packaging: bool = False) -> Toy:
+        """A git and DVC repository in which nothing has run; with `packaging` its last stage makes a package."""
         root.mkdir(parents=True)
         toy = cls(root)
         params = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
         params["variants"] = {name: params["variants"][name] for name in VARIANTS}
         toy.write("params.yaml", "# a comment that must stay\n" + yaml.safe_dump(params, sort_keys=False))
-        toy.write("dvc.yaml", DVC_YAML)
+        toy.write("dvc.yaml", DVC_YAML + (PACKAGING if packaging else ""))
         toy.write("stage.py", STAGE)
         shutil.copy(PROJECT / ".gitignore", root / ".gitignore")
         toy.command("git", "init", "--quiet")
@@ -157,7 +205,7 @@ class Toy:
         self.write("params.yaml", yaml.safe_dump(params, sort_keys=False))
 
     def wish(self, stage: str, what: str = "") -> None:
-        """Let a stage `fail` or `sleep SECONDS`; nothing takes the wish back."""
+        """Let a stage `fail`, `sleep SECONDS`, have the network `away TIMES`, be `killed` or have `no memory`."""
         self.write(f"wish/{stage}", what)
 
     def write(self, path: str, text: str) -> None:

@@ -7,7 +7,7 @@ import errno
 import pytest
 from safetensors import SafetensorError
 
-from tasks.errors import TaskError
+from tasks.errors import MEMORY_STATUS, TRANSIENT_STATUS, TaskError, TransientError
 from tasks.program import run_stage
 from tasks.settings import Settings
 
@@ -27,7 +27,6 @@ FULL = SafetensorError("Error while serializing: I/O error: No space left on dev
             PermissionError(errno.EACCES, "Permission denied", "models"),
             r"error: cannot write \(models\): Permission denied",
         ),
-        (MemoryError(), "error: out of memory; lower"),
     ],
 )
 def test_what_a_person_can_mend_is_one_line(error: Exception, message: str) -> None:
@@ -36,6 +35,32 @@ def test_what_a_person_can_mend_is_one_line(error: Exception, message: str) -> N
 
     with pytest.raises(SystemExit, match=message):
         run_stage(work)
+
+
+TORCH = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (TransientError("the hub is away"), TRANSIENT_STATUS, "error: the hub is away\n"),
+        (MemoryError(), MEMORY_STATUS, "error: out of memory; lower"),
+        (RuntimeError(TORCH), MEMORY_STATUS, "error: out of memory; lower"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), MEMORY_STATUS, "error: out of memory; lower"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"), MEMORY_STATUS, "error: out of GPU memory; lower"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), MEMORY_STATUS, "error: out of memory; lower"),
+    ],
+)
+def test_what_the_flow_treats_in_a_way_of_its_own_has_a_status_of_its_own(
+    error: Exception, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(settings: Settings) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_stage(work)
+    assert ended.value.code == status
+    assert capsys.readouterr().err.startswith(message)
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), FileNotFoundError(errno.ENOENT, "No such file", "x")])

@@ -1,0 +1,111 @@
+"""Whether a new package takes the champion's place: a paired test of the two over the items that both answered.
+
+It does if it is *not worse* and *better in something*:
+
+- With the gate's confidence it keeps at least the gate's share of the champion's score. This is the test that it has
+  passed against the baseline, with the champion in the baseline's place.
+- It is smaller; or as large (within 1%) and scores higher; or larger, and surely scores higher.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.errors import FlowError
+from flows.outputs import fetch_output
+from flows.workspace import git
+from tasks.errors import TaskError
+from tasks.settings import GateSettings
+from tasks.verdict import judge, pair_items, retention
+
+SAME_SIZE = 0.01  # sizes that differ by less are the same
+# what the contract says of the model rather than of the questions: another model may have another tokenizer
+SUBJECT = frozenset({"tokenizer", "bos"})
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A package as it was evaluated: the items of each task with hash and score, under a contract."""
+
+    size_bytes: int
+    contract: Mapping[str, Any]
+    items: Mapping[str, list[dict[str, Any]]]
+
+
+def read_contender(root: Path, variant: str) -> Contender:
+    """The package that was made of `variant` in the checkout `root`."""
+    evaluated = _json(root / f"metrics/evaluate/{variant}.json")
+    measured = _json(root / f"metrics/benchmark/{variant}.json")
+    return Contender(
+        int(measured["size_bytes"]),
+        evaluated["contract"],
+        {
+            path.stem.removeprefix("items-"): [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            for path in sorted((root / "results" / variant).glob("items-*.jsonl"))
+        },
+    )
+
+
+def fetch_contender(home: Path, tag: str, variant: str, folder: Path) -> Contender:
+    """The package of the run `tag`, from git and DVC's cache by way of `folder`; FlowError if it is not there."""
+    for stage in ("evaluate", "benchmark"):
+        path = folder / f"metrics/{stage}/{variant}.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(git(home, "show", f"{tag}:metrics/{stage}/{variant}.json"), encoding="utf-8")
+    (folder / "results").mkdir()
+    fetch_output(home, f"results/{variant}", tag, folder / "results" / variant)
+    return read_contender(folder, variant)
+
+
+def why_not(champion: Contender, new: Contender, gate: GateSettings, share: float) -> str | None:
+    """Why `new` does not take the place of `champion`; None if it does. share: of the champion's score, to be kept."""
+    if differences := _differences(champion, new):
+        return f"the two were not evaluated in the same way: {differences}"
+    if others := [t for t, items in champion.items.items() if _asked(items) != _asked(new.items.get(t, []))]:
+        return f"the two did not answer the same items of {', '.join(others)}"
+    try:
+        pairs = {
+            task: pair_items(task, "the new package", items, new.items[task]) for task, items in champion.items.items()
+        }
+        result = retention(pairs, gate.confidence, gate.resamples)
+    except TaskError as error:
+        return f"the two cannot be compared: {error}"
+    verdict = judge(result, share)
+    if verdict.verdict != "pass":
+        return f"it is not surely as good: of the champion's score {verdict.reason}"
+    larger = new.size_bytes / champion.size_bytes - 1
+    if larger < -SAME_SIZE or (larger <= SAME_SIZE and result.mean > 1) or result.at_least > 1:
+        return None
+    score = f"{100 * result.mean:.1f}% of its score"
+    if larger <= SAME_SIZE:
+        return f"it is no smaller and not better ({score})"
+    return f"it is {100 * larger:.0f}% larger and not surely better ({score})"
+
+
+def _differences(champion: Contender, new: Contender) -> str:
+    """The fields of the contract that differ, with both values."""
+    ours, theirs = champion.contract, new.contract
+    fields = [f for f in sorted((ours.keys() | theirs.keys()) - SUBJECT) if ours.get(f) != theirs.get(f)]
+    return "; ".join(
+        f"{f} was {_short(ours.get(f))} for the champion and is {_short(theirs.get(f))} now" for f in fields
+    )
+
+
+def _asked(items: list[dict[str, Any]]) -> dict[Any, Any]:
+    return {item["item"]: item["hash"] for item in items}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise FlowError(f"{path} is missing; `dvc repro` makes it") from error

@@ -1,0 +1,98 @@
+"""`modelpress history`: the finished runs that MLflow remembers, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.errors import FlowError
+from flows.record import GIT_TAG, PARENT_TAG, open_store, store_error, tracking_uri
+from flows.registry import CHAMPION
+
+_SQLITE = "sqlite:///"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished run. ended: seconds since 1970; figures are of the winner, and None or empty where unknown."""
+
+    ended: float
+    name: str
+    tag: str
+    winner: str
+    size_bytes: float | None
+    retention: tuple[float, float, float] | None  # estimate, and the ends of its interval
+    perplexities: dict[str, float]  # by text
+    champion_of: str | None  # the name of the package, if the champion came out of this run
+
+
+def finished_runs(home: Path) -> list[Finished]:
+    """All finished runs, the newest first; none where MLflow has no store yet. FlowError if MLflow does not work."""
+    uri = tracking_uri(home)
+    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).exists():
+        return []  # looking must not create it
+    try:
+        client, experiment = open_store(home)
+        runs = list(_all_runs(client, experiment))
+        champions = _champions(client)
+    except Exception as error:
+        raise FlowError(store_error(home, error)) from error
+    winners = {(r.data.tags[PARENT_TAG], r.info.run_name): r.data.metrics for r in runs if PARENT_TAG in r.data.tags}
+    return [
+        _finished(run, winners.get((run.info.run_id, run.data.tags.get("winner")), {}), champions)
+        for run in runs
+        if PARENT_TAG not in run.data.tags
+    ]
+
+
+def _finished(run: Any, metrics: Mapping[str, float], champions: Mapping[str, str]) -> Finished:
+    tag = run.data.tags.get(GIT_TAG, "")
+    retention = tuple(metrics.get(f"report.retention.{key}") for key in ("mean", "low", "high"))
+    texts, perplexity = "report.texts.", ".perplexity"
+    return Finished(
+        ended=run.info.end_time / 1000,
+        name=run.info.run_name,
+        tag=tag,
+        winner=run.data.tags.get("winner", ""),
+        size_bytes=metrics.get("report.size_bytes"),
+        retention=None if None in retention else retention,  # type: ignore[arg-type]
+        perplexities={
+            key[len(texts) : -len(perplexity)]: value
+            for key, value in sorted(metrics.items())
+            if key.startswith(texts) and key.endswith(perplexity)
+        },
+        champion_of=champions.get(run.info.run_id) or champions.get(tag),
+    )
+
+
+def _all_runs(client: Any, experiment: str) -> Iterator[Any]:
+    """Parents and children, the newest first."""
+    page: str | None = None
+    while True:
+        found = client.search_runs(
+            [experiment],
+            "attributes.status = 'FINISHED'",
+            order_by=["attributes.end_time DESC"],
+            max_results=1000,
+            page_token=page,
+        )
+        yield from found
+        if not (page := found.token):
+            return
+
+
+def _champions(client: Any) -> dict[str, str]:
+    """The package's name by the run and by the tag that its champion came from."""
+    found: dict[str, str] = {}
+    page: str | None = None
+    while True:
+        models = client.search_registered_models(max_results=100, page_token=page)
+        for model in models:
+            if number := model.aliases.get(CHAMPION):
+                version = client.get_model_version(model.name, str(number))
+                keys = (version.run_id, version.tags.get(GIT_TAG))
+                found |= {key: model.name for key in keys if key}
+        if not (page := models.token):
+            return found

@@ -1,0 +1,197 @@
+"""The registry of the team's packages in MLflow: a version for each, and the alias `champion` on the best.
+
+No bytes are copied: a version points to the package in DVC's cache, by path, checksum and the run's tag.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.champion import fetch_contender, read_contender, why_not
+from flows.errors import FlowError
+from flows.facts import lock_hash, lock_stages, read_json
+from flows.overrides import read_settings
+from flows.record import GIT_TAG, Log, find_run, open_store, run_with_result, store_error, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION = "champion"
+STAGE = "package"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package of a finished run: its name, the variant that it was made of, and where its bytes are."""
+
+    name: str
+    variant: str
+    path: str
+    md5: str
+    tag: str
+    commit: str
+
+
+def register(root: Path, home: Path, tag: str, commit: str, flow_run: str, log: Log) -> None:
+    """Register the package that the run in `root` left as `tag`, and make it the champion if it deserves that.
+
+    The same bytes make no second version. What does not work here is said, and costs the run nothing.
+    """
+    try:
+        with _one_at_a_time(home), _default_store(home):
+            _register(root, home, tag, commit, flow_run, log)
+    except Exception as error:
+        log.warning("%s; the run is kept as %s, but its package is not registered", store_error(home, error), tag)
+
+
+def champion_tag(home: Path, name: str) -> str:
+    """The tag of the run that made the champion of the packages `name`; FlowError if there is none."""
+    try:
+        client, _ = open_store(home)
+        version = _champion(client, name)
+    except Exception as error:
+        raise FlowError(f"{store_error(home, error)}; name a run instead: `modelpress runs` lists them") from error
+    if version is None:
+        raise FlowError(f"no {CHAMPION} of {name} yet; a deployed run makes one: `modelpress serve`")
+    return str(version.tags[GIT_TAG])
+
+
+def _register(root: Path, home: Path, tag: str, commit: str, flow_run: str, log: Log) -> None:
+    client, experiment = open_store(home)
+    run = find_run(home, flow_run) or run_with_result(home, lock_hash(root, lock_stages(root)))
+    if run:
+        client.set_tag(run[1], GIT_TAG, tag)
+    package = _package(root, tag, commit)
+    if package is None:
+        return
+    version = _same(client, package)
+    if version:
+        log.info("MLflow: the same package is version %s of %s already", version.version, package.name)
+    else:
+        version = _new_version(client, experiment, run[1] if run else None, package, _figures(root, package))
+        log.info("MLflow: registered as version %s of %s", version.version, package.name)
+    champion = _champion(client, package.name)
+    if champion is not None and str(champion.version) == str(version.version):
+        return
+    reason = _why_not(root, home, champion, package) if champion is not None else None
+    if reason is None:
+        client.set_registered_model_alias(package.name, CHAMPION, version.version)
+        log.info("%s: version %s is the %s now", package.name, version.version, CHAMPION)
+    else:
+        assert champion is not None
+        log.info(
+            "%s: version %s (%s) stays the %s, since of the new package: %s; to overrule that, move the alias in "
+            "MLflow's pages",
+            package.name,
+            champion.version,
+            champion.tags.get(GIT_TAG),
+            CHAMPION,
+            reason,
+        )
+
+
+def _package(root: Path, tag: str, commit: str) -> Package | None:
+    """What the run packaged, as dvc.lock has it; None if its pipeline has no such stage."""
+    outs = lock_stages(root).get(STAGE, {}).get("outs", [])
+    winner = read_json(root / "report/summary.json").get("winner")
+    if not outs or not winner:
+        return None
+    name = read_settings(root / "params.yaml").package.name
+    return Package(name, str(winner), str(outs[0]["path"]), str(outs[0]["md5"]), tag, commit)
+
+
+def _figures(root: Path, package: Package) -> dict[str, str]:
+    """What the report says of the packaged variant, for whoever looks at the version."""
+    row = read_json(root / "report/summary.json")["variants"][package.variant]
+    retention = row.get("retention") or {}
+    values = {"size_bytes": row.get("size_bytes"), "identity": row.get("identity"), "verdict": row.get("reason")}
+    values |= {f"retention.{key}": retention.get(key) for key in ("mean", "low", "high")}
+    return {key: str(value)[:5000] for key, value in values.items() if value is not None}
+
+
+def _same(client: MlflowClient, package: Package) -> ModelVersion | None:
+    """The version that holds the same bytes."""
+    found = client.search_model_versions(f"name = '{package.name}' and tag.`dvc.md5` = '{package.md5}'")
+    return found[0] if found else None
+
+
+def _new_version(
+    client: MlflowClient, experiment: str, run: str | None, package: Package, figures: dict[str, str]
+) -> ModelVersion:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    tags = {
+        "dvc.path": package.path,
+        "dvc.md5": package.md5,
+        GIT_TAG: package.tag,
+        "git.commit": package.commit,
+        "variant": package.variant,
+        **figures,
+    }
+    model = mlflow.create_external_model(package.name, source_run_id=run, tags=tags, experiment_id=experiment)
+    try:
+        client.create_registered_model(package.name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    # what mlflow.register_model does, without its words on stderr
+    source = f"models:/{model.model_id}"
+    return client.create_model_version(package.name, source, run_id=run, tags=tags, model_id=model.model_id)
+
+
+def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        number = client.get_registered_model(name).aliases.get(CHAMPION)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return client.get_model_version(name, str(number)) if number else None
+
+
+def _why_not(root: Path, home: Path, champion: ModelVersion, package: Package) -> str | None:
+    """Why the package does not take the champion's place; None if it does."""
+    share = read_json(root / "report/summary.json")["variants"][package.variant]["gate"]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            other = fetch_contender(home, champion.tags[GIT_TAG], champion.tags["variant"], Path(folder))
+            new = read_contender(root, package.variant)
+            return why_not(other, new, read_settings(root / "params.yaml").gate, float(share))
+    except (FlowError, KeyError, ValueError, OSError) as error:
+        return f"the two cannot be compared: {error}"
+
+
+@contextmanager
+def _one_at_a_time(home: Path) -> Iterator[None]:
+    """Two runs that end together must not both look for a champion before one is there."""
+    path = home / ".modelpress/registry.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _default_store(home: Path) -> Iterator[None]:
+    """MLflow's registry looks for models in the default store, whichever store it was opened with."""
+    name = "MLFLOW_TRACKING_URI"
+    before: Any = os.environ.get(name)
+    os.environ[name] = tracking_uri(home)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,55 @@
+"""When a new package takes the champion's place."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from flows.champion import Contender, why_not
+from tasks.settings import GateSettings
+
+GATE = GateSettings(four_bit=0.95, eight_bit=0.98, confidence=0.95, resamples=1000)
+CONTRACT: dict[str, Any] = {"limit": 400, "dtype": "float32", "tokenizer": {"tokenizer.json": "a"}}
+
+
+def contender(right: int, size: int = 100, **contract: Any) -> Contender:
+    """`right` of 400 items; whoever answers more answers also all that the others do."""
+    items = [{"item": i, "hash": str(i), "score": float(i < right)} for i in range(400)]
+    return Contender(size * 1_000_000, {**CONTRACT, **contract}, {"quiz": items})
+
+
+@pytest.mark.parametrize(
+    ("new", "reason"),
+    [
+        (contender(301), None),
+        (contender(300, 90), None),
+        (contender(296, 90), None),  # a little worse and smaller: within the gate's share
+        (contender(330, 200), None),  # larger, and surely better
+        (contender(300), r"it is no smaller and not better \(100\.0% of its score\)"),
+        (contender(299), r"it is no smaller and not better \(99\.7% of its score\)"),
+        (contender(301, 120), r"it is 20% larger and not surely better \(100\.3% of its score\)"),
+        (contender(288, 50), "it is not surely as good: of the champion's score it keeps at least 9.*95% is between"),
+        (contender(200, 50), "it is not surely as good: of the champion's score it keeps at most"),
+        (contender(400, limit=100), "evaluated in the same way: limit was 400 for the champion and is 100 now"),
+    ],
+)
+def test_it_must_be_not_worse_and_better_in_something(new: Contender, reason: str | None) -> None:
+    found = why_not(contender(300), new, GATE, share=0.95)
+    if reason is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert re.search(reason, found), found
+
+
+def test_another_tokenizer_is_another_model_and_no_other_question() -> None:
+    assert why_not(contender(300), contender(310, tokenizer={"tokenizer.json": "b"}), GATE, share=0.95) is None
+
+
+def test_other_items_are_not_compared() -> None:
+    new = contender(310)
+    new.items["quiz"][3]["hash"] = "another question"
+    found = why_not(contender(300), new, GATE, share=0.95)
+    assert found == "the two did not answer the same items of quiz"
