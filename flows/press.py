@@ -19,6 +19,7 @@ from flows.local import quiet
 from flows.overrides import read_settings
 from flows.pipeline import bring_up_to_date
 from flows.plan import read_plan, summary
+from flows.runner import RunnerName, place_of
 from flows.workspace import Workspace, commit, fail, git, open_workspace, remove, settings_at_commit
 
 # what the form shows at first
@@ -42,6 +43,7 @@ def press(
     dry_run: bool = False,
     changes_to_params: list[str] = NOTHING,
     jobs: Annotated[int, Field(ge=1, le=64)] = 2,
+    runner: RunnerName | None = None,
 ) -> dict[str, str]:
     """Press a model in a workspace of its own: download, quantize, evaluate, report, package, commit, tag.
 
@@ -58,8 +60,10 @@ def press(
         dry_run: Say what would be done, and do nothing.
         changes_to_params: Further changes to params.yaml, KEY=VALUE each, such as variants.awq-int4.clip=false.
         jobs: Stages at a time; each needs memory for a model.
+        runner: What runs the stages; empty for what the worker was set up with, which is threads unless it says so.
     """
     log = get_run_logger()
+    place = place_of(runner)
     home = Path.cwd().resolve()
     quiet(home)
     _say_what_is_left_out(home)
@@ -89,7 +93,7 @@ def press(
     if dry_run:
         return _dry_run(space)
     try:
-        results = bring_up_to_date(space.root, home, jobs, None)
+        results = bring_up_to_date(space.root, home, jobs, None, place)
         commit(space)
     except BaseException as error:
         fail(space, str(error) or type(error).__name__)

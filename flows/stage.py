@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from flows.kept import kept
 from flows.once import computed_once
 from flows.process import Process, Stopped, TimedOut, pause
 from flows.progress import Lines
+from flows.pulse import gone
 from flows.words import last_word, stage_environment
 
 Result = Literal["unchanged", "restored", "executed"]
@@ -61,20 +63,38 @@ def stage_task(
     outs: list[str],
     unchanged: bool,
     timeout: float | None,
-    threads: int,
+    threads: int | None,
+    pulse: str | None,
 ) -> Any:
     """Bring one stage up to date; `unchanged` is the plan's word that nothing is to be done.
 
     `key` is what two runs of `home` have in common when they would compute the same: one does, the other waits.
+    `pulse` is given on a cluster: the file by which the stage knows that its flow is still there.
     """
     if unchanged:
         return Completed(name="Cached", message="unchanged", data="unchanged")
     log = get_run_logger()
-    with computed_once(Path(home), key, _waiting(log.info, stage)):
-        return run_stage(Path(root), stage, outs, log=log.info, timeout=timeout, threads=threads)
+    stopped = _by_nobody
+    if pulse is not None:
+        here = f"{socket.gethostname()}, worker process {os.getpid()}"
+        if not Path(root, "dvc.yaml").is_file():
+            raise StageError(
+                f"{stage}: {root} is not on {here}; the workspace must be on a disk that all workers share, in the "
+                "same place"
+            )
+        log.info("on %s", here)
+        stopped = gone(Path(pulse))
+    with computed_once(Path(home), key, _waiting(log.info, stage, stopped)) as lock:
+        return run_stage(
+            Path(root), stage, outs, log=log.info, timeout=timeout, threads=threads, stopped=stopped, lock=lock
+        )
 
 
-def _waiting(log: Callable[[str], None], stage: str) -> Callable[[], None]:
+def _by_nobody() -> bool:
+    return False
+
+
+def _waiting(log: Callable[[str], None], stage: str, stopped: Callable[[], bool]) -> Callable[[], None]:
     """Say once that another run is at it; StageError when this run is stopped meanwhile."""
     said: list[str] = []
 
@@ -84,6 +104,8 @@ def _waiting(log: Callable[[str], None], stage: str) -> Callable[[], None]:
             log(said[0])
         try:
             pause(0.5)
+            if stopped():
+                raise Stopped
         except Stopped:
             raise StageError(f"{stage}: stopped, the run was interrupted") from None
 
@@ -98,9 +120,13 @@ def run_stage(
     log: Callable[[str], None],
     timeout: float | None = None,
     threads: int | None = None,
+    stopped: Callable[[], bool] = _by_nobody,
+    lock: int | None = None,
 ) -> Result:
     """Bring `stage` of the pipeline in `root` up to date, `timeout` in seconds; its log is also in a file.
 
+    stopped: asked again and again whether the run that wants the stage was interrupted elsewhere; lock: an open file
+    that stays open until nothing of the stage is left.
     StageError carries the stage's own last word; its outputs `outs` are then what they were before.
     """
     record = root / LOGS / f"{stage}.log"
@@ -128,8 +154,11 @@ def run_stage(
                 log(line)
 
         try:
-            with Process(command, root, stage_environment(os.environ, threads)) as process:
+            keep = () if lock is None else (lock,)
+            with Process(command, root, stage_environment(os.environ, threads), keep=keep) as process:
                 for chunk in process.chunks(timeout):
+                    if stopped():
+                        raise Stopped
                     for line in lines.feed(chunk):
                         take(line)
                 for line in lines.close():
