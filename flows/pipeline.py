@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
-from prefect.states import Crashed, State
+from prefect.states import Crashed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.artifacts import show_result
@@ -96,6 +97,7 @@ def _run_stages(
     def submit(name: str) -> None:
         stage = plan[name]
         unchanged = stage.state == "unchanged"
+        needed: Any = [states[up] for up in stage.upstreams]  # Prefect takes states as it takes futures
         future = (here if unchanged else there).submit(
             stage_task,
             {
@@ -110,7 +112,7 @@ def _run_stages(
                 "threads": None if place.cluster else threads_of(name, jobs, cores),
                 "pulse": str(pulse) if place.elsewhere else None,
             },
-            wait_for=[states[up] for up in stage.upstreams],
+            wait_for=needed,
         )
         running[name] = future
         future.add_done_callback(lambda _: ended.put(name))
@@ -120,7 +122,7 @@ def _run_stages(
         return {s.name: s.upstreams for s in plan.values() if s.name not in lost}
 
     with (
-        ThreadPoolTaskRunner() as here,
+        ThreadPoolTaskRunner[Any]() as here,
         task_runner(place, jobs, root) as there,
         _finished(running),
         beating(root, str(flow_run.id)) as pulse,

@@ -83,7 +83,7 @@ def task_runner(place: Place, workers: int, root: Path) -> TaskRunner[Any]:
 
 def _dask(cluster: str | None, workers: int, root: Path) -> TaskRunner[Any]:
     try:
-        from prefect_dask import DaskTaskRunner
+        from prefect_dask.task_runners import DaskTaskRunner
     except ImportError as error:
         raise _missing("dask", error) from error
     if cluster:
@@ -107,7 +107,7 @@ def _dask(cluster: str | None, workers: int, root: Path) -> TaskRunner[Any]:
 def _ray(cluster: str | None, workers: int) -> TaskRunner[Any]:
     try:
         import ray  # noqa: F401 - prefect-ray imports it late and then fails in the middle of a run
-        from prefect_ray import RayTaskRunner
+        from prefect_ray.task_runners import RayTaskRunner
     except ImportError as error:
         raise _missing("ray", error) from error
     if cluster:

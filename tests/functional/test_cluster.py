@@ -115,11 +115,17 @@ def _check_records(server: str, toy: Toy) -> None:
     """Prefect has every stage as completed, and the lines of its log that were written on a worker."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, LogFilter, LogFilterFlowRunId
+    from prefect.client.schemas.objects import TaskRunResult
 
     run_id = toy.mlflow_runs()[-1].data.tags["prefect.flow_run_id"]
     with get_client(sync_client=True) as client:
         runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])))
         logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id])), limit=200)
+    names = {run.id: run.name for run in runs}
+    needs = {
+        run.name: {names[up.id] for up in run.task_inputs["wait_for"] if isinstance(up, TaskRunResult)} for run in runs
+    }
+    assert needs["benchmark@int8"] == {"quantize@int8"}
     assert {run.name: run.state_name for run in runs} == dict.fromkeys(STAGES, "Completed")
     lines = [log.message for log in logs]
     assert {f"working on {stage}" for stage in STAGES} <= set(lines)
