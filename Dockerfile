@@ -7,10 +7,10 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends git make \
     && rm -rf /var/lib/apt/lists/*
 
-# a volume for the workspace belongs to this user: chown 1000:1000
+# a volume on /workspace belongs to this user: a new one takes that over, another needs chown 1000:1000
 RUN useradd --create-home --uid 1000 press
 WORKDIR /opt/modelpress
-RUN chown press:press /opt/modelpress
+RUN mkdir /workspace && chown press:press /opt/modelpress /workspace
 USER press
 
 # what changes seldom comes first, so that a change of the code does not install 3 GB anew

@@ -19,6 +19,7 @@ from flows.local import quiet
 from flows.overrides import read_settings
 from flows.pipeline import bring_up_to_date
 from flows.plan import read_plan, summary
+from flows.remote import push
 from flows.runner import RunnerName, place_of
 from flows.workspace import Workspace, commit, fail, git, open_workspace, remove, settings_at_commit
 
@@ -98,6 +99,8 @@ def press(
     except BaseException as error:
         fail(space, str(error) or type(error).__name__)
         raise
+    if failure := push(space.root):
+        log.warning("not pushed to DVC's remote: %s; `dvc push --all-tags` sends it once that is mended", failure)
     show_run(space.root, home, space.tag, str(flow_run.id))
     remove(space)
     log.info("done: tag %s; `modelpress get %s` fetches the package", space.tag, space.tag)

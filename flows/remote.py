@@ -24,7 +24,7 @@ def share_dvc(home: Path, root: Path, cache: Path | str) -> None:
     config.setdefault("cache", {})["dir"] = str(cache)
     for section, values in {**_read(home / CONFIG), **config}.items():
         url = values.get("url", "")
-        if section.startswith("'remote ") and url and "://" not in url:
+        if section.startswith('remote "') and url and "://" not in url:
             # DVC reads it from where the configuration lies, which is elsewhere in a worktree
             config.setdefault(section, {})["url"] = os.path.normpath(home / ".dvc" / url)
     path = root / LOCAL
@@ -42,8 +42,7 @@ def push(root: Path) -> str | None:
 
 
 def _read(path: Path) -> ConfigObj:
-    # as DVC reads it
-    return ConfigObj(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], list_values=False)
+    return ConfigObj(path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
 
 
 def _dvc(root: Path, *arguments: str) -> tuple[int, list[str]]:

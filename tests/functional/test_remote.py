@@ -53,7 +53,7 @@ def clone(toy: Toy, root: Path, revision: str = "HEAD") -> Toy:
 
 def check_has_all_after_pull(other: Toy, like: Toy) -> None:
     """Before the pull there is much to do; after it nothing, for DVC and for modelpress, with the same bytes."""
-    assert ", 8 unchanged" not in other.cli("plan").stdout.replace(": ", ", ")
+    assert "8 stages: 8 unchanged" not in other.cli("plan").stdout
     other.dvc("pull")
     assert "Running stage" not in other.dvc("repro")
     assert other.executed() == []
@@ -125,10 +125,8 @@ def test_a_workspace_knows_the_remote_and_what_only_this_machine_knows_of_it(toy
     toy.command("git", "worktree", "add", "--quiet", "--detach", str(tree), "HEAD")
     share_dvc(toy.root, tree, toy.root / ".dvc/cache")
     assert (tree / ".dvc/config.local").stat().st_mode & 0o077 == 0
-    code = (
-        "import json; from dvc.repo import Repo; c = Repo().config; print(json.dumps([c['remote'], c['cache']['dir']]))"
-    )
+    code = "import json; from dvc.repo import Repo; print(json.dumps([Repo().config[k] for k in ('remote', 'cache')]))"
     remotes, cache = json.loads(Toy(tree).command("python", "-c", code))
-    assert remotes["share"] == {"url": BUCKET, "secret_access_key": "a=b, 'c'"}
+    assert (remotes["share"]["url"], remotes["share"]["secret_access_key"]) == (BUCKET, "a=b, 'c'")
     assert remotes["disk"]["url"] == str(tmp_path / "disk")
-    assert cache == str(toy.root / ".dvc/cache")
+    assert cache["dir"] == str(toy.root / ".dvc/cache")
