@@ -21,6 +21,7 @@ from rich.table import Table
 
 from flows.errors import FlowError
 from flows.local import quiet, server
+from flows.runner import CLUSTER_ENV, RUNNER_ENV, Place, RunnerName
 
 app = typer.Typer(
     name="modelpress",
@@ -49,11 +50,28 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of params.yaml first; may be repeated."),
 ]
 Jobs = Annotated[int, typer.Option(min=1, max=64, help="Stages at a time; each needs memory for a model.")]
+Runner = Annotated[
+    RunnerName, typer.Option(envvar=RUNNER_ENV, help="What runs the stages: threads here, or processes of a cluster.")
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        envvar=CLUSTER_ENV,
+        metavar="ADDRESS",
+        help="A Dask or Ray cluster that is there; without it one is started on this machine.",
+    ),
+]
 Timeout = Annotated[float | None, typer.Option(min=0.01, metavar="MINUTES", help="The longest a stage may take.")]
 
 
 @app.command()
-def run(overrides: Set = None, jobs: Jobs = 2, timeout: Timeout = None) -> None:
+def run(
+    overrides: Set = None,
+    jobs: Jobs = 2,
+    timeout: Timeout = None,
+    runner: Runner = RunnerName.threads,
+    cluster: Cluster = None,
+) -> None:
     """Bring everything up to date and show the result: only what changed is done.
 
     The same stages as `dvc repro` runs. A `--set` stays in params.yaml, so both agree on what is up to date.
@@ -69,9 +87,12 @@ def run(overrides: Set = None, jobs: Jobs = 2, timeout: Timeout = None) -> None:
         modelpress run --set '+variants.int8-hard={method: int8, smoothing: 0.9}'
 
         modelpress run --set '~variants.int8'
+
+        modelpress run --runner dask --cluster tcp://scheduler:8786 --jobs 8
     """
     root = find_root()
     quiet(root)
+    place = Place(runner, cluster)
     from flows.checkout import exclusive
     from flows.dvc_state import check_dvc
 
@@ -89,7 +110,7 @@ def run(overrides: Set = None, jobs: Jobs = 2, timeout: Timeout = None) -> None:
 
             prefect_server.wait()
         try:
-            optimize(str(root), jobs=jobs, timeout_minutes=timeout)
+            optimize(str(root), jobs=jobs, timeout_minutes=timeout, runner=place.runner, cluster=place.cluster)
         except PipelineError as error:
             if "report" in error.results:  # no variant passed, perhaps: the table says why
                 _show_report(root)

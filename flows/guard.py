@@ -1,7 +1,8 @@
 """`python guard.py CMD...`: run CMD, and end this whole process group when stdin closes.
 
 Stdin is a pipe that only the starting process holds, so it closes when that
-process is gone, even by `kill -9`.
+process is gone, even by `kill -9`. What it was given to keep open, the lock of a
+stage, it then keeps until the whole group has ended.
 """
 
 import os
@@ -14,9 +15,13 @@ import time
 GRACE = 5.0  # seconds between the request to stop and the end
 
 
+orphaned = threading.Event()
+
+
 def watch() -> None:
     """Block until stdin is at its end, then stop the group."""
     os.read(0, 1)
+    orphaned.set()
     os.killpg(0, signal.SIGTERM)
     time.sleep(GRACE)
     os.killpg(0, signal.SIGKILL)
@@ -25,6 +30,9 @@ def watch() -> None:
 if __name__ == "__main__":
     # a handler, not SIG_IGN, which CMD would inherit
     signal.signal(signal.SIGTERM, lambda *_: None)
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     code = subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL)
+    if orphaned.is_set():
+        watcher.join()  # CMD has ended, but perhaps not what it had started: the watcher ends all, this process too
     os._exit(code if code >= 0 else 128 - code)

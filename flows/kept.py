@@ -14,16 +14,22 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 KEPT = Path(".modelpress/kept")
+PART = ".part"
 
 
 @contextmanager
 def kept(root: Path, stage: str, outs: Iterable[str]) -> Iterator[None]:
     """Put the outputs `outs` (paths in `root`) back as they were if the body fails."""
     folder = root / KEPT / stage
-    shutil.rmtree(folder, ignore_errors=True)
+    # another worker was killed at this stage: first what was there before it
+    _put_back(root, folder, replace=True)
+    part = folder.with_name(f"{stage}{PART}")
+    shutil.rmtree(part, ignore_errors=True)
     for out in outs:
         if os.path.lexists(root / out):
-            _link(root / out, folder / quote(out, safe=""))
+            _link(root / out, part / quote(out, safe=""))
+    if part.exists():
+        os.replace(part, folder)  # whole or not at all, or half an output would be put back over a whole one
     try:
         yield
     except BaseException:
@@ -35,7 +41,7 @@ def kept(root: Path, stage: str, outs: Iterable[str]) -> Iterator[None]:
 def recover(root: Path) -> list[str]:
     """Put back what a killed run took away; the paths that were missing and are there again."""
     folders = sorted((root / KEPT).iterdir()) if (root / KEPT).is_dir() else []
-    return [path for folder in folders for path in _put_back(root, folder, replace=False)]
+    return [path for folder in folders if folder.suffix != PART for path in _put_back(root, folder, replace=False)]
 
 
 def _put_back(root: Path, folder: Path, *, replace: bool) -> list[str]:

@@ -34,10 +34,11 @@ def stage_key(root: Path, stage: Stage) -> str:
 
 
 @contextmanager
-def computed_once(home: Path, key: str, waiting: Callable[[], None]) -> Iterator[None]:
+def computed_once(home: Path, key: str, waiting: Callable[[], None]) -> Iterator[int]:
     """Hold the stage `key` for all runs that share `home`; while another run holds it, call `waiting` again and again.
 
-    The lock goes with the process that holds it, however that ends.
+    Yields the lock as an open file. It goes with the last process that has it open, however that ends, so whoever gives
+    it to the stage's guard keeps others away until nothing of a stage is left whose worker was killed.
     """
     folder = home / LOCKS
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,7 @@ def computed_once(home: Path, key: str, waiting: Callable[[], None]) -> Iterator
                 break
             except BlockingIOError:
                 waiting()
-        yield
+        yield file.fileno()
 
 
 def _digest(path: Path) -> str | None:

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import os
 import queue
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
+from prefect.states import Crashed
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.artifacts import show_result
 from flows.check import check_settings_work
@@ -25,10 +31,14 @@ from flows.once import stage_key
 from flows.overrides import read_settings
 from flows.plan import Plan, read_plan, summary
 from flows.process import stopped_on_error
+from flows.pulse import beating
 from flows.record import recorded
+from flows.runner import Place, task_runner
 from flows.schedule import doomed, startable, threads_of
 from flows.stage import stage_task
 
+THREADS = Place()
+PATIENCE = 15.0  # seconds that stages on a cluster get to end when a run is interrupted
 DOWNLOAD = "download"  # the stage after which the variants can be held against the model
 
 
@@ -40,10 +50,13 @@ class PipelineError(FlowError):
         self.results = results
 
 
-def bring_up_to_date(root: Path, home: Path, jobs: int, timeout_minutes: float | None) -> dict[str, str]:
+def bring_up_to_date(
+    root: Path, home: Path, jobs: int, timeout_minutes: float | None, place: Place = THREADS
+) -> dict[str, str]:
     """Run what is out of date in the checkout `root`, at most `jobs` stages at a time, inside a flow run.
 
     home: the checkout whose records and locks are used; it is `root` itself unless `root` is a private workspace.
+    place: where the stages run; on a cluster, every worker sees `root` and `home` by the same paths.
     Returns what became of each stage: unchanged, restored or executed. FlowError names all that failed.
     """
     log = get_run_logger()
@@ -57,7 +70,7 @@ def bring_up_to_date(root: Path, home: Path, jobs: int, timeout_minutes: float |
         check_settings_work(root, downloaded=DOWNLOAD in plan and plan[DOWNLOAD].state == "unchanged")
         timeout = 60 * timeout_minutes if timeout_minutes else None
         with recorded(root, home, plan, log, _identity()) as record:
-            results, failures = _run_stages(root, home, plan, jobs, timeout)
+            results, failures = _run_stages(root, home, plan, jobs, timeout, place)
             if failures:
                 if "report" in results:  # no variant passed, perhaps: a result all the same
                     record.results(results)
@@ -69,48 +82,60 @@ def bring_up_to_date(root: Path, home: Path, jobs: int, timeout_minutes: float |
 
 
 def _run_stages(
-    root: Path, home: Path, plan: Plan, jobs: int, timeout: float | None
+    root: Path, home: Path, plan: Plan, jobs: int, timeout: float | None, place: Place
 ) -> tuple[dict[str, str], dict[str, BaseException]]:
     """Results and errors by stage. A failed stage takes along what needs it; the others go on."""
     log = get_run_logger()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    futures: dict[str, PrefectFuture[Any]] = {}
+    running: dict[str, PrefectFuture[Any]] = {}
+    # of what has ended, its state and not its future: a cluster does again what the futures of a lost worker promised
+    states: dict[str, State[Any]] = {}
     results: dict[str, str] = {}
     failures: dict[str, BaseException] = {}
-    running: set[str] = set()
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def submit(name: str) -> None:
         stage = plan[name]
-        futures[name] = stage_task.submit(
-            root=str(root),
-            home=str(home),
-            stage=name,
-            key=stage_key(root, stage),
-            outs=[out.path for out in stage.outs],
-            unchanged=stage.state == "unchanged",
-            timeout=timeout,
-            threads=threads_of(name, jobs, cores),
-            wait_for=[futures[up] for up in stage.upstreams],
-            return_state=False,
+        unchanged = stage.state == "unchanged"
+        needed: Any = [states[up] for up in stage.upstreams]  # Prefect takes states as it takes futures
+        future = (here if unchanged else there).submit(
+            stage_task,
+            {
+                "root": str(root),
+                "home": str(home),
+                "stage": name,
+                "key": stage_key(root, stage),
+                "outs": [out.path for out in stage.outs],
+                "unchanged": unchanged,
+                "timeout": timeout,
+                # the cores of another machine are its own matter
+                "threads": None if place.cluster else threads_of(name, jobs, cores),
+                "pulse": str(pulse) if place.elsewhere else None,
+            },
+            wait_for=needed,
         )
-        running.add(name)
-        futures[name].add_done_callback(lambda _: ended.put(name))
+        running[name] = future
+        future.add_done_callback(lambda _: ended.put(name))
 
     def upstreams() -> dict[str, tuple[str, ...]]:
         lost = {*failures, *doomed({s.name: s.upstreams for s in plan.values()}, failures)}
         return {s.name: s.upstreams for s in plan.values() if s.name not in lost}
 
-    with stopped_on_error():
+    with (
+        ThreadPoolTaskRunner[Any]() as here,
+        task_runner(place, jobs, root) as there,
+        _finished(running),
+        beating(root, str(flow_run.id)) as pulse,
+        stopped_on_error(),
+    ):
         while True:
             for name in startable(upstreams(), results, running, jobs):
                 submit(name)
             if not running:
                 return results, failures
             name = ended.get()
-            running.remove(name)
-            futures[name].wait()
-            outcome, state = futures[name].result(raise_on_failure=False), futures[name].state
+            outcome, state = _outcome(name, running.pop(name))
+            states[name] = state
             error = _refusal(root, name, outcome) if state.is_completed() else _error(name, outcome, state)
             if error is None:
                 results[name] = outcome
@@ -119,6 +144,28 @@ def _run_stages(
             else:
                 failures[name] = error
                 log.error("%s", error)
+
+
+@contextmanager
+def _finished(running: dict[str, PrefectFuture[Any]]) -> Iterator[None]:
+    """After an error, give the stages that run time to end in order before their workers are gone."""
+    try:
+        yield
+    except BaseException:
+        end = time.monotonic() + PATIENCE
+        for future in running.values():
+            future.wait(timeout=max(end - time.monotonic(), 0))
+        raise
+
+
+def _outcome(stage: str, future: PrefectFuture[Any]) -> tuple[Any, State[Any]]:
+    """What a stage returned or raised, and its state; a worker that is lost again and again is a failure too."""
+    future.wait()
+    try:
+        return future.result(raise_on_failure=False), future.state
+    except Exception as error:
+        lost = FlowError(f"{stage}: lost with its worker ({type(error).__name__}: {error}); see the cluster's logs")
+        return lost, Crashed(message=str(lost))
 
 
 def _refusal(root: Path, stage: str, outcome: str) -> FlowError | None:

@@ -20,6 +20,8 @@ from flows.overrides import read_settings
 from flows.pipeline import bring_up_to_date
 from flows.plan import read_plan, summary
 from flows.registry import register
+from flows.remote import push
+from flows.runner import RunnerName, place_of
 from flows.workspace import Workspace, commit, fail, git, open_workspace, remove, settings_at_commit
 
 # what the form shows at first
@@ -43,6 +45,7 @@ def press(
     dry_run: bool = False,
     changes_to_params: list[str] = NOTHING,
     jobs: Annotated[int, Field(ge=1, le=64)] = 2,
+    runner: RunnerName | None = None,
 ) -> dict[str, str]:
     """Press a model in a workspace of its own: download, quantize, evaluate, report, package, commit, tag.
 
@@ -59,8 +62,10 @@ def press(
         dry_run: Say what would be done, and do nothing.
         changes_to_params: Further changes to params.yaml, KEY=VALUE each, such as variants.awq-int4.clip=false.
         jobs: Stages at a time; each needs memory for a model.
+        runner: What runs the stages; empty for what the worker was set up with, which is threads unless it says so.
     """
     log = get_run_logger()
+    place = place_of(runner)
     home = Path.cwd().resolve()
     quiet(home)
     _say_what_is_left_out(home)
@@ -90,13 +95,15 @@ def press(
     if dry_run:
         return _dry_run(space)
     try:
-        results = bring_up_to_date(space.root, home, jobs, None)
+        results = bring_up_to_date(space.root, home, jobs, None, place)
         kept = commit(space)
     except BaseException as error:
         cancelled = not isinstance(error, Exception)
         fail(space, f"cancelled ({type(error).__name__})" if cancelled else str(error) or type(error).__name__)
         raise
     register(space.root, home, space.tag, kept, space.flow_run, log)
+    if failure := push(space.root):
+        log.warning("not pushed to DVC's remote: %s; `dvc push --all-tags` sends it once that is mended", failure)
     show_run(space.root, home, space.tag, str(flow_run.id))
     remove(space)
     log.info("done: tag %s; `modelpress get %s` fetches the package", space.tag, space.tag)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,10 +37,18 @@ class Process:
     """A running command; use it as a context manager, at whose end nothing of its process group is left.
 
     DVC neither forwards signals to its stage nor dies with us, so signals go to the whole group, and a guard
-    inside the group ends it when this process is gone.
+    inside the group ends it when this process is gone. `keep` are open files that the guard keeps open as long.
     """
 
-    def __init__(self, command: list[str], cwd: Path, env: dict[str, str], *, output: int = subprocess.PIPE) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        cwd: Path,
+        env: dict[str, str],
+        *,
+        output: int = subprocess.PIPE,
+        keep: Collection[int] = (),
+    ) -> None:
         self._stop = threading.Event()
         self._looked = 0.0
         self._peak = 0
@@ -52,6 +60,7 @@ class Process:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=tuple(keep),
         )
 
     def __enter__(self) -> Process:

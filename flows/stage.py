@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +24,7 @@ from flows.memory import out_of_memory
 from flows.once import computed_once
 from flows.process import Process, Stopped, TimedOut, pause
 from flows.progress import Lines
+from flows.pulse import gone
 from flows.words import last_word, stage_environment
 from tasks.errors import MEMORY_STATUS, TRANSIENT_STATUS
 
@@ -74,19 +76,41 @@ def stage_task(
     outs: list[str],
     unchanged: bool,
     timeout: float | None,
-    threads: int,
+    threads: int | None,
+    pulse: str | None,
 ) -> Any:
     """Bring one stage up to date; `unchanged` is the plan's word that nothing is to be done.
 
     `key` is what two runs of `home` have in common when they would compute the same: one does, the other waits.
+    `pulse` is given on a cluster: the file by which the stage knows that its flow is still there.
     """
     if unchanged:
         return Completed(name="Cached", message="unchanged", data="unchanged")
     log = get_run_logger()
+    stopped = _by_nobody
+    if pulse is not None:
+        here = f"{socket.gethostname()}, worker process {os.getpid()}"
+        if not Path(root, "dvc.yaml").is_file():
+            raise StageError(
+                f"{stage}: {root} is not on {here}; the workspace must be on a disk that all workers share, in the "
+                "same place"
+            )
+        log.info("on %s", here)
+        stopped = gone(Path(pulse))
     show = ProgressArtifact(stage)
     try:
-        with computed_once(Path(home), key, _waiting(log.info, stage)):
-            return run_stage(Path(root), stage, outs, log=log.info, show=show, timeout=timeout, threads=threads)
+        with computed_once(Path(home), key, _waiting(log.info, stage, stopped)) as lock:
+            return run_stage(
+                Path(root),
+                stage,
+                outs,
+                log=log.info,
+                show=show,
+                timeout=timeout,
+                threads=threads,
+                stopped=stopped,
+                lock=lock,
+            )
     except TransientStageError as error:
         _back_off(error, task_run.run_count, log.warning)
         raise
@@ -101,7 +125,11 @@ def _back_off(error: TransientStageError, attempt: int, log: Callable[[str], Non
             pause(wait)
 
 
-def _waiting(log: Callable[[str], None], stage: str) -> Callable[[], None]:
+def _by_nobody() -> bool:
+    return False
+
+
+def _waiting(log: Callable[[str], None], stage: str, stopped: Callable[[], bool]) -> Callable[[], None]:
     """Say once that another run is at it; StageError when this run is stopped meanwhile."""
     said: list[str] = []
 
@@ -111,6 +139,8 @@ def _waiting(log: Callable[[str], None], stage: str) -> Callable[[], None]:
             log(said[0])
         try:
             pause(0.5)
+            if stopped():
+                raise Stopped
         except Stopped:
             raise StageError(f"{stage}: stopped, the run was interrupted") from None
 
@@ -126,10 +156,14 @@ def run_stage(
     show: Callable[[float, str], None] = lambda share, line: None,
     timeout: float | None = None,
     threads: int | None = None,
+    stopped: Callable[[], bool] = _by_nobody,
+    lock: int | None = None,
 ) -> Result:
     """Bring `stage` of the pipeline in `root` up to date, `timeout` in seconds; its log is also in a file.
 
     show: called with the share of the work that is done (0 to 1) and the line that says so.
+    stopped: asked again and again whether the run that wants the stage was interrupted elsewhere; lock: an open file
+    that stays open until nothing of the stage is left.
     StageError carries the stage's own last word; its outputs `outs` are then what they were before.
     """
     record = root / LOGS / f"{stage}.log"
@@ -159,8 +193,11 @@ def run_stage(
                     show(lines.share, line)
 
         try:
-            with Process(command, root, stage_environment(os.environ, threads)) as process:
+            keep = () if lock is None else (lock,)
+            with Process(command, root, stage_environment(os.environ, threads), keep=keep) as process:
                 for chunk in process.chunks(timeout):
+                    if stopped():
+                        raise Stopped
                     for line in lines.feed(chunk):
                         take(line)
                 for line in lines.close():

@@ -22,6 +22,7 @@ from flows.checkout import LOCK, is_held
 from flows.errors import FlowError
 from flows.overrides import override
 from flows.plan import cache_folder, forget_others, read_plan
+from flows.remote import share_dvc
 from tasks.errors import TaskError
 from tasks.settings import Settings, check_settings
 
@@ -76,7 +77,7 @@ def open_workspace(home: Path, wanted: str, flow_run: str, changes: Iterable[str
         raise FlowError(f"there is a run {name} already: {space.root}; see `modelpress runs`")
     git(home, "worktree", "add", "--quiet", "--detach", str(space.root), "HEAD")
     try:
-        (space.root / ".dvc/config.local").write_text(f"[cache]\n    dir = {cache_folder(home)}\n", encoding="utf-8")
+        share_dvc(home, space.root, cache_folder(home))
         (space.root / LOCK).parent.mkdir(parents=True, exist_ok=True)
         for place in SHARED:
             (home / place).mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import pytest
+
 from flows.kept import KEPT, kept, recover
 
 
@@ -58,3 +60,34 @@ def test_the_next_run_puts_back_what_a_killed_one_took_away(tmp_path: Path) -> N
     assert (tmp_path / "models/a/weights").read_text() == "old"
     assert (tmp_path / "metrics.json").read_text() == "new"
     assert recover(tmp_path) == []
+
+
+def test_a_second_attempt_keeps_what_was_there_before_the_first(tmp_path: Path) -> None:
+    _model(tmp_path, "old")
+    killed = kept(tmp_path, "stage@a", OUTS)
+    killed.__enter__()  # and never left
+    _remove(tmp_path)
+    (tmp_path / "models/a").mkdir()
+    (tmp_path / "models/a/half").write_text("half")
+    with contextlib.suppress(RuntimeError), kept(tmp_path, "stage@a", OUTS):
+        _remove(tmp_path)
+        raise RuntimeError
+    assert [p.name for p in (tmp_path / "models/a").iterdir()] == ["weights"]
+    assert (tmp_path / "models/a/weights").read_text() == "old"
+    assert (tmp_path / "metrics.json").read_text() == "old"
+
+
+def test_a_copy_that_was_not_finished_is_never_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _model(tmp_path, "old")
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr("flows.kept.os.replace", fail)  # killed after linking, before the copy counts
+        kept(tmp_path, "stage@a", OUTS).__enter__()
+    _remove(tmp_path)
+    assert recover(tmp_path) == []
+    with kept(tmp_path, "stage@a", OUTS):
+        _model(tmp_path, "new")
+    assert (tmp_path / "models/a/weights").read_text() == "new"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -89,6 +90,43 @@ with Process([sys.executable, "-c", {STUBBORN!r}], Path("."), dict(os.environ)) 
     while any(_runs(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.1)
     assert not any(_runs(pid) for pid in pids)
+
+
+def test_a_lock_is_held_until_nothing_is_left_of_what_a_killed_owner_had_started(tmp_path: Path) -> None:
+    # the command heeds SIGTERM, the program that it has started does not
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    command = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", {stubborn!r}], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+child.wait()
+"""
+    code = f"""
+import fcntl, os, sys
+from pathlib import Path
+from flows.process import Process
+lock = open("lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+with Process([sys.executable, "-c", {command!r}], Path("."), dict(os.environ), keep=[lock.fileno()]) as process:
+    for chunk in process.chunks():
+        print(chunk.decode(), flush=True)
+"""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert owner.stdout is not None
+    child = int(owner.stdout.readline())
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    with (tmp_path / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert not _runs(child)
 
 
 def _runs(pid: int) -> bool:

@@ -1,0 +1,58 @@
+"""DVC's remote: how a private workspace reaches the one of the person's checkout, and how a finished run is sent there.
+
+Which remote, and with what credentials, is DVC's own configuration: `dvc remote add -d NAME URL`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from configobj import ConfigObj
+
+from flows.words import last_word, stage_environment
+
+CONFIG = Path(".dvc/config")
+LOCAL = Path(".dvc/config.local")  # not in git, so a worktree does not have it: credentials may be in it
+
+
+def share_dvc(home: Path, root: Path, cache: Path | str) -> None:
+    """Let the worktree `root` of `home` use its cache, and its remotes with what only this machine knows of them."""
+    config = _read(home / LOCAL)
+    config.setdefault("cache", {})["dir"] = str(cache)
+    for section, values in {**_read(home / CONFIG), **config}.items():
+        url = values.get("url", "")
+        if section.startswith('remote "') and url and "://" not in url:
+            # DVC reads it from where the configuration lies, which is elsewhere in a worktree
+            config.setdefault(section, {})["url"] = os.path.normpath(home / ".dvc" / url)
+    path = root / LOCAL
+    path.touch(mode=0o600)
+    path.write_text("\n".join(config.write()) + "\n", encoding="utf-8")
+
+
+def push(root: Path) -> str | None:
+    """Send what the checkout `root` holds to its default remote, if it has one; why that failed, if it did."""
+    status, lines = _dvc(root, "config", "core.remote")
+    if status or not lines:
+        return None
+    status, lines = _dvc(root, "push")
+    return last_word(lines, status) if status else None
+
+
+def _read(path: Path) -> ConfigObj:
+    return ConfigObj(path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
+
+
+def _dvc(root: Path, *arguments: str) -> tuple[int, list[str]]:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "dvc", *arguments],
+        cwd=root,
+        env=stage_environment(os.environ),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, (done.stdout + done.stderr).split("\n") if done.stdout + done.stderr else []

@@ -1,0 +1,212 @@
+"""Stages on a real Dask cluster of two worker processes: spread, done again after a loss, ended with their run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.functional.toy import STAGES, Toy, cli_env
+
+pytest.importorskip("prefect_dask")
+
+MADE = ("models", "metrics", "report")  # what the toy's stages write
+
+
+def outputs(toy: Toy) -> dict[str, bytes]:
+    """Every byte that stages wrote, and what DVC wrote down about it."""
+    files = [path for folder in MADE for path in (toy.root / folder).rglob("*") if path.is_file()]
+    return {path.relative_to(toy.root).as_posix(): path.read_bytes() for path in [*files, toy.root / "dvc.lock"]}
+
+
+def soon(condition: Callable[[], bool], seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def stage_process(toy: Toy, stage: str, other_than: int = 0) -> int:
+    """The pid of the stage, which must be asleep by wish; `other_than` an earlier one."""
+    mark = toy.root / f"pid-{stage}"
+
+    def there() -> bool:
+        return mark.exists() and mark.read_text() not in ("", str(other_than))
+
+    assert soon(there, 90), f"{stage} did not start"
+    return int(mark.read_text())
+
+
+def worker_of(pid: int) -> int:
+    """The process that started the guard of the stage `pid`."""
+    (guard,) = (p for p in psutil.Process(pid).parents() if any(word.endswith("guard.py") for word in p.cmdline()))
+    return int(guard.ppid())
+
+
+class Run:
+    """`modelpress run` on a cluster, in a process of its own."""
+
+    def __init__(self, toy: Toy, *options: str, **env: str) -> None:
+        self.process = toy.start_cli("run", "--runner", "dask", *options, **env)
+
+    def end(self) -> str:
+        """What it printed, once it has ended."""
+        output, _ = self.process.communicate(timeout=180)
+        return output
+
+
+@pytest.fixture
+def start(prefect_server: str) -> Iterator[Callable[..., Run]]:
+    """Starts runs on a cluster; none is left at the end."""
+    runs: list[Run] = []
+
+    def begin(toy: Toy, *options: str, **env: str) -> Run:
+        runs.append(Run(toy, *options, PREFECT_API_URL=prefect_server, **env))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.communicate()
+
+
+def test_variants_spread_over_workers_and_a_killed_workers_stage_is_done_again(
+    toy: Toy, tmp_path: Path, start: Callable[..., Run], prefect_server: str
+) -> None:
+    toy.set(variants__int8__smoothing=0.5, model__source="path:elsewhere")
+    alike = toy.copy(tmp_path / "alike")
+    before = len(toy.executed())
+    for name in ("int8", "base"):
+        toy.wish(f"quantize@{name}", "sleep 8")
+    run = start(toy)
+    stages = {name: stage_process(toy, f"quantize@{name}") for name in ("int8", "base")}
+    workers = {name: worker_of(pid) for name, pid in stages.items()}
+    assert len(set(workers.values())) == 2
+    assert run.process.pid not in workers.values()
+
+    os.kill(workers["int8"], signal.SIGKILL)
+    again = stage_process(toy, "quantize@int8", other_than=stages["int8"])
+    # the two attempts never work at the same time
+    assert not psutil.pid_exists(stages["int8"])
+    assert worker_of(again) != workers["int8"]
+    output = run.end()
+    assert run.process.returncode == 0, output
+    assert "8 executed" in output
+    executed = toy.executed()[before:]
+    assert sorted(executed) == sorted([*STAGES, "quantize@int8"])
+
+    alike.run()
+    assert outputs(toy) == outputs(alike)
+    assert "Running stage" not in toy.dvc("repro")
+    _check_records(prefect_server, toy)
+
+
+def _check_records(server: str, toy: Toy) -> None:
+    """Prefect has every stage as completed, and the lines of its log that were written on a worker."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, LogFilter, LogFilterFlowRunId
+    from prefect.client.schemas.objects import TaskRunResult
+
+    run_id = toy.mlflow_runs()[-1].data.tags["prefect.flow_run_id"]
+    with get_client(sync_client=True) as client:
+        runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])))
+        logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id])), limit=200)
+    names = {run.id: run.name for run in runs}
+    (benchmark,) = (run for run in runs if run.name == "benchmark@int8")
+    needs = [names[up.id] for up in benchmark.task_inputs["wait_for"] if isinstance(up, TaskRunResult)]
+    assert needs == ["quantize@int8"]
+    assert {run.name: run.state_name for run in runs} == dict.fromkeys(STAGES, "Completed")
+    lines = [log.message for log in logs]
+    assert {f"working on {stage}" for stage in STAGES} <= set(lines)
+    assert len({line for line in lines if ", worker process " in line}) >= 2
+
+
+def test_nothing_to_do_starts_no_cluster(toy: Toy, start: Callable[..., Run]) -> None:
+    run = start(toy)
+    assert "8 unchanged" in run.end()
+    assert not list((toy.root / ".modelpress/dask").iterdir())
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_ends_takes_its_stages_and_workers_along(toy: Toy, start: Callable[..., Run], sign: int) -> None:
+    old = toy.read("models/int8/content.json")
+    toy.set(variants__int8__smoothing=0.5)
+    toy.wish("quantize@int8", "sleep 600")
+    run = start(toy)
+    stage_process(toy, "quantize@int8")
+    family = psutil.Process(run.process.pid).children(recursive=True)
+    assert not (toy.root / "models/int8").exists()
+    if sign == signal.SIGINT:
+        os.killpg(run.process.pid, sign)  # as a terminal does: to the workers too
+    else:
+        os.kill(run.process.pid, sign)
+    output = run.end()
+    assert soon(lambda: not any(child.is_running() for child in family), 20)
+    if sign == signal.SIGINT:
+        assert run.process.returncode == 130
+        assert output.splitlines()[-1].startswith("interrupted; ")
+        assert "Traceback" not in output
+        assert toy.mlflow_runs()[-1].info.status == "KILLED"
+        assert toy.read("models/int8/content.json") == old
+    toy.wish("quantize@int8", "fail")
+    with pytest.raises(Exception, match="found 3, expected 4"):
+        toy.run()
+    assert toy.read("models/int8/content.json") == old
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, prefect_server: str) -> Iterator[str]:
+    """The address of a Dask cluster that was there before, as its own commands start it, with one worker."""
+    file = tmp_path / "scheduler.json"
+    common = ["--scheduler-file", str(file), "--no-dashboard"]
+    words = [
+        ["scheduler", "--host", "127.0.0.1", "--port", "0", *common],
+        ["worker", "--nthreads", "1", "--preload", "flows.dask_worker", "--local-directory", str(tmp_path), *common],
+    ]
+    processes = [
+        subprocess.Popen([sys.executable, "-m", "dask", *line], cwd=tmp_path, env=cli_env(), start_new_session=True)
+        for line in words
+    ]
+    try:
+        assert soon(file.exists)
+        from distributed import Client
+
+        with Client(scheduler_file=str(file)) as client:
+            client.wait_for_workers(1, timeout=60)
+            yield str(client.scheduler.address)
+    finally:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGTERM)
+        for process in processes:
+            process.wait(30)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_stages_on_a_cluster_that_stays_end_with_their_run(
+    toy: Toy, cluster: str, start: Callable[..., Run], sign: int
+) -> None:
+    old = toy.read("models/int8/content.json")
+    toy.set(variants__int8__smoothing=0.5)
+    toy.wish("quantize@int8", "sleep 600")
+    run = start(toy, MODELPRESS_CLUSTER=cluster)
+    stage = psutil.Process(stage_process(toy, "quantize@int8"))
+    worker = worker_of(stage.pid)
+    os.kill(run.process.pid, sign)
+    run.end()
+    if sign == signal.SIGKILL:  # it could not say so: the next run in this checkout does
+        toy.wish("quantize@int8", "fail")
+        with pytest.raises(Exception, match="found 3, expected 4"):
+            toy.run(runner="dask", cluster=cluster)
+    assert soon(lambda: not stage.is_running(), 20)
+    assert psutil.pid_exists(worker)
+    assert toy.read("models/int8/content.json") == old

@@ -1,0 +1,76 @@
+"""Where stages run: the choice, the environment behind it, and what is said where a library is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows import pulse
+from flows.errors import FlowError
+from flows.pulse import LOOKS, beating, gone
+from flows.runner import CLUSTER_ENV, RUNNER_ENV, Place, RunnerName, place_of, task_runner
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RUNNER_ENV, raising=False)
+    monkeypatch.delenv(CLUSTER_ENV, raising=False)
+
+
+def test_threads_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place_of(None) == Place()
+    monkeypatch.setenv(RUNNER_ENV, "dask")
+    monkeypatch.setenv(CLUSTER_ENV, "tcp://scheduler:8786")
+    assert place_of(None) == Place(RunnerName.dask, "tcp://scheduler:8786")
+    # the address is of a Dask cluster
+    assert place_of(RunnerName.ray) == Place(RunnerName.ray)
+    assert place_of(RunnerName.threads) == Place()
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FlowError, match=r"found the cluster tcp://x with the runner threads.*--runner dask"):
+        Place(cluster="tcp://x")
+    monkeypatch.setenv(RUNNER_ENV, "slurm")
+    with pytest.raises(FlowError, match="MODELPRESS_RUNNER is slurm; expected one of threads, dask, ray"):
+        place_of(None)
+
+
+@pytest.mark.parametrize(
+    ("runner", "module"), [(RunnerName.dask, "prefect_dask.task_runners"), (RunnerName.ray, "ray")]
+)
+def test_a_missing_extra_is_said_with_what_to_run(
+    runner: RunnerName, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(FlowError, match=rf"pip install 'modelpress\[{runner.value}\]'"):
+        task_runner(Place(runner), 2, tmp_path)
+
+
+def test_the_pulse_is_felt_while_the_body_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "LOOK", 0.0)
+    with beating(tmp_path, "run") as path:
+        is_gone = gone(path)
+        assert not is_gone()
+    assert is_gone()
+
+
+def test_a_pulse_that_stands_still_is_gone_after_many_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "LOOK", 0.0)
+    path = tmp_path / "run"
+    path.write_text("7")
+    is_gone = gone(path)
+    assert [is_gone() for _ in range(LOOKS)] == [False] * LOOKS
+    assert is_gone()
+    path.write_text("8")
+    assert not is_gone()
+
+
+def test_a_new_run_ends_what_a_killed_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "LOOK", 0.0)
+    left = tmp_path / pulse.PULSES / "killed"
+    left.parent.mkdir(parents=True)
+    left.write_text("7")
+    with beating(tmp_path, "run"):
+        assert gone(left)()
