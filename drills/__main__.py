@@ -20,15 +20,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from drills import kills
+from drills import away, damage, disk, kills, service
 from drills import toy as pipeline
 from drills.yard import Tally, Yard
 
 DRILLS: dict[str, Callable[[Yard], Tally]] = {
-    "stage": kills.kill_stage,
-    "dvc": kills.kill_dvc,
-    "flow": kills.kill_flow,
+    # those that take longest come first
     "server": kills.kill_server,
+    "service": service.kill_service,
+    "flow": kills.kill_flow,
+    "dvc": kills.kill_dvc,
+    "stage": kills.kill_stage,
+    "cache": damage.corrupt_cache,
+    "disk": disk.disk_full,
+    "rwlock": damage.stale_lock,
+    "lock": damage.empty_lock_file,
+    "mlflow": away.mlflow_away,
+    "hub": away.hub_away,
 }
 
 AT_ONCE = 3  # drills; most of each is waiting
@@ -77,11 +85,15 @@ def _hold(base: Path, chosen: list[str], rounds: int, seed: int) -> list[Tally]:
             if done.returncode:
                 raise RuntimeError(f"an undisturbed run failed: {done.stdout}{done.stderr}")
             # dice of its own: a drill strikes alike whether the others are held or not
-            yards = [Yard(n, base / n, url, finished, random.Random(f"{seed} {n}"), rounds) for n in chosen]
+            yards = [Yard(n, base / n, url, finished, _dice(seed, n), rounds) for n in chosen]
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 return list(pool.map(_timed, yards))
         finally:
             os.environ["PREFECT_API_URL"] = url
+
+
+def _dice(seed: int, name: str) -> random.Random:
+    return random.Random(f"{seed} {name}")  # noqa: S311 - to be thrown again, not to be secret
 
 
 def _timed(yard: Yard) -> Tally:
