@@ -18,6 +18,7 @@ from drills.yard import Tally, Yard, last_line
 from tests.functional.toy import Toy, cli_env
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+START_SECONDS = 300.0  # for all services, on a busy machine
 RUN_SECONDS = 150.0  # for a deployed run, a restart of a service included
 WRITING = "1.0"  # seconds that a stage writes for
 TRIES = 2  # of a deployed run: one that was struck, and the next
@@ -97,7 +98,8 @@ def _serving(yard: Yard, toy: Toy, port: int, api: str) -> Iterator[subprocess.P
         command, cwd=toy.root, env=cli_env(**env), stdout=log, stderr=log, text=True, start_new_session=True
     )
     try:
-        if not soon(lambda: "press Ctrl-C" in _read(toy) or serve.poll() is not None) or serve.poll() is not None:
+        soon(lambda: "press Ctrl-C" in _read(toy) or serve.poll() is not None, START_SECONDS)
+        if "press Ctrl-C" not in _read(toy):
             raise RuntimeError(f"modelpress serve did not start: {last_line(_read(toy))}")
         yield serve
     finally:
