@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-PATIENCE = 120.0  # seconds for anything that must come
+PATIENCE = 180.0  # seconds for anything that must come, on a busy machine
 END = 15.0  # seconds in which a struck run's processes must be gone
 
 

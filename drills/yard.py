@@ -9,7 +9,7 @@ from pathlib import Path
 
 from drills import toy as pipeline
 from drills.processes import PATIENCE, orphans
-from tests.functional.toy import Toy
+from tests.functional.toy import Toy, cli_command, cli_env
 
 SECONDS = 0.6  # that a stage of the toy pipeline writes for
 
@@ -61,7 +61,11 @@ class Yard:
 
     def run(self, toy: Toy, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         """`modelpress ARGUMENTS` to its end, by default `run`."""
-        return toy.cli(*(arguments or ("run",)), **self.env(DRILL_SECONDS="0", **env))
+        command = cli_command(*(arguments or ("run",)))
+        environment = cli_env(**self.env(DRILL_SECONDS="0", **env))
+        return subprocess.run(
+            command, cwd=toy.root, env=environment, capture_output=True, text=True, timeout=2 * PATIENCE, check=False
+        )
 
     def right(self, toy: Toy) -> dict[str, str]:
         """What an undisturbed `dvc repro` elsewhere makes of the same definition."""

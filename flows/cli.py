@@ -272,8 +272,9 @@ def _repair(root: Path) -> None:
     from flows.repair import repair
 
     columns = (TextColumn("reading DVC's cache"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", visible=sys.stderr.isatty())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
         mended = list(repair(root, lambda read, total: bar.update(task, completed=read, total=total)))
     print("\n".join(mended) or "nothing to mend")
 
