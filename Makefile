@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test lint types lock clean
+.PHONY: help install demo ui test drills lint types lock clean
 .DELETE_ON_ERROR:
 
 help: ## List what can be made
@@ -22,6 +22,9 @@ ui: install ## Serve the pages of Prefect and MLflow on this machine, with a wor
 
 test: install ## Run all tests, two files at a time
 	@$(BIN)/pytest -n 2 --dist loadfile
+
+drills: install ## Break runs in every way that happens, and see that nothing is lost (about 10 minutes)
+	@$(BIN)/python -m drills
 
 lint: install ## Check style and formatting
 	@$(BIN)/ruff check .
@@ -39,7 +42,7 @@ lock: install ## Resolve pyproject.toml anew into requirements.lock
 
 clean: ## Remove the environment and tools' caches; models, results and records stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
-	find flows tasks evals tests -name __pycache__ -type d -exec rm -rf {} +
+	find flows tasks evals drills tests -name __pycache__ -type d -exec rm -rf {} +
 
 # the stamp is written last, so an installation that was interrupted is done again
 $(STAMP): requirements.lock pyproject.toml

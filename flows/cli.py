@@ -240,10 +240,17 @@ def get(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Mend what a crash, a kill or a bad disk has left: locks, dvc.lock, cache.")
+    ] = False,
+) -> None:
     """Check versions, device, room, network, settings and DVC; say what to do where something is amiss."""
     root = find_root()
     quiet(root)
+    if repair:
+        _repair(root)
+        return
     from flows.doctor import examine
 
     styles = {"ok": "green", "note": "yellow", "bad": "red"}
@@ -308,6 +315,20 @@ def _show_report(root: Path) -> None:
     for what, place in (("report", root / "report/index.html"), ("package", package)):
         print(f"{what:<8} {place if place.exists() else '(none)'}")
     print(f"{'MLflow':<8} {tracking_uri(root)}")
+
+
+def _repair(root: Path) -> None:
+    """Mend what can be mended; reading a large cache takes minutes, so that is shown."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from flows.repair import repair
+
+    columns = (TextColumn("reading DVC's cache"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+        mended = list(repair(root, lambda read, total: bar.update(task, completed=read, total=total)))
+    print("\n".join(mended) or "nothing to mend")
 
 
 def _bytes(size: float) -> str:

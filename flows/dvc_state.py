@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from flows.errors import FlowError
+
+LOCK_FILE = "dvc.lock"
+RWLOCK = Path(".dvc/tmp/rwlock")
+REMEDY = "`modelpress doctor --repair` mends it"
 
 
 def check_dvc(root: Path) -> None:
@@ -22,35 +27,74 @@ def damage(root: Path) -> Iterator[str]:
     """What is damaged in `root`, each with its remedy."""
     if not (root / ".dvc").is_dir():
         yield f"{root} is no DVC project: .dvc is missing; use a clone of the repository, or run `dvc init`"
-    lock = root / "dvc.lock"
-    if lock.is_file() and not lock.read_bytes().strip():
-        yield "dvc.lock is empty, as after a crash or a full disk; `git checkout dvc.lock`, or remove it"
-    yield from _lock_damage(root / ".dvc/tmp/rwlock")
+    if problem := lock_file_problem(root):
+        yield f"{LOCK_FILE} {problem}; {REMEDY}"
+    if problem := locks_problem(root):
+        yield f"{RWLOCK} {problem}; {REMEDY}"
 
 
-def _lock_damage(path: Path) -> Iterator[str]:
-    name = Path(".dvc/tmp") / path.name
+def lock_file_problem(root: Path) -> str | None:
+    """What is wrong with dvc.lock; None if nothing is, or it is not there."""
+    path = root / LOCK_FILE
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.strip("\0 \n"):
+        return "is empty, as after a crash or a full disk"
+    return None if sound_lock_file(text) else "is damaged, as after a crash or a merge"
+
+
+def sound_lock_file(text: str) -> bool:
+    """Whether DVC can read the text as its lock file: every stage has a command, every item a path."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        holders = [
-            *held.get("write", {}).values(),
-            *(one for some in held.get("read", {}).values() for one in some),
-        ]
-        processes = {int(holder["pid"]): str(holder["cmd"]) for holder in holders}
-    except FileNotFoundError:
-        return
+        content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - both are safe
+        stages = content["stages"]
+        return bool(content["schema"]) and all(_sound_stage(stage) for stage in stages.values())
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def _sound_stage(stage: Any) -> bool:
+    items = [item for what in ("deps", "outs") if what in stage for item in stage[what]]
+    return "cmd" in stage and all("path" in item for item in items)
+
+
+def locks_problem(root: Path) -> str | None:
+    """What is wrong with DVC's locks of files; None if nothing is."""
+    try:
+        holders = _holders(root)
     except (ValueError, TypeError, KeyError, AttributeError):
-        yield f"{name} is damaged, as after a crash; remove it once no `dvc` is running"
-        return
-    for pid, command in processes.items():
+        return "is damaged, as after a crash"
+    for pid, command in holders.items():
         # DVC believes in a lock as long as any process has the number of the one that took it
         if psutil.pid_exists(pid) and not _is_dvc(pid):
-            yield f"{name} is held by process {pid} ({command}), which is not DVC any more; remove {name}"
+            return f"is held by process {pid} ({command}), which is not DVC any more"
+    return None
+
+
+def dvc_at_work(root: Path) -> Iterator[tuple[int, str]]:
+    """Process and command of every DVC that holds files of `root`."""
+    try:
+        holders = _holders(root)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return
+    yield from ((pid, command) for pid, command in holders.items() if _is_dvc(pid))
+
+
+def _holders(root: Path) -> dict[int, str]:
+    """Process -> command of all that DVC's lock file names; ValueError and its like if it is damaged."""
+    try:
+        held = json.loads((root / RWLOCK).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    holders = [*held.get("write", {}).values(), *(one for some in held.get("read", {}).values() for one in some)]
+    return {int(holder["pid"]): str(holder["cmd"]) for holder in holders}
 
 
 def _is_dvc(pid: int) -> bool:
     try:
-        words: list[Any] = psutil.Process(pid).cmdline()
+        words = [Path(word) for word in psutil.Process(pid).cmdline()]
     except psutil.Error:
         return False
-    return any("dvc" in Path(str(word)).name or str(word).startswith("dvc") for word in words)
+    # the program, `python -m dvc`, `python .../dvc/__main__.py`; not an editor of dvc.yaml
+    return any(word.name in ("dvc", "dvc.exe") or word.parts[-2:] == ("dvc", "__main__.py") for word in words)

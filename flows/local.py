@@ -10,10 +10,11 @@ import contextlib
 import os
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flows.addresses import at_work
@@ -21,6 +22,7 @@ from flows.errors import FlowError
 from flows.process import Process
 
 START_SECONDS = 120.0  # the first start creates the database
+RESTARTS = 5  # of one run's server: then something is wrong that a restart does not mend
 
 
 def quiet(root: Path) -> None:
@@ -46,18 +48,40 @@ def quiet(root: Path) -> None:
 
 
 class Server:
-    """A Prefect server on 127.0.0.1 for this run alone."""
+    """A Prefect server on 127.0.0.1 for this run alone; one that dies is started again, at the same address.
 
-    def __init__(self, process: Process, url: str, log: Path) -> None:
-        self._process = process
+    Without that, everything that the run says to Prefect would be tried for half a minute, in vain.
+    """
+
+    def __init__(self, start: Callable[[], Process], url: str, log: Path) -> None:
+        self._start = start
+        self._process = start()
         self._url = url
         self._log = log
+        self._closing = threading.Event()
+        self._watch = threading.Thread(target=self._keep_alive, daemon=True)
+
+    def close(self) -> None:
+        """End it, with all that belongs to it."""
+        self._closing.set()
+        if self._watch.is_alive():
+            self._watch.join()
+        self._process.kill()
+
+    def _keep_alive(self) -> None:
+        for _ in range(RESTARTS):
+            while self._process.alive:
+                if self._closing.wait(0.2):
+                    return
+            self._process.kill()
+            self._process = self._start()
 
     def wait(self) -> None:
         """Return when it answers; FlowError with the end of its log if it does not."""
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self._process.alive:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self._url}/health", timeout=5):  # noqa: S310
+                self._watch.start()  # from now on its end is an accident, not a reason to give up
                 return
             time.sleep(0.1)
         words = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -98,13 +122,17 @@ def server(root: Path) -> Iterator[Server | None]:
         "PREFECT__SERVER_EPHEMERAL": "1",
         "PREFECT__SERVER_FINAL": "1",
     }
-    with log.open("wb") as file, Process(command, root, env, output=file.fileno()) as process:
+    with log.open("wb") as file:
+        prefect = Server(lambda: Process(command, root, env, output=file.fileno()), url, log)
         os.environ["PREFECT_API_URL"] = url
         try:
-            yield Server(process, url, log)
+            yield prefect
         finally:
-            _send_the_rest()
-            del os.environ["PREFECT_API_URL"]
+            try:
+                _send_the_rest()
+            finally:
+                del os.environ["PREFECT_API_URL"]
+                prefect.close()
 
 
 def _send_the_rest() -> None:

@@ -12,7 +12,8 @@ def last_word(lines: list[str], status: int) -> str:
     for line in reversed(lines):
         if line.startswith("error: "):
             return line.removeprefix("error: ")
-    own = [line for line in lines if not line.startswith(("ERROR: ", "Running stage ", "WARNING: "))]
+    chatter = ("ERROR: ", "WARNING: ", "Running stage ", "Updating lock file", "Generating lock file")
+    own = [line for line in lines if not line.startswith(chatter)]
     theirs = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     words = own or theirs
     return words[-1] if words else f"ended with status {status}, without a word"

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -222,8 +222,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        self.wfile.write(body[:limit])
-        self.wfile.flush()
+        with suppress(ConnectionError):  # whoever asked was killed
+            self.wfile.write(body[:limit])
+            self.wfile.flush()
         if limit is not None:
             while self.hub.hang:
                 self.hub.hanging.set()

@@ -86,14 +86,18 @@ def test_the_hub_is_asked_where_a_source_needs_it(project: Path, monkeypatch: py
 def test_damage_that_dvc_does_not_get_over_is_named_with_its_remedy(project: Path) -> None:
     assert list(damage(project)) == []
     (project / "dvc.lock").touch()
-    with pytest.raises(FlowError, match=r"dvc\.lock is empty.*git checkout dvc\.lock"):
+    with pytest.raises(FlowError, match=r"dvc\.lock is empty.*`modelpress doctor --repair` mends it"):
         check_dvc(project)
-    (project / "dvc.lock").unlink()
+    for text in ("schema: '2.0'\nstages:\n  a:\n    c", "<<<<<<< HEAD\nschema: '2.0'\n", "schema: '2.0'\nstages: 1\n"):
+        (project / "dvc.lock").write_text(text)
+        assert next(damage(project)).startswith("dvc.lock is damaged")
+    (project / "dvc.lock").write_text("schema: '2.0'\nstages:\n  a: {cmd: x, outs: [{path: y, md5: z}]}\n")
+    assert list(damage(project)) == []
 
     lock = project / ".dvc/tmp/rwlock"
     lock.parent.mkdir()
     lock.touch()
-    assert "remove it" in next(damage(project))
+    assert "rwlock is damaged" in next(damage(project))
     # this very process has the number now, and it is not DVC
     lock.write_text(json.dumps({"write": {"models/a": {"pid": os.getpid(), "cmd": "dvc repro"}}}))
     assert f"held by process {os.getpid()} (dvc repro), which is not DVC any more" in next(damage(project))

@@ -17,6 +17,7 @@ from flows.words import last_word, stage_environment
         ),
         (["Traceback", "ValueError: no", "ERROR: failed to reproduce 'x': exited with 1"], "ValueError: no"),
         (["Running stage 'x':", "ERROR: failed to reproduce 'x'"], "failed to reproduce 'x'"),
+        (["Running stage 'x':", "Updating lock file 'dvc.lock'"], "ended with status 3, without a word"),
         ([], "ended with status 3, without a word"),
     ],
 )

@@ -1,0 +1,118 @@
+"""`python -m drills`: break runs of a toy pipeline in every way that happens, and say what came back.
+
+python -m drills --only flow --only cache --rounds 3 --seed 7
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from drills import away, damage, disk, kills, service
+from drills import toy as pipeline
+from drills.yard import Tally, Yard
+
+DRILLS: dict[str, Callable[[Yard], Tally]] = {
+    # those that take longest come first
+    "server": kills.kill_server,
+    "service": service.kill_service,
+    "flow": kills.kill_flow,
+    "dvc": kills.kill_dvc,
+    "stage": kills.kill_stage,
+    "cache": damage.corrupt_cache,
+    "disk": disk.disk_full,
+    "rwlock": damage.stale_lock,
+    "lock": damage.empty_lock_file,
+    "mlflow": away.mlflow_away,
+    "hub": away.hub_away,
+}
+
+AT_ONCE = 3  # drills; most of each is waiting
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"Only this drill: {', '.join(DRILLS)}.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each drill is held.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Strike at the same moments again.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the temporary repositories.")] = False,
+) -> None:
+    """Hold the drills; exit status 1 if anything was lost or did not recover."""
+    chosen = only or list(DRILLS)
+    if unknown := set(chosen) - set(DRILLS):
+        raise typer.BadParameter(f"no drill {', '.join(unknown)}; there are {', '.join(DRILLS)}")
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    print(f"seed {seed}", flush=True)
+    base = Path(tempfile.mkdtemp(prefix="modelpress-drills-")).resolve()
+    os.environ["DVC_SITE_CACHE_DIR"] = str(base / "site")  # DVC's notes on files, in no place that outlives the drills
+    try:
+        tallies = _hold(base, chosen, rounds, seed)
+    finally:
+        if not keep:
+            shutil.rmtree(base, ignore_errors=True)
+    Console().print(_table(tallies))
+    for tally in tallies:
+        for line in tally.lost:
+            print(f"{tally.fault}: {line}")
+    sys.exit(0 if all(tally.sound for tally in tallies) else 1)
+
+
+def _hold(base: Path, chosen: list[str], rounds: int, seed: int) -> list[Tally]:
+    from flows.local import quiet, server
+
+    home = base / "server"
+    home.mkdir()
+    quiet(home)
+    os.environ.pop("PREFECT_API_URL", None)
+    with server(home) as prefect:
+        if prefect:
+            prefect.wait()
+        url = os.environ.pop("PREFECT_API_URL")
+        try:
+            finished = pipeline.create(base / "finished")
+            finished.dvc("repro", "--quiet")
+            # dice of its own: a drill strikes alike whether the others are held or not
+            yards = [Yard(n, base / n, url, finished, _dice(seed, n), rounds) for n in chosen]
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                return list(pool.map(_timed, yards))
+        finally:
+            os.environ["PREFECT_API_URL"] = url
+
+
+def _dice(seed: int, name: str) -> random.Random:
+    return random.Random(f"{seed} {name}")  # noqa: S311 - to be thrown again, not to be secret
+
+
+def _timed(yard: Yard) -> Tally:
+    start = time.monotonic()
+    yard.say(DRILLS[yard.name].__doc__ or "")
+    try:
+        tally = DRILLS[yard.name](yard)
+    except Exception as error:  # one drill that cannot be held does not stop the others, and is no success
+        tally = Tally(yard.name, 1, 0, [f"the drill itself failed: {type(error).__name__}: {error}"])
+    tally.remark = "; ".join(filter(None, [tally.remark, f"{time.monotonic() - start:.0f} s"]))
+    return tally
+
+
+def _table(tallies: list[Tally]) -> Table:
+    table = Table("fault", "count", "recovered", "lost", "", box=None, pad_edge=False, header_style="bold")
+    for tally in tallies:
+        style = "" if tally.sound else "red"
+        row = (tally.fault, str(tally.count), str(tally.recovered), str(len(tally.lost)), tally.remark)
+        table.add_row(*row, style=style)
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,146 @@
+"""SIGKILL of the worker and of the server under `modelpress serve`, while a deployed run is at work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from drills import toy as pipeline
+from drills.away import closed_port
+from drills.processes import family, orphans, soon, strike
+from drills.yard import Tally, Yard, last_line
+from tests.functional.toy import Toy, cli_env
+
+FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+START_SECONDS = 300.0  # for all services, on a busy machine
+RUN_SECONDS = 150.0  # for a deployed run, a restart of a service included
+WRITING = "1.0"  # seconds that a stage writes for
+TRIES = 2  # of a deployed run: one that was struck, and the next
+
+
+def kill_service(yard: Yard) -> Tally:
+    """The worker, then Prefect's server: `serve` starts them again, and the run or the next one finishes."""
+    tally = Tally("worker, server killed")
+    toy = yard.toy()
+    api = f"http://127.0.0.1:{(port := closed_port())}/api"
+    with _serving(yard, toy, port, api) as serve:
+        for number in range(yard.rounds):
+            for victim in ("worker", "server"):
+                tally.count += 1
+                tally.recovered += _strike(yard, toy, tally, serve, api, victim, number)
+    tally.lost += [f"orphan: {line}" for line in orphans(toy.root)]
+    return tally
+
+
+def _strike(
+    yard: Yard, toy: Toy, tally: Tally, serve: subprocess.Popen[str], api: str, victim: str, number: int
+) -> bool:
+    """A deployed run of a new definition, one blow while it works, and its result by tag."""
+    for stage in ("download", "report"):
+        pipeline.turn(toy, stage, 10 * (number + 1) + len(victim))
+    pipeline.commit(toy)
+    tries = []
+    name = f"{victim}-{number}"
+    run = _create(api, name)
+    if not soon(lambda: _at_work(toy, name), RUN_SECONDS):
+        tally.lost.append(f"{victim}: the run did not begin: {_state(api, run)}")
+        return False
+    time.sleep(yard.dice.uniform(0, 8))
+    struck = strike(family(serve.pid, lambda line: line[3:6] == ["prefect", "--no-prompt", victim]))
+    then = time.monotonic()
+    for attempt in range(TRIES):
+        soon(lambda run=run: _state(api, run) in FINAL, RUN_SECONDS)  # type: ignore[misc]
+        tries.append(_state(api, run))
+        yard.say(f"{victim} {'struck' if struck else 'missed'}: {tries[-1]} {time.monotonic() - then:.0f} s later")
+        if tries[-1] == "COMPLETED" or attempt == TRIES - 1:
+            break
+        name = f"{name}-again"
+        run = _create(api, name)
+    if tries[-1] != "COMPLETED":
+        tally.lost.append(f"{victim}: {', then '.join(tries)}")
+        return False
+    before = len(tally.lost)
+    tally.lost += [f"{victim}: {line}" for line in _differences(yard, toy, f"run/{name}")]
+    return len(tally.lost) == before
+
+
+def _differences(yard: Yard, toy: Toy, tag: str) -> Iterator[str]:
+    """Where what the tag brings back is not what an undisturbed run makes."""
+    clone = Toy(yard.root / tag.replace("/", "-"))
+    toy.command("git", "clone", "--quiet", "--branch", tag, str(toy.root), str(clone.root))
+    clone.write(".dvc/config.local", f"[cache]\n    dir = {toy.root}/.dvc/cache\n")
+    clone.dvc("repro", "--quiet")
+    if ran := clone.executed():
+        yield f"{tag} had to compute {', '.join(ran)}"
+    found, right = pipeline.outputs(clone.root), yard.right(clone)
+    yield from (f"{path} of {tag} differs" for path in sorted({*found, *right}) if found.get(path) != right.get(path))
+
+
+def _at_work(toy: Toy, name: str) -> bool:
+    """Whether a stage of the run has begun in its workspace."""
+    return (toy.root / ".modelpress/runs" / name / "times.jsonl").exists()
+
+
+@contextmanager
+def _serving(yard: Yard, toy: Toy, port: int, api: str) -> Iterator[subprocess.Popen[str]]:
+    """`modelpress serve` at work; Ctrl-C ends it."""
+    log = (toy.root.parent / "serve.log").open("w", encoding="utf-8")
+    env = {**yard.env(DRILL_SECONDS=WRITING), "PREFECT_API_URL": "", "PREFECT_HOME": str(toy.root / ".prefect")}
+    command = [sys.executable, "-c", "from flows.cli import main; main()", "serve"]
+    command += ["--port", str(port), "--mlflow-port", str(closed_port())]
+    serve = subprocess.Popen(
+        command, cwd=toy.root, env=cli_env(**env), stdout=log, stderr=log, text=True, start_new_session=True
+    )
+    try:
+        soon(lambda: "press Ctrl-C" in _read(toy) or serve.poll() is not None, START_SECONDS)
+        if "press Ctrl-C" not in _read(toy):
+            raise RuntimeError(f"modelpress serve did not start: {last_line(_read(toy))}")
+        yield serve
+    finally:
+        serve.terminate()
+        try:
+            serve.wait(60)
+        except subprocess.TimeoutExpired:
+            serve.kill()
+        log.close()
+
+
+def _read(toy: Toy) -> str:
+    return (toy.root.parent / "serve.log").read_text(encoding="utf-8")
+
+
+def _create(api: str, name: str) -> str:
+    """Start `press/on-demand` as the button in the pages does; the run's id. The server may be about to return."""
+    found: list[str] = []
+
+    def ask() -> bool:
+        try:
+            deployment = _ask(api, "/deployments/name/press/on-demand")["id"]
+            found.append(_ask(api, f"/deployments/{deployment}/create_flow_run", {"name": name})["id"])
+        except OSError:
+            time.sleep(0.5)
+        return bool(found)
+
+    soon(ask)
+    return found[0]
+
+
+def _state(api: str, run: str) -> str:
+    try:
+        return str(_ask(api, f"/flow_runs/{run}")["state_type"])
+    except OSError:
+        time.sleep(0.5)
+        return "no answer"
+
+
+def _ask(api: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{api}{path}", data, {"Content-Type": "application/json"})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310 - this machine's own server
+        return json.loads(answer.read())

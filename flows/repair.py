@@ -1,0 +1,111 @@
+"""`modelpress doctor --repair`: mend what neither DVC nor the next run gets over by itself.
+
+Only what is damaged is taken away, and only what a run makes or restores again. Nothing is done while a run is at work.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from flows.checkout import exclusive, is_held
+from flows.dvc_state import LOCK_FILE, RWLOCK, dvc_at_work, lock_file_problem, locks_problem, sound_lock_file
+from flows.errors import FlowError
+from flows.kept import recover
+from flows.plan import cache_folder
+from flows.scrub import Progress, damaged_objects, links_to
+from flows.workspace import ABOUT, RUNS, git, workspaces
+
+ASIDE = "dvc.lock.damaged"
+OPENING = 60.0  # seconds in which a workspace without a description may be one that is just being made
+
+
+def repair(root: Path, progress: Progress) -> Iterator[str]:
+    """Mend the checkout `root`, the workspaces of its runs and the cache they share; a line for each thing mended.
+
+    FlowError if a run or DVC is at work in one of them.
+    """
+    with ExitStack() as stack:
+        spaces = [space.root for space in workspaces(root)]
+        for checkout in [root, *spaces]:
+            stack.enter_context(exclusive(checkout))
+            _require_no_dvc(checkout)
+        yield from _worktrees(root)
+        for checkout in [root, *spaces]:
+            where = "" if checkout == root else f" in {checkout.relative_to(root)}"
+            for line in (*_locks(checkout), *_lock_file(checkout), *_kept(checkout)):
+                yield line + where
+        yield from _cache(root, progress)
+
+
+def _require_no_dvc(root: Path) -> None:
+    for pid, command in dvc_at_work(root):
+        raise FlowError(f"`{command}` (process {pid}) is at work in {root}; wait until it ends")
+
+
+def _worktrees(root: Path) -> Iterator[str]:
+    """Worktrees of which git or we know only half: a run was killed while it made or removed one."""
+    for folder in sorted((root / RUNS).iterdir()) if (root / RUNS).is_dir() else ():
+        old = time.time() - folder.lstat().st_mtime > OPENING
+        if folder.is_dir() and not (folder / ABOUT).exists() and old and not is_held(folder):
+            shutil.rmtree(folder)
+            yield f"deleted {folder.relative_to(root)}, the workspace of a run that had not begun"
+    gone = re.findall(r"^worktree (.+)\n(?:.+\n)*prunable", git(root, "worktree", "list", "--porcelain"), re.MULTILINE)
+    if gone:
+        git(root, "worktree", "prune")
+        yield f"git forgets worktrees that are gone: {', '.join(gone)}"
+
+
+def _locks(root: Path) -> Iterator[str]:
+    if problem := locks_problem(root):
+        (root / RWLOCK).unlink(missing_ok=True)
+        yield f"removed {RWLOCK}: {problem}"
+
+
+def _lock_file(root: Path) -> Iterator[str]:
+    """dvc.lock as git has it; else none, for DVC's run cache knows what it held."""
+    problem = lock_file_problem(root)
+    if problem is None:
+        return
+    path, aside = root / LOCK_FILE, ""
+    if path.read_bytes().strip():
+        path.replace(root / ASIDE)
+        aside = f", what was left of it is in {ASIDE}"
+    committed = _committed(root)
+    if committed is not None:
+        part = path.with_suffix(".lock.part")
+        part.write_text(committed, encoding="utf-8")
+        part.replace(path)
+        yield f"{LOCK_FILE} {problem}: it is as committed again{aside}"
+    else:
+        path.unlink(missing_ok=True)
+        yield f"{LOCK_FILE} {problem}: removed, the next run restores it from DVC's run cache{aside}"
+
+
+def _committed(root: Path) -> str | None:
+    try:
+        text = git(root, "show", f"HEAD:./{LOCK_FILE}")
+    except FlowError:
+        return None
+    return text + "\n" if sound_lock_file(text) else None
+
+
+def _kept(root: Path) -> Iterator[str]:
+    for path in recover(root):
+        yield f"{path} is back: a run that was killed had taken it away"
+
+
+def _cache(root: Path, progress: Progress) -> Iterator[str]:
+    """Links first: were this killed in between, the object would still be found the next time."""
+    cache = cache_folder(root)
+    objects = damaged_objects(cache, progress)
+    for link in links_to(root, objects, cache):
+        link.unlink()
+        yield f"deleted {link.relative_to(root)}: its bytes were damaged in DVC's cache; the next run makes it again"
+    for path in objects:
+        path.unlink()
+        yield f"deleted {path.relative_to(cache)} from DVC's cache: its bytes were not those of its name"

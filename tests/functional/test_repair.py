@@ -1,0 +1,66 @@
+"""`modelpress doctor --repair`, and the run after it: the same bytes as before the damage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from tests.functional.toy import Toy
+
+
+def _damage(path: Path) -> None:
+    """Another byte with the same size, time and mode: nothing but reading it tells."""
+    before, content = path.stat(), path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    path.chmod(0o444)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _outputs(toy: Toy) -> dict[str, bytes]:
+    files = [path for place in ("models", "metrics", "report") for path in (toy.root / place).rglob("*")]
+    return {str(path): path.read_bytes() for path in files if path.is_file()}
+
+
+def test_damaged_objects_and_the_links_to_them_are_made_again(toy: Toy, prefect_server: str) -> None:
+    toy.set(gate__four_bit=0.9)
+    toy.run()
+    toy.dvc("checkout", "--relink")  # the copy of the toy has copies for links
+    before = _outputs(toy)
+    model = toy.root / "models/int8/content.json"
+    cache = toy.root / ".dvc/cache/files/md5"
+    digest = hashlib.md5(model.read_bytes()).hexdigest()
+    _damage(cache / digest[:2] / digest[2:])
+    assert model.read_bytes() != before[str(model)]  # it is the same file
+    listing = next(path for path in cache.glob("*/*.dir") if "summary.json" in path.read_text())
+    _damage(listing)
+    toy.write("dvc.lock", "")
+    assert "nothing to do" not in (refused := toy.cli("run", PREFECT_API_URL=prefect_server)).stdout
+    assert "`modelpress doctor --repair` mends it" in refused.stderr
+
+    ran = len(toy.executed())
+    done = toy.cli("doctor", "--repair")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 4
+    assert "deleted models/int8/content.json" in done.stdout
+    assert not model.exists()
+    assert toy.cli("doctor", "--repair").stdout == "nothing to mend\n"
+
+    toy.run()
+    assert _outputs(toy) == before
+    assert set(toy.executed()[ran:]) == {"quantize@int8", "report"}  # the others came from the run cache
+    assert json.loads(listing.read_text())
+    assert toy.dvc("status").strip() == "Data and pipelines are up to date."
+
+
+def test_damage_is_not_mended_while_a_run_is_at_work(toy: Toy) -> None:
+    from flows.checkout import exclusive
+
+    toy.write("dvc.lock", "")
+    with exclusive(toy.root):
+        done = toy.cli("doctor", "--repair")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: another run (process ")
+    assert toy.read("dvc.lock") == ""

@@ -1,0 +1,172 @@
+"""What `doctor --repair` takes away, puts back and leaves alone, on real git and DVC without a pipeline's work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.checkout import exclusive
+from flows.errors import FlowError
+from flows.repair import OPENING, repair
+from flows.scrub import damaged_objects, links_to
+from flows.workspace import git
+
+LOCK = "schema: '2.0'\nstages:\n  a:\n    cmd: x\n    outs:\n    - path: models/a\n      md5: 00\n"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A git and DVC repository with one commit."""
+    root = tmp_path / "project"
+    (root / ".dvc").mkdir(parents=True)
+    (root / ".dvc/config").touch()
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    git(root, "init", "--quiet")
+    _commit(root)
+    return root
+
+
+def _commit(root: Path) -> None:
+    git(root, "add", "--all")
+    git(root, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "x")
+
+
+def mend(root: Path) -> list[str]:
+    return list(repair(root, lambda read, total: None))
+
+
+def keep(root: Path, content: bytes, suffix: str = "") -> Path:
+    """An object of the cache."""
+    digest = hashlib.md5(content).hexdigest()
+    path = root / ".dvc/cache/files/md5" / digest[:2] / (digest[2:] + suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    path.chmod(0o444)
+    return path
+
+
+def test_a_sound_project_is_left_as_it_is(project: Path) -> None:
+    sound = keep(project, b"sound")
+    (project / "dvc.lock").write_text(LOCK)
+    assert mend(project) == []
+    assert sound.read_bytes() == b"sound"
+    assert (project / "dvc.lock").read_text() == LOCK
+
+
+def test_a_committed_lock_file_is_as_committed_again(project: Path) -> None:
+    (project / "dvc.lock").write_text(LOCK)
+    _commit(project)
+    (project / "dvc.lock").write_text("")
+    assert mend(project) == ["dvc.lock is empty, as after a crash or a full disk: it is as committed again"]
+    assert (project / "dvc.lock").read_text() == LOCK
+    assert not (project / "dvc.lock.damaged").exists()
+
+
+def test_a_damaged_lock_file_is_moved_aside_where_git_has_none(project: Path) -> None:
+    (project / "dvc.lock").write_text(LOCK[:30])
+    (line,) = mend(project)
+    assert "what was left of it is in dvc.lock.damaged" in line
+    assert not (project / "dvc.lock").exists()
+    assert (project / "dvc.lock.damaged").read_text() == LOCK[:30]
+    assert mend(project) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", json.dumps({"write": {"a": {"pid": os.getpid(), "cmd": "dvc repro"}}})])
+def test_locks_that_nobody_holds_are_removed(project: Path, text: str) -> None:
+    lock = project / ".dvc/tmp/rwlock"
+    lock.parent.mkdir()
+    lock.write_text(text)
+    (line,) = mend(project)
+    assert line.startswith("removed .dvc/tmp/rwlock: is ")
+    assert not lock.exists()
+
+
+def test_nothing_is_touched_while_a_run_or_dvc_is_at_work(project: Path) -> None:
+    (project / "dvc.lock").touch()
+    with exclusive(project), pytest.raises(FlowError, match="another run"):
+        mend(project)
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "dvc"])
+    try:
+        (project / ".dvc/tmp").mkdir()
+        held = {"read": {"a": [{"pid": sleeper.pid, "cmd": "dvc repro"}]}}
+        (project / ".dvc/tmp/rwlock").write_text(json.dumps(held))
+        with pytest.raises(FlowError, match=rf"`dvc repro` \(process {sleeper.pid}\) is at work"):
+            mend(project)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert (project / "dvc.lock").exists()
+    assert (project / ".dvc/tmp/rwlock").exists()
+
+
+def test_a_damaged_object_goes_with_all_links_to_it(project: Path) -> None:
+    sound, bad, listing = keep(project, b"sound"), keep(project, b"was sound"), keep(project, b"[]", ".dir")
+    links = [project / "models/a/weights", project / ".modelpress/runs/x/models/a/weights", project / "results/link"]
+    for link in links:
+        link.parent.mkdir(parents=True, exist_ok=True)
+    os.link(bad, links[0])
+    os.link(bad, links[1])
+    links[2].symlink_to(bad)
+    os.link(sound, project / "models/a/config")
+    before = bad.stat()
+    for path in (bad, listing):  # through a link, as root can; size, time and mode tell nothing
+        path.chmod(0o644)
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+        path.chmod(0o444)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    lines = mend(project)
+    assert len(lines) == 5
+    assert not any(os.path.lexists(path) for path in [*links, bad, listing])
+    assert (project / "models/a/config").read_bytes() == sound.read_bytes() == b"sound"
+    assert mend(project) == []
+
+
+def test_what_is_no_object_is_neither_read_nor_deleted(project: Path) -> None:
+    cache = project / ".dvc/cache"
+    strange = [cache / "files/md5/ab/short", cache / "runs/ab/abc", cache / "files/md5/zz/" / ("0" * 30)]
+    for path in strange:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    assert damaged_objects(cache, lambda read, total: None) == []
+    assert links_to(project, [], cache) == []
+    assert mend(project) == []
+    assert all(path.exists() for path in strange)
+
+
+def test_progress_ends_with_all_that_was_read(project: Path) -> None:
+    keep(project, b"12345")
+    keep(project, b"123")
+    told: list[tuple[int, int]] = []
+    list(repair(project, lambda read, total: told.append((read, total))))
+    assert told[-1] == (8, 8)
+
+
+def test_what_a_killed_run_took_away_is_back(project: Path) -> None:
+    (project / ".modelpress/kept/quantize@a").mkdir(parents=True)
+    (project / ".modelpress/kept/quantize@a/models%2Fa").write_text("old")
+    assert mend(project) == ["models/a is back: a run that was killed had taken it away"]
+    assert (project / "models/a").read_text() == "old"
+
+
+def test_worktrees_of_which_half_is_left_are_forgotten(project: Path) -> None:
+    runs = project / ".modelpress/runs"
+    for name in ("gone", "unbegun", "opening"):
+        git(project, "worktree", "add", "--quiet", "--detach", str(runs / name), "HEAD")
+    shutil.rmtree(runs / "gone")
+    then = time.time() - 2 * OPENING
+    os.utime(runs / "unbegun", (then, then))
+    lines = mend(project)
+    assert "deleted .modelpress/runs/unbegun, the workspace of a run that had not begun" in lines
+    assert lines[1] == f"git forgets worktrees that are gone: {runs / 'gone'}, {runs / 'unbegun'}"
+    assert len(lines) == 2
+    assert git(project, "worktree", "list").count("\n") == 1
+    assert (runs / "opening").is_dir()
