@@ -79,7 +79,11 @@ def test_a_damaged_lock_file_is_moved_aside_where_git_has_none(project: Path) ->
     assert mend(project) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", json.dumps({"write": {"a": {"pid": os.getpid(), "cmd": "dvc repro"}}})])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", json.dumps({"write": {"a": {"pid": os.getpid(), "cmd": "dvc repro"}}})],
+    ids=["empty", "cut", "of a process that is no dvc"],
+)
 def test_locks_that_nobody_holds_are_removed(project: Path, text: str) -> None:
     lock = project / ".dvc/tmp/rwlock"
     lock.parent.mkdir()
