@@ -25,6 +25,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.functional.toy import PROJECT, Toy
 
+TOKEN = "hf_planted_" + "x" * 20
 SCREENSHOTS = PROJECT / ".screenshots"
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
@@ -108,7 +109,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     arguments = ("serve", "--port", str(ports[0]), "--mlflow-port", str(ports[1]))
     log = toy.root / "serve.log"
     quick = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"}
-    process = toy.start_cli(*arguments, PREFECT_HOME=str(toy.root / ".prefect"), PREFECT_API_URL="", **quick)
+    process = toy.start_cli(
+        *arguments, PREFECT_HOME=str(toy.root / ".prefect"), PREFECT_API_URL="", HF_TOKEN=TOKEN, **quick
+    )
     assert process.stdout is not None
     lines: list[str] = []
     for line in process.stdout:
@@ -202,6 +205,14 @@ def test_a_scheduled_run_starts_and_finishes(served: Served) -> None:
     finally:
         served.api(f"/deployments/{nightly['id']}/schedules/{schedule['id']}", method="DELETE")
     assert all(run["auto_scheduled"] for run in served.runs("nightly"))
+
+
+def test_a_planted_token_is_nowhere(served: Served) -> None:
+    """After runs that finished, one that was cancelled and one from the schedule: in no log, database or commit."""
+    files = [path for path in served.toy.root.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert any(path.name == "prefect.db" for path in files)
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
+    assert TOKEN not in served.toy.command("git", "log", "--all", "--patch")
 
 
 @pytest.fixture
