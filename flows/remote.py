@@ -22,11 +22,12 @@ def share_dvc(home: Path, root: Path, cache: Path | str) -> None:
     """Let the worktree `root` of `home` use its cache, and its remotes with what only this machine knows of them."""
     config = _read(home / LOCAL)
     config.setdefault("cache", {})["dir"] = str(cache)
-    for section, values in {**_read(home / CONFIG), **config}.items():
-        url = values.get("url", "")
-        if section.startswith('remote "') and url and "://" not in url:
-            # DVC reads it from where the configuration lies, which is elsewhere in a worktree
-            config.setdefault(section, {})["url"] = os.path.normpath(home / ".dvc" / url)
+    for part in (_read(home / CONFIG), _read(home / LOCAL)):  # the second has the last word
+        for section, values in part.items():
+            url = values.get("url", "")
+            if section.startswith('remote "') and url and "://" not in url:
+                # DVC reads it from where the configuration lies, which is elsewhere in a worktree
+                config.setdefault(section, {})["url"] = os.path.normpath(home / ".dvc" / url)
     path = root / LOCAL
     path.touch(mode=0o600)
     path.write_text("\n".join(config.write()) + "\n", encoding="utf-8")
@@ -38,7 +39,7 @@ def push(root: Path) -> str | None:
     if status or not lines:
         return None
     status, lines = _dvc(root, "push")
-    return last_word(lines, status) if status else None
+    return last_word([line for line in lines if line.startswith("ERROR: ")], status) if status else None
 
 
 def _read(path: Path) -> ConfigObj:
@@ -55,4 +56,4 @@ def _dvc(root: Path, *arguments: str) -> tuple[int, list[str]]:
         text=True,
         check=False,
     )
-    return done.returncode, (done.stdout + done.stderr).split("\n") if done.stdout + done.stderr else []
+    return done.returncode, (done.stdout + done.stderr).splitlines()

@@ -110,6 +110,7 @@ def _ray(cluster: str | None, workers: int) -> TaskRunner[Any]:
         from prefect_ray.task_runners import RayTaskRunner
     except ImportError as error:
         raise _missing("ray", error) from error
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if cluster:
         return RayTaskRunner(address=cluster)
     return RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})

@@ -120,6 +120,7 @@ def test_a_workspace_knows_the_remote_and_what_only_this_machine_knows_of_it(toy
     toy.dvc("remote", "add", "--default", "share", BUCKET)
     toy.dvc("remote", "add", "disk", "../disk")
     toy.dvc("remote", "modify", "--local", "share", "secret_access_key", "a=b, 'c'")
+    toy.dvc("remote", "modify", "--local", "disk", "verify", "true")
     commit(toy)
     tree = toy.root / ".modelpress/runs/otter"
     toy.command("git", "worktree", "add", "--quiet", "--detach", str(tree), "HEAD")
@@ -128,5 +129,5 @@ def test_a_workspace_knows_the_remote_and_what_only_this_machine_knows_of_it(toy
     code = "import json; from dvc.repo import Repo; print(json.dumps([Repo().config[k] for k in ('remote', 'cache')]))"
     remotes, cache = json.loads(Toy(tree).command("python", "-c", code))
     assert (remotes["share"]["url"], remotes["share"]["secret_access_key"]) == (BUCKET, "a=b, 'c'")
-    assert remotes["disk"]["url"] == str(tmp_path / "disk")
+    assert (remotes["disk"]["url"], remotes["disk"]["verify"]) == (str(tmp_path / "disk"), True)
     assert cache["dir"] == str(toy.root / ".dvc/cache")
