@@ -25,14 +25,17 @@ TRIES = 2  # of a deployed run: one that was struck, and the next
 
 
 def kill_service(yard: Yard) -> Tally:
-    """The worker, then Prefect's server: `serve` starts them again, and the run or the next one finishes."""
-    tally = Tally("worker, server killed")
+    """Prefect's server, then the worker: `serve` starts them again, and the run or the next one finishes."""
+    tally = Tally("server, worker killed")
     toy = yard.toy()
     api = f"http://127.0.0.1:{(port := closed_port())}/api"
     with _serving(yard, toy, port, api) as serve:
         for number in range(yard.rounds):
-            for victim in ("worker", "server"):
+            for which, victim in enumerate(("server", "worker"), start=1):
                 tally.count += 1
+                for stage in ("download", "report"):
+                    pipeline.turn(toy, stage, 10 * (number + 1) + which)
+                pipeline.commit(toy)
                 tally.recovered += _strike(yard, toy, tally, serve, api, victim, number)
     tally.lost += [f"orphan: {line}" for line in orphans(toy.root)]
     return tally
@@ -41,10 +44,7 @@ def kill_service(yard: Yard) -> Tally:
 def _strike(
     yard: Yard, toy: Toy, tally: Tally, serve: subprocess.Popen[str], api: str, victim: str, number: int
 ) -> bool:
-    """A deployed run of a new definition, one blow while it works, and its result by tag."""
-    for stage in ("download", "report"):
-        pipeline.turn(toy, stage, 10 * (number + 1) + len(victim))
-    pipeline.commit(toy)
+    """A deployed run, one blow while it works, and its result by tag."""
     tries = []
     name = f"{victim}-{number}"
     run = _create(api, name)

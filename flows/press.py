@@ -91,8 +91,11 @@ def press(
     try:
         results = bring_up_to_date(space.root, home, jobs, None)
         commit(space)
-    except BaseException as error:
+    except Exception as error:
         fail(space, str(error) or type(error).__name__)
+        raise
+    except BaseException as interrupt:
+        fail(space, f"interrupted ({type(interrupt).__name__})")  # its own text is an exit status at best
         raise
     show_run(space.root, home, space.tag, str(flow_run.id))
     remove(space)
