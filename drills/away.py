@@ -40,6 +40,7 @@ def mlflow_away(yard: Yard) -> Tally:
     """MLFLOW_TRACKING_URI leads nowhere: the run is complete and says so; the next one is recorded."""
     tally = Tally("MLflow away")
     toy = yard.toy()
+    yard.run(toy)  # its store is there, and holds one run
     for number in range(yard.rounds):
         pipeline.turn(toy, "report", 1 + number)
         recorded = len(toy.mlflow_runs())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from drills import toy as pipeline
 from drills.away import closed_port
 from drills.processes import family, orphans, soon, strike
 from drills.yard import Tally, Yard, last_line
-from tests.functional.toy import Toy, cli_env
+from flows.process import Process
+from tests.functional.toy import Toy, cli_command, cli_env
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 START_SECONDS = 300.0  # for all services, on a busy machine
@@ -25,26 +25,24 @@ TRIES = 2  # of a deployed run: one that was struck, and the next
 
 
 def kill_service(yard: Yard) -> Tally:
-    """The worker, then Prefect's server: `serve` starts them again, and the run or the next one finishes."""
-    tally = Tally("worker, server killed")
+    """Prefect's server, then the worker: `serve` starts them again, and the run or the next one finishes."""
+    tally = Tally("server, worker killed")
     toy = yard.toy()
     api = f"http://127.0.0.1:{(port := closed_port())}/api"
-    with _serving(yard, toy, port, api) as serve:
+    with _serving(yard, toy, port):
         for number in range(yard.rounds):
-            for victim in ("worker", "server"):
+            for which, victim in enumerate(("server", "worker"), start=1):
                 tally.count += 1
-                tally.recovered += _strike(yard, toy, tally, serve, api, victim, number)
+                for stage in ("download", "report"):
+                    pipeline.turn(toy, stage, 10 * (number + 1) + which)
+                pipeline.commit(toy)
+                tally.recovered += _strike(yard, toy, tally, api, victim, number)
     tally.lost += [f"orphan: {line}" for line in orphans(toy.root)]
     return tally
 
 
-def _strike(
-    yard: Yard, toy: Toy, tally: Tally, serve: subprocess.Popen[str], api: str, victim: str, number: int
-) -> bool:
-    """A deployed run of a new definition, one blow while it works, and its result by tag."""
-    for stage in ("download", "report"):
-        pipeline.turn(toy, stage, 10 * (number + 1) + len(victim))
-    pipeline.commit(toy)
+def _strike(yard: Yard, toy: Toy, tally: Tally, api: str, victim: str, number: int) -> bool:
+    """A deployed run, one blow while it works, and its result by tag."""
     tries = []
     name = f"{victim}-{number}"
     run = _create(api, name)
@@ -52,7 +50,7 @@ def _strike(
         tally.lost.append(f"{victim}: the run did not begin: {_state(api, run)}")
         return False
     time.sleep(yard.dice.uniform(0, 8))
-    struck = strike(family(serve.pid, lambda line: line[3:6] == ["prefect", "--no-prompt", victim]))
+    struck = strike(family(os.getpid(), lambda line: line[3:6] == ["prefect", "--no-prompt", victim]))
     then = time.monotonic()
     for attempt in range(TRIES):
         soon(lambda run=run: _state(api, run) in FINAL, RUN_SECONDS)  # type: ignore[misc]
@@ -88,27 +86,19 @@ def _at_work(toy: Toy, name: str) -> bool:
 
 
 @contextmanager
-def _serving(yard: Yard, toy: Toy, port: int, api: str) -> Iterator[subprocess.Popen[str]]:
-    """`modelpress serve` at work; Ctrl-C ends it."""
-    log = (toy.root.parent / "serve.log").open("w", encoding="utf-8")
-    env = {**yard.env(DRILL_SECONDS=WRITING), "PREFECT_API_URL": "", "PREFECT_HOME": str(toy.root / ".prefect")}
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "serve"]
-    command += ["--port", str(port), "--mlflow-port", str(closed_port())]
-    serve = subprocess.Popen(
-        command, cwd=toy.root, env=cli_env(**env), stdout=log, stderr=log, text=True, start_new_session=True
-    )
-    try:
-        soon(lambda: "press Ctrl-C" in _read(toy) or serve.poll() is not None, START_SECONDS)
+def _serving(yard: Yard, toy: Toy, port: int) -> Iterator[None]:
+    """`modelpress serve` at work; it ends with the drill, however that ends."""
+    env = cli_env(**yard.env(DRILL_SECONDS=WRITING), PREFECT_HOME=str(toy.root / ".prefect"))
+    del env["PREFECT_API_URL"]
+    command = cli_command("serve", "--port", str(port), "--mlflow-port", str(closed_port()))
+    with (
+        (toy.root.parent / "serve.log").open("w", encoding="utf-8") as log,
+        Process(command, toy.root, env, output=log.fileno()) as serve,
+    ):
+        soon(lambda: "press Ctrl-C" in _read(toy) or not serve.alive, START_SECONDS)
         if "press Ctrl-C" not in _read(toy):
             raise RuntimeError(f"modelpress serve did not start: {last_line(_read(toy))}")
-        yield serve
-    finally:
-        serve.terminate()
-        try:
-            serve.wait(60)
-        except subprocess.TimeoutExpired:
-            serve.kill()
-        log.close()
+        yield
 
 
 def _read(toy: Toy) -> str:

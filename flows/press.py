@@ -97,9 +97,11 @@ def press(
     try:
         results = bring_up_to_date(space.root, home, jobs, None, place)
         kept = commit(space)
-    except BaseException as error:
-        cancelled = not isinstance(error, Exception)
-        fail(space, f"cancelled ({type(error).__name__})" if cancelled else str(error) or type(error).__name__)
+    except Exception as error:
+        fail(space, str(error) or type(error).__name__)
+        raise
+    except BaseException as interrupt:
+        fail(space, f"cancelled ({type(interrupt).__name__})")  # its own text is an exit status at best
         raise
     register(space.root, home, space.tag, kept, space.flow_run, log)
     if failure := push(space.root):
