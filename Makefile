@@ -6,16 +6,19 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test drills lint types lock clean
+.PHONY: help install demo ui test test-all drills lint types lock clean
 .DELETE_ON_ERROR:
 
 help: ## List what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
 
 demo: install ## Press the built-in model three ways and prove the result (about 15 minutes on 2 cores)
 	@$(BIN)/modelpress run
+
+test-all: install ## Run also the tests that take minutes: a real model, a cluster
+	@$(BIN)/pytest -n 2 --dist loadfile --run-slow
 
 ui: install ## Serve the pages of Prefect and MLflow on this machine, with a worker; Ctrl-C stops them
 	@$(BIN)/modelpress serve

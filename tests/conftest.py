@@ -20,17 +20,22 @@ if not torch.cuda.is_available():
 from tests.tiny import Corpus, tiny_corpus, tiny_model
 
 
+LEFT_OUT = {"gpu": "needs an NVIDIA GPU", "slow": "takes minutes"}  # marker -> why
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--run-gpu: also the tests that need an NVIDIA GPU."""
-    parser.addoption("--run-gpu", action="store_true", help="also run the tests that need an NVIDIA GPU")
+    """--run-gpu, --run-slow: also the tests with that marker."""
+    for marker, why in LEFT_OUT.items():
+        parser.addoption(f"--run-{marker}", action="store_true", help=f"also run the tests of which each {why}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU, unless it is asked for."""
-    if not config.getoption("--run-gpu"):
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest --run-gpu"))
+    """Leave out what is marked, unless it is asked for."""
+    for marker, why in LEFT_OUT.items():
+        if not config.getoption(f"--run-{marker}"):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=f"{why}: pytest --run-{marker}"))
 
 
 @pytest.fixture(scope="session")

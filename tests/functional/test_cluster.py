@@ -16,6 +16,7 @@ import pytest
 from tests.functional.toy import STAGES, Toy, cli_env
 
 pytest.importorskip("prefect_dask")
+pytestmark = pytest.mark.slow
 
 MADE = ("models", "metrics", "report")  # what the toy's stages write
 
