@@ -19,7 +19,6 @@ if not torch.cuda.is_available():
 
 from tests.tiny import Corpus, tiny_corpus, tiny_model
 
-
 LEFT_OUT = {"gpu": "needs an NVIDIA GPU", "slow": "takes minutes"}  # marker -> why
 
 
