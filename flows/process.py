@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from flows.memory import group_memory
 
@@ -117,6 +119,12 @@ class Process:
     def stop(self) -> None:
         """Ask whoever reads `chunks` to stop; returns at once."""
         self._stop.set()
+
+    def descendants(self) -> list[psutil.Process]:
+        """What it has started, and what that has: also those that left its process group."""
+        with suppress(psutil.Error):
+            return psutil.Process(self._popen.pid).children(recursive=True)
+        return []
 
     def terminate(self) -> None:
         """Ask the whole group to end; returns at once, so that several can end together."""

@@ -16,11 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from flows.addresses import Addresses, announced, at_work
 from flows.artifacts import MLFLOW_UI
 from flows.errors import FlowError
 from flows.overrides import read_settings
-from flows.process import Process
+from flows.process import GRACE, Process
 from flows.record import prepare_store
 from flows.words import stage_environment
 
@@ -81,8 +83,27 @@ def serve(root: Path, host: str, port: int, mlflow_port: int, say: Callable[[str
                         running[service.name] = stack.enter_context(_start(root, service))
                         _wait(root, service, running[service.name])
         finally:
+            if "worker" in running:
+                _end_runs(running["worker"])
             for process in running.values():
                 process.terminate()
+
+
+def _end_runs(worker: Process) -> None:
+    """End the flow runs that are at work, while there is a server to tell: each is in a process group of its own."""
+    runs = [process for process in worker.descendants() if _is_run(process)]
+    for run in runs:
+        with contextlib.suppress(psutil.Error):
+            run.terminate()
+    for run in psutil.wait_procs(runs, timeout=2 * GRACE)[1]:
+        with contextlib.suppress(psutil.Error):
+            run.kill()
+
+
+def _is_run(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return "prefect.engine" in process.cmdline()
+    return False
 
 
 def _server(host: str, port: int) -> _Service:

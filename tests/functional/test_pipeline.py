@@ -88,6 +88,7 @@ def test_dvc_repro_gives_the_same_bytes_and_then_the_flow_has_nothing_to_do(
     assert by_dvc.runs() == {"parents": 1, "children": 3}
 
 
+@pytest.mark.slow
 def test_a_change_of_one_variant_runs_its_stages_and_what_follows(by_flow: Checkout, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(by_flow.root, copy, symlinks=True)

@@ -113,6 +113,7 @@ def test_a_dry_run_does_nothing(here: Toy) -> None:
     assert here.command("git", "tag", "--list") == ""
 
 
+@pytest.mark.slow
 def test_a_name_that_is_taken_gets_a_part_of_the_runs_id(here: Toy) -> None:
     press("otter")
     press("otter")

@@ -67,6 +67,7 @@ def test_the_first_package_is_registered_as_a_pointer_and_is_the_champion(here: 
     assert model.tags["dvc.md5"] == tags["dvc.md5"]
 
 
+@pytest.mark.slow
 def test_the_alias_moves_to_what_is_better_and_to_nothing_else(here: Toy, caplog: pytest.LogCaptureFixture) -> None:
     variant("worse", smoothing=0.5)
     assert champion(here) == "run/first"
@@ -86,6 +87,7 @@ def test_the_alias_moves_to_what_is_better_and_to_nothing_else(here: Toy, caplog
     assert next(iter(marks)) == "run/better"  # the newest first
 
 
+@pytest.mark.slow
 def test_the_same_package_makes_no_second_version(here: Toy, caplog: pytest.LogCaptureFixture) -> None:
     press("again", variants=["int8"])
     assert versions(here) == {1: "run/first"}
@@ -93,6 +95,7 @@ def test_the_same_package_makes_no_second_version(here: Toy, caplog: pytest.LogC
     assert champion(here) == "run/first"
 
 
+@pytest.mark.slow
 def test_a_champion_that_is_not_to_be_found_keeps_its_place_and_costs_the_run_nothing(
     here: Toy, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -102,6 +105,7 @@ def test_a_champion_that_is_not_to_be_found_keeps_its_place_and_costs_the_run_no
     assert "the two cannot be compared: git show run/first:metrics/evaluate/int8.json failed" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_costs_the_registration_and_not_the_run(
     here: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

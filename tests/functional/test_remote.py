@@ -80,6 +80,7 @@ def test_a_bucket_carries_artifacts_to_another_machine(toy: Toy, tmp_path: Path,
     check_has_all_after_pull(clone(toy, tmp_path / "other"), toy)
 
 
+@pytest.mark.slow
 def test_a_deployed_run_pushes_where_there_is_a_default_remote(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_deployed_run_pushes_where_there_is_a_default_remote(
     assert other.executed() == []
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_is_told_and_the_run_is_kept(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -101,7 +101,6 @@ def test_settings_cannot_be_changed_once_they_are_checked() -> None:
 def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
     with pytest.raises(TaskError, match=r"names nonesuch, .*boolq_local, .*, piqa_local"):
         check_tasks(["piqa_local", "nonesuch"], Path("evals"))
-    check_tasks(["piqa_local", "arc_easy"], Path("evals"))
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
