@@ -17,7 +17,7 @@ from prefect.artifacts import (
 )
 
 from flows.facts import read_json
-from flows.plan import Plan
+from flows.plan import ACTIONS, Plan
 from flows.record import find_run
 
 MLFLOW_UI = "MODELPRESS_MLFLOW_UI"  # the environment variable that holds the address of MLflow's pages
@@ -73,8 +73,7 @@ def show_run(root: Path, home: Path, tag: str, flow_run: str) -> None:
 
 def show_plan(plan: Plan) -> None:
     """What a run would do with each stage, and why."""
-    words = {"changed": "run", "cached": "restore", "unchanged": "-"}
-    rows = [{"stage": s.name, "what": words[s.state], "why": "; ".join(s.reasons)} for s in plan.values()]
+    rows = [{"stage": s.name, "what": ACTIONS[s.state], "why": "; ".join(s.reasons)} for s in plan.values()]
     create_table_artifact(key="plan", table=rows, description="what a run would do; nothing was done")
 
 

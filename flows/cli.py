@@ -125,17 +125,16 @@ def plan() -> None:
     quiet(root)
     from flows.dvc_state import check_dvc
     from flows.overrides import read_settings
-    from flows.plan import read_plan, summary
+    from flows.plan import ACTIONS, read_plan, summary
 
     check_dvc(root)
     read_settings(root / "params.yaml")
     stages = read_plan(root)
     table = Table("stage", "what", "why", "size", box=None, pad_edge=False, header_style="bold")
-    words = {"changed": "run", "cached": "restore", "unchanged": "-"}
     for stage in stages.values():
         sizes = [out.size for out in stage.outs]
         size = "?" if None in sizes else _bytes(sum(s for s in sizes if s is not None))
-        table.add_row(stage.name, words[stage.state], "; ".join(stage.reasons), size)
+        table.add_row(stage.name, ACTIONS[stage.state], "; ".join(stage.reasons), size)
     Console(soft_wrap=False).print(table)
     print(f"\n{summary(stages)}")
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dvc.stage import PipelineStage
 
 State = Literal["unchanged", "cached", "changed"]
+ACTIONS: dict[State, str] = {"changed": "run", "cached": "restore", "unchanged": "-"}
 
 
 @dataclass(frozen=True)

@@ -171,11 +171,6 @@ class Record:
             )
 
 
-def prepare_store(home: Path) -> None:
-    """Create the store if it is not there yet, so that MLflow's pages and a first run do not both do it."""
-    open_store(home)
-
-
 def find_run(home: Path, flow_run: str) -> tuple[str, str] | None:
     """The experiment and the run in which a flow run (its id) was recorded; None where MLflow does not know."""
     with suppress(Exception):

@@ -6,13 +6,12 @@ Which remote, and with what credentials, is DVC's own configuration: `dvc remote
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from configobj import ConfigObj
 
-from flows.words import last_word, stage_environment
+from flows.programs import run_module
+from flows.words import last_word
 
 CONFIG = Path(".dvc/config")
 LOCAL = Path(".dvc/config.local")  # not in git, so a worktree does not have it: credentials may be in it
@@ -35,25 +34,12 @@ def share_dvc(home: Path, root: Path, cache: Path | str) -> None:
 
 def push(root: Path) -> str | None:
     """Send what the checkout `root` holds to its default remote, if it has one; why that failed, if it did."""
-    status, lines = _dvc(root, "config", "core.remote")
+    status, lines = run_module(root, "dvc", "config", "core.remote")
     if status or not lines:
         return None
-    status, lines = _dvc(root, "push")
+    status, lines = run_module(root, "dvc", "push")
     return last_word([line for line in lines if line.startswith("ERROR: ")], status) if status else None
 
 
 def _read(path: Path) -> ConfigObj:
     return ConfigObj(path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
-
-
-def _dvc(root: Path, *arguments: str) -> tuple[int, list[str]]:
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "dvc", *arguments],
-        cwd=root,
-        env=stage_environment(os.environ),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, (done.stdout + done.stderr).splitlines()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -23,7 +22,8 @@ from flows.artifacts import MLFLOW_UI
 from flows.errors import FlowError
 from flows.overrides import read_settings
 from flows.process import GRACE, Process
-from flows.record import prepare_store
+from flows.programs import run_module
+from flows.record import open_store
 from flows.words import stage_environment
 
 POOL = "modelpress"
@@ -61,7 +61,7 @@ def serve(root: Path, host: str, port: int, mlflow_port: int, say: Callable[[str
     for wanted in ([] if mine else [port]) + [mlflow_port]:
         _require_free(host, wanted)
     _environment(root, addresses)
-    prepare_store(root)
+    open_store(root)  # now, so that MLflow's pages and a first run do not both create it
     services = [*([] if mine else [_server(host, port)]), _mlflow(root, host, mlflow_port), _worker()]
     with announced(root, addresses), contextlib.ExitStack() as stack:
         running: dict[str, Process] = {}
@@ -169,19 +169,10 @@ def _last_line(root: Path, service: _Service) -> str:
 
 def _deploy(root: Path) -> None:
     """Make the work pool and every deployment of prefect.yaml, as their own commands do."""
-    prefect = [sys.executable, "-P", "-m", "prefect", "--no-prompt"]
     for arguments in (["work-pool", "create", POOL, "--type", "process", "--overwrite"], ["deploy", "--all"]):
-        done = subprocess.run(
-            [*prefect, *arguments],
-            cwd=root,
-            env=stage_environment(os.environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no reason given"]
+        status, said = run_module(root, "prefect", "--no-prompt", *arguments)
+        if status:
+            lines = [line for line in said if line.strip()] or ["no reason given"]
             raise FlowError(f"`prefect {' '.join(arguments)}` failed: {lines[-1].strip()}")
 
 
