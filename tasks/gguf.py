@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,11 +60,12 @@ def dequantize(path: Path, destination: Path, dtype: str) -> Quantized:
     splitter = _splitter(reader, path.name)
     folder, name = path.parent, path.name
     try:
-        config = AutoConfig.from_pretrained(folder, gguf_file=name)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, config=config)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, config=config, dtype=getattr(torch, dtype)
-        )
+        with _parsed_once(reader):
+            config = AutoConfig.from_pretrained(folder, gguf_file=name)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, config=config)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, config=config, dtype=getattr(torch, dtype)
+            )
     except (ValueError, KeyError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise TaskError(f"transformers cannot read {name}: {reason}; use the model's safetensors") from error
@@ -89,6 +92,19 @@ def _read(path: Path) -> GGUFReader:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise TaskError(f"{path.name} is no whole GGUF file ({error}); fetch it again") from error
+
+
+@contextmanager
+def _parsed_once(reader: GGUFReader) -> Iterator[None]:
+    """Let transformers take what has been read: it would parse the whole file four times, seconds each."""
+    import gguf
+
+    published = gguf.GGUFReader
+    gguf.GGUFReader = lambda path: reader  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = published  # type: ignore[misc]
 
 
 def _field(reader: GGUFReader, name: str) -> Any:

@@ -1,7 +1,7 @@
 """The runtime `transformers`: Hugging Face models and compressed ones, on a CPU or a GPU.
 
 compressed-tensors models are decompressed on loading, AutoAWQ models by tasks/runtimes/awq_format.py: the arithmetic
-of the format is exact, activations of W8A8 are rounded as it says, but no integer kernel runs.
+of the format is exact, but no 4-bit kernel runs. W8A8 models multiply integers on a CPU (tasks/runtimes/w8a8.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers import (
 from tasks.device import compute_device, processor_name
 from tasks.runtimes import About, Question, Score
 from tasks.runtimes.awq_format import load_awq
+from tasks.runtimes.w8a8 import use_integers
 
 
 class TransformersRuntime:
@@ -42,7 +43,8 @@ class TransformersRuntime:
         self.about = About(
             "transformers", transformers.__version__, device, dtype, torch.get_num_threads(), processor_name()
         )
-        self.fast = method is None
+        integers = device == "cpu" and use_integers(self.model)
+        self.fast = method is None or integers
         self.note = (
             None
             if self.fast

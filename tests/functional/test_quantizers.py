@@ -105,6 +105,13 @@ def test_the_result_keeps_the_quality(
     assert result != baseline
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_has_a_kernel_calls_itself_fast(method: str, quantized: Quantized) -> None:
+    runtime = load_runtime("transformers", quantized(method), "float32")
+    assert runtime.fast == (method == "int8" and runtime.about.device == "cpu")
+    assert runtime.fast == (runtime.note is None)
+
+
 @pytest.mark.parametrize("family", [family for family in ARCHITECTURES if family != "llama"])
 def test_every_family_keeps_the_quality(
     family: str, calibration: Path, perplexity: Callable[[Path], float], tmp_path: Path

@@ -1,0 +1,84 @@
+"""Integer arithmetic of W8A8: the same numbers as compressed-tensors' own arithmetic on dequantized ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from torch import Tensor, nn
+
+from tasks.runtimes import w8a8
+from tasks.runtimes.w8a8 import Int8Linear, use_integers
+
+CHANNELS, ROWS = 64, 48
+
+
+def scheme(symmetric: bool, bits: int = 8) -> QuantizationScheme:
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(num_bits=bits, symmetric=True, strategy="channel"),
+        input_activations=QuantizationArgs(num_bits=8, symmetric=symmetric, strategy="token", dynamic=True),
+    )
+
+
+class Pair(nn.Module):
+    """Two layers that read the same input, as loaded: weights that lie on the grid, with their scales."""
+
+    def __init__(self, way: QuantizationScheme, bias: bool = False) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(1)
+        self.first, self.second = (nn.Linear(CHANNELS, ROWS, bias=bias) for _ in range(2))
+        for layer in (self.first, self.second):
+            scale = torch.rand(ROWS, 1, generator=random) + 0.01
+            layer.weight.data = torch.randint(-128, 128, (ROWS, CHANNELS), generator=random) * scale
+            layer.weight_scale = nn.Parameter(scale)
+            layer.quantization_scheme = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(x)
+
+
+def activations(*shape: int) -> Tensor:
+    """With what real ones have: outliers, a token of zeros, one that is positive throughout."""
+    x = torch.randn(*shape, CHANNELS, generator=torch.Generator().manual_seed(2))
+    x[..., 3] *= 50
+    x[..., 0, :] = 0
+    x[..., -1, :] = x[..., -1, :].abs() + 1
+    return x
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 40)])
+def test_the_product_is_that_of_the_dequantized_numbers(symmetric: bool, bias: bool, shape: tuple[int, int]) -> None:
+    model, x = Pair(scheme(symmetric), bias), activations(*shape)
+    args = scheme(symmetric).input_activations
+    assert args is not None
+    rounded = fake_quantize(x, *compute_dynamic_scales_and_zp(x, args, model.first), args)
+    with torch.inference_mode():
+        expected = model(rounded)
+        assert use_integers(model)
+        assert isinstance(model.first, Int8Linear)
+        found = model(x)
+        other = model(x.flip(0, 1)).flip(0, 1)  # another tensor is not taken for the one before it
+    assert found.shape == expected.shape
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    assert torch.equal(found, other)
+
+
+def test_another_grid_is_left_alone() -> None:
+    model = Pair(scheme(symmetric=False))
+    model.second.quantization_scheme = scheme(symmetric=False, bits=4)
+    assert not use_integers(model)
+    assert isinstance(model.first, nn.Linear)
+    assert not use_integers(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_a_processor_that_gets_it_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: right(a, b).clamp(-(2**15), 2**15 - 1))
+    model = Pair(scheme(symmetric=False))
+    assert not w8a8.use_integers(model)
+    assert isinstance(model.first, nn.Linear)
