@@ -59,16 +59,16 @@ class Served:
     def deployment(self, name: str) -> dict[str, Any]:
         return dict(self.api(f"/deployments/name/press/{name}", method="GET"))
 
-    def run(self, name: str, **parameters: Any) -> str:
+    def run(self, name: str, deployment: str = "on-demand", **parameters: Any) -> str:
         """Start a deployed run as the form does; its id."""
-        flow_run = self.api(
-            f"/deployments/{self.deployment('on-demand')['id']}/create_flow_run",
-            {"name": name, "parameters": parameters},
-        )
-        return str(flow_run["id"])
+        path = f"/deployments/{self.deployment(deployment)['id']}/create_flow_run"
+        return str(self.api(path, {"name": name, "parameters": parameters})["id"])
+
+    def flow_run(self, flow_run: str) -> dict[str, Any]:
+        return dict(self.api(f"/flow_runs/{flow_run}", method="GET"))
 
     def state(self, flow_run: str) -> str:
-        return str(self.api(f"/flow_runs/{flow_run}", method="GET")["state_name"])
+        return str(self.flow_run(flow_run)["state_name"])
 
     def runs(self, deployment: str) -> list[dict[str, Any]]:
         """The flow runs of a deployment that have been started."""
@@ -108,7 +108,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     ports = [free_port(), free_port()]
     arguments = ("serve", "--port", str(ports[0]), "--mlflow-port", str(ports[1]))
     log = toy.root / "serve.log"
-    quick = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"}
+    quick = {
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
+        "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
+    }
     process = toy.start_cli(
         *arguments, PREFECT_HOME=str(toy.root / ".prefect"), PREFECT_API_URL="", HF_TOKEN=TOKEN, **quick
     )
@@ -195,16 +198,64 @@ def test_cancelling_ends_every_process_of_the_run(served: Served) -> None:
     commit(served.toy, "no wish")
 
 
+@pytest.fixture
+def held(served: Served) -> Iterator[Callable[[str], None]]:
+    """Runs that press quantize@int8 anew wait in that stage until they are let go by their names."""
+    served.toy.wish("quantize@int8", "wait")
+    commit(served.toy, "wish")
+    yield lambda name: (served.toy.root / ".modelpress/runs" / name / "go-quantize@int8").touch()
+    (served.toy.root / "wish/quantize@int8").write_text("")
+    commit(served.toy, "no wish")
+
+
+def test_a_nightly_run_beside_another_is_refused(served: Served, held: Callable[[str], None]) -> None:
+    runs = {
+        name: served.run(name, "nightly", changes_to_params=["variants.int8.smoothing=0.12"])
+        for name in ("night-1", "night-2")
+    }
+    until(lambda: "Cancelled" in map(served.state, runs.values()), 60, "the refusal")
+    (refused,) = (name for name, run in runs.items() if served.state(run) == "Cancelled")
+    (first,) = set(runs) - {refused}
+    assert served.flow_run(runs[refused])["state"]["message"] == "Deployment concurrency limit reached."
+    until((served.toy.root / f".modelpress/runs/{first}/dvc.yaml").exists, 60, "the workspace")
+    held(first)
+    until(lambda: served.state(runs[first]) == "Completed", 90, "the end of the run")
+    assert served.toy.command("git", "tag", "--list", "run/night-*").split() == [f"run/{first}"]
+
+
+@pytest.mark.slow
+def test_the_fifth_run_on_demand_waits_for_one_of_four(served: Served, held: Callable[[str], None]) -> None:
+    runs = {
+        f"run-{n}": served.run(f"run-{n}", variants=["int8"], changes_to_params=["variants.int8.smoothing=0.13"])
+        for n in range(5)
+    }
+
+    def states() -> list[str]:
+        return sorted(served.state(run) for run in runs.values())
+
+    until(lambda: states() == ["AwaitingConcurrencySlot", *["Running"] * 4], 120, "four at work and one that waits")
+    (fifth,) = (name for name, run in runs.items() if served.state(run) == "AwaitingConcurrencySlot")
+    for name in set(runs) - {fifth}:
+        until((served.toy.root / f".modelpress/runs/{name}/dvc.yaml").exists, 60, "the workspace")
+        held(name)
+    until(lambda: states() == ["Completed"] * 5, 180, "the end of all")
+    ends = [served.flow_run(run)["end_time"] for name, run in runs.items() if name != fifth]
+    assert min(ends) <= served.flow_run(runs[fifth])["start_time"]
+
+
 def test_a_scheduled_run_starts_and_finishes(served: Served) -> None:
     nightly = served.deployment("nightly")
     assert [s["schedule"]["cron"] for s in nightly["schedules"]] == ["0 3 * * *"]
     often = [{"schedule": {"interval": 20}, "active": True}]
     (schedule,) = served.api(f"/deployments/{nightly['id']}/schedules", often)
+
+    def ends() -> list[tuple[str, bool]]:
+        return [(run["state_name"], run["auto_scheduled"]) for run in served.runs("nightly")]
+
     try:
-        until(lambda: any(run["state_name"] == "Completed" for run in served.runs("nightly")), 150, "a scheduled run")
+        until(lambda: ("Completed", True) in ends(), 150, "a scheduled run")
     finally:
         served.api(f"/deployments/{nightly['id']}/schedules/{schedule['id']}", method="DELETE")
-    assert all(run["auto_scheduled"] for run in served.runs("nightly"))
 
 
 def test_a_planted_token_is_nowhere(served: Served) -> None:
