@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import yaml
 
 from tests.functional.toy import STAGES, Toy, cli_env
+from tests.waiting import soon
 
 pytest.importorskip("prefect_dask")
 pytestmark = pytest.mark.slow
@@ -26,15 +26,6 @@ def outputs(toy: Toy) -> dict[str, bytes]:
     """Every byte that stages wrote, and what DVC wrote down about it."""
     files = [path for folder in MADE for path in (toy.root / folder).rglob("*") if path.is_file()]
     return {path.relative_to(toy.root).as_posix(): path.read_bytes() for path in [*files, toy.root / "dvc.lock"]}
-
-
-def soon(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def stage_process(toy: Toy, stage: str, other_than: int = 0) -> int:
@@ -223,7 +214,7 @@ def cluster(tmp_path: Path, prefect_server: str) -> Iterator[str]:
         for line in words
     ]
     try:
-        assert soon(file.exists)
+        assert soon(file.exists, 60)
         from distributed import Client
 
         with Client(scheduler_file=str(file)) as client:

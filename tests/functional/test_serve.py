@@ -24,6 +24,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.functional.toy import PROJECT, Toy
+from tests.waiting import soon
 
 TOKEN = "hf_planted_" + "x" * 20
 SCREENSHOTS = PROJECT / ".screenshots"
@@ -90,15 +91,6 @@ class Served:
         return found
 
 
-def until(condition: Callable[[], Any], seconds: float = 60, what: str = "it") -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.2)
-    raise AssertionError(f"{what} did not happen within {seconds} s")
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The server on ports of its own; a stage of the toy is real enough for it."""
@@ -126,7 +118,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     yield Served(toy, process, f"http://127.0.0.1:{ports[0]}", arguments)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
-    until(lambda: not Served(toy, process, "", ()).processes(str(toy.root)), 15, "the end of every process")
+    assert soon(lambda: not Served(toy, process, "", ()).processes(str(toy.root)), 15)
 
 
 def free_port() -> int:
@@ -169,9 +161,9 @@ def test_a_person_fills_in_the_form_and_opens_the_results(served: Served, browse
     fill(browser, "gate_four_bit", "0.9")
     browser.save_screenshot(str(SCREENSHOTS / "form.png"))
     wait_for(browser, "//button[@type='submit']").click()
-    run = until(lambda: [r for r in served.runs("on-demand") if r["name"] == "By Hand"], 60, "the run")[0]
+    (run,) = soon(lambda: [r for r in served.runs("on-demand") if r["name"] == "By Hand"], 60)
     assert run["parameters"]["gate_four_bit"] == 0.9
-    until(lambda: served.state(run["id"]) == "Completed", 120, "the end of the run")
+    assert soon(lambda: served.state(run["id"]) == "Completed", 120)
     browser.get(f"{served.pages}/runs/flow-run/{run['id']}")
     wait_for(browser, "//*[contains(text(), 'Completed')]")
     browser.save_screenshot(str(SCREENSHOTS / "run.png"))
@@ -179,7 +171,7 @@ def test_a_person_fills_in_the_form_and_opens_the_results(served: Served, browse
     artifacts = {a["key"]: a for a in served.api("/artifacts/filter", kinds)}
     assert {"variants", "result", "kept", "mlflow"} <= set(artifacts)
     browser.get(f"{served.pages}/artifacts/artifact/{artifacts['result']['id']}")
-    until(lambda: "the table of the field" in browser.page_source, 60, "the table")
+    assert soon(lambda: "the table of the field" in browser.page_source, 60)
     browser.save_screenshot(str(SCREENSHOTS / "result.png"))
     assert "run/by-hand" in served.toy.command("git", "tag", "--list")
 
@@ -189,10 +181,10 @@ def test_cancelling_ends_every_process_of_the_run(served: Served) -> None:
     commit(served.toy, "wish")
     run = served.run("to cancel", changes_to_params=["variants.int8.smoothing=0.11"])
     place = "/.modelpress/runs/to-cancel"
-    until(lambda: any("stage.py" in " ".join(p.cmdline()) for p in served.processes(place)), 90, "the stage")
+    assert soon(lambda: any("stage.py" in " ".join(p.cmdline()) for p in served.processes(place)), 90)
     served.api(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
-    until(lambda: not served.processes(place), 10, "the end of its processes")
-    until(lambda: served.state(run) == "Cancelled", 60, "the state")
+    assert soon(lambda: not served.processes(place), 10)
+    assert soon(lambda: served.state(run) == "Cancelled", 60)
     assert "cancelled" in served.toy.cli("runs").stdout
     (served.toy.root / "wish/quantize@int8").write_text("")
     commit(served.toy, "no wish")
@@ -213,13 +205,13 @@ def test_a_nightly_run_beside_another_is_refused(served: Served, held: Callable[
         name: served.run(name, "nightly", changes_to_params=["variants.int8.smoothing=0.12"])
         for name in ("night-1", "night-2")
     }
-    until(lambda: "Cancelled" in map(served.state, runs.values()), 60, "the refusal")
+    assert soon(lambda: "Cancelled" in map(served.state, runs.values()), 60)
     (refused,) = (name for name, run in runs.items() if served.state(run) == "Cancelled")
     (first,) = set(runs) - {refused}
     assert served.flow_run(runs[refused])["state"]["message"] == "Deployment concurrency limit reached."
-    until((served.toy.root / f".modelpress/runs/{first}/dvc.yaml").exists, 60, "the workspace")
+    assert soon((served.toy.root / f".modelpress/runs/{first}/dvc.yaml").exists, 60)
     held(first)
-    until(lambda: served.state(runs[first]) == "Completed", 90, "the end of the run")
+    assert soon(lambda: served.state(runs[first]) == "Completed", 90)
     assert served.toy.command("git", "tag", "--list", "run/night-*").split() == [f"run/{first}"]
 
 
@@ -233,12 +225,12 @@ def test_the_fifth_run_on_demand_waits_for_one_of_four(served: Served, held: Cal
     def states() -> list[str]:
         return sorted(served.state(run) for run in runs.values())
 
-    until(lambda: states() == ["AwaitingConcurrencySlot", *["Running"] * 4], 120, "four at work and one that waits")
+    assert soon(lambda: states() == ["AwaitingConcurrencySlot", *["Running"] * 4], 120)
     (fifth,) = (name for name, run in runs.items() if served.state(run) == "AwaitingConcurrencySlot")
     for name in set(runs) - {fifth}:
-        until((served.toy.root / f".modelpress/runs/{name}/dvc.yaml").exists, 60, "the workspace")
+        assert soon((served.toy.root / f".modelpress/runs/{name}/dvc.yaml").exists, 60)
         held(name)
-    until(lambda: states() == ["Completed"] * 5, 180, "the end of all")
+    assert soon(lambda: states() == ["Completed"] * 5, 180)
     ends = [served.flow_run(run)["end_time"] for name, run in runs.items() if name != fifth]
     assert min(ends) <= served.flow_run(runs[fifth])["start_time"]
 
@@ -253,7 +245,7 @@ def test_a_scheduled_run_starts_and_finishes(served: Served) -> None:
         return [(run["state_name"], run["auto_scheduled"]) for run in served.runs("nightly")]
 
     try:
-        until(lambda: ("Completed", True) in ends(), 150, "a scheduled run")
+        assert soon(lambda: ("Completed", True) in ends(), 150)
     finally:
         served.api(f"/deployments/{nightly['id']}/schedules/{schedule['id']}", method="DELETE")
 
