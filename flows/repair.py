@@ -61,7 +61,7 @@ def _git_locks(root: Path) -> Iterator[str]:
     time.sleep(max(0.0, AGE - min(locks(root).values(), default=AGE)))
     for lock in stale_locks(root):
         lock.unlink(missing_ok=True)
-        yield f"removed {lock.relative_to(root)}: no git is at work that could hold it"
+        yield f"removed {lock}: no git is at work that could hold it"
 
 
 def _worktrees(root: Path) -> Iterator[str]:

@@ -197,7 +197,7 @@ def test_locks_of_a_git_that_was_killed_are_named_and_removed(project: Path) -> 
     assert [finding.found.partition(" ")[0] for finding in git_findings(project)] == [str(lock) for lock in left]
 
     lines = mend(project)
-    assert lines == [f"removed {lock.relative_to(project)}: no git is at work that could hold it" for lock in left]
+    assert lines == [f"removed {lock}: no git is at work that could hold it" for lock in left]
     assert git_findings(project) == []
     _commit(project)
     git(space, "add", "--all")
@@ -214,7 +214,7 @@ def test_a_young_lock_is_given_its_time(project: Path, monkeypatch: pytest.Monke
         os.utime(lock, (time.time() - git_locks.AGE,) * 2)
 
     monkeypatch.setattr(time, "sleep", wait)
-    assert mend(project) == ["removed .git/index.lock: no git is at work that could hold it"]
+    assert mend(project) == [f"removed {lock}: no git is at work that could hold it"]
     assert waited == [pytest.approx(git_locks.AGE, abs=5)]
 
 
@@ -236,4 +236,4 @@ def test_the_lock_of_a_git_at_work_stays(project: Path) -> None:
     finally:
         os.killpg(commit.pid, signal.SIGKILL)
         commit.wait()
-    assert mend(project) == ["removed .git/worktrees/elsewhere/index.lock: no git is at work that could hold it"]
+    assert mend(project) == [f"removed {lock}: no git is at work that could hold it"]
