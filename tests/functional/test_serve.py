@@ -171,7 +171,8 @@ def test_a_person_fills_in_the_form_and_opens_the_results(served: Served, browse
     artifacts = {a["key"]: a for a in served.api("/artifacts/filter", kinds)}
     assert {"variants", "result", "kept", "mlflow"} <= set(artifacts)
     browser.get(f"{served.pages}/artifacts/artifact/{artifacts['result']['id']}")
-    assert soon(lambda: "the table of the field" in browser.page_source, 60)
+    wait_for(browser, "//tr[td[contains(., 'int8')] and td[contains(., '97.0 (95.0 to 99.0)')]]")
+    assert "Winner: int8" in browser.page_source
     browser.save_screenshot(str(SCREENSHOTS / "result.png"))
     assert "run/by-hand" in served.toy.command("git", "tag", "--list")
 
