@@ -24,7 +24,7 @@ from pathlib import Path
 from tasks.errors import TaskError
 from tasks.sources import fetch_file
 try:
-    print(fetch_file("hf:acme/big@main/data.parquet", None, Path("scratch")).path)
+    print(fetch_file("hf:acme/big@main/data.parquet", None, Path("scratch")).file)
 except TaskError as error:
     sys.exit(f"error: {error}")
 """
