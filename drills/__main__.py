@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -22,7 +23,9 @@ from rich.table import Table
 
 from drills import away, damage, disk, kills, service
 from drills import toy as pipeline
+from drills.processes import below, strike
 from drills.yard import Tally, Yard
+from tests.waiting import halted
 
 DRILLS: dict[str, Callable[[Yard], Tally]] = {
     # those that take longest come first
@@ -48,7 +51,8 @@ def main(
     seed: Annotated[int | None, typer.Option(help="Strike at the same moments again.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the temporary repositories.")] = False,
 ) -> None:
-    """Hold the drills; exit status 1 if anything was lost or did not recover."""
+    """Hold the drills; exit status 1 if anything was lost or did not recover. Ctrl-C and SIGTERM leave nothing."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     chosen = only or list(DRILLS)
     if unknown := set(chosen) - set(DRILLS):
         raise typer.BadParameter(f"no drill {', '.join(unknown)}; there are {', '.join(DRILLS)}")
@@ -59,6 +63,7 @@ def main(
     try:
         tallies = _hold(base, chosen, rounds, seed)
     finally:
+        _end_all(base)
         if not keep:
             shutil.rmtree(base, ignore_errors=True)
     Console().print(_table(tallies))
@@ -84,10 +89,31 @@ def _hold(base: Path, chosen: list[str], rounds: int, seed: int) -> list[Tally]:
             finished.dvc("repro", "--quiet")
             # dice of its own: a drill strikes alike whether the others are held or not
             yards = [Yard(n, base / n, url, finished, _dice(seed, n), rounds) for n in chosen]
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                return list(pool.map(_timed, yards))
+            return _all(yards)
         finally:
             os.environ["PREFECT_API_URL"] = url
+
+
+def _all(yards: list[Yard]) -> list[Tally]:
+    """Hold them side by side; on an interrupt they end in seconds, in order: nobody waits, nothing of theirs runs."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        drills = [pool.submit(_timed, yard) for yard in yards]
+        try:
+            return [drill.result() for drill in drills]
+        except BaseException:
+            halted.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(drill.done() for drill in drills):
+                for yard in yards:
+                    _end_all(yard.root)
+                time.sleep(0.2)
+            raise
+
+
+def _end_all(root: Path) -> None:
+    """SIGKILL for every process in `root`, and for what they have started meanwhile."""
+    while left := below(root):
+        strike(left)
 
 
 def _dice(seed: int, name: str) -> random.Random:

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 from drills import toy as pipeline
-from drills.processes import PATIENCE, soon
+from drills.processes import PATIENCE
 from drills.yard import Tally, Yard, last_line
 from tests.functional.toy import PROJECT
 from tests.hub import FakeHub, Repository, running_hub
+from tests.waiting import soon
 
 SIZE = 24 << 20  # of the file on the hub; its library writes in pieces of 10 MiB
 FETCH = """
@@ -23,7 +24,7 @@ from pathlib import Path
 from tasks.errors import TaskError
 from tasks.sources import fetch_file
 try:
-    print(fetch_file("hf:acme/big@main/data.parquet", None, Path("scratch")).path)
+    print(fetch_file("hf:acme/big@main/data.parquet", None, Path("scratch")).file)
 except TaskError as error:
     sys.exit(f"error: {error}")
 """
@@ -84,7 +85,7 @@ def hub_away(yard: Yard) -> Tally:
 def _killed_in_the_middle(hub: FakeHub, folder: Path) -> bool:
     """Whether a part of the file was there when the download was killed."""
     process, parts = _start(folder, hub.endpoint), folder / ".modelpress/downloads/hub"
-    begun = soon(lambda: any(part.stat().st_size >= 10 << 20 for part in parts.glob("*.part")))
+    begun = soon(lambda: any(part.stat().st_size >= 10 << 20 for part in parts.glob("*.part")), PATIENCE)
     process.kill()
     process.wait()
     return begun

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import psutil
 
 from drills import toy as pipeline
-from drills.processes import family, is_dvc, is_server, is_stage, orphans, soon, strike
+from drills.processes import PATIENCE, family, is_dvc, is_server, is_stage, orphans, strike
 from drills.yard import SECONDS, Tally, Yard, finish
 from tests.functional.toy import STAGES, Toy
+from tests.waiting import soon
 
 Victims = Callable[[int, str], list[psutil.Process]]  # of the run's process and the stage at work
 
@@ -60,7 +61,8 @@ def _strike(yard: Yard, toy: Toy, tally: Tally, stage: str, victims: Victims, sp
     before, began = pipeline.outputs(toy.root), toy.executed().count(stage)
     moment = yard.dice.uniform(0, span)
     run = yard.start(toy, **env)
-    if not soon(lambda: toy.executed().count(stage) > began or run.poll() is not None) or run.poll() is not None:
+    soon(lambda: toy.executed().count(stage) > began or run.poll() is not None, PATIENCE, tick=0.02)
+    if toy.executed().count(stage) == began or run.poll() is not None:
         run.kill()
         tally.lost.append(f"{stage}: the run before did not recover: {finish(run)[1]}")
         return 1

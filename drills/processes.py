@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
 
+from tests.waiting import soon
+
 PATIENCE = 180.0  # seconds for anything that must come, on a busy machine
 END = 15.0  # seconds in which a struck run's processes must be gone
-
-
-def soon(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-    """Whether the condition holds before the time is up."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return condition()
 
 
 def strike(processes: Iterable[psutil.Process]) -> int:

@@ -12,10 +12,11 @@ from typing import Any
 
 from drills import toy as pipeline
 from drills.away import closed_port
-from drills.processes import family, orphans, soon, strike
+from drills.processes import PATIENCE, family, orphans, strike
 from drills.yard import Tally, Yard, last_line
 from flows.process import Process
 from tests.functional.toy import Toy, cli_command, cli_env
+from tests.waiting import soon
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 START_SECONDS = 300.0  # for all services, on a busy machine
@@ -117,7 +118,7 @@ def _create(api: str, name: str) -> str:
             time.sleep(0.5)
         return bool(found)
 
-    soon(ask)
+    soon(ask, PATIENCE)
     return found[0]
 
 

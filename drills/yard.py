@@ -10,6 +10,7 @@ from pathlib import Path
 from drills import toy as pipeline
 from drills.processes import PATIENCE, orphans
 from tests.functional.toy import Toy, cli_command, cli_env
+from tests.waiting import halted
 
 SECONDS = 0.6  # that a stage of the toy pipeline writes for
 
@@ -48,8 +49,9 @@ class Yard:
         return pipeline.copy(self.finished, self.root / name)
 
     def say(self, line: str) -> None:
-        """Tell the person what happens."""
-        print(f"{self.name:<8} {line}", flush=True)
+        """Tell the person what happens; what an interrupted drill finds does not count."""
+        if not halted.is_set():
+            print(f"{self.name:<8} {line}", flush=True)
 
     def env(self, **env: str) -> dict[str, str]:
         """The environment of a run in the yard."""

@@ -19,6 +19,7 @@ from prefect.artifacts import (
 from flows.facts import read_json
 from flows.plan import ACTIONS, Plan
 from flows.record import find_run
+from flows.result import result
 
 MLFLOW_UI = "MODELPRESS_MLFLOW_UI"  # the environment variable that holds the address of MLflow's pages
 
@@ -40,18 +41,14 @@ class ProgressArtifact:
 
 
 def show_result(root: Path) -> None:
-    """The result table, and the text of the report with its plot."""
+    """The variants as a table of figures, and the result as a page with the plot."""
     summary = read_json(root / "report/summary.json")
     if variants := summary.get("variants"):
         create_table_artifact(
             key="variants", table=[_row(n, v) for n, v in variants.items()], description="all variants"
         )
-    table = root / "report/table.txt"
-    if table.is_file():
-        text = f"```\n{table.read_text(encoding='utf-8')}\n```\n"
-        create_markdown_artifact(
-            key="result", markdown=text + _plot(root / "report/pareto.png"), description="the result"
-        )
+        markdown = result(summary, _plot(root / "report/pareto.png"))
+        create_markdown_artifact(key="result", markdown=markdown, description="the result")
 
 
 def show_run(root: Path, home: Path, tag: str, flow_run: str) -> None:
@@ -98,4 +95,4 @@ def _plot(path: Path) -> str:
     """The picture itself, inside the text: the page then needs no other server."""
     if not path.is_file():
         return ""
-    return f"\n![quality over size](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})\n"
+    return f"![quality over size](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})"

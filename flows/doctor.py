@@ -19,8 +19,9 @@ from typing import Literal
 
 import psutil
 
-from flows.dvc_state import damage
+from flows.dvc_state import REMEDY, damage
 from flows.errors import FlowError
+from flows.git_locks import stale_locks
 from flows.overrides import read_settings
 from tasks.settings import Settings
 
@@ -127,6 +128,9 @@ def _repository(root: Path) -> Iterator[Finding]:
         yield Finding("git", "ok", "a repository with commits")
     except (OSError, subprocess.SubprocessError):
         yield Finding("git", "bad", f"{root} has no git commit, or git is missing", "install git; use a clone")
+    else:
+        for lock in stale_locks(root):
+            yield Finding("git lock", "note", f"{lock} is left of a git that was killed: git cannot commit", REMEDY)
     problems = list(damage(root))
     yield from (Finding("dvc", "bad", problem) for problem in problems)
     if not problems:

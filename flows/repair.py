@@ -15,6 +15,7 @@ from pathlib import Path
 from flows.checkout import exclusive, is_held
 from flows.dvc_state import LOCK_FILE, RWLOCK, dvc_at_work, lock_file_problem, locks_problem, sound_lock_file
 from flows.errors import FlowError
+from flows.git_locks import AGE, git_at_work, locks, stale_locks
 from flows.kept import recover
 from flows.plan import cache_folder
 from flows.scrub import Progress, damaged_objects, links_to
@@ -27,13 +28,15 @@ OPENING = 60.0  # seconds in which a workspace without a description may be one 
 def repair(root: Path, progress: Progress) -> Iterator[str]:
     """Mend the checkout `root`, the workspaces of its runs and the cache they share; a line for each thing mended.
 
-    FlowError if a run or DVC is at work in one of them.
+    FlowError if a run or DVC is at work in one of them, or a git that may hold a lock.
     """
     with ExitStack() as stack:
         spaces = [space.root for space in workspaces(root)]
         for checkout in [root, *spaces]:
             stack.enter_context(exclusive(checkout))
             _require_no_dvc(checkout)
+        _require_no_git(root)
+        yield from _git_locks(root)
         yield from _worktrees(root)
         for checkout in [root, *spaces]:
             where = "" if checkout == root else f" in {checkout.relative_to(root)}"
@@ -45,6 +48,20 @@ def repair(root: Path, progress: Progress) -> Iterator[str]:
 def _require_no_dvc(root: Path) -> None:
     for pid, command in dvc_at_work(root):
         raise FlowError(f"`{command}` (process {pid}) is at work in {root}; wait until it ends")
+
+
+def _require_no_git(root: Path) -> None:
+    if locks(root):
+        for pid, command in git_at_work(root):
+            raise FlowError(f"`{command}` (process {pid}) is at work in {root}; wait until it ends")
+
+
+def _git_locks(root: Path) -> Iterator[str]:
+    """One that is too young to be called nobody's is given its time."""
+    time.sleep(max(0.0, AGE - min(locks(root).values(), default=AGE)))
+    for lock in stale_locks(root):
+        lock.unlink(missing_ok=True)
+        yield f"removed {lock}: no git is at work that could hold it"
 
 
 def _worktrees(root: Path) -> Iterator[str]:

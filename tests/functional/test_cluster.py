@@ -6,14 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from tests.functional.toy import STAGES, Toy, cli_env
+from tests.waiting import soon
 
 pytest.importorskip("prefect_dask")
 pytestmark = pytest.mark.slow
@@ -25,15 +26,6 @@ def outputs(toy: Toy) -> dict[str, bytes]:
     """Every byte that stages wrote, and what DVC wrote down about it."""
     files = [path for folder in MADE for path in (toy.root / folder).rglob("*") if path.is_file()]
     return {path.relative_to(toy.root).as_posix(): path.read_bytes() for path in [*files, toy.root / "dvc.lock"]}
-
-
-def soon(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def stage_process(toy: Toy, stage: str, other_than: int = 0) -> int:
@@ -165,6 +157,49 @@ def test_a_run_that_ends_takes_its_stages_and_workers_along(toy: Toy, start: Cal
     assert toy.read("models/int8/content.json") == old
 
 
+def test_a_deployed_run_on_a_cluster_leaves_the_same_as_one_in_threads(
+    toy: Toy, tmp_path: Path, prefect_server: str
+) -> None:
+    toy.set(variants__int8__smoothing=0.5, model__source="path:elsewhere", model__sha256=None)
+    toy.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--all", "--message", "new")
+    alike = toy.copy(tmp_path / "alike")
+    on_workers = press(toy, "otter", PREFECT_API_URL=prefect_server, MODELPRESS_RUNNER="dask")
+    assert ", worker process " in on_workers
+    in_threads = press(alike, "otter", PREFECT_API_URL=prefect_server)
+    assert ", worker process " not in in_threads
+    for output in (on_workers, in_threads):
+        assert output.splitlines()[-1] == str(dict.fromkeys(STAGES, "executed"))
+    kept, same = (checked_out(run, "run/otter", tmp_path / f"{run.root.name}-kept") for run in (toy, alike))
+    files, others = outputs(kept), outputs(same)
+    # which of two stages ends first decides their order in dvc.lock
+    assert yaml.safe_load(files.pop("dvc.lock")) == yaml.safe_load(others.pop("dvc.lock"))
+    assert files == others
+    assert "report/summary.json" in files
+
+
+def press(toy: Toy, name: str, **env: str) -> str:
+    """What the deployed flow prints and returns, in a process of its own as a worker starts it."""
+    code = (
+        "from flows.press import press;"
+        f"results = press.with_options(flow_run_name={name!r})();"
+        f"print({{stage: results[stage] for stage in {STAGES}}})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=toy.root, env=cli_env(**env), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr + done.stdout
+
+
+def checked_out(toy: Toy, tag: str, place: Path) -> Toy:
+    """A clone at the tag with all that stages have left, from the cache alone."""
+    clone = Toy(place)
+    toy.command("git", "clone", "--quiet", "--branch", tag, str(toy.root), str(place))
+    clone.write(".dvc/config.local", f"[cache]\n    dir = {toy.root}/.dvc/cache\n")
+    clone.dvc("checkout")
+    return clone
+
+
 @pytest.fixture
 def cluster(tmp_path: Path, prefect_server: str) -> Iterator[str]:
     """The address of a Dask cluster that was there before, as its own commands start it, with one worker."""
@@ -179,7 +214,7 @@ def cluster(tmp_path: Path, prefect_server: str) -> Iterator[str]:
         for line in words
     ]
     try:
-        assert soon(file.exists)
+        assert soon(file.exists, 60)
         from distributed import Client
 
         with Client(scheduler_file=str(file)) as client:

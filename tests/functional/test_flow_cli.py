@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.functional.toy import STAGES, Toy
+from tests.waiting import soon
 
 
 @pytest.mark.parametrize(
@@ -120,7 +119,7 @@ def test_a_killed_run_leaves_no_process_and_loses_nothing(toy: Toy) -> None:
         assert not (toy.root / "models/int8").exists()
         os.kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=30)
-    assert _soon(lambda: not any(child.is_running() for child in family))
+    assert soon(lambda: not any(child.is_running() for child in family), 15)
 
     toy.wish("quantize@int8", "fail")
     with pytest.raises(Exception, match="found 3, expected 4"):
@@ -139,19 +138,10 @@ class _stage_at_work:  # noqa: N801 - reads as a phrase
         self._mark = toy.root / f"pid-{stage}"
 
     def __enter__(self) -> subprocess.Popen[str]:
-        assert _soon(self._mark.exists, seconds=90), self._process.communicate(timeout=5)
+        assert soon(self._mark.exists, 90), self._process.communicate(timeout=5)
         return self._process
 
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
             self._process.kill()
             self._process.communicate()
-
-
-def _soon(condition: Callable[[], bool], seconds: float = 15) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False

@@ -24,6 +24,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.functional.toy import PROJECT, Toy
+from tests.waiting import soon
 
 TOKEN = "hf_planted_" + "x" * 20
 SCREENSHOTS = PROJECT / ".screenshots"
@@ -59,16 +60,16 @@ class Served:
     def deployment(self, name: str) -> dict[str, Any]:
         return dict(self.api(f"/deployments/name/press/{name}", method="GET"))
 
-    def run(self, name: str, **parameters: Any) -> str:
+    def run(self, name: str, deployment: str = "on-demand", **parameters: Any) -> str:
         """Start a deployed run as the form does; its id."""
-        flow_run = self.api(
-            f"/deployments/{self.deployment('on-demand')['id']}/create_flow_run",
-            {"name": name, "parameters": parameters},
-        )
-        return str(flow_run["id"])
+        path = f"/deployments/{self.deployment(deployment)['id']}/create_flow_run"
+        return str(self.api(path, {"name": name, "parameters": parameters})["id"])
+
+    def flow_run(self, flow_run: str) -> dict[str, Any]:
+        return dict(self.api(f"/flow_runs/{flow_run}", method="GET"))
 
     def state(self, flow_run: str) -> str:
-        return str(self.api(f"/flow_runs/{flow_run}", method="GET")["state_name"])
+        return str(self.flow_run(flow_run)["state_name"])
 
     def runs(self, deployment: str) -> list[dict[str, Any]]:
         """The flow runs of a deployment that have been started."""
@@ -90,15 +91,6 @@ class Served:
         return found
 
 
-def until(condition: Callable[[], Any], seconds: float = 60, what: str = "it") -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.2)
-    raise AssertionError(f"{what} did not happen within {seconds} s")
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The server on ports of its own; a stage of the toy is real enough for it."""
@@ -108,7 +100,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     ports = [free_port(), free_port()]
     arguments = ("serve", "--port", str(ports[0]), "--mlflow-port", str(ports[1]))
     log = toy.root / "serve.log"
-    quick = {"PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5"}
+    quick = {
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
+        "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
+    }
     process = toy.start_cli(
         *arguments, PREFECT_HOME=str(toy.root / ".prefect"), PREFECT_API_URL="", HF_TOKEN=TOKEN, **quick
     )
@@ -123,7 +118,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     yield Served(toy, process, f"http://127.0.0.1:{ports[0]}", arguments)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
-    until(lambda: not Served(toy, process, "", ()).processes(str(toy.root)), 15, "the end of every process")
+    assert soon(lambda: not Served(toy, process, "", ()).processes(str(toy.root)), 15)
 
 
 def free_port() -> int:
@@ -166,9 +161,9 @@ def test_a_person_fills_in_the_form_and_opens_the_results(served: Served, browse
     fill(browser, "gate_four_bit", "0.9")
     browser.save_screenshot(str(SCREENSHOTS / "form.png"))
     wait_for(browser, "//button[@type='submit']").click()
-    run = until(lambda: [r for r in served.runs("on-demand") if r["name"] == "By Hand"], 60, "the run")[0]
+    (run,) = soon(lambda: [r for r in served.runs("on-demand") if r["name"] == "By Hand"], 60)
     assert run["parameters"]["gate_four_bit"] == 0.9
-    until(lambda: served.state(run["id"]) == "Completed", 120, "the end of the run")
+    assert soon(lambda: served.state(run["id"]) == "Completed", 120)
     browser.get(f"{served.pages}/runs/flow-run/{run['id']}")
     wait_for(browser, "//*[contains(text(), 'Completed')]")
     browser.save_screenshot(str(SCREENSHOTS / "run.png"))
@@ -176,7 +171,8 @@ def test_a_person_fills_in_the_form_and_opens_the_results(served: Served, browse
     artifacts = {a["key"]: a for a in served.api("/artifacts/filter", kinds)}
     assert {"variants", "result", "kept", "mlflow"} <= set(artifacts)
     browser.get(f"{served.pages}/artifacts/artifact/{artifacts['result']['id']}")
-    until(lambda: "the table of the field" in browser.page_source, 60, "the table")
+    wait_for(browser, "//tr[td[contains(., 'int8')] and td[contains(., '97.0 (95.0 to 99.0)')]]")
+    assert "Winner: int8" in browser.page_source
     browser.save_screenshot(str(SCREENSHOTS / "result.png"))
     assert "run/by-hand" in served.toy.command("git", "tag", "--list")
 
@@ -186,13 +182,58 @@ def test_cancelling_ends_every_process_of_the_run(served: Served) -> None:
     commit(served.toy, "wish")
     run = served.run("to cancel", changes_to_params=["variants.int8.smoothing=0.11"])
     place = "/.modelpress/runs/to-cancel"
-    until(lambda: any("stage.py" in " ".join(p.cmdline()) for p in served.processes(place)), 90, "the stage")
+    assert soon(lambda: any("stage.py" in " ".join(p.cmdline()) for p in served.processes(place)), 90)
     served.api(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
-    until(lambda: not served.processes(place), 10, "the end of its processes")
-    until(lambda: served.state(run) == "Cancelled", 60, "the state")
+    assert soon(lambda: not served.processes(place), 10)
+    assert soon(lambda: served.state(run) == "Cancelled", 60)
     assert "cancelled" in served.toy.cli("runs").stdout
     (served.toy.root / "wish/quantize@int8").write_text("")
     commit(served.toy, "no wish")
+
+
+@pytest.fixture
+def held(served: Served) -> Iterator[Callable[[str], None]]:
+    """Runs that press quantize@int8 anew wait in that stage until they are let go by their names."""
+    served.toy.wish("quantize@int8", "wait")
+    commit(served.toy, "wish")
+    yield lambda name: (served.toy.root / ".modelpress/runs" / name / "go-quantize@int8").touch()
+    (served.toy.root / "wish/quantize@int8").write_text("")
+    commit(served.toy, "no wish")
+
+
+def test_a_nightly_run_beside_another_is_refused(served: Served, held: Callable[[str], None]) -> None:
+    runs = {
+        name: served.run(name, "nightly", changes_to_params=["variants.int8.smoothing=0.12"])
+        for name in ("night-1", "night-2")
+    }
+    assert soon(lambda: "Cancelled" in map(served.state, runs.values()), 60)
+    (refused,) = (name for name, run in runs.items() if served.state(run) == "Cancelled")
+    (first,) = set(runs) - {refused}
+    assert served.flow_run(runs[refused])["state"]["message"] == "Deployment concurrency limit reached."
+    assert soon((served.toy.root / f".modelpress/runs/{first}/dvc.yaml").exists, 60)
+    held(first)
+    assert soon(lambda: served.state(runs[first]) == "Completed", 90)
+    assert served.toy.command("git", "tag", "--list", "run/night-*").split() == [f"run/{first}"]
+
+
+@pytest.mark.slow
+def test_the_fifth_run_on_demand_waits_for_one_of_four(served: Served, held: Callable[[str], None]) -> None:
+    runs = {
+        f"run-{n}": served.run(f"run-{n}", variants=["int8"], changes_to_params=["variants.int8.smoothing=0.13"])
+        for n in range(5)
+    }
+
+    def states() -> list[str]:
+        return sorted(served.state(run) for run in runs.values())
+
+    assert soon(lambda: states() == ["AwaitingConcurrencySlot", *["Running"] * 4], 120)
+    (fifth,) = (name for name, run in runs.items() if served.state(run) == "AwaitingConcurrencySlot")
+    for name in set(runs) - {fifth}:
+        assert soon((served.toy.root / f".modelpress/runs/{name}/dvc.yaml").exists, 60)
+        held(name)
+    assert soon(lambda: states() == ["Completed"] * 5, 180)
+    ends = [served.flow_run(run)["end_time"] for name, run in runs.items() if name != fifth]
+    assert min(ends) <= served.flow_run(runs[fifth])["start_time"]
 
 
 def test_a_scheduled_run_starts_and_finishes(served: Served) -> None:
@@ -200,11 +241,14 @@ def test_a_scheduled_run_starts_and_finishes(served: Served) -> None:
     assert [s["schedule"]["cron"] for s in nightly["schedules"]] == ["0 3 * * *"]
     often = [{"schedule": {"interval": 20}, "active": True}]
     (schedule,) = served.api(f"/deployments/{nightly['id']}/schedules", often)
+
+    def ends() -> list[tuple[str, bool]]:
+        return [(run["state_name"], run["auto_scheduled"]) for run in served.runs("nightly")]
+
     try:
-        until(lambda: any(run["state_name"] == "Completed" for run in served.runs("nightly")), 150, "a scheduled run")
+        assert soon(lambda: ("Completed", True) in ends(), 150)
     finally:
         served.api(f"/deployments/{nightly['id']}/schedules/{schedule['id']}", method="DELETE")
-    assert all(run["auto_scheduled"] for run in served.runs("nightly"))
 
 
 def test_a_planted_token_is_nowhere(served: Served) -> None:

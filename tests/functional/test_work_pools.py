@@ -1,16 +1,21 @@
-"""A real Prefect server takes the work pools of deploy/, by its own command, and refuses a broken template."""
+"""Prefect's own commands on a real server: the work pools of deploy/, and what prefect.yaml says to do by hand."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[2]
+from tests.functional.toy import PROJECT, Toy
 
 
 def create(name: str, kind: str, template: Path, server: str) -> subprocess.CompletedProcess[str]:
@@ -40,3 +45,64 @@ def test_a_server_takes_the_pool_as_it_is(kind: str, prefect_server: str, tmp_pa
     del broken["variables"]["properties"]["image"]
     (tmp_path / "broken.json").write_text(json.dumps(broken))
     assert create(f"broken-{kind}", kind, tmp_path / "broken.json", prefect_server).returncode != 0
+
+
+def test_a_run_by_hand_as_prefect_yaml_says(toy: Toy, prefect_server: str) -> None:
+    shutil.copy(PROJECT / "prefect.yaml", toy.root)
+    (toy.root / "flows").symlink_to(PROJECT / "flows")  # where prefect.yaml says that the flow is
+    create_pool, deploy, start_worker = re.findall(r"^# +(prefect .+)$", toy.read("prefect.yaml"), re.MULTILINE)
+    readme = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    assert all(f"`{command}`" in readme for command in (create_pool, deploy, start_worker))
+
+    by_hand(toy, create_pool, prefect_server)
+    assert {"press/nightly", "press/on-demand"} <= set(by_hand(toy, deploy, prefect_server).replace("'", " ").split())
+    with at_work(toy, start_worker, prefect_server):
+        by_hand(toy, "prefect deployment run press/on-demand -p gate_four_bit=0.9 --watch", prefect_server)
+    tag = toy.command("git", "tag", "--list", "run/*").strip()
+    assert "four_bit: 0.9\n" in toy.command("git", "show", f"{tag}:params.yaml")
+    assert state_of(tag) == "Completed"
+
+
+def by_hand(toy: Toy, command: str, server: str) -> str:
+    """What a command prints in an activated environment; it must succeed."""
+    done = subprocess.run(
+        command.split(),
+        cwd=toy.root,
+        env=activated(server),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@contextmanager
+def at_work(toy: Toy, command: str, server: str) -> Iterator[None]:
+    """The command runs meanwhile; Ctrl-C ends it."""
+    with (toy.root / "worker.log").open("w") as log:
+        process = subprocess.Popen(
+            command.split(), cwd=toy.root, env=activated(server), stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(60)
+
+
+def activated(server: str) -> dict[str, str]:
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "PREFECT_API_URL": server}
+
+
+def state_of(tag: str) -> str | None:
+    """What the server says of the run that ended as `tag`."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+
+    name = FlowRunFilter(name=FlowRunFilterName(any_=[tag.removeprefix("run/")]))
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(flow_run_filter=name)
+    return run.state_name

@@ -91,6 +91,8 @@ if wish in ("killed", "no memory"):
 if wish.startswith("sleep"):
     Path(f"pid-{name}").write_text(str(os.getpid()))
     time.sleep(float(wish.split()[1]))
+while wish == "wait" and not Path(f"go-{name}").exists():
+    time.sleep(0.1)
 params = yaml.safe_load(Path("params.yaml").read_text())
 variant = name.partition("@")[2]
 content = json.dumps([name.partition("@")[0], params["variants"].get(variant), params["model"]["source"]])
@@ -205,7 +207,10 @@ class Toy:
         self.write("params.yaml", yaml.safe_dump(params, sort_keys=False))
 
     def wish(self, stage: str, what: str = "") -> None:
-        """Let a stage `fail`, `sleep SECONDS`, have the network `away TIMES`, be `killed` or have `no memory`."""
+        """Let a stage `fail`, `sleep SECONDS`, have the network `away TIMES`, be `killed` or have `no memory`.
+
+        `wait` lets it wait for the file go-STAGE beside dvc.yaml.
+        """
         self.write(f"wish/{stage}", what)
 
     def write(self, path: str, text: str) -> None:

@@ -87,5 +87,38 @@ def test_the_form_has_drop_downs_bounds_descriptions_and_the_defaults_of_params_
     assert fields["variants"]["default"] == VARIANTS
     assert fields["model"]["default"] == NOW.model.source
     assert fields["gate_four_bit"]["default"] == NOW.gate.four_bit
-    assert (fields["samples"]["minimum"], fields["samples"]["maximum"]) == (1, 65536)
     assert fields["limit"]["default"] == NOW.evaluation.limit
+
+
+SETTING = {  # field of the form -> the setting that it changes
+    "package": "package.name",
+    "samples": "calibration.samples",
+    "limit": "evaluation.limit",
+    "gate_four_bit": "gate.four_bit",
+    "gate_eight_bit": "gate.eight_bit",
+}
+OF_THE_FORM_ALONE = {"model", "jobs"}  # settings say by a function what a model's address may be, and know no jobs
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength", "pattern")
+
+
+def bounds(field: dict[str, Any]) -> dict[str, Any]:
+    """What a JSON schema demands of a value; of one that may be empty, what it demands of the others."""
+    (there,) = [choice for choice in field.get("anyOf", [field]) if choice.get("type") != "null"]
+    return {key: there[key] for key in BOUNDS if key in there}
+
+
+def setting(schema: dict[str, Any], key: str) -> dict[str, Any]:
+    """The schema of `section.key`."""
+    section, name = key.split(".")
+    reference = schema["properties"][section]["$ref"].rpartition("/")[2]
+    return dict(schema["$defs"][reference]["properties"][name])
+
+
+def test_every_bound_of_the_form_is_that_of_the_setting() -> None:
+    fields = parameter_schema_from_entrypoint("flows/press.py:press").properties
+    schema = Settings.model_json_schema()
+    form = {name: found for name, field in fields.items() if (found := bounds(field))}
+    assert set(form) == {*SETTING, *OF_THE_FORM_ALONE}
+    assert {name: form[name] for name in SETTING} == {
+        name: bounds(setting(schema, key)) for name, key in SETTING.items()
+    }

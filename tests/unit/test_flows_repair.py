@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,11 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from flows import git_locks
 from flows.checkout import exclusive
+from flows.doctor import Finding, examine
 from flows.errors import FlowError
 from flows.repair import OPENING, repair
 from flows.scrub import damaged_objects, links_to
 from flows.workspace import git
+from tests.waiting import soon
 
 LOCK = "schema: '2.0'\nstages:\n  a:\n    cmd: x\n    outs:\n    - path: models/a\n      md5: 00\n"
 
@@ -174,3 +178,62 @@ def test_worktrees_of_which_half_is_left_are_forgotten(project: Path) -> None:
     assert len(lines) == 2
     assert git(project, "worktree", "list").count("\n") == 1
     assert (runs / "opening").is_dir()
+
+
+def git_findings(root: Path) -> list[Finding]:
+    return [finding for finding in examine(root) if finding.subject == "git lock"]
+
+
+def test_locks_of_a_git_that_was_killed_are_named_and_removed(project: Path) -> None:
+    space = project / ".modelpress/runs/otter"
+    git(project, "worktree", "add", "--quiet", "--detach", str(space), "HEAD")
+    left = [project / ".git/index.lock", project / ".git/worktrees/otter/index.lock"]
+    for lock in left:
+        lock.touch()
+        os.utime(lock, (time.time() - git_locks.AGE,) * 2)
+    for checkout in (project, space):
+        with pytest.raises(FlowError, match=r"index\.lock is in the way; .*`modelpress doctor --repair` removes it"):
+            git(checkout, "add", "--all")
+    assert [finding.found.partition(" ")[0] for finding in git_findings(project)] == [str(lock) for lock in left]
+
+    lines = mend(project)
+    assert lines == [f"removed {lock}: no git is at work that could hold it" for lock in left]
+    assert git_findings(project) == []
+    _commit(project)
+    git(space, "add", "--all")
+
+
+def test_a_young_lock_is_given_its_time(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = project / ".git/index.lock"
+    lock.touch()
+    assert git_findings(project) == []
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        os.utime(lock, (time.time() - git_locks.AGE,) * 2)
+
+    monkeypatch.setattr(time, "sleep", wait)
+    assert mend(project) == [f"removed {lock}: no git is at work that could hold it"]
+    assert waited == [pytest.approx(git_locks.AGE, abs=5)]
+
+
+def test_the_lock_of_a_git_at_work_stays(project: Path) -> None:
+    """A commit whose message is being written, in a worktree of the person's own."""
+    elsewhere = project.parent / "elsewhere"
+    git(project, "worktree", "add", "--quiet", "--detach", str(elsewhere), "HEAD")
+    (elsewhere / "dvc.yaml").write_text("stages: {a: {cmd: x}}\n")
+    words = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-c", "core.editor=sleep 60 #", "commit", "--all"]
+    commit = subprocess.Popen(words, cwd=elsewhere, stdout=subprocess.DEVNULL, start_new_session=True)
+    lock = project / ".git/worktrees/elsewhere/index.lock"
+    try:
+        assert soon(lock.exists, 10)
+        os.utime(lock, (0, 0))
+        assert git_findings(project) == []
+        with pytest.raises(FlowError, match=rf"`git -c` \(process {commit.pid}\) is at work"):
+            mend(project)
+        assert lock.exists()
+    finally:
+        os.killpg(commit.pid, signal.SIGKILL)
+        commit.wait()
+    assert mend(project) == [f"removed {lock}: no git is at work that could hold it"]

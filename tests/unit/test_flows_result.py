@@ -1,0 +1,76 @@
+"""The page of a result in Prefect: every figure of the summary, in words that a person reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.result import result
+from tasks.summary import summarize
+from tests.unit.measured import GATE, made_up
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {"lost": 0, "size": 269_000_000},
+    "int8": {"method": "int8", "bits": 8, "lost": 0.002, "size": 163_000_000, "worse": 0.006, "speed": 1.1},
+    "awq-int4": {"method": "awq", "bits": 4, "lost": 0.2, "size": 111_000_000, "worse": 0.25, "speed": None},
+}
+
+
+@pytest.fixture
+def summary(tmp_path: Path) -> dict[str, Any]:
+    """Of made-up measurements, by the code of the stage `report`."""
+    made_up(tmp_path, VARIANTS)
+    return summarize(list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json")
+
+
+def table_of(page: str) -> dict[str, list[str]]:
+    """Row -> its other cells; all rows are as wide as the first."""
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    return {first.strip(): [cell.strip() for cell in rest] for first, *rest in rows}
+
+
+def test_the_table_has_every_figure(summary: dict[str, Any]) -> None:
+    table = table_of(result(summary, ""))
+    kept = summary["variants"]["int8"]["retention"]
+    assert table["variant"][3] == "retention in % (95% interval)"
+    assert table["variant"][4:6] == ["perplexity, medical", "perplexity, news"]
+    assert table["base"] == ["269 MB", "1.00x", "1.00x", "100.0", "15.20", "27.44", "", "", "baseline"]
+    assert table["int8"] == [
+        *("163 MB", "1.65x", "1.10x"),
+        f"{100 * kept['mean']:.1f} ({100 * kept['low']:.1f} to {100 * kept['high']:.1f})",
+        *("15.29, +0.6%", "27.60, +0.6%", "0.003", "99.4%", "pass"),
+    ]
+    assert table["awq-int4"][2] == "no fast kernel"
+    assert table["awq-int4"][-1] == "fail"
+
+
+def test_reasons_winner_plot_notes_and_the_contract_follow_in_this_order(summary: dict[str, Any]) -> None:
+    page = result(summary, "![the plot](x)")
+    found = [
+        "| awq-int4 |",
+        f"- **int8**: pass, {summary['variants']['int8']['reason']}.",
+        f"- **awq-int4**: fail, {summary['variants']['awq-int4']['reason']}.",
+        "**Winner: int8**",
+        "![the plot](x)",
+        summary["notes"][0],
+        f"Evaluation contract `{summary['contract_hash']}`",
+    ]
+    assert sorted(found, key=page.index) == found
+    assert "- **base**" not in page
+    # of the contract its hash alone
+    assert "lm-eval" not in page
+    assert max(len(line) for line in page.splitlines() if line not in summary["notes"]) < 200
+
+
+def test_no_winner_is_said(summary: dict[str, Any]) -> None:
+    assert "nothing will be packaged" in result({**summary, "winner": None}, "")
+
+
+def test_what_a_report_of_ones_own_leaves_out_is_empty() -> None:
+    page = result({"variants": {"base": {}, "int8": {"verdict": "pass"}}, "winner": "int8"}, "")
+    assert table_of(page)["int8"] == [*[""] * 6, "pass"]
+    assert re.search(r"\n\n\n", page) is None
