@@ -1,7 +1,8 @@
 """Which stages may start now: a pure decision over the graph.
 
 A stage starts when all that it needs has succeeded. A `benchmark` measures speed, so it runs with nothing
-beside it, after everything that could run without it: policy of the flow, not of the graph in dvc.yaml.
+beside it, after everything that could run without it; and all wait for the `statistics`, so they get all cores. That is
+policy of the flow, not of the graph in dvc.yaml.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ Upstreams = Mapping[str, Collection[str]]  # stage -> what it needs, every stage
 
 def runs_alone(stage: str) -> bool:
     """Whether nothing else may run at the same time as `stage`."""
-    return stage.partition("@")[0] == "benchmark"
+    return stage.partition("@")[0] in ("benchmark", "statistics")
 
 
 def threads_of(stage: str, jobs: int, cores: int) -> int:

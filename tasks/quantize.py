@@ -1,4 +1,4 @@
-"""The quantize stage: one variant, made of the downloaded model and the calibration tokens.
+"""The quantize stage: one variant, made of the downloaded model and what calibration found out about it.
 
 python -m tasks.quantize awq-int4
 """
@@ -20,13 +20,14 @@ from tasks.layers import layer_errors, weight_bits
 from tasks.output import MANIFEST, link_or_copy, whole_directory, write_json
 from tasks.program import one_argument, run_stage
 from tasks.quantizers import Job, quantizer
-from tasks.settings import NoneSettings, Settings, Variant
+from tasks.settings import OWN, NoneSettings, Settings, Variant
 
+# What made the variant, by its backend.
 LIBRARIES = {
     "none": (),
-    "int8": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
-    "gptq": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
-    "awq": ("torch", "transformers", "autoawq"),
+    OWN: ("torch", "transformers", "compressed-tensors"),
+    "llm-compressor": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
+    "autoawq": ("torch", "transformers", "autoawq"),
 }
 # Files that go with the weights whatever is done to them.
 COMPANIONS = (
@@ -53,6 +54,7 @@ class QuantizeReport:
 
     variant: str
     method: str
+    backend: str
     bits: int | None
     bits_per_weight: float
     seconds: float
@@ -64,18 +66,21 @@ class QuantizeReport:
     layers: dict[str, float]
 
 
-def quantize(name: str, variant: Variant, model: Path, calibration: Path, destination: Path) -> QuantizeReport:
+def quantize(
+    name: str, variant: Variant, model: Path, calibration: Path, statistics: Path, destination: Path
+) -> QuantizeReport:
     """Make the variant and write its model directory. TaskError if its settings do not fit the model."""
     from safetensors.torch import load_file
 
     check_fit(name, variant, model)
     device = compute_device()
-    libraries = {library: version(library) for library in LIBRARIES[variant.method]}
+    backend = getattr(variant, "backend", "none")
+    libraries = {library: version(library) for library in LIBRARIES[backend]}
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
     used = tokens[: getattr(variant, "samples", None)]
     started = time.monotonic()
     with whole_directory(destination) as work:
-        quantizer(variant.method).press(Job(model, used, variant, device, work))
+        quantizer(variant).press(Job(model, used, statistics, variant, device, work))
         gc.collect()  # the pressed model makes room for the two that are compared
         seconds = round(time.monotonic() - started, 1)
         _add_companions(model, work)
@@ -85,6 +90,7 @@ def quantize(name: str, variant: Variant, model: Path, calibration: Path, destin
     return QuantizeReport(
         variant=name,
         method=variant.method,
+        backend=backend,
         bits=None if isinstance(variant, NoneSettings) else variant.bits,
         bits_per_weight=round(bits, 3),
         seconds=seconds,
@@ -132,6 +138,7 @@ def main() -> None:
             settings.variant(name),
             Path("models/source"),
             Path("data/calibration"),
+            Path("data/statistics"),
             Path("models") / name,
         )
         write_json(Path(f"metrics/quantize/{name}.json"), asdict(report))

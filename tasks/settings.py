@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,7 @@ from tasks.sources.address import check_data_source, check_model_checksum, check
 NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 SHA256 = r"^[0-9a-f]{64}$"
 BASE = "base"
+OWN = "modelpress"  # the backend that is our own
 
 Name = Annotated[str, Field(pattern=NAME, max_length=40)]
 Sha256 = Annotated[str, Field(pattern=SHA256)]
@@ -146,15 +147,27 @@ class NoneSettings(Section):
 
 
 class _Calibrated(Section):
-    """What the methods share: how many of the calibration samples they see (None: all)."""
+    """What the methods share. backend: our own solvers on the model's statistics, or a library. samples: how many of
+    the calibration sequences a library sees (None: all); the statistics are of all of them."""
 
+    backend: str
     samples: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _statistics_are_of_all_samples(self) -> Self:
+        if self.backend == OWN and self.samples is not None:
+            raise ValueError(
+                f"samples is {self.samples}, but the backend {OWN} uses the statistics of all calibration sequences; "
+                "remove samples, or set calibration.samples"
+            )
+        return self
 
 
 class Int8Settings(_Calibrated):
     """W8A8: 8-bit weights per output channel, 8-bit activations per token, after SmoothQuant (arXiv 2211.10438)."""
 
     method: Literal["int8"]
+    backend: Literal["modelpress", "llm-compressor"]
     skip_layers: list[Annotated[int, Field(ge=0)]] = []
     smoothing: Annotated[float, Field(ge=0, le=1, strict=False)]
     symmetric_activations: bool
@@ -169,21 +182,39 @@ class GptqSettings(_Calibrated):
     """GPTQ (arXiv 2210.17323), 4-bit weights in groups along the input."""
 
     method: Literal["gptq"]
+    backend: Literal["modelpress", "llm-compressor"]
     skip_layers: list[Annotated[int, Field(ge=0)]] = []
     bits: Literal[4]
     group_size: Annotated[int, Field(ge=8, le=1024)]
     symmetric: bool
     act_order: Literal["static", "none"]
     damping: Annotated[float, Field(gt=0, lt=1)]
+    clip: bool
+
+    @model_validator(mode="after")
+    def _a_library_does_not_clip(self) -> Self:
+        if self.backend != OWN and self.clip:
+            raise ValueError(f"clip is true, which {self.backend} cannot do; set clip to false, or backend to {OWN}")
+        return self
 
 
 class AwqSettings(_Calibrated):
     """AWQ (arXiv 2306.00978), 4-bit weights in groups along the input, in AutoAWQ's GEMM format."""
 
     method: Literal["awq"]
+    backend: Literal["modelpress", "autoawq"]
     bits: Literal[4]
     group_size: Annotated[int, Field(ge=8, le=1024)]
     clip: bool
+    rounding: Literal["nearest", "gptq"]
+
+    @model_validator(mode="after")
+    def _a_library_rounds_to_the_nearest(self) -> Self:
+        if self.backend != OWN and self.rounding != "nearest":
+            raise ValueError(
+                f"rounding is {self.rounding}, which {self.backend} cannot do; set it to nearest, or backend to {OWN}"
+            )
+        return self
 
 
 Variant = Annotated[NoneSettings | Int8Settings | GptqSettings | AwqSettings, Field(discriminator="method")]

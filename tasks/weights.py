@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks.errors import TaskError
+from tasks.output import write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # torch's names: safetensors' names
+LARGEST = 5 * 10**9  # bytes of a file, where a model's weights are written
 BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 
 
@@ -66,21 +73,62 @@ def convert(source: Path, destination: Path, dtype: str) -> None:
         name: Entry(wanted, e.shape, e.count * BYTES[wanted]) if e.dtype in BYTES else e
         for name, e in read_header(source).items()
     }
-    # safetensors' own order: wide types first, so that every tensor stays aligned
-    order = sorted(new, key=lambda name: (-new[name].bytes // max(new[name].count, 1), name))
-    with safe_open(source, framework="pt") as file, destination.open("wb") as out:
-        out.write(_header({name: new[name] for name in order}))
-        for name in order:
+    with safe_open(source, framework="pt") as file:
+
+        def read(name: str) -> Tensor:
             tensor = file.get_tensor(name)
-            if new[name].dtype == wanted:
-                converted = tensor.to(getattr(torch, dtype))
-                if tensor.isfinite().all() and not converted.isfinite().all():
-                    raise TaskError(
-                        f"{name} has weights up to {tensor.abs().max().item():.3g}, too large for {dtype}; "
-                        "set model.dtype to bfloat16 or float32"
-                    )
-                tensor = converted
-            out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if new[name].dtype != wanted:
+                return tensor
+            converted = tensor.to(getattr(torch, dtype))
+            if tensor.isfinite().all() and not converted.isfinite().all():
+                raise TaskError(
+                    f"{name} has weights up to {tensor.abs().max().item():.3g}, too large for {dtype}; "
+                    "set model.dtype to bfloat16 or float32"
+                )
+            return converted
+
+        _write(destination, new, read)
+
+
+def join(parts: Sequence[Path], destination: Path, largest: int = LARGEST) -> None:
+    """Write the tensors of all `parts` to the folder `destination` as a model's weights, one in memory at a time:
+    `model.safetensors`, or several files with an index where that would have more than `largest` bytes."""
+    from safetensors import safe_open
+
+    found = {name: (part, entry) for part in parts for name, entry in read_header(part).items()}
+    shards: list[dict[str, Entry]] = [{}]
+    for name, (_, entry) in found.items():
+        if shards[-1] and sum(e.bytes for e in shards[-1].values()) + entry.bytes > largest:
+            shards.append({})
+        shards[-1][name] = entry
+
+    def read(name: str) -> Tensor:
+        with safe_open(found[name][0], framework="pt") as file:
+            return file.get_tensor(name)
+
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    else:
+        total = sum(entry.bytes for _, entry in found.values())
+        place = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        write_json(
+            destination / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": place}
+        )
+    for file, shard in zip(files, shards, strict=True):
+        _write(destination / file, shard, read)
+
+
+def _write(destination: Path, entries: dict[str, Entry], read: Callable[[str], Tensor]) -> None:
+    """A safetensors file of these tensors, each read when its turn comes."""
+    import torch
+
+    # safetensors' own order: wide types first, so that every tensor stays aligned
+    order = sorted(entries, key=lambda name: (-entries[name].bytes // max(entries[name].count, 1), name))
+    with destination.open("wb") as out:
+        out.write(_header({name: entries[name] for name in order}))
+        for name in order:
+            out.write(read(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _header(entries: dict[str, Entry]) -> bytes:

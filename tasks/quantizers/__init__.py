@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from tasks.settings import Variant
+from tasks.settings import OWN, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,11 +27,12 @@ class Job:
     """One model to press.
 
     source: directory of the model, safetensors. tokens: int64 [samples, sequence_length], the calibration text.
-    device: "cpu" or "cuda". destination: an empty directory.
+    statistics: what the statistics stage left. device: "cpu" or "cuda". destination: an empty directory.
     """
 
     source: Path
     tokens: Tensor
+    statistics: Path
     variant: Variant
     device: str
     destination: Path
@@ -44,6 +45,7 @@ class Quantizer(Protocol):
         """Write the pressed model to `job.destination`."""
 
 
-def quantizer(method: str) -> Quantizer:
-    """The module of a method that tasks/settings.py allows."""
-    return cast(Quantizer, importlib.import_module(f"tasks.quantizers.{method}"))
+def quantizer(variant: Variant) -> Quantizer:
+    """The module of the variant's method, ours or a library's."""
+    own = getattr(variant, "backend", OWN) == OWN
+    return cast(Quantizer, importlib.import_module(f"tasks.quantizers.{'' if own else 'libraries.'}{variant.method}"))

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from llmcompressor.modifiers.gptq import GPTQModifier
+import json
 
+import torch
+from torch import Tensor
+
+from tasks.formats.compressed import pack_words, words_config
 from tasks.quantizers import Job
-from tasks.quantizers.compressor import ignored, press_with_recipe
+from tasks.quantizers.layerwise import Layer, left_alone, press_layers, round_layer
 from tasks.settings import GptqSettings
+from tasks.solvers import Grid, Rounded, gptq
 
 
 def press(job: Job) -> None:
-    """Solve layer by layer on the calibration tokens, each layer seeing the ones before it quantized."""
+    """Solve every layer on the Gram matrices of its inputs."""
     variant = job.variant
     assert isinstance(variant, GptqSettings)  # the method named this module
-    weights = {
-        "num_bits": variant.bits,
-        "type": "int",
-        "symmetric": variant.symmetric,
-        "strategy": "group",
-        "group_size": variant.group_size,
-    }
-    recipe = [
-        GPTQModifier(
-            config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
-            actorder=None if variant.act_order == "none" else variant.act_order,
-            dampening_frac=variant.damping,
-            ignore=ignored(variant),
-        )
-    ]
-    press_with_recipe(job, recipe, pipeline="sequential", keep_scales=False)
+    dtype = getattr(torch, json.loads((job.source / "config.json").read_text(encoding="utf-8"))["dtype"])
+    grid = Grid(variant.bits, variant.group_size, variant.symmetric, dtype)
+    act_order = variant.act_order == "static"
+
+    def solve(weight: Tensor, gram: Tensor, limit: Tensor | None) -> Rounded:
+        return gptq.solve(weight, gram, grid, act_order=act_order, damping=variant.damping, limit=limit)
+
+    def press_layer(layer: Layer) -> dict[str, dict[str, Tensor]]:
+        return {linear: pack_words(part, grid) for linear, part in round_layer(layer, grid, variant.clip, solve)}
+
+    config = words_config(grid, act_order, left_alone(variant.skip_layers))
+    press_layers(job, press_layer, config, dtype, variant.skip_layers)

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
 
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+import torch
+from torch import Tensor
 
+from tasks.formats.compressed import bytes_config, pack_bytes
 from tasks.quantizers import Job
-from tasks.quantizers.compressor import ignored, press_with_recipe
+from tasks.quantizers.layerwise import Layer, left_alone, press_layers
 from tasks.settings import Int8Settings
+from tasks.solvers import rtn
+from tasks.solvers.smoothquant import INT8, smooth
+
+# what can take over a factor, and the layers that read it: norms, for they have a weight for each channel
+SMOOTHED = {
+    "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
+}
 
 
 def press(job: Job) -> None:
     """Move the activations' outliers into the weights, then round the weights to 8 bits."""
     variant = job.variant
     assert isinstance(variant, Int8Settings)  # the method named this module
-    ignore = ignored(variant)
-    recipe = [
-        SmoothQuantModifier(smoothing_strength=variant.smoothing, ignore=ignore),
-        QuantizationModifier(config_groups={"group_0": _scheme(variant.symmetric_activations)}, ignore=ignore),
-    ]
-    # the statistics need no error of earlier layers: one pass serves all
-    press_with_recipe(job, recipe, pipeline="basic", keep_scales=True)
+    dtype = getattr(torch, json.loads((job.source / "config.json").read_text(encoding="utf-8"))["dtype"])
 
+    def press_layer(layer: Layer) -> dict[str, dict[str, Tensor]]:
+        for norm, linears in SMOOTHED.items():
+            factor = smooth(layer.stacked(linears), layer.inputs[linears[0]].largest, variant.smoothing)
+            layer.scale_input(norm, linears, factor, dtype)
+        return {linear: pack_bytes(rtn.solve(layer.weight(linear), INT8)) for linear in layer.inputs}
 
-def _scheme(symmetric_activations: bool) -> dict[str, Any]:
-    """Weights: a scale per output channel. Activations: a scale per token, found as the model runs."""
-    return {
-        "targets": ["Linear"],
-        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
-        "input_activations": {
-            "num_bits": 8,
-            "type": "int",
-            "symmetric": symmetric_activations,
-            "strategy": "token",
-            "dynamic": True,
-        },
-    }
+    config = bytes_config(variant.symmetric_activations, left_alone(variant.skip_layers))
+    press_layers(job, press_layer, config, dtype, variant.skip_layers)

@@ -27,6 +27,13 @@ def unpack(packed: Tensor) -> Tensor:
     return (words & (2**_BITS - 1)).to(torch.uint8).flatten(1)
 
 
+def pack(values: Tensor) -> Tensor:
+    """uint8 [rows, columns] -> int32 [rows, columns / 8]: what `unpack` takes apart."""
+    columns = values.reshape(len(values), -1, len(_PLACES)).to(torch.int64)
+    word = (columns << (_PLACES.to(values.device) * _BITS)).sum(-1)
+    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+
+
 def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] that the packed tensors stand for, in `dtype`."""
     group = qweight.shape[0] // scales.shape[0]

@@ -19,9 +19,11 @@ from tasks.errors import TaskError
 from tasks.fit import ARCHITECTURES
 from tasks.output import checksums, whole_directory
 from tasks.quantize import quantize
-from tasks.quantizers import Job, awq
+from tasks.quantizers import Job
+from tasks.quantizers.libraries import awq
 from tasks.runtimes import load_runtime
 from tasks.settings import Variant, check_settings
+from tasks.statistics import collect
 from tests.tiny import Corpus, tiny_corpus, tiny_model
 
 LENGTH = 32
@@ -31,6 +33,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "int8": PARAMS["variants"]["int8"],
     "gptq": {**PARAMS["variants"]["gptq-int4"], "group_size": 32},
     "awq": {**PARAMS["variants"]["awq-int4"], "group_size": 32},
+}
+LIBRARY: dict[str, dict[str, Any]] = {
+    "int8": {"backend": "llm-compressor"},
+    "gptq": {"backend": "llm-compressor", "clip": False},
+    "awq": {"backend": "autoawq", "rounding": "nearest"},
 }
 # perplexity against the baseline's; measured on this model: 1.00, 1.02 and 1.03
 LOSS = {"int8": 1.03, "gptq": 1.15, "awq": 1.15}
@@ -52,6 +59,13 @@ def calibration(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
+def statistics(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "statistics"
+    collect(model, calibration, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def model(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _downloaded(llama, tmp_path_factory.mktemp("models") / "source")
 
@@ -65,14 +79,14 @@ def _downloaded(model: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantized(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+def quantized(model: Path, calibration: Path, statistics: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
     """Each method's result with its report, made once."""
     made: dict[str, Path] = {}
 
     def make(method: str) -> Path:
         if method not in made:
             made[method] = tmp_path_factory.mktemp(method) / "model"
-            report = quantize("v", variant(method), model, calibration, made[method])
+            report = quantize("v", variant(method), model, calibration, statistics, made[method])
             reports[method] = report
         return made[method]
 
@@ -106,6 +120,23 @@ def test_the_result_keeps_the_quality(
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_ours_is_as_good_as_the_library(
+    method: str,
+    quantized: Quantized,
+    model: Path,
+    calibration: Path,
+    perplexity: Callable[[Path], float],
+    tmp_path: Path,
+) -> None:
+    """And the library's way works, with no statistics."""
+    library = variant(method, **LIBRARY[method])
+    report = quantize("v", library, model, calibration, tmp_path / "none", tmp_path / "theirs")
+    assert report.backend == LIBRARY[method]["backend"]
+    assert perplexity(tmp_path / "theirs") < perplexity(model) * LOSS[method]
+    assert perplexity(quantized(method)) < 1.01 * perplexity(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_only_what_has_a_kernel_calls_itself_fast(method: str, quantized: Quantized) -> None:
     runtime = load_runtime("transformers", quantized(method), "float32")
     assert runtime.fast == (method == "int8" and runtime.about.device == "cpu")
@@ -119,8 +150,9 @@ def test_every_family_keeps_the_quality(
     model = _downloaded(tiny_model(tmp_path / "tiny", family=family, steps=60), tmp_path / "source")
     baseline = perplexity(model)
     assert baseline < 20
+    collect(model, calibration, tmp_path / "statistics")
     for method, loss in LOSS.items():
-        quantize("v", variant(method), model, calibration, tmp_path / method)
+        quantize("v", variant(method), model, calibration, tmp_path / "statistics", tmp_path / method)
         result = perplexity(tmp_path / method)
         assert result < baseline * loss, method
         assert result != baseline, method
@@ -153,15 +185,19 @@ def test_the_report_counts_bits_and_errors(method: str, low: float, high: float,
 
 @pytest.mark.parametrize("method", METHODS)
 def test_twice_the_same_gives_the_same_bytes(
-    method: str, quantized: Quantized, model: Path, calibration: Path, tmp_path: Path
+    method: str, quantized: Quantized, model: Path, calibration: Path, statistics: Path, tmp_path: Path
 ) -> None:
-    quantize("v", variant(method), model, calibration, tmp_path / "again")
+    quantize("v", variant(method), model, calibration, statistics, tmp_path / "again")
     assert checksums(tmp_path / "again") == checksums(quantized(method))
 
 
 @pytest.mark.parametrize("method", ["int8", "gptq"])
-def test_a_skipped_layer_keeps_its_weights(method: str, model: Path, calibration: Path, tmp_path: Path) -> None:
-    quantize("v", variant(method, skip_layers=[1], samples=4), model, calibration, tmp_path / "out")
+@pytest.mark.parametrize("library", [True, False])
+def test_a_skipped_layer_keeps_its_weights(
+    method: str, library: bool, model: Path, calibration: Path, statistics: Path, tmp_path: Path
+) -> None:
+    changes = {**LIBRARY[method], "samples": 4} if library else {}
+    quantize("v", variant(method, skip_layers=[1], **changes), model, calibration, statistics, tmp_path / "out")
     weights = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
     kept = [name for name in weights if name.startswith("model.layers.1.") and name.endswith("_proj.weight")]
     assert len(kept) == 7
@@ -188,7 +224,8 @@ def test_autoawq_as_published_destroys_the_model_on_a_cpu_and_ours_does_not(
         monkeypatch.setattr(awq, "GramAwqQuantizer", quantizer)
         shutil.copytree(uneven, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
         # published, the clip search only takes layers of a multiple of 64 rows; the defect is in the scale search
-        awq.press(Job(uneven, tokens, variant("awq", clip=False), "cpu", tmp_path / name))
+        settings = variant("awq", clip=False, **LIBRARY["awq"])
+        awq.press(Job(uneven, tokens, tmp_path, settings, "cpu", tmp_path / name))
         return perplexity(tmp_path / name)
 
     ours = awq.GramAwqQuantizer
@@ -218,7 +255,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(model: Path, calibr
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("from before")
     with pytest.raises(TaskError, match="does not divide"):
-        quantize("v", variant("gptq", group_size=128), model, calibration, tmp_path / "out")
+        quantize("v", variant("gptq", group_size=128), model, calibration, tmp_path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out/precious").read_text() == "from before"
 
@@ -234,7 +271,7 @@ def test_a_failure_in_the_middle_leaves_what_was_there(
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("from before")
     with pytest.raises(OSError, match="No space left"):
-        quantize("base", _none(), model, calibration, tmp_path / "out")
+        quantize("base", _none(), model, calibration, tmp_path, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["out", "precious"]
 
 

@@ -15,6 +15,7 @@ from tasks.errors import TaskError
 from tasks.settings import check_settings, load_settings
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+LIBRARY = {**PARAMS["variants"]["gptq-int4"], "backend": "llm-compressor", "clip": False}
 GPTQ = PARAMS["variants"]["gptq-int4"]
 
 
@@ -52,7 +53,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("variants/int8/method", "int3", r"variants\.int8\.method must be one of none, int8, gptq, awq"),
         ("variants/int8/smoothing", 2, r"variants\.int8\.smoothing is 2: input should be less than or equal to 1"),
         ("variants/gptq-int4/bits", 3, r"variants\.gptq-int4\.bits is 3: input should be 4"),
-        ("variants/gptq-int4/samples", 4096, r"variants\.gptq-int4\.samples is 4096, but calibration\.samples is only"),
+        ("variants/v", {**LIBRARY, "samples": 4096}, r"variants\.v\.samples is 4096, but calibration\.samples is only"),
+        ("variants/int8/samples", 4, r"variants\.int8: samples is 4, but the backend modelpress uses the statistics"),
+        ("variants/gptq-int4/backend", "llm-compressor", r"variants\.gptq-int4: clip is true, which llm-compressor"),
+        ("variants/awq-int4/backend", "autoawq", r"variants\.awq-int4: rounding is gptq, which autoawq"),
+        ("variants/awq-int4/backend", "gptqmodel", r"variants\.awq-int4\.backend is 'gptqmodel'.*autoawq"),
         ("gate/confidence", 1.0, r"gate\.confidence is 1\.0: input should be less than 1"),
         (
             "evaluation/texts/wiki",

@@ -69,11 +69,6 @@ def _is_news(record: Any) -> bool:
     return record["level"].name != "METRIC" and not record["message"].startswith(known)
 
 
-def ignored(variant: Any) -> list[str]:
-    """Modules that stay as they are: the output layer, and the decoder layers that the settings name."""
-    return ["lm_head", *(rf"re:.*\.layers\.{index}\..*" for index in variant.skip_layers)]
-
-
 def _narrow(model: PreTrainedModel, dtype: torch.dtype, keep_scales: bool) -> None:
     """Store weights, and scales unless kept, in the model's own precision; integers stay integers."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

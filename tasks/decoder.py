@@ -1,0 +1,112 @@
+"""A decoder model with one of its layers in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tasks.errors import TaskError
+from tasks.weights import read_header
+
+
+class TensorFiles:
+    """The tensors of a model directory by name, read one by one."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file = {name: path for path in sorted(directory.glob("*.safetensors")) for name in read_header(path)}
+        if not self._file:
+            raise TaskError(f"{directory} holds no safetensors files; run the download stage: modelpress run")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as it is stored. KeyError if there is none of this name."""
+        with safe_open(self._file[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors whose names begin with `prefix`, by the rest of their names."""
+        return {name.removeprefix(prefix): self.read(name) for name in self if name.startswith(prefix)}
+
+
+class Decoder:
+    """Runs a model layer by layer: all sequences through one layer, then through the next.
+
+    Memory: the embedding at first, then one layer's weights; never the whole model. The families are those whose
+    decoder transformers calls `model.layers` (tasks/fit.py).
+    """
+
+    def __init__(self, directory: Path, dtype: torch.dtype, device: str) -> None:
+        self.files = TensorFiles(directory)
+        self.dtype, self.device = dtype, device
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        self._base = model.base_model.eval()
+        self.prefix = f"{model.base_model_prefix}."
+        self._layers: list[nn.Module] = list(self._base.layers)
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        # what has no weights in the files, computed anew
+        self._base.rotary_emb = type(self._base.rotary_emb)(config=config).to(device)
+        self._base.norm = nn.Identity()
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @torch.no_grad()
+    def embed(self, batches: list[Tensor]) -> list[Tensor]:
+        """What the first layer reads: int64 [rows, tokens] -> [rows, tokens, channels] for each batch."""
+        weight = self.files.read(f"{self.prefix}embed_tokens.weight").to(self.dtype)
+        self._base.embed_tokens.load_state_dict({"weight": weight}, assign=True)
+        self._base.embed_tokens.to(self.device)
+        hidden = []
+        for ids in batches:
+            # masks and positions are the model's own business: layers that only listen say what it gives them
+            recorders = [_Recorder() for _ in self._layers]
+            self._base.layers = nn.ModuleList(recorders)
+            self._base(input_ids=ids.to(self.device), use_cache=False)
+            self._arguments[len(ids)] = [recorder.arguments for recorder in recorders]
+            hidden.append(recorders[0].hidden)
+        self._base.embed_tokens.to("meta")
+        return hidden
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """The layer with its weights, for as long as the body runs."""
+        layer = self._layers[index]
+        state = {n: t.to(self.device, self.dtype) for n, t in self.files.below(self.layer_prefix(index)).items()}
+        layer.load_state_dict(state, assign=True)
+        yield layer
+        layer.to("meta")
+
+    def layer_prefix(self, index: int) -> str:
+        """What the names of the layer's tensors begin with."""
+        return f"{self.prefix}layers.{index}."
+
+    @torch.no_grad()
+    def run(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """One batch through the layer that `layer()` gave for `index`, as the whole model would run it."""
+        found = layer(hidden, **self._arguments[len(hidden)][index])
+        return found[0] if isinstance(found, tuple) else found
+
+
+class _Recorder(nn.Module):
+    """Stands where a layer would, passes its input on, and keeps what it was given."""
+
+    hidden: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden, arguments
+        return hidden

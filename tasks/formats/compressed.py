@@ -1,0 +1,73 @@
+"""compressed-tensors: weights of 4 bits packed in words, or of 8 bits as they are; what vLLM and transformers load.
+
+Source: https://github.com/vllm-project/compressed-tensors, which packs and describes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+)
+from torch import Tensor
+
+from tasks.solvers import Grid, Rounded
+
+
+def pack_words(solved: Rounded, grid: Grid) -> dict[str, Tensor]:
+    """weight_packed int32 [rows, width * bits / 32], weight_scale [rows, groups], weight_shape, weight_zero_point."""
+    middle = 2 ** (grid.bits - 1)
+    tensors = {
+        "weight_packed": pack_to_int32(_signed(solved.integers, middle), grid.bits),
+        "weight_scale": solved.scales,
+        "weight_shape": torch.tensor(solved.integers.shape, dtype=torch.int64),
+    }
+    if not grid.symmetric:
+        tensors["weight_zero_point"] = pack_to_int32(_signed(solved.zeros, middle), grid.bits, packed_dim=0)
+    return tensors
+
+
+def pack_bytes(solved: Rounded) -> dict[str, Tensor]:
+    """weight int8 [rows, width], weight_scale float32 [rows, 1]; the zero lies in the middle."""
+    return {"weight": _signed(solved.integers, 128), "weight_scale": solved.scales.float()}
+
+
+def _signed(integers: Tensor, middle: int) -> Tensor:
+    return (integers.to(torch.int16) - middle).to(torch.int8).contiguous()
+
+
+def words_config(grid: Grid, act_order: bool, ignore: list[str]) -> dict[str, Any]:
+    """Weights in groups, activations as they are (W4A16). ignore: layers that are left alone."""
+    weights = QuantizationArgs(
+        num_bits=grid.bits,
+        symmetric=grid.symmetric,
+        strategy="group",
+        group_size=grid.group_size,
+        actorder="static" if act_order else None,
+    )
+    return _config("pack-quantized", QuantizationScheme(targets=["Linear"], weights=weights), ignore)
+
+
+def bytes_config(symmetric_activations: bool, ignore: list[str]) -> dict[str, Any]:
+    """8-bit weights with a scale per row, 8-bit activations with a scale per token (W8A8)."""
+    weights = QuantizationArgs(num_bits=8, symmetric=True, strategy="channel")
+    inputs = QuantizationArgs(num_bits=8, symmetric=symmetric_activations, strategy="token", dynamic=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+    return _config("int-quantized", scheme, ignore)
+
+
+def _config(kind: str, scheme: QuantizationScheme, ignore: list[str]) -> dict[str, Any]:
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        format=kind,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=ignore,
+    )
+    described: dict[str, Any] = config.model_dump(mode="json")
+    return {**described, "quant_method": "compressed-tensors"}

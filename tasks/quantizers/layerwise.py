@@ -1,0 +1,164 @@
+"""What our own methods share: press one decoder layer after another, and write the model without ever holding it whole.
+
+A layer is its weights and what the statistics stage found out about their inputs; a method turns it into the tensors of
+its format. Layers are independent of each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tasks.decoder import TensorFiles
+from tasks.output import write_json
+from tasks.quantizers import Job
+from tasks.solvers import Grid, Rounded
+from tasks.solvers.awq import search_clip
+from tasks.statistics import Input, load_statistics
+from tasks.weights import join
+
+# queries and keys meet in a product, where clipping does harm that the error of one of them does not show (AutoAWQ)
+UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
+
+
+@dataclass
+class Layer:
+    """One decoder layer. tensors: by name, weights as float32 on the job's device; inputs: by linear layer."""
+
+    index: int
+    tensors: dict[str, Tensor]
+    inputs: Mapping[str, Input]
+
+    def weight(self, linear: str) -> Tensor:
+        """Of a linear layer: [rows, width]."""
+        return self.tensors[f"{linear}.weight"]
+
+    def readers(self) -> Iterator[tuple[list[str], Input]]:
+        """Linear layers that read the same input, and that input."""
+        groups: dict[int, list[str]] = {}
+        for linear, known in self.inputs.items():
+            groups.setdefault(id(known), []).append(linear)
+        for names in groups.values():
+            yield names, self.inputs[names[0]]
+
+    def stacked(self, linears: list[str]) -> Tensor:
+        """The weights of layers that read the same input, as one: what they make of it does not matter to a solver."""
+        return torch.cat([self.weight(name) for name in linears])
+
+    def split(self, solved: Rounded, linears: list[str]) -> Iterator[tuple[str, Rounded]]:
+        """The solution of `stacked` for each of the layers."""
+        start = 0
+        for name in linears:
+            rows = slice(start, start + len(self.weight(name)))
+            yield name, Rounded(solved.integers[rows], solved.scales[rows], solved.zeros[rows])
+            start = rows.stop
+
+    def scale_input(self, source: str, linears: list[str], scale: Tensor, dtype: torch.dtype) -> None:
+        """Multiply the weights of `linears` by `scale` [width] and divide what `source` makes by it.
+
+        A norm's weight is stored in `dtype`: its rounding is made good in the layers that read it, exactly.
+        """
+        weight = self.tensors[f"{source}.weight"]
+        divided = weight / (scale if weight.dim() == 1 else scale[:, None])
+        if weight.dim() == 1:
+            divided = divided.to(dtype).float()
+            scale = torch.where(divided == 0, scale, weight / divided)
+        self.tensors[f"{source}.weight"] = divided
+        if (bias := self.tensors.get(f"{source}.bias")) is not None:
+            self.tensors[f"{source}.bias"] = bias / scale
+        for name in linears:
+            self.tensors[f"{name}.weight"] = self.weight(name) * scale
+        self.inputs = {**self.inputs, **dict.fromkeys(linears, scaled(self.inputs[linears[0]], scale))}
+
+
+def round_layer(
+    layer: Layer, grid: Grid, clip: bool, solve: Callable[[Tensor, Tensor, Tensor | None], Rounded]
+) -> Iterator[tuple[str, Rounded]]:
+    """Every linear layer with its solution; those that read the same input are solved as one.
+
+    solve: from a weight, its inputs' Gram matrix and the limits of its groups to the solution. clip: search the limits.
+    """
+    for linears, known in layer.readers():
+        weight = layer.stacked(linears)
+        limit = None
+        if clip:
+            limit = search_clip(weight, known.gram, grid)
+            free = torch.cat([torch.full((len(layer.weight(name)), 1), name in UNCLIPPED) for name in linears])
+            limit = limit.masked_fill(free.to(limit.device), torch.inf)
+        yield from layer.split(solve(weight, known.gram, limit), linears)
+
+
+def scaled(known: Input, scale: Tensor) -> Input:
+    """What is known of an input after it was divided by `scale` [channels]."""
+    return Input(known.gram / scale[:, None] / scale, known.largest / scale, known.mean / scale)
+
+
+# from a layer to the tensors of each of its linear layers, by the end of their names
+Press = Callable[[Layer], Mapping[str, Mapping[str, Tensor]]]
+
+
+def press_layers(
+    job: Job,
+    press: Press,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    skip: list[int],
+) -> None:
+    """Press every layer but those in `skip`, and write weights and config.json to `job.destination`.
+
+    What `press` does not name stays, in `dtype`, as does all outside the layers. config: the `quantization_config`.
+    """
+    files = TensorFiles(job.source)
+    described = json.loads((job.source / "config.json").read_text(encoding="utf-8"))
+    parts = job.destination / "parts.part"
+    parts.mkdir()
+    prefixes = [f"{_prefix(files)}{index}." for index in range(described["num_hidden_layers"])]
+    outside = [name for name in files if not name.startswith(tuple(prefixes))]
+    for name in outside:
+        save_file({name: _stored(files.read(name), dtype)}, parts / f"{name}.safetensors")
+    for index, prefix in enumerate(tqdm(prefixes, desc="pressing", unit="layer")):
+        layer = Layer(index, files.below(prefix), {})
+        packed = {} if index in skip else _press_layer(job, press, layer)
+        kept = {name: t for name, t in layer.tensors.items() if name.removesuffix(".weight") not in packed}
+        done = {name: _stored(tensor, dtype) for name, tensor in kept.items()}
+        done |= {
+            f"{linear}.{end}": tensor.cpu().contiguous()
+            for linear, ends in packed.items()
+            for end, tensor in ends.items()
+        }
+        save_file({prefix + name: tensor for name, tensor in done.items()}, parts / f"{prefix}safetensors")
+    join(sorted(parts.iterdir()), job.destination)
+    for part in parts.iterdir():
+        part.unlink()
+    parts.rmdir()
+    described |= {"quantization_config": config, "dtype": str(dtype).removeprefix("torch.")}
+    write_json(job.destination / "config.json", described)
+
+
+def _press_layer(job: Job, press: Press, layer: Layer) -> Mapping[str, Mapping[str, Tensor]]:
+    layer.tensors = {name: tensor.to(job.device, torch.float32) for name, tensor in layer.tensors.items()}
+    layer.inputs = load_statistics(job.statistics, layer.index, job.device)
+    return press(layer)
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As it goes into the file."""
+    return tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+
+
+def _prefix(files: TensorFiles) -> str:
+    """What the names of all layers' tensors begin with, up to the number."""
+    name = next(name for name in files if ".layers." in name)
+    return name[: name.index(".layers.") + len(".layers.")]
+
+
+def left_alone(skip: list[int]) -> list[str]:
+    """As compressed-tensors names them: the output layer, and the decoder layers that are skipped."""
+    return ["lm_head", *(rf"re:.*\.layers\.{index}\..*" for index in skip)]

@@ -1,0 +1,78 @@
+"""Solvers: from a layer's weight and the statistics of its input to integers, scales and zero points.
+
+Pure functions, one layer at a time; none of them runs the model. All rest on one fact: for a linear layer with inputs
+X, a change D of its weight costs ||X D^T||^2 = trace(D H D^T), with H = X^T X the Gram matrix of its inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that a weight is rounded to: (integer - zero) * scale, with a scale for each `group_size` inputs of
+    each row (None: one for the row). symmetric: the zero lies in the middle. dtype: what scales are stored in."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    dtype: torch.dtype
+
+    @property
+    def top(self) -> int:
+        """The largest integer; the smallest is 0."""
+        return int(2**self.bits - 1)
+
+    def groups(self, width: int) -> int:
+        """How many groups a row of `width` inputs has."""
+        return width // (self.group_size or width)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight on its grid. integers: uint8 [rows, width], scales: [rows, groups] in the grid's dtype, zeros: uint8
+    [rows, groups]."""
+
+    integers: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def weight(self) -> Tensor:
+        """The weight that they stand for, float32 [rows, width]."""
+        rows, width = self.integers.shape
+        grouped = self.integers.view(rows, self.scales.shape[1], -1).float()
+        return ((grouped - self.zeros[..., None]) * self.scales[..., None].float()).view(rows, width)
+
+
+def fit_grid(weight: Tensor, grid: Grid, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scales and zeros that span each group of `weight` [rows, width]: [rows, groups] in the grid's dtype, and uint8.
+
+    limit: [rows, groups], the largest magnitude to span; what is beyond will be clipped.
+    """
+    grouped = weight.float().view(len(weight), grid.groups(weight.shape[1]), -1)
+    # zero must be on the grid
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    if limit is not None:
+        low, high = low.maximum(-limit), high.minimum(limit)
+    scale = 2 * torch.maximum(-low, high) / grid.top if grid.symmetric else (high - low) / grid.top
+    # rounded as it is stored, so that all that follows computes with what will be loaded
+    scale = scale.clamp(min=torch.finfo(grid.dtype).tiny).to(grid.dtype)
+    if grid.symmetric:
+        return scale, torch.full_like(scale, 2 ** (grid.bits - 1), dtype=torch.uint8)
+    return scale, (-low / scale.float()).round().clamp(0, grid.top).to(torch.uint8)
+
+
+def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Rounded:
+    """Every weight of [rows, width] to the nearest number of its group's grid."""
+    grouped = weight.float().view(len(weight), scales.shape[1], -1)
+    integers = (grouped / scales[..., None].float()).round_().add_(zeros[..., None]).clamp_(0, grid.top)
+    return Rounded(integers.to(torch.uint8).view(weight.shape), scales, zeros)
+
+
+def output_error(change: Tensor, gram: Tensor) -> Tensor:
+    """What a change [rows, width] of a weight does to each output, squared and summed over the tokens: [rows]."""
+    return ((change @ gram) * change).sum(-1)
