@@ -14,8 +14,9 @@ from tasks.settings import BASE
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 _LOWER = {
-    "quantize": "variants.{variant}.samples or calibration.samples",
+    "quantize": "calibration.samples",
     "calibrate": "calibration.samples",
+    "statistics": "calibration.samples",
     "evaluate": "evaluation.batch_tokens",
     "benchmark": "benchmark.batch_size",
 }
@@ -42,10 +43,10 @@ def machine_memory() -> int:
 
 def out_of_memory(stage: str, what: str, peak: int) -> str:
     """One line on a stage that ran out of memory: `what` happened, its peak (bytes), and what to lower."""
-    kind, _, variant = stage.partition("@")
+    kind = stage.partition("@")[0]
     # the baseline is copied, whatever the calibration
     setting = None if stage == f"quantize@{BASE}" else _LOWER.get(kind)
-    lower = f"lower {setting.format(variant=variant)} in params.yaml, or " if setting else ""
+    lower = f"lower {setting} in params.yaml, or " if setting else ""
     return (
         f"{stage}: {what}; it was seen to hold {peak / 1e9:.1f} GB, and there are {machine_memory() / 1e9:.1f} GB; "
         f"{lower}run one stage at a time (--jobs 1)"

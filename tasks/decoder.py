@@ -58,6 +58,17 @@ class Decoder:
         self._base.rotary_emb = type(self._base.rotary_emb)(config=config).to(device)
         self._base.norm = nn.Identity()
 
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Channels between the layers and inside their widest part, and words in the vocabulary."""
+        config = self._base.config
+        return config.hidden_size, config.intermediate_size, config.vocab_size
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of the largest layer."""
+        return max(sum(parameter.numel() for parameter in layer.parameters()) for layer in self._layers)
+
     def __len__(self) -> int:
         return len(self._layers)
 

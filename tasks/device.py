@@ -33,6 +33,14 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def current_memory() -> int:
+    """The memory that this process holds now, bytes; on a GPU, the GPU's memory."""
+    import psutil
+    import torch
+
+    return int(torch.cuda.memory_allocated()) if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
+
+
 def peak_memory() -> int:
     """The most memory that this process has held so far, bytes; on a GPU, the GPU's memory."""
     import torch

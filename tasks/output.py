@@ -30,13 +30,40 @@ def whole_directory(destination: Path, seal: Callable[[Path], None] | None = Non
         work.mkdir()
         yield work
         (seal or write_manifest)(work)
-        if destination.is_dir() and not destination.is_symlink():
-            destination.rename(scratch / "old")
-        elif destination.exists() or destination.is_symlink():
-            destination.unlink()
-        work.rename(destination)
+        _put_in_place(work, destination, scratch / "old")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def resumable_directory(destination: Path, key: str) -> Iterator[Path]:
+    """As `whole_directory`, but what the body wrote before it failed or was killed is there the next time.
+
+    key: of all that decides what is written, but for the code of the stages, which is seen to here; what was begun
+    under another key is thrown away. The body must write each file whole or not at all, and tells by their existence
+    what is done.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    code = "".join(sha256(path) for path in sorted(Path(__file__).parent.rglob("*.py")))
+    scratch = destination.parent / f".{destination.name}.{hashlib.sha256((key + code).encode()).hexdigest()[:16]}.part"
+    for other in destination.parent.glob(f".{destination.name}.*.part"):
+        if other != scratch:
+            shutil.rmtree(other, ignore_errors=True)
+    work = scratch / "new"
+    work.mkdir(parents=True, exist_ok=True)
+    yield work
+    write_manifest(work)
+    _put_in_place(work, destination, scratch / "old")
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_in_place(work: Path, destination: Path, aside: Path) -> None:
+    """Rename `work` to `destination`; what stands there goes to `aside`."""
+    if destination.is_dir() and not destination.is_symlink():
+        destination.rename(aside)
+    elif destination.exists() or destination.is_symlink():
+        destination.unlink()
+    work.rename(destination)
 
 
 def write_manifest(directory: Path) -> None:

@@ -17,7 +17,7 @@ from tasks.device import compute_device, peak_memory
 from tasks.errors import TaskError
 from tasks.fit import check_fit
 from tasks.layers import layer_errors, weight_bits
-from tasks.output import MANIFEST, link_or_copy, whole_directory, write_json
+from tasks.output import MANIFEST, link_or_copy, resumable_directory, whole_directory, write_json
 from tasks.program import one_argument, run_stage
 from tasks.quantizers import Job, quantizer
 from tasks.settings import OWN, NoneSettings, Settings, Variant
@@ -79,7 +79,10 @@ def quantize(
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
     used = tokens[: getattr(variant, "samples", None)]
     started = time.monotonic()
-    with whole_directory(destination) as work:
+    key = identity(variant, model, calibration, libraries)
+    # ours are written layer by layer, and go on where they were interrupted
+    place = resumable_directory(destination, key) if backend == OWN else whole_directory(destination)
+    with place as work:
         quantizer(variant).press(Job(model, used, statistics, variant, device, work))
         gc.collect()  # the pressed model makes room for the two that are compared
         seconds = round(time.monotonic() - started, 1)
@@ -97,7 +100,7 @@ def quantize(
         peak_memory_bytes=peak_memory(),
         device=device,
         tokens=0 if baseline else used.numel(),
-        identity=identity(variant, model, calibration, libraries),
+        identity=key,
         libraries=libraries,
         layers=errors,
     )

@@ -19,18 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks.device import compute_device, peak_memory
+from tasks.device import compute_device, current_memory, peak_memory
 from tasks.errors import TaskError
-from tasks.output import whole_directory, write_json
+from tasks.output import checksums, resumable_directory, write_json
 from tasks.program import run_stage
 from tasks.settings import Settings
+from tasks.weights import save
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tasks.decoder import Decoder
 
-READERS = "readers"
+READERS, DONE = "readers", "done"
+STATE = "state.safetensors"  # what the next layer reads, while there is one
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ class StatisticsReport:
 def collect(model: Path, calibration: Path, destination: Path) -> StatisticsReport:
     """Run the model over the calibration tokens and write `layers.N.safetensors` for each layer.
 
-    TaskError if the model has no decoder layers in safetensors files.
+    A run that was interrupted goes on at its layer. TaskError if the model has no decoder layers in safetensors files.
     """
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from tasks.decoder import Decoder
 
@@ -73,17 +75,21 @@ def collect(model: Path, calibration: Path, destination: Path) -> StatisticsRepo
     device = compute_device()
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
     decoder = Decoder(model, torch.float32, device)
-    with whole_directory(destination) as work:
+    estimate = estimate_bytes(decoder, tokens)
+    print(f"needs about {estimate / 1e9:.1f} GB of memory", flush=True)
+    with resumable_directory(destination, _key(model, calibration, device)) as work:
         # one sequence at a time stays in a CPU's cache
         hidden = decoder.embed(list(tokens.split(1)))
-        for index in tqdm(range(len(decoder)), desc="statistics", unit="layer"):
+        state = work / STATE
+        first = _resume(state, hidden)
+        bar = tqdm(range(first, len(decoder)), desc="statistics", unit="layer", initial=first, total=len(decoder))
+        for index in bar:
             gathered = _layer(decoder, index, hidden)
-            readers = {name: entry.readers for name, entry in gathered.items()}
-            save_file(
-                {f"{name}.{key}": value for name, entry in gathered.items() for key, value in entry.tensors().items()},
-                work / f"layers.{index}.safetensors",
-                metadata={READERS: json.dumps(readers)},
-            )
+            readers = json.dumps({name: entry.readers for name, entry in gathered.items()})
+            found = {f"{name}.{key}": v for name, entry in gathered.items() for key, v in entry.tensors().items()}
+            save(found, work / f"layers.{index}.safetensors", {READERS: readers})
+            save({"hidden": torch.cat(hidden)}, state, {DONE: str(index + 1)})
+        state.unlink()
         size = sum(path.stat().st_size for path in work.iterdir())
     return StatisticsReport(
         tokens=tokens.numel(),
@@ -92,9 +98,48 @@ def collect(model: Path, calibration: Path, destination: Path) -> StatisticsRepo
         device=device,
         seconds=round(time.monotonic() - started, 1),
         bytes=size,
-        estimate_bytes=0,
+        estimate_bytes=estimate,
         peak_memory_bytes=peak_memory(),
     )
+
+
+def estimate_bytes(decoder: Decoder, tokens: Tensor) -> int:
+    """The memory that `collect` will hold at most, bytes: what the process holds now, all activations twice, and
+
+    - either the embedding, as it is stored and as float32,
+    - or one layer's weights in both, its four Gram matrices, and what one sequence passes through inside the layer.
+    """
+    hidden, inner, vocabulary = decoder.widths
+    activations = tokens.numel() * hidden
+    sequence = tokens.shape[1] * (3 * inner + 8 * hidden)
+    grams = 3 * hidden**2 + inner**2
+    stored = 1.5  # a weight of 2 bytes beside the same one of 4
+    most = max(stored * vocabulary * hidden, stored * decoder.layer_parameters + grams + sequence)
+    return current_memory() + int(4 * (2 * activations + most))
+
+
+def _key(model: Path, calibration: Path, device: str) -> str:
+    """What the statistics depend on."""
+    import torch
+    import transformers
+
+    parts = [torch.__version__, transformers.__version__, device]
+    parts += [checksum for folder in (model, calibration) for checksum in sorted(checksums(folder).values())]
+    return "\n".join(parts)
+
+
+def _resume(state: Path, hidden: list[Tensor]) -> int:
+    """The layer to go on with; `hidden` becomes what it reads."""
+    from safetensors import safe_open
+
+    if not state.exists():
+        return 0
+    with safe_open(state, framework="pt") as file:
+        done = int(file.metadata()[DONE])
+        rows = file.get_tensor("hidden").to(hidden[0].device)
+    hidden[:] = rows.split(1)
+    print(f"going on at layer {done}", flush=True)
+    return done
 
 
 def load_statistics(directory: Path, layer: int, device: str) -> dict[str, Input]:
@@ -143,11 +188,7 @@ class _Sums:
 
     def tensors(self) -> dict[str, Tensor]:
         """As they are stored."""
-        return {
-            "gram": self.gram.cpu(),
-            "largest": self.largest.cpu().contiguous(),
-            "mean": (self.total / self.tokens).cpu(),
-        }
+        return {"gram": self.gram, "largest": self.largest, "mean": self.total / self.tokens}
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,6 +88,15 @@ def convert(source: Path, destination: Path, dtype: str) -> None:
             return converted
 
         _write(destination, new, read)
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    begun = path.with_suffix(".begun")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, begun, metadata)
+    begun.replace(path)
 
 
 def join(parts: Sequence[Path], destination: Path, largest: int = LARGEST) -> None:

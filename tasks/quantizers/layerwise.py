@@ -7,12 +7,12 @@ its format. Layers are independent of each other.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ from tasks.quantizers import Job
 from tasks.solvers import Grid, Rounded
 from tasks.solvers.awq import search_clip
 from tasks.statistics import Input, load_statistics
-from tasks.weights import join
+from tasks.weights import join, save
 
 # queries and keys meet in a product, where clipping does harm that the error of one of them does not show (AutoAWQ)
 UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
@@ -118,26 +118,22 @@ def press_layers(
     files = TensorFiles(job.source)
     described = json.loads((job.source / "config.json").read_text(encoding="utf-8"))
     parts = job.destination / "parts.part"
-    parts.mkdir()
+    parts.mkdir(exist_ok=True)
     prefixes = [f"{_prefix(files)}{index}." for index in range(described["num_hidden_layers"])]
     outside = [name for name in files if not name.startswith(tuple(prefixes))]
     for name in outside:
-        save_file({name: _stored(files.read(name), dtype)}, parts / f"{name}.safetensors")
+        save({name: _stored(files.read(name), dtype)}, parts / f"{name}.safetensors")
     for index, prefix in enumerate(tqdm(prefixes, desc="pressing", unit="layer")):
+        if (part := parts / f"{prefix}safetensors").exists():
+            continue  # made before an interruption
         layer = Layer(index, files.below(prefix), {})
         packed = {} if index in skip else _press_layer(job, press, layer)
         kept = {name: t for name, t in layer.tensors.items() if name.removesuffix(".weight") not in packed}
         done = {name: _stored(tensor, dtype) for name, tensor in kept.items()}
-        done |= {
-            f"{linear}.{end}": tensor.cpu().contiguous()
-            for linear, ends in packed.items()
-            for end, tensor in ends.items()
-        }
-        save_file({prefix + name: tensor for name, tensor in done.items()}, parts / f"{prefix}safetensors")
-    join(sorted(parts.iterdir()), job.destination)
-    for part in parts.iterdir():
-        part.unlink()
-    parts.rmdir()
+        done |= {f"{linear}.{end}": tensor for linear, ends in packed.items() for end, tensor in ends.items()}
+        save({prefix + name: tensor for name, tensor in done.items()}, part)
+    join(sorted(parts.glob("*.safetensors")), job.destination)
+    shutil.rmtree(parts)
     described |= {"quantization_config": config, "dtype": str(dtype).removeprefix("torch.")}
     write_json(job.destination / "config.json", described)
 
@@ -150,7 +146,7 @@ def _press_layer(job: Job, press: Press, layer: Layer) -> Mapping[str, Mapping[s
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As it goes into the file."""
-    return tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _prefix(files: TensorFiles) -> str:

@@ -214,7 +214,7 @@ def test_a_stage_without_enough_memory_names_its_peak_and_what_to_lower(toy: Toy
         toy.run()
     message = re.search(
         rf"quantize@int8: {what}; it was seen to hold (\d+\.\d) GB, and there are (\d+\.\d) GB; lower "
-        r"variants\.int8\.samples or calibration\.samples in params\.yaml, or run one stage at a time \(--jobs 1\)",
+        r"calibration\.samples in params\.yaml, or run one stage at a time \(--jobs 1\)",
         str(caught.value),
     )
     assert message, caught.value

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tasks import statistics
 from tasks.decoder import Decoder
 from tasks.errors import TaskError
 from tasks.fit import ARCHITECTURES
+from tasks.output import checksums, resumable_directory
 from tasks.statistics import collect, load_statistics
 from tasks.weights import join
 from tests.tiny import tiny_model
@@ -73,6 +80,44 @@ def test_the_sums_are_those_of_the_whole_model(
             assert torch.allclose(one.mean, x.abs().mean(0), rtol=1e-3, atol=1e-5)
 
 
+def test_an_interrupted_pass_goes_on_at_its_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tmp_path / "model", layers=3)
+    save_file({"input_ids": TOKENS}, tmp_path / "tokens.safetensors")
+    calibration = tmp_path / "calibration"
+    calibration.mkdir()
+    (tmp_path / "tokens.safetensors").rename(calibration / "tokens.safetensors")
+    collect(model, calibration, tmp_path / "at-once")
+    worked: list[int] = []
+    real = statistics._layer
+
+    def layer(decoder: Decoder, index: int, hidden: list[Tensor]) -> Any:
+        if index == 2 and 2 not in worked:
+            worked.append(index)
+            hidden.clear()
+            raise KeyboardInterrupt
+        worked.append(index)
+        return real(decoder, index, hidden)
+
+    monkeypatch.setattr(statistics, "_layer", layer)
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, calibration, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    collect(model, calibration, tmp_path / "out")
+    assert worked == [0, 1, 2, 2]
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "at-once")
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_what_was_begun_for_another_model_is_thrown_away(tmp_path: Path) -> None:
+    with suppress(KeyboardInterrupt), resumable_directory(tmp_path / "out", "one") as work:
+        (work / "begun").write_text("x")
+        raise KeyboardInterrupt
+    assert next(tmp_path.glob(".out.*.part/new/begun")).read_text() == "x"
+    with resumable_directory(tmp_path / "out", "two") as work:
+        assert not list(work.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_statistics_that_are_not_there_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="run the statistics stage first"):
         load_statistics(tmp_path, 0, "cpu")
@@ -93,3 +138,35 @@ def test_joined_parts_are_one_model(tmp_path: Path, largest: int, files: int) ->
     expected = {name: tensor for part in parts for name, tensor in load_file(part).items()}
     assert joined.keys() == expected.keys()
     assert all(torch.equal(joined[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_a_large_model_takes_the_memory_that_was_estimated(tmp_path: Path) -> None:
+    """A llama of 1.1 billion weights: 2.2 GB as it is stored, 4.4 GB as it is computed with."""
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=32000,
+    )
+    large: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    parameters = sum(parameter.numel() for parameter in large.parameters())
+    large.save_pretrained(tmp_path / "model")
+    del large
+    (tmp_path / "calibration").mkdir()
+    save_file({"input_ids": TOKENS.repeat(2, 12)[:4]}, tmp_path / "calibration/tokens.safetensors")
+    # a process of its own, for its peak
+    program = (
+        "from pathlib import Path; from dataclasses import asdict; import json; from tasks.statistics import collect; "
+        "report = collect(Path('model'), Path('calibration'), Path('out')); print(json.dumps(asdict(report)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert parameters > 10**9
+    assert report["peak_memory_bytes"] == pytest.approx(report["estimate_bytes"], rel=0.25)
+    assert report["peak_memory_bytes"] < 2 * parameters
