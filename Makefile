@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-all drills lint types lock clean
+.PHONY: help install demo ui test test-all bench drills lint types lock clean
 .DELETE_ON_ERROR:
 
 help: ## List what can be made
@@ -14,7 +14,7 @@ help: ## List what can be made
 
 install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
 
-demo: install ## Press the built-in model three ways and prove the result (about 15 minutes on 2 cores)
+demo: install ## Press the built-in model three ways and prove the result (about 12 minutes on 2 cores)
 	@$(BIN)/modelpress run
 
 test-all: install ## Run also the tests that take minutes: a real model, a cluster
@@ -25,6 +25,9 @@ ui: install ## Serve the pages of Prefect and MLflow on this machine, with a wor
 
 test: install ## Run all tests, two files at a time
 	@$(BIN)/pytest -n 2 --dist loadfile
+
+bench: install ## Press with our solvers and with the libraries, and compare (after make demo; about 25 minutes)
+	@$(BIN)/python -m bench
 
 drills: install ## Break runs in every way that happens, and see that nothing is lost (about 10 minutes)
 	@$(BIN)/python -m drills

@@ -84,12 +84,12 @@ def run(
 
         modelpress run --set variants.gptq-int4.symmetric=true --set gate.four_bit=0.97
 
-        modelpress run --set '+variants.int8-hard={method: int8, smoothing: 0.9}'
+        modelpress run --set '+variants.hard={method: int8, backend: modelpress, smoothing: 0.9, symmetric_activations: true}'
 
         modelpress run --set '~variants.int8'
 
         modelpress run --runner dask --cluster tcp://scheduler:8786 --jobs 8
-    """
+    """  # noqa: E501 - an example is one line
     root = find_root()
     quiet(root)
     place = Place(runner, cluster)

@@ -265,7 +265,7 @@ class Settings(Section):
         if len(value) < 2:
             raise ValueError(
                 "holds nothing to compare with the baseline; add a variant, such as "
-                "`int8: {method: int8, smoothing: 0.8, symmetric_activations: false}`"
+                "`int8: {method: int8, backend: modelpress, smoothing: 0.8, symmetric_activations: false}`"
             )
         seen: dict[str, str] = {}
         for name, variant in value.items():

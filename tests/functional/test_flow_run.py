@@ -81,7 +81,7 @@ def test_a_failed_stage_stops_what_follows_and_nothing_else(toy: Toy) -> None:
     toy.set(
         variants={
             "base": {"method": "none"},
-            "int8": {"method": "int8", "smoothing": 0.3, "symmetric_activations": True},
+            "int8": {"method": "int8", "backend": "modelpress", "smoothing": 0.3, "symmetric_activations": True},
             **_gptq(32),
         }
     )
@@ -224,5 +224,5 @@ def test_a_stage_without_enough_memory_names_its_peak_and_what_to_lower(toy: Toy
 
 
 def _gptq(group_size: int) -> dict[str, object]:
-    settings = {"method": "gptq", "bits": 4, "group_size": group_size, "symmetric": False}
-    return {"gptq-int4": {**settings, "act_order": "static", "damping": 0.01}}
+    settings = {"method": "gptq", "backend": "modelpress", "bits": 4, "group_size": group_size, "symmetric": False}
+    return {"gptq-int4": {**settings, "act_order": "static", "damping": 0.01, "clip": False}}

@@ -72,6 +72,12 @@ def test_the_versions_that_stages_depend_on_are_the_pinned_ones() -> None:
         assert {"pyproject.toml": ["project.optional-dependencies.tasks"]} in body(STAGES[name])["params"]
 
 
+def test_every_package_is_installed() -> None:
+    folders = {path.parent for top in ("flows", "tasks", "evals") for path in (ROOT / top).rglob("__init__.py")}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
+
+
 def test_the_lock_holds_every_direct_dependency_at_an_exact_version() -> None:
     lock = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
     lock = {name.lower().replace("_", "-").replace(".", "-"): version for name, version in lock.items()}

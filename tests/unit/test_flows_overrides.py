@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from flows.cli import run
 from flows.errors import FlowError
 from flows.overrides import override, read_settings
 
@@ -36,11 +38,12 @@ def test_a_list_stays_on_its_line_and_null_is_written_out(params: Path) -> None:
 
 
 def test_a_variant_can_be_added_and_removed(params: Path) -> None:
-    small = "{method: gptq, bits: 4, group_size: 32, symmetric: true, act_order: none, damping: 0.01}"
-    override(params, [f"+variants.small={small}", "~variants.int8"])
+    """As the help of `modelpress run` shows it."""
+    (example,) = re.findall(r"--set '(\+variants\..*)'", run.__doc__ or "")
+    override(params, [example, "~variants.int8"])
     variants = yaml.safe_load(params.read_text())["variants"]
     assert "int8" not in variants
-    assert variants["small"]["group_size"] == 32
+    assert variants["hard"]["smoothing"] == 0.9
 
 
 def test_a_value_that_is_no_expression_is_taken_as_text(params: Path) -> None:

@@ -73,6 +73,13 @@ def test_a_wrong_value_is_named_with_what_is_expected(path: str, value: Any, mes
         check_settings(changed(path, value))
 
 
+def test_the_variant_that_is_proposed_would_do() -> None:
+    with pytest.raises(TaskError) as caught:
+        check_settings(changed("variants", {"base": {"method": "none"}}))
+    (proposal,) = re.findall("such as `(.*)`", str(caught.value))
+    assert check_settings(changed("variants", {"base": {"method": "none"}, **yaml.safe_load(proposal)}))
+
+
 def test_every_wrong_value_is_named_at_once() -> None:
     values = changed("evaluation/limit", -1)
     del values["gate"]

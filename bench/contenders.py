@@ -1,0 +1,46 @@
+"""Who is compared with whom: the settings are params.yaml's, but for what makes the contenders comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks.settings import OWN
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to make a variant. variant: its name in params.yaml; changes: to its settings. published: autoawq's own
+    search instead of our subclass of it. like: the method that it is compared in."""
+
+    name: str
+    method: str
+    variant: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    published: bool = False
+
+    @property
+    def own(self) -> bool:
+        """Whether it works from the statistics of one pass."""
+        return bool(self.changes["backend"] == OWN)
+
+
+def _own(**changes: Any) -> dict[str, Any]:
+    return {"backend": OWN, **changes}
+
+
+_COMPRESSOR = {"backend": "llm-compressor"}
+_AUTOAWQ = {"backend": "autoawq", "rounding": "nearest"}
+
+CONTENDERS = (
+    Contender("int8, modelpress", "int8", "int8", _own()),
+    Contender("int8, llm-compressor", "int8", "int8", _COMPRESSOR),
+    Contender("gptq, modelpress", "gptq", "gptq-int4", _own(clip=False)),
+    Contender("gptq, modelpress, clipped", "gptq", "gptq-int4", _own(clip=True)),
+    Contender("gptq, llm-compressor", "gptq", "gptq-int4", {**_COMPRESSOR, "clip": False}),
+    Contender("awq, modelpress", "awq", "awq-int4", _own(rounding="nearest")),
+    Contender("awq, modelpress, gptq's rounding", "awq", "awq-int4", _own(rounding="gptq")),
+    Contender("awq, autoawq, mended", "awq", "awq-int4", _AUTOAWQ),
+    Contender("awq, autoawq, as published", "awq", "awq-int4", _AUTOAWQ, published=True),
+)

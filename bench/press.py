@@ -1,0 +1,99 @@
+"""One contender, in a process of its own: press, and print seconds and peak memory as JSON.
+
+python -m bench.press statistics FOLDER
+python -m bench.press "gptq, modelpress" FOLDER STATISTICS
+python -m bench.press quality FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.contenders import CONTENDERS, Contender
+from tasks.device import compute_device, peak_memory
+from tasks.settings import Settings, check_settings
+
+MODEL, CALIBRATION, RAW = Path("models/source"), Path("data/calibration"), Path("data/raw")
+
+
+def statistics(folder: Path) -> dict[str, Any]:
+    """The pass that serves all of our own methods."""
+    from tasks.statistics import collect
+
+    report = collect(MODEL, CALIBRATION, folder)
+    return {"seconds": report.seconds, "peak_memory_bytes": report.peak_memory_bytes}
+
+
+def press(contender: Contender, folder: Path, known: Path) -> dict[str, Any]:
+    """The model in `folder`; seconds are of the pressing alone, imports and checks left out."""
+    from safetensors.torch import load_file
+
+    from tasks.quantizers import Job, quantizer
+
+    settings = _settings()
+    variant = check_settings(_changed(settings, contender)).variant(contender.variant)
+    method = quantizer(variant)
+    if contender.published:
+        from awq.quantize.quantizer import AwqQuantizer
+
+        from tasks.quantizers.libraries import awq
+
+        awq.GramAwqQuantizer = AwqQuantizer  # type: ignore[misc]
+    tokens = load_file(CALIBRATION / "tokens.safetensors")["input_ids"]
+    started = time.monotonic()
+    method.press(Job(MODEL, tokens, known, variant, compute_device(), folder))
+    seconds = time.monotonic() - started
+    for pattern in ("tokenizer*", "generation_config.json"):
+        for file in MODEL.glob(pattern):
+            shutil.copy(file, folder / file.name)
+    return {"seconds": round(seconds, 1), "peak_memory_bytes": peak_memory()}
+
+
+def quality(folder: Path) -> dict[str, Any]:
+    """Perplexity of each held-out text, and divergence from the baseline."""
+    from tasks.divergence import measure_text, text_windows
+    from tasks.runtimes import load_runtime
+
+    settings = _settings().evaluation
+    ours, base = (load_runtime("transformers", place, settings.dtype) for place in (folder, MODEL))
+    found = {}
+    for name, source in settings.texts.items():
+        windows = text_windows(ours.tokenizer, RAW, name, source, settings.text_tokens, settings.window)
+        _, score = measure_text(ours, None if folder == MODEL else base, windows, name)
+        found[name] = {"perplexity": score.perplexity, "kl": score.kl, "top1": score.top1}
+    return found
+
+
+def _settings() -> Settings:
+    from tasks.settings import load_settings
+
+    return load_settings(Path("params.yaml"))
+
+
+def _changed(settings: Settings, contender: Contender) -> dict[str, Any]:
+    values = settings.model_dump(exclude_unset=True)
+    values["variants"][contender.variant] |= contender.changes
+    return values
+
+
+def main() -> None:
+    """What the command line names."""
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    match what:
+        case "statistics":
+            found = statistics(folder)
+        case "quality":
+            found = quality(folder)
+        case _:
+            contender = next(one for one in CONTENDERS if one.name == what)
+            found = press(contender, folder, Path(sys.argv[3]))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

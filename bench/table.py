@@ -1,0 +1,63 @@
+"""The bench's figures as rows, and as a table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender. seconds: median of the pressing; shared: of the pass that all our own methods share, 0 for others.
+
+    perplexity: by text, and its change against the baseline's. kl: nats a token, mean over the texts.
+    """
+
+    name: str
+    method: str
+    seconds: float
+    shared: float
+    peak_memory_bytes: int
+    perplexity: Mapping[str, float]
+    change: Mapping[str, float]
+    kl: float
+
+
+def rows(found: Mapping[str, Any]) -> list[Row]:
+    """The contenders of a result, in its order."""
+    base = {text: score["perplexity"] for text, score in found["quality"]["base"].items()}
+    made = []
+    for name, method in found["methods"].items():
+        scores = found["quality"][name]
+        made.append(
+            Row(
+                name=name,
+                method=method,
+                seconds=found["seconds"][name],
+                shared=found["seconds"]["statistics"] if name in found["own"] else 0.0,
+                peak_memory_bytes=found["peak_memory_bytes"][name],
+                perplexity={text: score["perplexity"] for text, score in scores.items()},
+                change={text: score["perplexity"] / base[text] - 1 for text, score in scores.items()},
+                kl=sum(score["kl"] for score in scores.values()) / len(scores),
+            )
+        )
+    return made
+
+
+def table(field: Sequence[Row]) -> Table:
+    """For a terminal."""
+    texts = list(field[0].perplexity)
+    shown = Table("contender", "seconds", "with the pass", "peak GB", box=None, header_style="bold", pad_edge=False)
+    for text in texts:
+        shown.add_column(f"perplexity, {text}", justify="right")
+    shown.add_column("KL", justify="right")
+    for row in field:
+        scores = [f"{row.perplexity[text]:.2f} {100 * row.change[text]:+.1f}%" for text in texts]
+        together = f"{row.seconds + row.shared:.1f}" if row.shared else ""
+        shown.add_row(
+            row.name, f"{row.seconds:.1f}", together, f"{row.peak_memory_bytes / 1e9:.1f}", *scores, f"{row.kl:.3f}"
+        )
+    return shown
