@@ -16,6 +16,7 @@ from tests.functional.toy import PROJECT
 from tests.waiting import soon
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupt_leaves_no_process_folder_or_disk(tmp_path: Path, sign: int, status: int) -> None:
     command = [sys.executable, "-m", "drills", "--only", "disk", "--only", "hub"]
