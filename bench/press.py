@@ -36,7 +36,7 @@ def press(contender: Contender, folder: Path, known: Path) -> dict[str, Any]:
     from tasks.quantizers import Job, quantizer
 
     settings = _settings()
-    variant = check_settings(_changed(settings, contender)).variant(contender.variant)
+    variant = check_settings(changed(settings, contender)).variant(contender.variant)
     method = quantizer(variant)
     if contender.published:
         from awq.quantize.quantizer import AwqQuantizer
@@ -75,7 +75,8 @@ def _settings() -> Settings:
     return load_settings(Path("params.yaml"))
 
 
-def _changed(settings: Settings, contender: Contender) -> dict[str, Any]:
+def changed(settings: Settings, contender: Contender) -> dict[str, Any]:
+    """params.yaml for the contender: its changes in the variant that it makes."""
     values = settings.model_dump(exclude_unset=True)
     values["variants"][contender.variant] |= contender.changes
     return values

@@ -29,8 +29,8 @@ from tests.waiting import halted
 
 DRILLS: dict[str, Callable[[Yard], Tally]] = {
     # those that take longest come first
-    "server": kills.kill_server,
     "service": service.kill_service,
+    "server": kills.kill_server,
     "flow": kills.kill_flow,
     "dvc": kills.kill_dvc,
     "stage": kills.kill_stage,

@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 from drills import toy as pipeline
@@ -15,7 +16,7 @@ from drills.away import closed_port
 from drills.processes import PATIENCE, family, orphans, strike
 from drills.yard import Tally, Yard, last_line
 from flows.process import Process
-from tests.functional.toy import Toy, cli_command, cli_env
+from tests.functional.toy import STAGES, Toy, cli_command, cli_env
 from tests.waiting import soon
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
@@ -26,37 +27,37 @@ TRIES = 2  # of a deployed run: one that was struck, and the next
 
 
 def kill_service(yard: Yard) -> Tally:
-    """Prefect's server, then the worker: `serve` starts them again, and the run or the next one finishes."""
+    """Prefect's server and the worker, in each stage: `serve` starts them again, the run or the next one finishes."""
     tally = Tally("server, worker killed")
     toy = yard.toy()
     api = f"http://127.0.0.1:{(port := closed_port())}/api"
     with _serving(yard, toy, port):
-        for number in range(yard.rounds):
-            for which, victim in enumerate(("server", "worker"), start=1):
-                tally.count += 1
-                for stage in ("download", "report"):
-                    pipeline.turn(toy, stage, 10 * (number + 1) + which)
-                pipeline.commit(toy)
-                tally.recovered += _strike(yard, toy, tally, api, victim, number)
+        moments = product(range(yard.rounds), STAGES, ("server", "worker"))
+        for number, (_, stage, victim) in enumerate(moments, start=1):
+            tally.count += 1
+            for first in ("download", "report"):  # and so all stages
+                pipeline.turn(toy, first, 10 + number)
+            pipeline.commit(toy)
+            tally.recovered += _strike(yard, toy, tally, api, victim, stage, f"{victim}-{number}")
     tally.lost += [f"orphan: {line}" for line in orphans(toy.root)]
     return tally
 
 
-def _strike(yard: Yard, toy: Toy, tally: Tally, api: str, victim: str, number: int) -> bool:
-    """A deployed run, one blow while it works, and its result by tag."""
+def _strike(yard: Yard, toy: Toy, tally: Tally, api: str, victim: str, stage: str, name: str) -> bool:
+    """A deployed run, one blow while `stage` is at work, and its result by tag."""
     tries = []
-    name = f"{victim}-{number}"
     run = _create(api, name)
-    if not soon(lambda: _at_work(toy, name), RUN_SECONDS):
-        tally.lost.append(f"{victim}: the run did not begin: {_state(api, run)}")
+    if not soon(lambda: _at_work(toy, name, stage), RUN_SECONDS):
+        tally.lost.append(f"{victim}: {stage} did not begin: {_state(api, run)}")
         return False
-    time.sleep(yard.dice.uniform(0, 8))
+    time.sleep(yard.dice.uniform(0, float(WRITING)))
     struck = strike(family(os.getpid(), lambda line: line[3:6] == ["prefect", "--no-prompt", victim]))
     then = time.monotonic()
     for attempt in range(TRIES):
         soon(lambda run=run: _state(api, run) in FINAL, RUN_SECONDS)  # type: ignore[misc]
         tries.append(_state(api, run))
-        yard.say(f"{victim} {'struck' if struck else 'missed'}: {tries[-1]} {time.monotonic() - then:.0f} s later")
+        blow = f"{stage:<20} {victim} {'struck' if struck else 'missed'}"
+        yard.say(f"{blow}: {tries[-1]} {time.monotonic() - then:.0f} s later")
         if tries[-1] == "COMPLETED" or attempt == TRIES - 1:
             break
         name = f"{name}-again"
@@ -81,9 +82,10 @@ def _differences(yard: Yard, toy: Toy, tag: str) -> Iterator[str]:
     yield from (f"{path} of {tag} differs" for path in sorted({*found, *right}) if found.get(path) != right.get(path))
 
 
-def _at_work(toy: Toy, name: str) -> bool:
-    """Whether a stage of the run has begun in its workspace."""
-    return (toy.root / ".modelpress/runs" / name / "times.jsonl").exists()
+def _at_work(toy: Toy, name: str, stage: str) -> bool:
+    """Whether the stage of the run has begun in its workspace."""
+    times = toy.root / ".modelpress/runs" / name / "times.jsonl"
+    return times.exists() and f'["{stage}", "start"' in times.read_text(encoding="utf-8")
 
 
 @contextmanager

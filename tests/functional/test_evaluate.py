@@ -56,6 +56,7 @@ def checkout(llama: Path, corpus: Corpus, hub: FakeHub, tmp_path: Path, monkeypa
     return checkout
 
 
+@pytest.mark.slow
 def test_tasks_of_lm_eval_are_scored_item_by_item(checkout: Checkout) -> None:
     checkout.stage("evaluate", "base")
     tasks = json.loads((checkout.root / "metrics/evaluate/base.json").read_text())["tasks"]

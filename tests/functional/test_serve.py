@@ -201,6 +201,7 @@ def held(served: Served) -> Iterator[Callable[[str], None]]:
     commit(served.toy, "no wish")
 
 
+@pytest.mark.slow
 def test_a_nightly_run_beside_another_is_refused(served: Served, held: Callable[[str], None]) -> None:
     runs = {
         name: served.run(name, "nightly", changes_to_params=["variants.int8.smoothing=0.12"])

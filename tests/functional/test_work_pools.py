@@ -47,6 +47,7 @@ def test_a_server_takes_the_pool_as_it_is(kind: str, prefect_server: str, tmp_pa
     assert create(f"broken-{kind}", kind, tmp_path / "broken.json", prefect_server).returncode != 0
 
 
+@pytest.mark.slow
 def test_a_run_by_hand_as_prefect_yaml_says(toy: Toy, prefect_server: str) -> None:
     shutil.copy(PROJECT / "prefect.yaml", toy.root)
     (toy.root / "flows").symlink_to(PROJECT / "flows")  # where prefect.yaml says that the flow is

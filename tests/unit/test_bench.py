@@ -1,0 +1,62 @@
+"""The bench: contenders whose settings are valid and comparable, and figures that reach table and picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.contenders import CONTENDERS
+from bench.picture import picture
+from bench.press import changed
+from bench.table import rows, table
+from tasks.settings import check_settings, load_settings
+
+SETTINGS = load_settings(Path(__file__).resolve().parents[2] / "params.yaml")
+
+
+def test_every_contender_is_a_variant_that_can_be_made() -> None:
+    assert len({one.name for one in CONTENDERS}) == len(CONTENDERS)
+    for one in CONTENDERS:
+        variant = check_settings(changed(SETTINGS, one)).variant(one.variant)
+        assert variant.method == one.method
+        assert getattr(variant, "samples", None) is None  # all see the same tokens
+
+
+@pytest.mark.parametrize("method", ["int8", "gptq", "awq"])
+def test_ours_meets_a_library_with_the_same_settings(method: str) -> None:
+    def settings(backend_is_ours: bool) -> list[dict[str, Any]]:
+        found = []
+        for one in (one for one in CONTENDERS if one.method == method and one.own == backend_is_ours):
+            values = check_settings(changed(SETTINGS, one)).variant(one.variant).model_dump()
+            found.append({key: value for key, value in values.items() if key != "backend"})
+        return found
+
+    assert settings(True)[0] in settings(False)
+
+
+def found() -> dict[str, Any]:
+    def score(news: float, medical: float, kl: float) -> dict[str, Any]:
+        return {name: {"perplexity": p, "kl": kl, "top1": 0.8} for name, p in (("news", news), ("medical", medical))}
+
+    return {
+        "seconds": {"statistics": 40.0, "ours": 10.0, "theirs": 100.0},
+        "peak_memory_bytes": {"statistics": 9e8, "ours": 1e9, "theirs": 3e9},
+        "quality": {"base": score(20, 10, 0), "ours": score(22, 11, 0.1), "theirs": score(40000, 30000, 9)},
+        "methods": {"ours": "gptq", "theirs": "gptq"},
+        "own": ["ours"],
+    }
+
+
+def test_rows_hold_what_was_measured() -> None:
+    ours, theirs = rows(found())
+    assert (ours.seconds, ours.shared, theirs.seconds, theirs.shared) == (10.0, 40.0, 100.0, 0.0)
+    assert ours.change == {"news": pytest.approx(0.1), "medical": pytest.approx(0.1)}
+    assert ours.kl == pytest.approx(0.1)
+    assert table([ours, theirs]).row_count == 2
+
+
+def test_a_destroyed_model_does_not_hide_the_others_in_the_picture() -> None:
+    assert picture(rows(found())).startswith(b"\x89PNG")
+    assert picture(rows(found())) == picture(rows(found()))
