@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from tasks import statistics
 from tasks.decoder import Decoder
@@ -140,33 +140,40 @@ def test_joined_parts_are_one_model(tmp_path: Path, largest: int, files: int) ->
     assert all(torch.equal(joined[name], expected[name]) for name in expected)
 
 
+MAKE = """
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+                     num_key_value_heads=4, vocab_size=32000)
+model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+model.save_pretrained("model")
+print(sum(parameter.numel() for parameter in model.parameters()))
+"""
+COLLECT = """
+import json
+from dataclasses import asdict
+from pathlib import Path
+from tasks.statistics import collect
+
+print(json.dumps(asdict(collect(Path("model"), Path("calibration"), Path("out")))))
+"""
+
+
 @pytest.mark.slow
 def test_a_large_model_takes_the_memory_that_was_estimated(tmp_path: Path) -> None:
     """A llama of 1.1 billion weights: 2.2 GB as it is stored, 4.4 GB as it is computed with."""
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        vocab_size=32000,
-    )
-    large: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    parameters = sum(parameter.numel() for parameter in large.parameters())
-    large.save_pretrained(tmp_path / "model")
-    del large
+
+    def run(program: str) -> Any:
+        # processes of their own: one inherits the peak of the process that starts it
+        command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": os.getcwd()}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
     (tmp_path / "calibration").mkdir()
     save_file({"input_ids": TOKENS.repeat(2, 12)[:4]}, tmp_path / "calibration/tokens.safetensors")
-    # a process of its own, for its peak
-    program = (
-        "from pathlib import Path; from dataclasses import asdict; import json; from tasks.statistics import collect; "
-        "report = collect(Path('model'), Path('calibration'), Path('out')); print(json.dumps(asdict(report)))"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    report = json.loads(done.stdout.splitlines()[-1])
+    parameters = run(MAKE)
+    report = run(COLLECT)
     assert parameters > 10**9
     assert report["peak_memory_bytes"] == pytest.approx(report["estimate_bytes"], rel=0.25)
     assert report["peak_memory_bytes"] < 2 * parameters
