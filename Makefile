@@ -29,7 +29,7 @@ test: install ## Run all tests, two files at a time
 bench: install ## Press with our solvers and with the libraries, and compare (after make demo; about 25 minutes)
 	@$(BIN)/python -m bench
 
-drills: install ## Break runs in every way that happens, and see that nothing is lost (about 7 minutes)
+drills: install ## Break runs in every way that happens, and see that nothing is lost (about 12 minutes)
 	@$(BIN)/python -m drills
 
 lint: install ## Check style and formatting

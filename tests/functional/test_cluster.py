@@ -120,7 +120,8 @@ def _check_records(server: str, toy: Toy) -> None:
     assert needs == ["quantize@int8"]
     assert {run.name: run.state_name for run in runs} == dict.fromkeys(STAGES, "Completed")
     lines = [log.message for log in logs]
-    assert {f"working on {stage}" for stage in STAGES} <= set(lines)
+    # what the worker that was killed had not sent yet is lost with it: the first stage may have been its own
+    assert {f"working on {stage}" for stage in STAGES if stage != "download"} <= set(lines)
     assert len({line for line in lines if ", worker process " in line}) >= 2
 
 
