@@ -26,7 +26,7 @@ ui: install ## Serve the pages of Prefect and MLflow on this machine, with a wor
 test: install ## Run all tests, two files at a time
 	@$(BIN)/pytest -n 2 --dist loadfile
 
-bench: install ## Press with our solvers and with the libraries, and compare (after make demo; about 25 minutes)
+bench: install ## Press with our solvers and with the libraries, and compare (after make demo)
 	@$(BIN)/python -m bench
 
 drills: install ## Break runs in every way that happens, and see that nothing is lost (about 12 minutes)
