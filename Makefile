@@ -48,7 +48,7 @@ lock: install ## Resolve pyproject.toml anew into requirements.lock
 
 clean: ## Remove the environment and tools' caches; models, results and records stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
-	find flows tasks evals drills tests -name __pycache__ -type d -exec rm -rf {} +
+	find flows tasks evals drills bench tests -name __pycache__ -type d -exec rm -rf {} +
 
 # the stamp is written last, so an installation that was interrupted is done again
 $(STAMP): requirements.lock pyproject.toml

@@ -12,7 +12,7 @@ from tasks.settings import OWN
 @dataclass(frozen=True)
 class Contender:
     """One way to make a variant. variant: its name in params.yaml; changes: to its settings. published: autoawq's own
-    search instead of our subclass of it. like: the method that it is compared in."""
+    search instead of our subclass of it."""
 
     name: str
     method: str

@@ -16,7 +16,8 @@ from typing import Any
 
 from bench.contenders import CONTENDERS, Contender
 from tasks.device import compute_device, peak_memory
-from tasks.settings import Settings, check_settings
+from tasks.program import PARAMS
+from tasks.settings import Settings, check_settings, load_settings
 
 MODEL, CALIBRATION, RAW = Path("models/source"), Path("data/calibration"), Path("data/raw")
 
@@ -35,8 +36,7 @@ def press(contender: Contender, folder: Path, known: Path) -> dict[str, Any]:
 
     from tasks.quantizers import Job, quantizer
 
-    settings = _settings()
-    variant = check_settings(changed(settings, contender)).variant(contender.variant)
+    variant = check_settings(changed(load_settings(PARAMS), contender)).variant(contender.variant)
     method = quantizer(variant)
     if contender.published:
         from awq.quantize.quantizer import AwqQuantizer
@@ -59,7 +59,7 @@ def quality(folder: Path) -> dict[str, Any]:
     from tasks.divergence import measure_text, text_windows
     from tasks.runtimes import load_runtime
 
-    settings = _settings().evaluation
+    settings = load_settings(PARAMS).evaluation
     ours, base = (load_runtime("transformers", place, settings.dtype) for place in (folder, MODEL))
     found = {}
     for name, source in settings.texts.items():
@@ -67,12 +67,6 @@ def quality(folder: Path) -> dict[str, Any]:
         _, score = measure_text(ours, None if folder == MODEL else base, windows, name)
         found[name] = {"perplexity": score.perplexity, "kl": score.kl, "top1": score.top1}
     return found
-
-
-def _settings() -> Settings:
-    from tasks.settings import load_settings
-
-    return load_settings(Path("params.yaml"))
 
 
 def changed(settings: Settings, contender: Contender) -> dict[str, Any]:

@@ -12,6 +12,7 @@ tasks/quantize.py does.
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from tasks.settings import OWN, Variant
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Job:
     variant: Variant
     device: str
     destination: Path
+
+    @property
+    def dtype(self) -> dtype:
+        """The precision that the model came in."""
+        import torch
+
+        config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        return cast("dtype", getattr(torch, config["dtype"]))
 
 
 class Quantizer(Protocol):

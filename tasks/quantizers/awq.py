@@ -7,18 +7,13 @@ from torch import Tensor
 
 from tasks.formats.awq_gemm import gemm_config, pack_gemm
 from tasks.quantizers import Job
-from tasks.quantizers.layerwise import Layer, press_layers, round_layer
+from tasks.quantizers.layerwise import NORMS, Layer, press_layers, round_layer
 from tasks.settings import AwqSettings
 from tasks.solvers import Grid, Rounded, gptq, rtn
 from tasks.solvers.awq import search_scale
 
 # what can take over a factor, and the layers that read it
-SCALED = {
-    "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "self_attn.v_proj": ["self_attn.o_proj"],
-    "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
-    "mlp.up_proj": ["mlp.down_proj"],
-}
+SCALED = {**NORMS, "self_attn.v_proj": ["self_attn.o_proj"], "mlp.up_proj": ["mlp.down_proj"]}
 DAMPING = 0.01  # where GPTQ does the rounding
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
-import torch
 from torch import Tensor
 
 from tasks.formats.compressed import pack_words, words_config
@@ -18,7 +15,7 @@ def press(job: Job) -> None:
     """Solve every layer on the Gram matrices of its inputs."""
     variant = job.variant
     assert isinstance(variant, GptqSettings)  # the method named this module
-    dtype = getattr(torch, json.loads((job.source / "config.json").read_text(encoding="utf-8"))["dtype"])
+    dtype = job.dtype
     grid = Grid(variant.bits, variant.group_size, variant.symmetric, dtype)
     act_order = variant.act_order == "static"
 

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import json
-
-import torch
 from torch import Tensor
 
 from tasks.formats.compressed import bytes_config, pack_bytes
 from tasks.quantizers import Job
-from tasks.quantizers.layerwise import Layer, left_alone, press_layers
+from tasks.quantizers.layerwise import NORMS, Layer, left_alone, press_layers
 from tasks.settings import Int8Settings
 from tasks.solvers import rtn
 from tasks.solvers.smoothquant import INT8, smooth
-
-# what can take over a factor, and the layers that read it: norms, for they have a weight for each channel
-SMOOTHED = {
-    "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
-}
 
 
 def press(job: Job) -> None:
     """Move the activations' outliers into the weights, then round the weights to 8 bits."""
     variant = job.variant
     assert isinstance(variant, Int8Settings)  # the method named this module
-    dtype = getattr(torch, json.loads((job.source / "config.json").read_text(encoding="utf-8"))["dtype"])
+    dtype = job.dtype
 
     def press_layer(layer: Layer) -> dict[str, dict[str, Tensor]]:
-        for norm, linears in SMOOTHED.items():
+        for norm, linears in NORMS.items():
             factor = smooth(layer.stacked(linears), layer.inputs[linears[0]].largest, variant.smoothing)
             layer.scale_input(norm, linears, factor, dtype)
         return {linear: pack_bytes(rtn.solve(layer.weight(linear), INT8)) for linear in layer.inputs}

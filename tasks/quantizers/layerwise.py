@@ -24,6 +24,11 @@ from tasks.solvers.awq import search_clip
 from tasks.statistics import Input, load_statistics
 from tasks.weights import join, save
 
+# norms, which can take over a factor for each channel, and the layers that read them
+NORMS = {
+    "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
+}
 # queries and keys meet in a product, where clipping does harm that the error of one of them does not show (AutoAWQ)
 UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
 

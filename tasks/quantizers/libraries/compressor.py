@@ -6,7 +6,6 @@ also faster. What is saved has the precision that the model came in.
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,6 @@ def press_with_recipe(job: Job, recipe: list[Any], pipeline: str, keep_scales: b
 
     _only_warnings()
 
-    saved_dtype = getattr(torch, json.loads((job.source / "config.json").read_text(encoding="utf-8"))["dtype"])
     model = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32, use_safetensors=True).eval()
     model.to(job.device)
     rows = job.tokens.tolist()
@@ -50,7 +48,7 @@ def press_with_recipe(job: Job, recipe: list[Any], pipeline: str, keep_scales: b
         shuffle_calibration_samples=False,
         batch_size=min(BATCH, len(rows)),
     )
-    _narrow(model, saved_dtype, keep_scales)
+    _narrow(model, job.dtype, keep_scales)
     model.save_pretrained(job.destination, save_compressed=True)
 
 
