@@ -1,6 +1,7 @@
 """AutoAWQ's GEMM layout: 4-bit weights in groups with zero points, columns of the output interleaved in a word.
 
-Source: AutoAWQ, awq/modules/linear/gemm.py. tasks/runtimes/awq_format.py reads it.
+Source: AutoAWQ, awq/modules/linear/gemm.py. `qweight` int32 [width, rows / 8], eight 4-bit columns in a word in the
+order 0 2 4 6 1 3 5 7; `qzeros` int32 [groups, rows / 8], packed alike; `scales` float16 [groups, rows].
 """
 
 from __future__ import annotations
@@ -10,17 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.runtimes.awq_format import pack
 from tasks.solvers import Grid, Rounded
+
+BITS = 4
+# where the columns 0..7 stand in a word, lowest four bits first
+_PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 def pack_gemm(solved: Rounded) -> dict[str, Tensor]:
-    """qweight int32 [width, rows / 8], qzeros int32 [groups, rows / 8], scales float16 [groups, rows]."""
+    """The tensors of a layer, by the end of their names."""
     return {
         "qweight": pack(solved.integers.T),
         "qzeros": pack(solved.zeros.T),
         "scales": solved.scales.T.to(torch.float16).contiguous(),
     }
+
+
+def unpack_gemm(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Rounded:
+    """What `pack_gemm` packed."""
+    return Rounded(unpack(qweight).T.contiguous(), scales.T.contiguous(), unpack(qzeros).T.contiguous())
 
 
 def gemm_config(grid: Grid) -> dict[str, Any]:
@@ -33,3 +42,16 @@ def gemm_config(grid: Grid) -> dict[str, Any]:
         "version": "gemm",
         "zero_point": True,
     }
+
+
+def pack(values: Tensor) -> Tensor:
+    """uint8 [rows, columns] -> int32 [rows, columns / 8]."""
+    columns = values.reshape(len(values), -1, len(_PLACES)).to(torch.int64)
+    word = (columns << (_PLACES.to(values.device) * BITS)).sum(-1)
+    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """int32 [rows, columns / 8] -> uint8 [rows, columns], the columns in their own order."""
+    words = packed[:, :, None] >> (_PLACES.to(packed.device) * BITS)
+    return (words & (2**BITS - 1)).to(torch.uint8).flatten(1)

@@ -5,10 +5,11 @@ Source: https://github.com/vllm-project/compressed-tensors, which packs and desc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -33,13 +34,38 @@ def pack_words(solved: Rounded, grid: Grid) -> dict[str, Tensor]:
     return tensors
 
 
+def unpack_words(tensors: Mapping[str, Tensor]) -> tuple[Rounded, int]:
+    """What `pack_words` packed, and its bits."""
+    rows, width = tensors["weight_shape"].tolist()
+    scales = tensors["weight_scale"]
+    # a word holds a whole number of weights, and a row a whole number of words
+    bits = 32 * tensors["weight_packed"].shape[1] // width
+    middle = 2 ** (bits - 1)
+    integers = unpack_from_int32(tensors["weight_packed"], bits, torch.Size((rows, width)))
+    if "weight_zero_point" in tensors:
+        packed = tensors["weight_zero_point"]
+        zeros = _unsigned(unpack_from_int32(packed, bits, torch.Size(scales.shape), packed_dim=0), middle)
+    else:
+        zeros = torch.full(scales.shape, middle, dtype=torch.uint8)
+    return Rounded(_unsigned(integers, middle), scales, zeros), bits
+
+
 def pack_bytes(solved: Rounded) -> dict[str, Tensor]:
     """weight int8 [rows, width], weight_scale float32 [rows, 1]; the zero lies in the middle."""
     return {"weight": _signed(solved.integers, 128), "weight_scale": solved.scales.float()}
 
 
+def unpack_bytes(weight: Tensor, weight_scale: Tensor) -> Rounded:
+    """What `pack_bytes` packed."""
+    return Rounded(_unsigned(weight, 128), weight_scale, torch.full(weight_scale.shape, 128, dtype=torch.uint8))
+
+
 def _signed(integers: Tensor, middle: int) -> Tensor:
     return (integers.to(torch.int16) - middle).to(torch.int8).contiguous()
+
+
+def _unsigned(integers: Tensor, middle: int) -> Tensor:
+    return (integers.to(torch.int16) + middle).to(torch.uint8)
 
 
 def words_config(grid: Grid, act_order: bool, ignore: list[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The runtime `transformers`: Hugging Face models and compressed ones, on a CPU or a GPU.
 
-compressed-tensors models are decompressed on loading, AutoAWQ models by tasks/runtimes/awq_format.py: the arithmetic
+compressed-tensors models are decompressed on loading, others by tasks/runtimes/dense.py: the arithmetic
 of the format is exact, but no 4-bit kernel runs. W8A8 models multiply integers on a CPU (tasks/runtimes/w8a8.py).
 """
 
@@ -26,7 +26,7 @@ from transformers import (
 
 from tasks.device import compute_device, processor_name
 from tasks.runtimes import About, Question, Score
-from tasks.runtimes.awq_format import load_awq
+from tasks.runtimes.dense import load_dense
 from tasks.runtimes.w8a8 import use_integers
 
 
@@ -121,8 +121,8 @@ class TransformersRuntime:
 
 def _load(directory: Path, dtype: torch.dtype, method: str | None) -> Any:
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-    if method == "awq":
-        return load_awq(directory, dtype)
+    if method in ("awq", "gptq"):
+        return load_dense(directory, dtype)
     if method == "compressed-tensors":
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with warnings.catch_warnings(record=True):  # that only this option is heeded, the rest is the model's own

@@ -7,7 +7,7 @@ import torch
 from awq.modules.linear.gemm import WQLinear_GEMM
 from awq.utils.packing_utils import dequantize_gemm
 
-from tasks.runtimes.awq_format import dequantize, unpack
+from tasks.formats.awq_gemm import unpack, unpack_gemm
 
 ROWS, WIDTH, GROUP = 32, 64, 32
 
@@ -29,18 +29,17 @@ def packed_layer() -> tuple[WQLinear_GEMM, torch.Tensor]:
 
 def test_the_weight_is_exact() -> None:
     layer, weight = packed_layer()
-    ours = dequantize(layer.qweight, layer.qzeros, layer.scales, torch.float32)
-    assert torch.equal(ours, weight)
+    assert torch.equal(unpack_gemm(layer.qweight, layer.qzeros, layer.scales).weight(), weight)
 
 
 def test_it_is_what_autoawq_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("awq.modules.linear.gemm.TRITON_AVAILABLE", False)  # its own path for a machine without a GPU
     layer, _ = packed_layer()
     theirs = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, GROUP).T
-    assert torch.equal(dequantize(layer.qweight, layer.qzeros, layer.scales, torch.float16), theirs)
+    ours = unpack_gemm(layer.qweight, layer.qzeros, layer.scales).weight().half()
+    assert torch.equal(ours, theirs)
     x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1)).half()
-    weight = dequantize(layer.qweight, layer.qzeros, layer.scales, torch.float16)
-    torch.testing.assert_close(torch.nn.functional.linear(x, weight), layer(x), rtol=2e-3, atol=2e-2)
+    torch.testing.assert_close(torch.nn.functional.linear(x, ours), layer(x), rtol=2e-3, atol=2e-2)
 
 
 def test_unpacking_reads_every_bit() -> None:

@@ -6,9 +6,16 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-from tasks.formats.awq_gemm import pack_gemm
-from tasks.formats.compressed import bytes_config, pack_bytes, pack_words, words_config
-from tasks.runtimes.awq_format import dequantize, pack, unpack
+from tasks.formats.autogptq import pack_autogptq, unpack_autogptq
+from tasks.formats.awq_gemm import pack, pack_gemm, unpack, unpack_gemm
+from tasks.formats.compressed import (
+    bytes_config,
+    pack_bytes,
+    pack_words,
+    unpack_bytes,
+    unpack_words,
+    words_config,
+)
 from tasks.solvers import Grid, Rounded
 
 ROWS, WIDTH, GROUP = 64, 128, 32
@@ -46,11 +53,41 @@ def test_bytes_hold_every_integer() -> None:
     assert packed["weight_scale"].dtype == torch.float32
 
 
-def test_gemm_is_what_its_reader_takes_apart() -> None:
+def same(one: Rounded, other: Rounded) -> bool:
+    pairs = ((one.integers, other.integers), (one.scales.float(), other.scales.float()), (one.zeros, other.zeros))
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_read_back_is_what_was_solved(bits: int, symmetric: bool) -> None:
+    one = solved(bits)
+    if symmetric:
+        one = Rounded(one.integers, one.scales, torch.full_like(one.zeros, 2 ** (bits - 1)))
+    found, width = unpack_words(pack_words(one, Grid(bits, GROUP, symmetric, torch.float16)))
+    assert (width, same(found, one)) == (bits, True)
+    shifted = Rounded(one.integers, one.scales, one.zeros.clamp(min=1))
+    packed = pack_autogptq(shifted, bits)
+    assert packed["qweight"].shape == (WIDTH * bits // 32, ROWS)
+    assert packed["qzeros"].shape == (WIDTH // GROUP, ROWS * bits // 32)
+    assert same(unpack_autogptq(packed["qweight"], packed["qzeros"], packed["scales"], bits), shifted)
+
+
+def test_what_is_read_back_of_bytes_and_gemm_is_what_was_solved() -> None:
+    row = solved(bits=8, group=WIDTH)
+    row = Rounded(row.integers, row.scales, torch.full_like(row.zeros, 128))
+    packed = pack_bytes(row)
+    assert same(unpack_bytes(packed["weight"], packed["weight_scale"]), row)
     one = solved()
-    packed = pack_gemm(one)
-    assert torch.equal(dequantize(packed["qweight"], packed["qzeros"], packed["scales"], torch.float32), one.weight())
+    assert same(unpack_gemm(**pack_gemm(one)), one)
     assert torch.equal(unpack(pack(one.integers)), one.integers)
+
+
+def test_a_layout_without_a_place_for_zero_refuses_it() -> None:
+    one = solved()
+    assert not one.zeros.all()
+    with pytest.raises(ValueError, match="least_zero=1"):
+        pack_autogptq(one, 4)
 
 
 def test_the_descriptions_name_what_was_done() -> None:

@@ -1,0 +1,34 @@
+"""A pressed model as a dense one, with the weights that its integers stand for, exactly.
+
+For formats that transformers alone refuses without a library for GPUs: AutoAWQ's and AutoGPTQ's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tasks.errors import TaskError
+from tasks.formats.stored import StoredModel
+
+
+def load_dense(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A dense model of a pressed one's directory; TaskError if the two do not fit each other."""
+    stored = StoredModel(directory)
+    config = AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    dense = {name: stored.tensor(name).to(dtype) for name in stored.dense}
+    dense |= {f"{name}.weight": stored.linear(name).solved.weight().to(dtype) for name in stored.quantized}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    missing, unexpected = model.load_state_dict(dense, strict=False)
+    # the output layer may share the embedding's weights and then has none of its own
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if set(missing) - tied or unexpected:
+        raise TaskError(
+            f"{directory} does not fit its config.json: missing {sorted(set(missing) - tied)[:3]}, "
+            f"unexpected {sorted(unexpected)[:3]}; make it again: modelpress run"
+        )
+    model.tie_weights()
+    return model
