@@ -31,7 +31,7 @@ def _own(**changes: Any) -> dict[str, Any]:
 
 
 _COMPRESSOR = {"backend": "llm-compressor"}
-_AUTOAWQ = {"backend": "autoawq", "rounding": "nearest"}
+_AUTOAWQ = {"backend": "autoawq", "rounding": "nearest", "refine": 0}
 
 CONTENDERS = (
     Contender("int8, modelpress", "int8", "int8", _own()),

@@ -12,12 +12,14 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from tasks.device import compute_device, peak_memory
 from tasks.errors import TaskError
 from tasks.fit import check_fit
 from tasks.layers import layer_errors, weight_bits
 from tasks.output import MANIFEST, link_or_copy, resumable_directory, whole_directory, write_json
+from tasks.precisions import read_precisions
 from tasks.program import one_argument, run_stage
 from tasks.quantizers import Job, quantizer
 from tasks.settings import OWN, NoneSettings, Settings, Variant
@@ -49,7 +51,8 @@ class QuantizeReport:
 
     bits: of a quantized weight; bits_per_weight: with scales, zero points and layers left alone, over all linear layers
     of the decoder. tokens: of calibration. layers: each decoder layer's relative output error, given the baseline's own
-    input. identity: sha256 of base, calibration, settings and library versions.
+    input. linears: where precisions are mixed, each linear layer's `name`, the `chosen` one, and `errors`, the relative
+    one of its output at each. identity: sha256 of base, calibration, settings and library versions.
     """
 
     variant: str
@@ -64,6 +67,7 @@ class QuantizeReport:
     identity: str
     libraries: dict[str, str]
     layers: dict[str, float]
+    linears: list[dict[str, Any]]
 
 
 def quantize(
@@ -90,6 +94,7 @@ def quantize(
         baseline = isinstance(variant, NoneSettings)
         errors = {} if baseline else layer_errors(model, work, used[:2])
         bits = weight_bits(work)
+        linears = read_precisions(work)
     return QuantizeReport(
         variant=name,
         method=variant.method,
@@ -103,6 +108,7 @@ def quantize(
         identity=key,
         libraries=libraries,
         layers=errors,
+        linears=linears,
     )
 
 

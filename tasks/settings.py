@@ -162,6 +162,20 @@ class _Calibrated(Section):
             )
         return self
 
+    def _only(self, **values: Any) -> None:
+        """ValueError where a library is asked for what only our own solvers do. values: what it does."""
+        for key, value in values.items():
+            if self.backend != OWN and getattr(self, key) != value:
+                found, expected = (str(v).lower() for v in (getattr(self, key), value))
+                raise ValueError(
+                    f"{key} is {found}, which {self.backend} cannot do; set {key} to {expected}, or backend to {OWN}"
+                )
+
+
+# rounds of least squares on the scales and of coordinate descent on the integers, after the rounding
+Refine = Annotated[int, Field(ge=0, le=20)]
+Format = Literal["compressed-tensors", "awq", "gptq"]
+
 
 class Int8Settings(_Calibrated):
     """W8A8: 8-bit weights per output channel, 8-bit activations per token, after SmoothQuant (arXiv 2211.10438)."""
@@ -190,16 +204,17 @@ class GptqSettings(_Calibrated):
     act_order: Literal["static", "none"]
     damping: Annotated[float, Field(gt=0, lt=1)]
     clip: bool
+    refine: Refine
+    format: Format
 
     @model_validator(mode="after")
-    def _a_library_does_not_clip(self) -> Self:
-        if self.backend != OWN and self.clip:
-            raise ValueError(f"clip is true, which {self.backend} cannot do; set clip to false, or backend to {OWN}")
+    def _a_library_does_it_its_own_way(self) -> Self:
+        self._only(clip=False, refine=0, format="compressed-tensors")
         return self
 
 
 class AwqSettings(_Calibrated):
-    """AWQ (arXiv 2306.00978), 4-bit weights in groups along the input, in AutoAWQ's GEMM format."""
+    """AWQ (arXiv 2306.00978), 4-bit weights in groups along the input."""
 
     method: Literal["awq"]
     backend: Literal["modelpress", "autoawq"]
@@ -207,17 +222,44 @@ class AwqSettings(_Calibrated):
     group_size: Annotated[int, Field(ge=8, le=1024)]
     clip: bool
     rounding: Literal["nearest", "gptq"]
+    refine: Refine
+    format: Format
 
     @model_validator(mode="after")
-    def _a_library_rounds_to_the_nearest(self) -> Self:
-        if self.backend != OWN and self.rounding != "nearest":
-            raise ValueError(
-                f"rounding is {self.rounding}, which {self.backend} cannot do; set it to nearest, or backend to {OWN}"
-            )
+    def _a_library_does_it_its_own_way(self) -> Self:
+        self._only(rounding="nearest", refine=0, format="awq")
         return self
 
 
-Variant = Annotated[NoneSettings | Int8Settings | GptqSettings | AwqSettings, Field(discriminator="method")]
+class AutoSettings(_Calibrated):
+    """Mixed precision: bits and groups of each linear layer, chosen for the least error in a given size.
+
+    bits_per_weight: over all linear layers of the decoder, scales and zero points counted. candidates: BITS@GROUP_SIZE.
+    fused: layers that an engine makes one of, such as q, k and v, share theirs.
+    """
+
+    method: Literal["auto"]
+    backend: Literal["modelpress"]
+    bits_per_weight: Annotated[float, Field(gt=2, le=16, strict=False)]
+    candidates: Annotated[list[Annotated[str, Field(pattern=r"^[48]@[0-9]+$")]], Field(min_length=2)]
+    fused: bool
+    refine: Refine
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(bits, group size) of each candidate."""
+        found = (one.partition("@") for one in self.candidates)
+        return [(int(bits), int(size)) for bits, _, size in found]
+
+    @property
+    def bits(self) -> int:
+        """Bits of most weights, as the gate counts them: the budget's, rounded down to what the candidates have."""
+        return max((bits for bits, _ in self.pairs if bits <= self.bits_per_weight), default=4)
+
+
+Variant = Annotated[
+    NoneSettings | Int8Settings | GptqSettings | AwqSettings | AutoSettings, Field(discriminator="method")
+]
 
 
 class BenchmarkSettings(Section):
@@ -339,7 +381,7 @@ def check_settings(values: Any, origin: str = "params.yaml") -> Settings:
         raise TaskError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from error
 
 
-_METHODS = ("none", "int8", "gptq", "awq")
+_METHODS = ("none", "int8", "gptq", "awq", "auto")
 
 
 def _explain(error: Any) -> str:

@@ -6,6 +6,7 @@ order 0 2 4 6 1 3 5 7; `qzeros` int32 [groups, rows / 8], packed alike; `scales`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,12 +33,13 @@ def unpack_gemm(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Rounded:
     return Rounded(unpack(qweight).T.contiguous(), scales.T.contiguous(), unpack(qzeros).T.contiguous())
 
 
-def gemm_config(grid: Grid) -> dict[str, Any]:
-    """What AutoAWQ writes into config.json."""
+def gemm_config(grid: Grid, skip: Sequence[int] = ()) -> dict[str, Any]:
+    """What AutoAWQ writes into config.json. skip: decoder layers that are left alone."""
     return {
         "bits": grid.bits,
         "group_size": grid.group_size,
-        "modules_to_not_convert": None,
+        # what readers take for the beginning of a name, a pattern or a part of a name
+        "modules_to_not_convert": [f"model.layers.{i}.{part}" for i in skip for part in ("self_attn", "mlp")] or None,
         "quant_method": "awq",
         "version": "gemm",
         "zero_point": True,

@@ -68,16 +68,27 @@ def _unsigned(integers: Tensor, middle: int) -> Tensor:
     return (integers.to(torch.int16) + middle).to(torch.uint8)
 
 
-def words_config(grid: Grid, act_order: bool, ignore: list[str]) -> dict[str, Any]:
-    """Weights in groups, activations as they are (W4A16). ignore: layers that are left alone."""
-    weights = QuantizationArgs(
-        num_bits=grid.bits,
-        symmetric=grid.symmetric,
-        strategy="group",
-        group_size=grid.group_size,
-        actorder="static" if act_order else None,
-    )
-    return _config("pack-quantized", QuantizationScheme(targets=["Linear"], weights=weights), ignore)
+def words_config(grids: Mapping[str, Grid], act_order: bool, ignore: list[str]) -> dict[str, Any]:
+    """Weights in groups, activations as they are (W4A16).
+
+    grids: of each linear layer that is packed, by its whole name. ignore: layers that are left alone.
+    """
+    layers: dict[Grid, list[str]] = {}
+    for name, grid in grids.items():
+        layers.setdefault(grid, []).append(name)
+    # the grid of most layers is that of the class, as an engine expects it of a uniform model; others are named
+    groups = sorted(layers.items(), key=lambda group: -len(group[1]))
+    schemes = []
+    for number, (grid, names) in enumerate(groups):
+        weights = QuantizationArgs(
+            num_bits=grid.bits,
+            symmetric=grid.symmetric,
+            strategy="group",
+            group_size=grid.group_size,
+            actorder="static" if act_order else None,
+        )
+        schemes.append(QuantizationScheme(targets=names if number else ["Linear"], weights=weights))
+    return _config("pack-quantized", schemes, ignore)
 
 
 def bytes_config(symmetric_activations: bool, ignore: list[str]) -> dict[str, Any]:
@@ -85,12 +96,12 @@ def bytes_config(symmetric_activations: bool, ignore: list[str]) -> dict[str, An
     weights = QuantizationArgs(num_bits=8, symmetric=True, strategy="channel")
     inputs = QuantizationArgs(num_bits=8, symmetric=symmetric_activations, strategy="token", dynamic=True)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
-    return _config("int-quantized", scheme, ignore)
+    return _config("int-quantized", [scheme], ignore)
 
 
-def _config(kind: str, scheme: QuantizationScheme, ignore: list[str]) -> dict[str, Any]:
+def _config(kind: str, schemes: list[QuantizationScheme], ignore: list[str]) -> dict[str, Any]:
     config = QuantizationConfig(
-        config_groups={"group_0": scheme},
+        config_groups={f"group_{number}": scheme for number, scheme in enumerate(schemes)},
         format=kind,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=ignore,

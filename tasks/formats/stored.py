@@ -36,8 +36,7 @@ class StoredModel:
     """The tensors of a model directory, those of quantized linear layers unpacked.
 
     quantized: names of these layers, such as model.layers.0.mlp.up_proj. dense: names of all other tensors.
-    activation_bits: what the activations are rounded to, None where they are not. TaskError if the directory is none of
-    ours, or its quantization is of a kind that we do not write.
+    TaskError if the directory is none of ours, or its quantization is of a kind that we do not write.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -72,11 +71,11 @@ class StoredModel:
         return self._files.read(name)
 
     @property
-    def activation_bits(self) -> int | None:
-        """Bits of what the quantized layers read."""
+    def symmetric_activations(self) -> bool | None:
+        """How what the quantized layers read is rounded, to 8 bits for each token; None: it is not."""
         groups = self._config.get("config_groups", {}).values()
         inputs = [group["input_activations"] for group in groups]
-        return max((int(found["num_bits"]) for found in inputs if found), default=None)
+        return next((bool(found["symmetric"]) for found in inputs if found), None)
 
     def _ends(self, name: str) -> list[str]:
         return [end for end in (*WORDS, "weight", *COLUMNS) if f"{name}.{end}" in self._files]

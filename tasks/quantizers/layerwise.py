@@ -19,8 +19,7 @@ from tqdm import tqdm
 from tasks.decoder import TensorFiles
 from tasks.output import write_json
 from tasks.quantizers import Job
-from tasks.solvers import Grid, Rounded
-from tasks.solvers.awq import search_clip
+from tasks.solvers import Rounded
 from tasks.statistics import Input, load_statistics
 from tasks.weights import join, save
 
@@ -29,15 +28,15 @@ NORMS = {
     "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
 }
-# queries and keys meet in a product, where clipping does harm that the error of one of them does not show (AutoAWQ)
-UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
 
 
 @dataclass
 class Layer:
-    """One decoder layer. tensors: by name, weights as float32 on the job's device; inputs: by linear layer."""
+    """One decoder layer. prefix: of its tensors' names in the model; tensors: by the rest of their names, weights as
+    float32 on the job's device; inputs: by linear layer."""
 
     index: int
+    prefix: str
     tensors: dict[str, Tensor]
     inputs: Mapping[str, Input]
 
@@ -83,23 +82,6 @@ class Layer:
         self.inputs = {**self.inputs, **dict.fromkeys(linears, scaled(self.inputs[linears[0]], scale))}
 
 
-def round_layer(
-    layer: Layer, grid: Grid, clip: bool, solve: Callable[[Tensor, Tensor, Tensor | None], Rounded]
-) -> Iterator[tuple[str, Rounded]]:
-    """Every linear layer with its solution; those that read the same input are solved as one.
-
-    solve: from a weight, its inputs' Gram matrix and the limits of its groups to the solution. clip: search the limits.
-    """
-    for linears, known in layer.readers():
-        weight = layer.stacked(linears)
-        limit = None
-        if clip:
-            limit = search_clip(weight, known.gram, grid)
-            free = torch.cat([torch.full((len(layer.weight(name)), 1), name in UNCLIPPED) for name in linears])
-            limit = limit.masked_fill(free.to(limit.device), torch.inf)
-        yield from layer.split(solve(weight, known.gram, limit), linears)
-
-
 def scaled(known: Input, scale: Tensor) -> Input:
     """What is known of an input after it was divided by `scale` [channels]."""
     return Input(known.gram / scale[:, None] / scale, known.largest / scale, known.mean / scale)
@@ -124,15 +106,17 @@ def press_layers(
     described = json.loads((job.source / "config.json").read_text(encoding="utf-8"))
     parts = job.destination / "parts.part"
     parts.mkdir(exist_ok=True)
-    prefixes = [f"{_prefix(files)}{index}." for index in range(described["num_hidden_layers"])]
+    prefixes = layer_prefixes(job, files)
     outside = [name for name in files if not name.startswith(tuple(prefixes))]
     for name in outside:
         save({name: _stored(files.read(name), dtype)}, parts / f"{name}.safetensors")
     for index, prefix in enumerate(tqdm(prefixes, desc="pressing", unit="layer")):
         if (part := parts / f"{prefix}safetensors").exists():
             continue  # made before an interruption
-        layer = Layer(index, files.below(prefix), {})
-        packed = {} if index in skip else _press_layer(job, press, layer)
+        layer = (
+            Layer(index, prefix, files.below(prefix), {}) if index in skip else read_layer(job, files, index, prefix)
+        )
+        packed = press(layer) if layer.inputs else {}
         kept = {name: t for name, t in layer.tensors.items() if name.removesuffix(".weight") not in packed}
         done = {name: _stored(tensor, dtype) for name, tensor in kept.items()}
         done |= {f"{linear}.{end}": tensor for linear, ends in packed.items() for end, tensor in ends.items()}
@@ -143,21 +127,23 @@ def press_layers(
     write_json(job.destination / "config.json", described)
 
 
-def _press_layer(job: Job, press: Press, layer: Layer) -> Mapping[str, Mapping[str, Tensor]]:
-    layer.tensors = {name: tensor.to(job.device, torch.float32) for name, tensor in layer.tensors.items()}
-    layer.inputs = load_statistics(job.statistics, layer.index, job.device)
-    return press(layer)
+def layer_prefixes(job: Job, files: TensorFiles) -> list[str]:
+    """What the names of each decoder layer's tensors begin with."""
+    config = json.loads((job.source / "config.json").read_text(encoding="utf-8"))
+    name = next(name for name in files if ".layers." in name)
+    start = name[: name.index(".layers.") + len(".layers.")]
+    return [f"{start}{index}." for index in range(config["num_hidden_layers"])]
+
+
+def read_layer(job: Job, files: TensorFiles, index: int, prefix: str) -> Layer:
+    """A layer with what is known of its inputs."""
+    tensors = {name: tensor.to(job.device, torch.float32) for name, tensor in files.below(prefix).items()}
+    return Layer(index, prefix, tensors, load_statistics(job.statistics, index, job.device))
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As it goes into the file."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _prefix(files: TensorFiles) -> str:
-    """What the names of all layers' tensors begin with, up to the number."""
-    name = next(name for name in files if ".layers." in name)
-    return name[: name.index(".layers.") + len(".layers.")]
 
 
 def left_alone(skip: list[int]) -> list[str]:

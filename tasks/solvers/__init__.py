@@ -6,7 +6,7 @@ X, a change D of its weight costs ||X D^T||^2 = trace(D H D^T), with H = X^T X t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Grid:
     """The numbers that a weight is rounded to: (integer - zero) * scale, with a scale for each `group_size` inputs of
-    each row (None: one for the row). symmetric: the zero lies in the middle. dtype: what scales are stored in."""
+    each row (None: one for the row). symmetric: the zero lies in the middle. dtype: what scales are stored in.
+    least_zero: where a format has no place for smaller zeros."""
 
     bits: int
     group_size: int | None
     symmetric: bool
     dtype: torch.dtype
+    least_zero: int = 0
 
     @property
     def top(self) -> int:
@@ -30,6 +32,18 @@ class Grid:
     def groups(self, width: int) -> int:
         """How many groups a row of `width` inputs has."""
         return width // (self.group_size or width)
+
+    def fitted(self, width: int) -> Grid:
+        """This grid with the largest groups, halved as often as need be, that divide a row of `width` inputs."""
+        size = self.group_size
+        while size and width % size:
+            size //= 2
+        return replace(self, group_size=size)
+
+    def bits_per_weight(self, width: int) -> float:
+        """What a weight takes on disk, its share of scales and zeros counted."""
+        group = (torch.finfo(self.dtype).bits + (0 if self.symmetric else self.bits)) * self.groups(width)
+        return self.bits + group / width
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ def fit_grid(weight: Tensor, grid: Grid, limit: Tensor | None = None) -> tuple[T
     scale = scale.clamp(min=torch.finfo(grid.dtype).tiny).to(grid.dtype)
     if grid.symmetric:
         return scale, torch.full_like(scale, 2 ** (grid.bits - 1), dtype=torch.uint8)
-    return scale, (-low / scale.float()).round().clamp(0, grid.top).to(torch.uint8)
+    return scale, (-low / scale.float()).round().clamp(grid.least_zero, grid.top).to(torch.uint8)
 
 
 def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Rounded:

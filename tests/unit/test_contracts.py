@@ -35,7 +35,7 @@ def paths(values: list[Any]) -> Iterator[str]:
 
 def test_params_yaml_is_valid() -> None:
     settings = load_settings(ROOT / "params.yaml")
-    assert {v.method for v in settings.variants.values()} == {"none", "int8", "gptq", "awq"}
+    assert {v.method for v in settings.variants.values()} == {"none", "int8", "gptq", "awq", "auto"}
 
 
 def test_every_required_setting_is_in_params_yaml_with_a_value() -> None:

@@ -12,9 +12,11 @@ import yaml
 
 from tasks.errors import TaskError
 from tasks.fit import check_fit, linear_shapes
-from tasks.settings import AwqSettings, GptqSettings
+from tasks.settings import AutoSettings, AwqSettings, GptqSettings
 
-GPTQ = {**yaml.safe_load(Path("params.yaml").read_text())["variants"]["gptq-int4"], "group_size": 32}
+VARIANTS = yaml.safe_load(Path("params.yaml").read_text())["variants"]
+# in a format that knows only one group size
+GPTQ = {**VARIANTS["gptq-int4"], "group_size": 32, "format": "gptq"}
 
 
 def gptq(**changes: Any) -> GptqSettings:
@@ -22,7 +24,7 @@ def gptq(**changes: Any) -> GptqSettings:
 
 
 def test_a_group_size_that_fits_passes(llama: Path) -> None:
-    awq = AwqSettings(method="awq", backend="modelpress", bits=4, group_size=64, clip=True, rounding="gptq")
+    awq = AwqSettings.model_validate({**VARIANTS["awq-int4"], "group_size": 64})
     check_fit("v", gptq(), llama)
     check_fit("v", awq, llama)
 
@@ -32,14 +34,38 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(llama: 
         check_fit("v", gptq(group_size=128), llama)
     message = str(caught.value)
     assert "variants.v.group_size is 128, which does not divide the width 64 of model.layers.0." in message
-    assert message.endswith("sizes that divide every layer: 16, 32, 64")
+    assert "sizes that divide every layer: 16, 32, 64;" in message
+    assert message.endswith("or set format to compressed-tensors, in which layers may differ")
+    check_fit("v", gptq(group_size=128, format="compressed-tensors"), llama)
+    with pytest.raises(TaskError, match="group_size is 72, which does not divide the width 128"):
+        check_fit("v", gptq(group_size=72, format="compressed-tensors"), llama)
+
+
+def test_a_format_without_a_place_for_layers_left_alone_says_so(llama: Path) -> None:
+    with pytest.raises(TaskError, match="skip_layers is set, but the format gptq has no place"):
+        check_fit("v", gptq(skip_layers=[1]), llama)
+    check_fit("v", gptq(skip_layers=[1], format="awq"), llama)
+
+
+def auto(**changes: Any) -> AutoSettings:
+    return AutoSettings.model_validate({**VARIANTS["auto"], "candidates": ["4@32", "8@64"], **changes})
+
+
+def test_candidates_must_fit_the_layers_and_the_budget(llama: Path) -> None:
+    check_fit("v", auto(bits_per_weight=4.625), llama)
+    with pytest.raises(
+        TaskError, match=r"candidates are 4@128, 8@96, none of which divides the width 64 .*: 16, 32, 64$"
+    ):
+        check_fit("v", auto(candidates=["4@128", "8@96"]), llama)
+    with pytest.raises(TaskError, match=r"bits_per_weight is 4\.62, but the smallest candidates take 4\.625"):
+        check_fit("v", auto(bits_per_weight=4.62), llama)
 
 
 def test_skipped_layers_need_not_fit_but_must_exist(llama: Path) -> None:
     with pytest.raises(TaskError, match=r"skip_layers names layer 2, but the model has 2: 0 to 1"):
-        check_fit("v", gptq(skip_layers=[2]), llama)
+        check_fit("v", gptq(skip_layers=[2], format="awq"), llama)
     with pytest.raises(TaskError, match="names all 2 layers"):
-        check_fit("v", gptq(skip_layers=[0, 1]), llama)
+        check_fit("v", gptq(skip_layers=[0, 1], format="awq"), llama)
 
 
 def test_an_unsupported_architecture_is_named_with_the_supported_ones(llama: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_layout_without_a_place_for_zero_refuses_it() -> None:
 
 
 def test_the_descriptions_name_what_was_done() -> None:
-    words = words_config(Grid(4, GROUP, False, torch.float16), act_order=True, ignore=["lm_head"])
+    words = words_config({"a": Grid(4, GROUP, False, torch.float16)}, act_order=True, ignore=["lm_head"])
     weights = words["config_groups"]["group_0"]["weights"]
     assert (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (4, GROUP, False)
     assert (words["format"], words["quant_method"], words["quantization_status"]) == (

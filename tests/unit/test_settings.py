@@ -15,7 +15,7 @@ from tasks.errors import TaskError
 from tasks.settings import check_settings, load_settings
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
-LIBRARY = {**PARAMS["variants"]["gptq-int4"], "backend": "llm-compressor", "clip": False}
+LIBRARY = {**PARAMS["variants"]["gptq-int4"], "backend": "llm-compressor", "clip": False, "refine": 0}
 GPTQ = PARAMS["variants"]["gptq-int4"]
 
 
