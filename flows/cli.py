@@ -119,16 +119,67 @@ def run(
 
 
 @app.command()
-def plan() -> None:
-    """Say what a run would do with each stage, why, and how large its outputs are; nothing is changed."""
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Estimate a run with this model: a config.json, a folder with one, or hf:organisation/name@revision."
+        ),
+    ] = None,
+    machine: Annotated[
+        Path | None, typer.Option(help="Estimate for the machine in this YAML file; docs/plan.md has an example.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0.1, metavar="GB", help="Memory to hold it against, in place of the machine's.")
+    ] = None,
+    disk: Annotated[
+        float | None, typer.Option(min=0.1, metavar="GB", help="Room on the disk, in place of the machine's.")
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option(min=0.001, metavar="GB/S", help="How fast a model arrives, to count its download.")
+    ] = None,
+    jobs: Jobs = 2,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine again first.")] = False,
+) -> None:
+    """Say what a run would do with each stage, why, and how large its outputs are; nothing is changed.
+
+    With `--model`, say instead what a run of any model would take, stage by stage: time, memory and disk, under the
+    settings in params.yaml. Only its config.json is read, never weights. The first time this measures the machine, half
+    a minute on operations like the stages' own; measure when nothing else is at work on it.
+
+    Examples:
+
+        modelpress plan
+
+        modelpress plan --model ~/models/Llama-2-7b-hf
+
+        modelpress plan --model hf:Qwen/Qwen2.5-0.5B-Instruct@main --jobs 1
+
+        modelpress plan --model config.json --memory 256 --disk 1000
+
+        modelpress plan --model config.json --machine server.yaml
+    """
     root = find_root()
     quiet(root)
     from flows.dvc_state import check_dvc
     from flows.overrides import read_settings
     from flows.plan import ACTIONS, read_plan, summary
 
+    about = {"memory_gb": memory, "disk_gb": disk, "network_gbs": network}
+    if model is None and (machine or measure or any(about.values())):
+        raise FlowError("--machine, --measure, --memory, --disk and --network are for an estimate; add --model")
     check_dvc(root)
-    read_settings(root / "params.yaml")
+    settings = read_settings(root / "params.yaml")
+    if model is not None:
+        from flows.scale import read_model, read_or_measure, scale
+        from flows.scale_table import lines
+
+        shape = read_model(root, model)
+        place = read_or_measure(root, machine, measure, about)
+        graph = {name: stage.upstreams for name, stage in read_plan(root).items()}
+        for part in lines(scale(graph, shape, settings, place, jobs), shape, settings, place, jobs):
+            Console(soft_wrap=not isinstance(part, Table), highlight=False).print(part)
+        return
     stages = read_plan(root)
     table = Table("stage", "what", "why", "size", box=None, pad_edge=False, header_style="bold")
     for stage in stages.values():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,18 +104,31 @@ def collect(model: Path, calibration: Path, destination: Path) -> StatisticsRepo
 
 
 def estimate_bytes(decoder: Decoder, tokens: Tensor) -> int:
-    """The memory that `collect` will hold at most, bytes: what the process holds now, all activations twice, and
+    """The memory that `collect` will hold at most, bytes: what the process holds now, and `needed_bytes`."""
+    hidden, inner, vocabulary = decoder.widths
+    widths = (hidden, hidden, hidden, inner)
+    return current_memory() + needed_bytes(
+        tokens.numel(), tokens.shape[1], widths, vocabulary, decoder.layer_parameters
+    )
+
+
+def needed_bytes(
+    tokens: int, sequence_length: int, widths: Sequence[int], vocabulary: int, layer_parameters: int
+) -> int:
+    """The memory, bytes, that the pass takes beyond what the process holds: all activations twice, and
 
     - either the embedding, as it is stored and as float32,
-    - or one layer's weights in both, its four Gram matrices, and what one sequence passes through inside the layer.
+    - or one layer's weights in both, its Gram matrices, and what one sequence passes through inside the layer.
+
+    widths: of the distinct inputs in a layer; the first is that of the layer itself.
     """
-    hidden, inner, vocabulary = decoder.widths
-    activations = tokens.numel() * hidden
-    sequence = tokens.shape[1] * (3 * inner + 8 * hidden)
-    grams = 3 * hidden**2 + inner**2
+    hidden, inner = widths[0], max(widths)
+    activations = tokens * hidden
+    sequence = sequence_length * (3 * inner + 8 * hidden)
+    grams = sum(width**2 for width in widths)
     stored = 1.5  # a weight of 2 bytes beside the same one of 4
-    most = max(stored * vocabulary * hidden, stored * decoder.layer_parameters + grams + sequence)
-    return current_memory() + int(4 * (2 * activations + most))
+    most = max(stored * vocabulary * hidden, stored * layer_parameters + grams + sequence)
+    return int(4 * (2 * activations + most))
 
 
 def _key(model: Path, calibration: Path, device: str) -> str:

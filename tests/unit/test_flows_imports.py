@@ -13,7 +13,10 @@ PROJECT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "llmcompressor", "compressed_tensors", "awq", "lm_eval", "datasets", "gguf"}
 CONDUCTORS = {"prefect", "dvc", "mlflow", "flows"}
 # pure modules without a model library
-SHARED = {"tasks.settings", "tasks.errors", "tasks.verdict", "tasks.catalogue", "tasks.wording"}
+SHARED = {
+    *("tasks.settings", "tasks.errors", "tasks.verdict", "tasks.catalogue", "tasks.wording"),
+    *("tasks.estimate", "tasks.machine", "tasks.shape"),
+}
 
 
 def _imports(path: Path) -> set[str]:

@@ -1,0 +1,538 @@
+"""What each stage takes on a machine: seconds, memory, disk. Pure arithmetic on a model's shape, one function a stage.
+
+A product counts its operations; all else counts the bytes that it passes over, in place or into new memory, and the
+small operations where there are many of them. The counts are read off the code that they stand for, which is named with
+each; docs/plan.md holds them against runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks.fit import ARCHITECTURES
+from tasks.machine import Machine
+from tasks.settings import (
+    BASE,
+    OWN,
+    AutoSettings,
+    AwqSettings,
+    GptqSettings,
+    Int8Settings,
+    NoneSettings,
+    Settings,
+    Variant,
+)
+from tasks.shape import Group, Layer, Shape
+from tasks.statistics import needed_bytes
+
+# what solvers/awq.py tries
+SCALE_TRIALS, CLIP_TRIALS = 20, 10
+BLOCK = 64  # columns, in solvers/gptq.py
+CACHED = 32e6  # bytes of a result up to which the C library uses memory again instead of giving it back
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# of the tasks in evals/, without examples in the prompt, by the tokenizer of SmolLM2: tokens that an item's forward
+# pass reads, tokens of its answers that are scored, and items that there are
+ITEMS = {
+    "piqa_local": (42, 31, 1500),
+    "openbookqa_local": (21, 13, 500),
+    "commonsenseqa_local": (24, 9, 1217),
+    "boolq_local": (150, 2, 3270),
+}
+ASSUMED = (100, 10, 1000)  # of a task that is not listed
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage takes. seconds; memory: the most that its process holds, bytes, on a GPU the GPU's; disk: bytes that
+    stay, each once (what is linked counts where it was written); scratch: bytes that it needs beyond them for a while.
+    None: not known, and `note` says why."""
+
+    seconds: float | None
+    memory: float | None
+    disk: float = 0.0
+    scratch: float = 0.0
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned: a model under settings, on what a stage has of a machine (`Machine.share`)."""
+
+    shape: Shape
+    settings: Settings
+    machine: Machine
+
+    @property
+    def tokens(self) -> int:
+        """Of calibration."""
+        return self.settings.calibration.samples * self.settings.calibration.sequence_length
+
+    @property
+    def model_bytes(self) -> float:
+        """The baseline's weights on disk."""
+        return float(BYTES[self.settings.model.dtype] * self.shape.parameters)
+
+
+@dataclass
+class Work:
+    """Adds up the seconds of a stage."""
+
+    machine: Machine
+    seconds: float = field(default=0.0)
+
+    def product(self, operations: float, dtype: str = "float32") -> None:
+        """A large product of matrices: two operations for each pair of numbers that meet."""
+        kinds = {"float32": self.machine.product_gflops, "int8": self.machine.integer_gflops}
+        self.seconds += operations / kinds.get(dtype, self.machine.half_gflops) / 1e9
+
+    def passes(self, numbers: float, fresh: float, kept: float) -> None:
+        """So many times over a tensor of float32: into `fresh` new ones, `kept` times in place or only read."""
+        bytes_ = 8.0 * numbers
+        # new memory that comes out of a cache costs as much as two passes in place
+        new = 1 / self.machine.fresh_gbs if bytes_ / 2 > CACHED else 2 / self.machine.memory_gbs
+        self.seconds += bytes_ * (fresh * new + kept / self.machine.memory_gbs) / 1e9
+
+    def calls(self, count: float) -> None:
+        """Operations so small that starting them is what they cost."""
+        self.seconds += count * self.machine.call_us / 1e6
+
+    def read(self, bytes_: float) -> None:
+        """From files."""
+        self.seconds += bytes_ / self.machine.disk_read_gbs / 1e9
+
+    def write(self, bytes_: float) -> None:
+        """To files."""
+        self.seconds += bytes_ / self.machine.disk_write_gbs / 1e9
+
+    def hash(self, bytes_: float) -> None:
+        """A checksum of files."""
+        self.seconds += bytes_ / self.machine.hash_gbs / 1e9
+
+
+def estimate(stage: str, job: Job) -> Need:
+    """What `stage` of dvc.yaml takes, its process' start and DVC's checksums included."""
+    kind, _, name = stage.partition("@")
+    variant = job.settings.variants.get(name or BASE, NoneSettings(method="none"))
+    match kind:
+        case "download":
+            return download(job)
+        case "datasets" | "calibrate" | "report":
+            return _started(job, Work(job.machine), note="its start alone")
+        case "statistics":
+            return statistics(job)
+        case "quantize":
+            return quantize(job, variant)
+        case "export":
+            return export(job, variant)
+        case "evaluate":
+            return evaluate(job, variant)
+        case "benchmark":
+            return benchmark(job, variant)
+        case "package":
+            return package(job)
+        case _:
+            return Need(None, None, note="a stage that the plan does not know")
+
+
+def pressed_today(shape: Shape) -> bool:
+    """Whether the methods know the model's layers (tasks/fit.py); where not, a plan says what they would take."""
+    return shape.family in ARCHITECTURES
+
+
+# -- the stages ------------------------------------------------------------------------------------------------------
+
+
+def download(job: Job) -> Need:
+    """tasks/download.py: fetch, checksum as promised, in the manifest and in the report, and by DVC."""
+    work = Work(job.machine)
+    network = job.machine.network_gbs
+    if network:
+        work.seconds += job.model_bytes / network / 1e9
+    work.hash(4 * job.model_bytes)
+    note = None if network else "without the transfer; --network counts it"
+    return _started(job, work, disk=job.model_bytes, note=note)
+
+
+def statistics(job: Job) -> Need:
+    """tasks/statistics.py: every layer once over all tokens, in float32; Gram matrices, magnitudes."""
+    shape, tokens, length = job.shape, job.tokens, job.settings.calibration.sequence_length
+    work = Work(job.machine)
+    work.hash(job.model_bytes)
+    work.read(_embedding_bytes(job))
+    work.passes(shape.embedding, 1, 0)
+    for layer in shape.layers:
+        _load_layer(job, work, layer)
+        _forward_layer(work, shape, layer, tokens, length, length)
+        for group in layer.groups:
+            work.product(2 * tokens * group.active * group.width**2)
+            # every sequence goes over the whole sum; then magnitudes, their maximum and sum
+            sequences = tokens / length
+            work.passes(group.width**2, 0, group.copies * sequences)
+            work.passes(length * group.active * group.width, 0, 4 * sequences)
+            work.write(group.copies * 4 * group.width**2)
+        # what the next layer reads is kept, for a run that is interrupted
+        work.passes(tokens * shape.hidden, 1, 0)
+        work.write(4 * tokens * shape.hidden)
+    disk = statistics_bytes(shape)
+    work.hash(2 * disk)
+    needed = needed_bytes(
+        tokens,
+        length,
+        [group.width for group in shape.largest.groups for _ in range(group.copies)],
+        shape.vocabulary,
+        shape.largest.parameters,
+    )
+    return _started(job, work, memory=needed, disk=disk, scratch=4 * tokens * shape.hidden)
+
+
+def quantize(job: Job, variant: Variant) -> Need:
+    """tasks/quantize.py: press layer by layer (quantizers/layerwise.py), join the parts, compare with the baseline."""
+    work = Work(job.machine)
+    if isinstance(variant, NoneSettings):
+        return _started(job, work)
+    if variant.backend != OWN:
+        return Need(None, None, variant_bytes(job, variant), note=f"not estimated for the backend {variant.backend}")
+    press = PRESSES[type(variant)]
+    for layer in job.shape.layers:
+        _load_layer(job, work, layer)
+        work.read(sum(4 * group.copies * group.width**2 for group in layer.groups))
+        for group in layer.groups:
+            one = Work(work.machine)
+            press(one, group, variant, job.shape)
+            work.seconds += group.copies * one.seconds
+    disk = variant_bytes(job, variant)
+    outside = BYTES[job.settings.model.dtype] * job.shape.outside
+    work.read(outside)
+    # as parts, then joined; the manifest, DVC's own checksum
+    work.write(2 * disk)
+    work.read(disk)
+    work.hash(2 * disk)
+    held = max(_pressing_bytes(layer, variant) for layer in job.shape.layers)
+    held = max(held, 2.0 * BYTES[job.settings.model.dtype] * job.shape.embedding)
+    held = max(held, compare(job, work, variant))
+    return _started(job, work, memory=held, disk=disk, scratch=disk)
+
+
+def export(job: Job, variant: Variant) -> Need:
+    """tasks/export.py: links and checksums of what is there. A target that writes files of its own adds them here."""
+    if job.settings.target != "transformers":
+        return Need(None, None, note=f"not estimated for the target {job.settings.target}")
+    work = Work(job.machine)
+    work.hash(2 * variant_bytes(job, variant))
+    return _started(job, work)
+
+
+def evaluate(job: Job, variant: Variant) -> Need:
+    """tasks/evaluate.py: items of all tasks, then the texts, beside the baseline from which divergence is taken."""
+    settings, shape = job.settings.evaluation, job.shape
+    dtype = settings.dtype
+    own = _arithmetic(variant, dtype, job.machine)
+    base = isinstance(variant, NoneSettings)
+    work = Work(job.machine)
+    _load_model(job, work, variant)
+    assumed = [task for task in settings.tasks if task not in ITEMS]
+    for task in settings.tasks:
+        reads, scored, items = ITEMS.get(task, ASSUMED)
+        count = items if settings.limit is None else min(items, settings.limit)
+        # an example is as long as a question
+        reads *= 1 + (settings.shots or 0)
+        _forward(work, shape, count * reads, settings.batch_tokens, reads, own)
+        _output_layer(work, shape, count * scored, dtype)
+        # a product of few rows, one for each item, first copies the weights into the order that it wants
+        work.passes(count * shape.embedding, 0.5, 0)
+    texts = len(settings.texts) * math.ceil(settings.text_tokens / settings.window) * settings.window
+    for arithmetic in (own,) if base else (own, dtype):
+        _forward(work, shape, texts, settings.window, settings.window, arithmetic)
+        _output_layer(work, shape, texts, dtype)
+    if not base:
+        _load_model(job, work, NoneSettings(method="none"))
+        # the divergence, a few rows at a time: _divergence in tasks/divergence.py, and two searches for the largest
+        rows = 32
+        for _ in range(texts // rows):
+            work.passes(rows * shape.vocabulary, 5, 4)
+    logits = 4.0 * settings.window * shape.vocabulary
+    weights = BYTES[dtype] * shape.parameters
+    models = max(_loading_bytes(job, variant, dtype), weights * (1 if base else 2))
+    if not base:
+        models = max(models, weights + _loading_bytes(job, NoneSettings(method="none"), dtype))
+    held = models + (2 if base else 3) * logits
+    note = f"{', '.join(assumed)}: {ASSUMED[0]} tokens an item assumed" if assumed else None
+    return _started(job, work, memory=held, note=note)
+
+
+def benchmark(job: Job, variant: Variant) -> Need:
+    """tasks/benchmark.py: load; where the runtime has a kernel for the format, prompts and answers of a few tokens."""
+    settings, shape = job.settings.benchmark, job.shape
+    work = Work(job.machine)
+    _load_model(job, work, variant)
+    arithmetic = _arithmetic(variant, settings.dtype, job.machine)
+    if isinstance(variant, NoneSettings) or arithmetic == "int8":
+        prompts = 2 * settings.repeats + 1
+        prompt = settings.batch_size * settings.prompt_tokens
+        for _ in range(prompts):
+            _forward(work, shape, prompt, prompt, settings.prompt_tokens, arithmetic)
+        width = 1 if arithmetic == "int8" else BYTES[settings.dtype]
+        steps = settings.repeats * (settings.new_tokens - 1) + 1
+        streamed = width * sum(layer.active for layer in shape.layers) + BYTES[settings.dtype] * shape.embedding
+        work.seconds += steps * (
+            streamed / job.machine.stream_gbs / 1e9 + len(shape.layers) * job.machine.layer_us / 1e6
+        )
+    return _started(job, work, memory=_loading_bytes(job, variant, settings.dtype))
+
+
+def package(job: Job) -> Need:
+    """tasks/package.py: link the winner, which is not known yet: the largest counts; checksums, and try it."""
+    work = Work(job.machine)
+    pressed = [v for v in job.settings.variants.values() if not isinstance(v, NoneSettings)]
+    largest = max(pressed, key=lambda variant: variant_bytes(job, variant))
+    work.hash(3 * variant_bytes(job, largest))
+    work.seconds += job.machine.start_s  # the process that tries it
+    _load_model(job, work, largest)
+    return _started(job, work, memory=max(_loading_bytes(job, one, job.settings.evaluation.dtype) for one in pressed))
+
+
+# -- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def statistics_bytes(shape: Shape) -> int:
+    """data/statistics: of each distinct input a Gram matrix, the largest and the mean magnitudes, in float32."""
+    return sum(g.copies * 4 * (g.width**2 + 2 * g.width) for layer in shape.layers for g in layer.groups)
+
+
+def variant_bytes(job: Job, variant: Variant) -> float:
+    """The variant's weights on disk: pressed layers with their scales and zero points (tasks/formats/), all else in the
+    model's precision, or the format's."""
+    shape, own = job.shape, BYTES[job.settings.model.dtype]
+    if isinstance(variant, NoneSettings):
+        return job.model_bytes
+    skipped: list[int] = getattr(variant, "skip_layers", [])
+    total = own * shape.outside
+    for index, layer in enumerate(shape.layers):
+        total += own * layer.others
+        for group in layer.groups:
+            for rows in group.rows:
+                pressed = (
+                    own * rows * group.width if index in skipped else linear_bytes(rows, group.width, variant, own)
+                )
+                total += group.copies * pressed
+    return float(total)
+
+
+def linear_bytes(rows: int, width: int, variant: Variant, scale: int) -> int:
+    """A pressed linear layer [rows, width]; scale: the bytes of one, where the format leaves it to the model."""
+    match variant:
+        case GptqSettings() | AwqSettings():
+            groups = _groups(width, variant.group_size)
+            if variant.format != "compressed-tensors":
+                indices = 4 * width if variant.format == "gptq" else 0
+                return (width + groups) * (rows // 8) * 4 + groups * rows * 2 + indices
+            words = rows * math.ceil(width * variant.bits / 32) * 4
+            symmetric = isinstance(variant, GptqSettings) and variant.symmetric
+            zeros = 0 if symmetric else math.ceil(rows * variant.bits / 32) * 4 * groups
+            return words + zeros + rows * groups * scale + 16
+        case AutoSettings():
+            # what each layer gets is not known yet; all of them together get this
+            return round(rows * width * variant.bits_per_weight / 8)
+        case Int8Settings():
+            return rows * width + 4 * rows
+        case _:
+            return rows * width * scale
+
+
+def _groups(width: int, size: int) -> int:
+    """How many groups a row has; a size that does not divide it is halved until it does (solvers/__init__.py)."""
+    while width % size:
+        size //= 2
+    return width // size
+
+
+def _embedding_bytes(job: Job) -> int:
+    return BYTES[job.settings.model.dtype] * job.shape.embedding
+
+
+def _pressing_bytes(layer: Layer, variant: Variant) -> float:
+    """What pressing holds of a layer: its weights as stored, as float32 and as packed, the statistics, and what the
+    solver makes of the largest group: for GPTQ rest, scales, zeros, integers and their copies."""
+    weights = 7.0 * layer.parameters
+    grams = sum(4.0 * group.copies * group.width**2 for group in layer.groups)
+    factors = 0 if isinstance(variant, Int8Settings) else 4 * 3 * max(group.width for group in layer.groups) ** 2
+    copies = 2 if isinstance(variant, Int8Settings) else 7
+    solved = 4 * copies * max(group.weights for group in layer.groups)
+    return weights + grams + factors + solved
+
+
+def _loading_bytes(job: Job, variant: Variant, dtype: str) -> float:
+    """The most that a runtime holds while it loads a model, and after: the weights as they will be computed with beside
+    the file; those of AutoAWQ's and AutoGPTQ's formats twice (runtimes/dense.py)."""
+    weights = BYTES[dtype] * job.shape.parameters
+    stored = variant_bytes(job, variant)
+    if isinstance(variant, GptqSettings | AwqSettings) and variant.format != "compressed-tensors":
+        return 2 * weights + stored
+    return weights + stored
+
+
+# -- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def _press_gptq(work: Work, group: Group, variant: GptqSettings, shape: Shape) -> None:
+    """quantizers/gptq.py, for the layers that read one input."""
+    _round_layer(work, group, variant.group_size, variant.clip, True, variant.refine)
+
+
+def _press_awq(work: Work, group: Group, variant: AwqSettings, shape: Shape) -> None:
+    """quantizers/awq.py: scales where another layer can take them over, then rounding."""
+    _scale_channels(work, group, shape)
+    _round_layer(work, group, variant.group_size, variant.clip, variant.rounding == "gptq", variant.refine)
+
+
+def _press_auto(work: Work, group: Group, variant: AutoSettings, shape: Shape) -> None:
+    """quantizers/auto.py: solved at every candidate for its error, then as AWQ with GPTQ's rounding."""
+    fitting = [size for _, size in variant.pairs if group.width % size == 0]
+    for size in fitting:
+        _round_layer(work, group, size, False, True, 0)
+        work.product(4 * group.weights * group.width)
+    _scale_channels(work, group, shape)
+    _round_layer(work, group, min(fitting, default=group.width), True, True, variant.refine)
+
+
+def _scale_channels(work: Work, group: Group, shape: Shape) -> None:
+    """quantizers/grouped.py."""
+    # values that several queries read through have no channel of their own for each of them
+    if group.name != "o_proj" or shape.kv == group.width:
+        for _ in range(SCALE_TRIALS):
+            # solvers/awq.py, search_scale: rounded, its change, what that does to the output
+            work.product(2 * group.weights * group.width)
+            work.passes(group.weights, 8, 8)
+        work.passes(group.weights, 4, 2)
+        work.passes(group.width**2, 2, 0)
+
+
+def _press_int8(work: Work, group: Group, variant: Int8Settings, shape: Shape) -> None:
+    """quantizers/int8.py: stacked, largest magnitudes, smoothed; then rounding and packing (solvers/rtn.py)."""
+    work.passes(group.weights, 7, 8)
+    work.passes(group.width**2, 2, 0)
+
+
+# A method's own work on the layers that read one input, by its settings. A method that presses layers at several
+# precisions calls another's for each of them; what it writes is in `linear_bytes`.
+PRESSES: dict[type, Callable[[Work, Group, Any, Shape], None]] = {
+    GptqSettings: _press_gptq,
+    AwqSettings: _press_awq,
+    AutoSettings: _press_auto,
+    Int8Settings: _press_int8,
+}
+
+
+def _round_layer(work: Work, group: Group, group_size: int, clip: bool, solve: bool, refine: int) -> None:
+    """quantizers/grouped.py: the limits of the groups, then the rounding, what makes it better, and packing."""
+    weights, rows, width = group.weights, sum(group.rows), group.width
+    if clip:
+        for _ in range(CLIP_TRIALS):
+            # solvers/awq.py, search_clip: rounded, its change, blocks on the diagonal
+            work.passes(weights, 7, 8)
+            work.product(2 * weights * group_size)
+    work.passes(weights, 3, 6)  # stacked, on its grid, packed
+    for _ in range(refine):
+        # solvers/refine.py: the scales' equations, the errors before and after, slopes and their changes
+        work.product(16 * weights * width)
+        work.passes(weights, 16, 8)
+        work.calls(10 * width)
+        work.passes(weights, 0, 8 + BLOCK)
+    if not solve:
+        return
+    # solvers/gptq.py, _inverse_factor: a factor, the inverse from it, the inverse's factor
+    work.seconds += 4 / 3 * width**3 / work.machine.factor_gflops / 1e9
+    work.passes(width**2, 5, 0)
+    work.passes(weights, 8, 2)  # into the order of the columns and back, with scales and zeros for every weight
+    # a column: rounded, its error, and the columns of its block; then a block's errors reach the rest
+    work.calls(24 * width)
+    for _ in range(math.ceil(width / BLOCK)):
+        work.passes(BLOCK * rows, 0, 8 + BLOCK / 2)
+    work.product(weights * width)
+    for block in range(width // BLOCK):
+        work.passes((width - block * BLOCK) * rows, 0, 1)
+
+
+def compare(job: Job, work: Work, variant: Variant) -> float:
+    """tasks/layers.py: a layer as it was and as it is, over two sequences; returns the bytes that it holds."""
+    shape, length = job.shape, job.settings.calibration.sequence_length
+    tokens = min(2, job.settings.calibration.samples) * length
+    _load_model(job, work, variant)
+    for layer in shape.layers:
+        _load_layer(job, work, layer)
+        for _ in range(2):
+            _forward_layer(work, shape, layer, tokens, length, length)
+    return 4.0 * (3 * shape.largest.parameters + 4 * tokens * shape.hidden)
+
+
+def _load_layer(job: Job, work: Work, layer: Layer) -> None:
+    """From the file into float32."""
+    work.read(BYTES[job.settings.model.dtype] * layer.parameters)
+    work.passes(layer.parameters, 1, 0)
+
+
+def _load_model(job: Job, work: Work, variant: Variant) -> None:
+    """All of it into a runtime: read, converted; a pressed one is dequantized."""
+    work.read(variant_bytes(job, variant))
+    # tasks/formats/stored.py, and what compressed-tensors does in its place: 4-bit words are taken apart first
+    passes = 1 if isinstance(variant, NoneSettings) else 4 if isinstance(variant, Int8Settings) else 8
+    work.passes(job.shape.parameters, passes, 0)
+
+
+def _forward(work: Work, shape: Shape, tokens: float, batch: float, context: float, arithmetic: str) -> None:
+    """All decoder layers over `tokens` tokens, `batch` at a time, each seeing `context` others."""
+    for layer in shape.layers:
+        _forward_layer(work, shape, layer, tokens, batch, context, arithmetic)
+
+
+def _forward_layer(
+    work: Work,
+    shape: Shape,
+    layer: Layer,
+    tokens: float,
+    batch: float,
+    context: float,
+    arithmetic: str = "float32",
+) -> None:
+    work.product(2 * tokens * layer.active, arithmetic)
+    # queries with keys, then with values
+    work.product(4 * tokens * context * shape.attention)
+    inner = sum(g.active * g.width for g in layer.groups if "down_proj" in g.name)
+    batches = math.ceil(tokens / batch)
+    # norms, rotary positions, residuals; the gate
+    work.passes(tokens / batches * (2 * shape.hidden + shape.attention), 5 * batches, 0)
+    work.passes(tokens / batches * inner, 2 * batches, 0)
+    if arithmetic == "int8":
+        # what a layer reads becomes integers, what it writes becomes numbers again (runtimes/w8a8.py)
+        read = sum(g.active * g.width for g in layer.groups)
+        written = sum(g.active * sum(g.rows) for g in layer.groups)
+        work.passes(tokens / batches * read, 2 * batches, 4 * batches)
+        work.passes(tokens / batches * written, 1 * batches, 3 * batches)
+    work.seconds += batches * work.machine.layer_us / 1e6
+
+
+def _output_layer(work: Work, shape: Shape, tokens: float, dtype: str) -> None:
+    """Log-probabilities of every word for so many tokens."""
+    work.product(2 * tokens * shape.embedding, dtype)
+    work.passes(tokens * shape.vocabulary, 1, 4)
+
+
+def _arithmetic(variant: Variant, dtype: str, machine: Machine) -> str:
+    """What a variant's products are of: integers for INT8 on a CPU, elsewhere dequantized weights."""
+    return "int8" if isinstance(variant, Int8Settings) and machine.device == "cpu" else dtype
+
+
+def _started(
+    job: Job,
+    work: Work,
+    *,
+    memory: float = 0.0,
+    disk: float = 0.0,
+    scratch: float = 0.0,
+    note: str | None = None,
+) -> Need:
+    """With what any process takes."""
+    return Need(work.seconds + job.machine.start_s, memory + job.machine.base_gb * 1e9, disk, scratch, note)

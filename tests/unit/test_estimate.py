@@ -1,0 +1,221 @@
+"""The plan's arithmetic: bytes as the packers write them, memory as the stages say, counts as the solvers have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from flows.schedule import threads_of
+from tasks import estimate as plan
+from tasks.catalogue import local_tasks
+from tasks.decoder import Decoder
+from tasks.device import current_memory
+from tasks.errors import TaskError
+from tasks.estimate import Job, estimate, linear_bytes, statistics_bytes, variant_bytes
+from tasks.formats.awq_gemm import pack_gemm
+from tasks.formats.compressed import pack_bytes, pack_words
+from tasks.machine import Machine, check_machine, read_machine, write_machine
+from tasks.settings import NoneSettings, Settings, Variant, check_settings, load_settings
+from tasks.shape import Shape, read_shape
+from tasks.solvers import Grid, awq, gptq, rtn
+from tasks.solvers.smoothquant import INT8
+from tasks.statistics import estimate_bytes
+from tests.tiny import tiny_model
+from tests.unit.test_shape import LLAMA_2_7B, LLAMA_3_70B, MIXTRAL_8X7B
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = load_settings(ROOT / "params.yaml")
+STAGES = [
+    *("download", "datasets", "calibrate", "statistics"),
+    *(f"{kind}@{name}" for kind in ("quantize", "export", "evaluate", "benchmark") for name in SETTINGS.variants),
+    *("report", "package"),
+]
+# two cores of an Intel Xeon without a GPU, measured when nothing else was at work
+QUIET = check_machine(
+    {
+        "name": "2 cores",
+        "cores": 2,
+        "memory_gb": 25.3,
+        "disk_gb": 71.1,
+        "product_gflops": 270,
+        "half_gflops": 55,
+        "integer_gflops": 1269,
+        "factor_gflops": 79,
+        "memory_gbs": 94,
+        "fresh_gbs": 6.4,
+        "stream_gbs": 25,
+        "disk_read_gbs": 7.2,
+        "disk_write_gbs": 0.68,
+        "hash_gbs": 1.17,
+        "call_us": 2.6,
+        "layer_us": 200,
+        "start_s": 7.5,
+        "base_gb": 0.63,
+    },
+    "here",
+)
+SMOLLM2 = LLAMA_2_7B | {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def job(config: dict[str, Any], settings: Settings = SETTINGS, machine: Machine = QUIET, threads: int = 1) -> Job:
+    return Job(read_shape(config, "here"), settings, machine.share(threads))
+
+
+def changed(**changes: Any) -> Settings:
+    """params.yaml with other values: section__key=value."""
+    values = SETTINGS.model_dump(exclude_unset=True)
+    for name, value in changes.items():
+        section, key = name.split("__")
+        values[section][key] = value
+    return check_settings(values)
+
+
+@pytest.mark.parametrize("name", ["int8", "gptq-int4", "awq-int4"])
+@pytest.mark.parametrize("shape", [(64, 128), (96, 192), (32, 64)])
+def test_a_pressed_layer_has_the_bytes_that_its_packer_writes(name: str, shape: tuple[int, int]) -> None:
+    variant, weight = SETTINGS.variants[name], torch.randn(shape)
+    if name == "int8":
+        tensors = pack_bytes(rtn.solve(weight, INT8))
+    else:
+        dtype = torch.float16 if name == "awq-int4" else torch.bfloat16
+        grid = Grid(4, 64, symmetric=False, dtype=dtype)
+        solved = rtn.solve(weight, grid)
+        tensors = pack_gemm(solved) if name == "awq-int4" else pack_words(solved, grid)
+    assert linear_bytes(*shape, variant, scale=2) == sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def test_every_method_that_presses_can_be_estimated() -> None:
+    union = get_args(Variant)[0]
+    assert set(plan.PRESSES) == set(get_args(union)) - {NoneSettings}
+
+
+def test_the_counts_are_those_of_the_solvers() -> None:
+    assert (plan.SCALE_TRIALS, plan.CLIP_TRIALS) == (awq.SCALE_TRIALS, awq.CLIP_TRIALS)
+    assert gptq.BLOCK == plan.BLOCK
+    assert set(plan.ITEMS) == set(local_tasks(ROOT / "evals"))
+
+
+def test_the_memory_of_statistics_is_what_the_stage_says_of_itself(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", hidden=256, layers=2)
+    tokens = torch.zeros(48, 512, dtype=torch.int64)
+    decoder = Decoder(model, torch.float32, "cpu")
+    said = estimate_bytes(decoder, tokens) - current_memory()
+    config = decoder._base.config.to_dict()
+    settings = changed(calibration__samples=48, calibration__sequence_length=512)
+    need = estimate("statistics", job(config, settings))
+    # the process grows a little between the two
+    assert need.memory == pytest.approx(said + QUIET.base_gb * 1e9, abs=2e6)
+
+
+# What `make demo` took on that machine: seconds of the stage, DVC included; peak memory; bytes of safetensors.
+DEMO = {
+    "statistics": (45.8, 857_698_304, 403_378_560),
+    "quantize@int8": (23.7, 850_751_488, 163_536_608),
+    "quantize@gptq-int4": (39.2, 828_579_840, 114_029_456),
+    "quantize@awq-int4": (79.5, 955_670_528, 113_999_904),
+    "evaluate@base": (205.8, 1_572_487_168, 0),
+    "evaluate@int8": (173.9, 2_454_872_064, 0),
+    "evaluate@gptq-int4": (228.4, 2_366_713_856, 0),
+    "evaluate@awq-int4": (230.4, 2_585_284_608, 0),
+    "benchmark@base": (17.9, 1_433_866_240, 0),
+    "benchmark@int8": (17.5, 1_575_825_408, 0),
+    "benchmark@gptq-int4": (9.9, 1_415_426_048, 0),
+    "benchmark@awq-int4": (11.4, 1_965_477_888, 0),
+}
+SHORT = 30  # seconds: less than that is mostly the start of processes, of which only the library's share is estimated
+
+
+@pytest.mark.parametrize("stage", DEMO)
+def test_the_demo_took_what_is_estimated(stage: str) -> None:
+    seconds, memory, disk = DEMO[stage]
+    need = estimate(stage, job(SMOLLM2, threads=threads_of(stage, 2, 2)))
+    assert need.memory == pytest.approx(memory, rel=0.3)
+    assert need.disk == pytest.approx(disk, rel=0.01)
+    assert need.seconds == pytest.approx(seconds, **({"rel": 0.3} if seconds > SHORT else {"abs": 10}))
+
+
+def test_twice_the_tokens_take_twice_the_pass_and_no_more_disk() -> None:
+    one, two = (estimate("statistics", job(LLAMA_2_7B, changed(calibration__samples=n))) for n in (64, 128))
+    assert one.seconds is not None
+    assert two.seconds is not None
+    assert 1.8 < two.seconds / one.seconds < 2
+    assert one.disk == two.disk == statistics_bytes(read_shape(LLAMA_2_7B, "here"))
+
+
+def test_the_pass_over_a_large_model_is_its_products() -> None:
+    """Two operations for a weight and a token, two for each pair of channels: what else is counted is little of it."""
+    need = estimate("statistics", job(LLAMA_2_7B, threads=2))
+    products = 2 * 16384 * (32 * 202_375_168 + 32 * (3 * 4096**2 + 11008**2))
+    assert need.seconds is not None
+    assert 1 < need.seconds / (products / 270e9) < 1.6
+
+
+def test_an_expert_is_pressed_as_a_layer_of_its_own() -> None:
+    dense = read_shape(LLAMA_2_7B | {"num_key_value_heads": 8, "intermediate_size": 14336}, "here")
+    experts = read_shape(MIXTRAL_8X7B, "here")
+
+    def grams(shape: Shape) -> int:
+        return statistics_bytes(shape)
+
+    attention = 32 * 4 * 2 * (4096**2 + 2 * 4096)
+    assert grams(experts) - attention == 8 * (grams(dense) - attention)
+    variant = SETTINGS.variants["gptq-int4"]
+    expert = 3 * linear_bytes(14336, 4096, variant, 2) * 32 * 8
+    assert 0.9 < expert / variant_bytes(job(MIXTRAL_8X7B), variant) < 1
+
+
+@pytest.mark.parametrize("config", [LLAMA_2_7B, LLAMA_3_70B, MIXTRAL_8X7B], ids=["7B", "70B", "experts"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_an_estimate(config: dict[str, Any], stage: str) -> None:
+    need = estimate(stage, job(config))
+    assert need.seconds is not None
+    assert need.seconds >= QUIET.start_s
+    assert need.memory is not None
+
+
+def test_what_is_not_known_is_said() -> None:
+    values = SETTINGS.model_dump(exclude_unset=True)
+    values["variants"]["int8"]["backend"] = "llm-compressor"
+    values["evaluation"]["tasks"] = ["piqa_local", "hellaswag"]
+    known = job(SMOLLM2, check_settings(values))
+    assert estimate("quantize@int8", known).seconds is None
+    assert "llm-compressor" in (estimate("quantize@int8", known).note or "")
+    assert "hellaswag" in (estimate("evaluate@base", known).note or "")
+    assert estimate("dance", known).seconds is None
+
+
+def test_more_cores_take_less_time_and_a_network_is_counted() -> None:
+    one, two = (estimate("statistics", job(LLAMA_2_7B, threads=threads)).seconds or 0 for threads in (1, 2))
+    assert 1.5 < one / two < 2
+    fast = check_machine(QUIET.model_dump() | {"network_gbs": 0.1}, "here")
+    alone, with_network = (estimate("download", job(LLAMA_2_7B, machine=m)).seconds or 0 for m in (QUIET, fast))
+    assert with_network - alone == pytest.approx(2 * 6_738_415_616 / 0.1e9)
+
+
+def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_machine(tmp_path / "machine.yaml", QUIET)
+    assert read_machine(tmp_path / "machine.yaml") == QUIET
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"product_gflops": "fast"}, "product_gflops"),
+        ({"cores": 0}, "cores: input should be greater"),
+        ({"speed": 3}, "speed: extra inputs"),
+    ],
+)
+def test_a_bad_figure_of_a_machine_is_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(TaskError, match=words):
+        check_machine(QUIET.model_dump() | change, "here")
