@@ -58,7 +58,7 @@ def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path) 
         note=runtime.note,
         size_bytes=sum(p.stat().st_size for p in model.rglob("*") if p.is_file() and p.suffix not in _ASIDE),
         load_seconds=round(loaded, 3),
-        peak_memory_bytes=peak_memory(),
+        peak_memory_bytes=peak_memory(runtime.about.device),
         prompt_tokens=settings.prompt_tokens,
         new_tokens=settings.new_tokens,
         batch_size=settings.batch_size,

@@ -41,11 +41,12 @@ def current_memory() -> int:
     return int(torch.cuda.memory_allocated()) if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
 
 
-def peak_memory() -> int:
-    """The most memory that this process has held so far, bytes; on a GPU, the GPU's memory."""
+def peak_memory(device: str | None = None) -> int:
+    """The most memory that this process has held so far, bytes; on a GPU, the GPU's memory. device: as `compute_device`
+    says, if None."""
     import torch
 
-    if torch.cuda.is_available():
+    if (device or compute_device()) == "cuda":
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -28,6 +28,8 @@ from tasks.settings import BASE, EvaluationSettings, Settings
 
 # The metric that an item's score is, where a task offers several; else the first that is better when higher.
 METRICS = ("acc_norm", "acc", "exact_match", "f1")
+# What computes, by the engine's name.
+LIBRARIES = {"transformers": ("compressed-tensors",), "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime")}
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
 
@@ -93,7 +95,7 @@ def evaluate(
         mean_score=sum(score.score for score in scores.values()) / len(scores),
         texts=texts,
         seconds=round(time.monotonic() - started, 1),
-        peak_memory_bytes=peak_memory(),
+        peak_memory_bytes=peak_memory(runtime.about.device),
     )
 
 
@@ -185,7 +187,7 @@ def _contract(
     settings: EvaluationSettings, runtime: Runtime, model: Path, raw: Path, definition: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything that two evaluations must share to be compared."""
-    libraries = ("torch", "transformers", "compressed-tensors", "lm-eval", "datasets")
+    libraries = (*LIBRARIES.get(runtime.about.name, ()), "torch", "transformers", "lm-eval", "datasets")
     data = json.loads((raw / "sources.json").read_text(encoding="utf-8"))
     return {
         "tasks": dict(definition),
@@ -217,7 +219,7 @@ def main() -> None:
             settings.evaluation,
             settings.target,
             Path("exports") / name,
-            Path("models/source"),
+            Path("exports") / BASE,
             Path("data/raw"),
             Path("evals"),
             Path("results") / name,

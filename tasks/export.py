@@ -1,6 +1,7 @@
 """The export stage: the form that the target's runtime loads.
 
-The transformers runtime loads what the quantize stage wrote, so its export is the same bytes, linked.
+The transformers runtime loads what the quantize stage wrote, so its export is the same bytes, linked. For
+onnx a graph is made (tasks/exporters/onnx.py).
 
     python -m tasks.export int8
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 from tasks.errors import TaskError
 from tasks.output import MANIFEST, link_or_copy, whole_directory
 from tasks.program import one_argument, run_stage
-from tasks.settings import Settings
+from tasks.settings import OnnxSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,20 @@ class ExportReport:
     bytes: int
 
 
-def export(model: Path, target: str, destination: Path) -> ExportReport:
+def export(model: Path, target: str, onnx: OnnxSettings, destination: Path) -> ExportReport:
     """Write the model in the form of `target`; TaskError if the model is not there or the target is unknown."""
-    if target != "transformers":
-        raise TaskError(f"no exporter for the target {target!r}; there is: transformers")
+    if target not in ("transformers", "onnx"):
+        raise TaskError(f"no exporter for the target {target!r}; there are: transformers, onnx")
     if not (model / MANIFEST).exists():
         raise TaskError(f"{model} is not there or not whole; run the quantize stage first: modelpress run")
     with whole_directory(destination) as work:
-        for file in sorted(p for p in model.rglob("*") if p.is_file() and p.name != MANIFEST):
+        files = sorted(p for p in model.rglob("*") if p.is_file() and p.name != MANIFEST)
+        if target == "onnx":
+            from tasks.exporters.onnx import export_onnx  # takes seconds to import
+
+            export_onnx(model, work, onnx.output_layer)
+            files = [p for p in files if not p.match("*.safetensors*") and not (work / p.relative_to(model)).exists()]
+        for file in files:
             link_or_copy(file, work / file.relative_to(model))
         sizes = [p.stat().st_size for p in work.rglob("*") if p.is_file()]
     return ExportReport(len(sizes), sum(sizes))
@@ -43,7 +50,7 @@ def main() -> None:
 
     def work(settings: Settings) -> None:
         settings.variant(name)
-        report = export(Path("models") / name, settings.target, Path("exports") / name)
+        report = export(Path("models") / name, settings.target, settings.onnx, Path("exports") / name)
         print(f"{name}: {report.files} files, {report.bytes / 1e6:.1f} MB for {settings.target}")
 
     run_stage(work)

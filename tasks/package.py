@@ -75,8 +75,10 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
         _complete(bundle, inputs.source)
         config = read_json(bundle / "config.json", f"export@{name}")
         files = [p.name for p in bundle.iterdir()]
-        method = str(config.get("quantization_config", {}).get("quant_method", "none"))
-        write_text(bundle / CARD, model_card(summary, settings, files, method))
+        form = str(config.get("quantization_config", {}).get("quant_method", "none"))
+        if settings.target != "transformers":
+            form = settings.target
+        write_text(bundle / CARD, model_card(summary, settings, files, form))
         write_json(bundle / PROVENANCE, provenance(summary, settings, inputs))
         text = attempt(bundle, settings.target, settings.evaluation.dtype)
     return Package(name, sum(p.stat().st_size for p in destination.rglob("*") if p.is_file()), text)

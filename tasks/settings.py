@@ -262,6 +262,13 @@ Variant = Annotated[
 ]
 
 
+class OnnxSettings(Section):
+    """What the target `onnx` asks. output_layer: bits of the output layer and the embedding of a pressed model, which
+    the methods leave alone; 32: as they are. Those of the baseline stay as they are."""
+
+    output_layer: Literal[32, 8, 4]
+
+
 class BenchmarkSettings(Section):
     """The work that speed is measured on."""
 
@@ -293,7 +300,8 @@ class Settings(Section):
     model: ModelSettings
     calibration: CalibrationSettings
     variants: dict[Name, Variant]
-    target: Literal["transformers"]
+    target: Literal["transformers", "onnx"]
+    onnx: OnnxSettings
     evaluation: EvaluationSettings
     benchmark: BenchmarkSettings
     gate: GateSettings
@@ -346,6 +354,16 @@ class Settings(Section):
                 raise ValueError(
                     f"variants.{name}.samples is {wanted}, but calibration.samples is only "
                     f"{self.calibration.samples}; lower the one or raise the other"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _graph_decides_the_arithmetic(self) -> Settings:
+        for section, dtype in (("evaluation", self.evaluation.dtype), ("benchmark", self.benchmark.dtype)):
+            if self.target == "onnx" and dtype != "float32":
+                raise ValueError(
+                    f"{section}.dtype is {dtype}, but for the target onnx the exported graph decides: float32, and "
+                    f"integers of 8 bits where weights are integers; set {section}.dtype to float32"
                 )
         return self
 

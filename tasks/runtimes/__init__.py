@@ -76,5 +76,9 @@ def load_runtime(target: str, directory: Path, dtype: str) -> Runtime:
             from tasks.runtimes.transformers import TransformersRuntime
 
             return TransformersRuntime(directory, dtype)
+        case "onnx":
+            from tasks.runtimes.onnx import OnnxRuntime
+
+            return OnnxRuntime(directory, dtype)
         case _:
-            raise TaskError(f"no runtime for the target {target!r}; there is: transformers")
+            raise TaskError(f"no runtime for the target {target!r}; there are: transformers, onnx")

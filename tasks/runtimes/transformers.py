@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import (
 
 from tasks.device import compute_device, processor_name
 from tasks.runtimes import About, Question, Score
+from tasks.runtimes.batches import batches
 from tasks.runtimes.dense import load_dense
 from tasks.runtimes.w8a8 import use_integers
 
@@ -55,7 +56,7 @@ class TransformersRuntime:
         """Scores of every continuation; all continuations of a context share its forward pass (see `_Tree`)."""
         results: list[list[Score]] = [[] for _ in questions]
         with tqdm(total=len(questions), desc=progress, unit="item") as bar:
-            for batch in _batches(questions, batch_tokens):
+            for batch in batches(questions, batch_tokens):
                 for index, scores in zip(batch, self._score([questions[i] for i in batch]), strict=True):
                     results[index] = scores
                 bar.update(len(batch))
@@ -166,14 +167,3 @@ class _Tree:
             self.spans.append(slice(len(self.targets), len(self.targets) + len(continuation)))
             self.reads += [start - 1, *range(at, at + length)]
             self.targets += continuation
-
-
-def _batches(questions: Sequence[Question], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of questions of like length, longest first, whose padded size stays within `batch_tokens`."""
-    sizes = [len(q.context) + sum(len(c) - 1 for c in q.continuations) for q in questions]
-    order = sorted(range(len(questions)), key=lambda i: -sizes[i])
-    while order:
-        # at least one, however long
-        count = max(1, min(len(order), batch_tokens // sizes[order[0]]))
-        yield order[:count]
-        order = order[count:]

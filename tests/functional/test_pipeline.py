@@ -105,6 +105,21 @@ def test_a_change_of_one_variant_runs_its_stages_and_what_follows(by_flow: Check
     assert os.path.exists(copy / "dist/smollm2-135m-instruct/SHA256SUMS")
 
 
+@pytest.mark.slow
+def test_for_onnx_a_graph_is_evaluated_and_packaged(llama: Path, corpus: Corpus, tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path / "project", params(llama, corpus) | {"target": "onnx"})
+    checkout.dvc("repro")
+    summary = json.loads((checkout.root / "report/summary.json").read_text())
+    assert summary["contract"]["engine"] == "onnxruntime-genai"
+    assert all(v["speed"]["fast_kernel"] for v in summary["variants"].values())
+    bundle = checkout.root / "dist/smollm2-135m-instruct"
+    for weights in ("model.onnx", "model.onnx.data"):
+        assert (bundle / weights).read_bytes() == (checkout.root / "exports" / summary["winner"] / weights).read_bytes()
+    from tasks.runtimes import load_runtime
+
+    assert load_runtime("onnx", bundle, "float32").generate("Anna", 4)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from tasks import smoke
 from tasks.errors import TaskError
+from tasks.export import export
 from tasks.model_card import base_model
-from tasks.output import checksums, sha256, whole_directory, write_json
+from tasks.output import checksums, sha256, whole_directory, write_json, write_manifest
 from tasks.package import Inputs, Package, package
 from tasks.provenance import dvc_identity, git_state, machine, versions, without_folders
 from tasks.report import report
@@ -52,7 +53,9 @@ class Workplace:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Callable[..., Workplace]:
-    def make(variants: dict[str, dict[str, Any]] = VARIANTS, name: str = "work", **model: Any) -> Workplace:
+    def make(
+        variants: dict[str, dict[str, Any]] = VARIANTS, name: str = "work", target: str = "transformers", **model: Any
+    ) -> Workplace:
         root = made_up(tmp_path / name, variants)
         source = root / "models/source"
         source.mkdir(parents=True)
@@ -71,6 +74,7 @@ def workplace(tmp_path: Path) -> Callable[..., Workplace]:
         write_json(root / "sources.json", {"piqa": {"source": "path:/home/someone/data.jsonl", "sha256": "0" * 64}})
         params = yaml.safe_load(Path("params.yaml").read_text())
         params["variants"] = {v: params["variants"][v] for v in variants}
+        params["target"] = target
         settings = check_settings(params).model_copy(update={"gate": GATE})
         report(settings, root / "metrics", root / "results", source / "source.json", root / "report")
         inputs = Inputs(root / "report", root / "exports", source, root / "sources.json", root / "dvc.lock")
@@ -206,6 +210,21 @@ class TestCard:
         code = (work.destination / "README.md").read_text().split("```python\n")[1].split("```")[0]
         compile(code, "README.md", "exec")
         assert "apply_chat_template" in code
+
+    def test_for_onnx_its_code_runs(
+        self, workplace: Callable[..., Workplace], llama: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        work = workplace(target="onnx")
+        work.package()
+        text = (work.destination / "README.md").read_text()
+        assert "the output layer and the embedding are rounded to 8 bits" in text
+        assert "transformers" not in text.split("## How to load it")[1].split("## How it was made")[0]
+        assert ModelCard.load(work.destination / "README.md").data.tags[3] == "onnx"
+        write_manifest(shutil.copytree(llama, work.root / "tiny"))
+        export(work.root / "tiny", "onnx", work.settings.onnx, work.root / "onnx")
+        code = text.split("```python\n")[1].split("```")[0]
+        exec(code.replace(work.settings.package.name, str(work.root / "onnx")), {})
+        assert "What is the capital of France?" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("source", "name"),

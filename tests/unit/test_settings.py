@@ -45,6 +45,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("model/sha256", "abc", r"model\.sha256 is 'abc'"),
         ("model/source", "SmolLM2", r"model\.source.*hf:.*path:.*wheel:"),
         ("model/dtype", "int3", r"model\.dtype is 'int3'.*bfloat16"),
+        ("onnx/output_layer", 16, r"onnx\.output_layer is 16: input should be 32, 8 or 4"),
+        ("target", "tpu", r"target is 'tpu': input should be 'transformers' or 'onnx'"),
         ("variants", {}, r"variants: must hold the baseline"),
         ("variants", {"base": {"method": "none"}}, r"variants: holds nothing to compare"),
         ("variants", None, r"variants is None"),
@@ -71,6 +73,14 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 def test_a_wrong_value_is_named_with_what_is_expected(path: str, value: Any, message: str) -> None:
     with pytest.raises(TaskError, match=message):
         check_settings(changed(path, value))
+
+
+@pytest.mark.parametrize("section", ["evaluation", "benchmark"])
+def test_an_onnx_graph_has_an_arithmetic_of_its_own(section: str) -> None:
+    values = changed(f"{section}/dtype", "bfloat16")
+    assert check_settings(values).target == "transformers"
+    with pytest.raises(TaskError, match=rf"{section}\.dtype is bfloat16, but for the target onnx .* to float32"):
+        check_settings(values | {"target": "onnx"})
 
 
 def test_the_variant_that_is_proposed_would_do() -> None:

@@ -1,0 +1,62 @@
+"""ONNX Runtime's MatMulNBits: integers in blocks along the input, each block with a scale and a zero point.
+
+Source: the operator's schema, https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. A weight is
+(integer - zero) * scale; integers lie in bytes from the lowest bits up. A block has a power of two of weights, at least
+16: where a solved group is longer, its scale and zero point stand at each of its blocks, which changes no weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tasks.errors import TaskError
+from tasks.solvers import Rounded
+
+BYTE = 8
+SMALLEST, LARGEST = 16, 64  # of the blocks that divide, 64 is the fastest to decode with, at 4 bits and at 8
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight [rows, width] as the operator reads it. integers: uint8 [rows, blocks, bytes], scales: float32 [rows,
+    blocks], zeros: uint8 [rows, bytes]."""
+
+    integers: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+
+def block_size(name: str, group: int) -> int:
+    """How many weights of layer `name` share a block, where `group` of them share a scale; TaskError if none fits."""
+    size = LARGEST
+    while group % size:
+        size //= 2
+    if size < SMALLEST:
+        raise TaskError(
+            f"{name} has groups of {group}, but ONNX Runtime takes blocks of {SMALLEST}, 32 or {LARGEST} weights: "
+            f"set group_size to a multiple of {SMALLEST}"
+        )
+    return size
+
+
+def pack_blocks(solved: Rounded, bits: int, size: int) -> Blocks:
+    """The weight in blocks of `size`, which must divide its groups."""
+    rows, width = solved.integers.shape
+    repeat = width // solved.scales.shape[1] // size
+    scales, zeros = (part.repeat_interleave(repeat, dim=1) for part in (solved.scales.float(), solved.zeros))
+    integers = pack_bits(solved.integers, bits).view(rows, width // size, size * bits // BYTE)
+    return Blocks(integers, scales, pack_bits(zeros, bits))
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, columns], `bits` of each in use -> uint8 [rows, bytes]; a row's last byte is filled up with 0."""
+    each = BYTE // bits
+    values = functional.pad(values, (0, -values.shape[1] % each)).view(len(values), -1, each)
+    packed = torch.zeros_like(values[..., 0])
+    for place in range(each):
+        packed |= values[..., place] << (place * bits)
+    return packed
