@@ -6,13 +6,16 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-all bench drills lint types lock clean
+.PHONY: help install gguf demo ui test test-all bench drills lint types lock clean
 .DELETE_ON_ERROR:
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
+
+gguf: install ## Add llama.cpp, for the target gguf (compiled for this machine in 5 to 10 minutes; needs cmake and a C++ compiler)
+	@$(BIN)/pip install -qq --constraint requirements.lock --editable '.[gguf]'
 
 demo: install ## Press the built-in model three ways and prove the result (about 12 minutes on 2 cores)
 	@$(BIN)/modelpress run

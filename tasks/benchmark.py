@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tasks.device import peak_memory
+from tasks.layers import weight_bits
 from tasks.output import write_json
 from tasks.program import one_argument, run_stage
 from tasks.runtimes import About, Runtime, load_runtime
@@ -26,6 +27,7 @@ _ASIDE = {".md", ".txt", ".yaml"}  # what no runtime reads
 class BenchmarkReport:
     """metrics/benchmark/V.json: bytes, seconds, tokens a second (medians over `repeats`).
 
+    bits_per_weight: of the decoder's linear layers as they are shipped; None where the format does not tell.
     Speeds are None where the runtime has no kernel for the format (`fast_kernel` false; `note` says why).
     """
 
@@ -34,6 +36,7 @@ class BenchmarkReport:
     fast_kernel: bool
     note: str | None
     size_bytes: int
+    bits_per_weight: float | None
     load_seconds: float
     peak_memory_bytes: int
     prompt_tokens: int
@@ -57,6 +60,7 @@ def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path) 
         fast_kernel=runtime.fast,
         note=runtime.note,
         size_bytes=sum(p.stat().st_size for p in model.rglob("*") if p.is_file() and p.suffix not in _ASIDE),
+        bits_per_weight=weight_bits(model),
         load_seconds=round(loaded, 3),
         peak_memory_bytes=peak_memory(runtime.about.device),
         prompt_tokens=settings.prompt_tokens,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from tasks.catalogue import check_tasks
+from tasks.exporters.gguf import check_gguf
 from tasks.fit import check_fit
 from tasks.program import run_stage
 from tasks.settings import Settings
@@ -18,6 +19,8 @@ from tasks.settings import Settings
 def check(settings: Settings, model: Path | None, evals: Path) -> None:
     """TaskError for the first thing that cannot work. `model` None: it is not downloaded yet."""
     check_tasks(settings.evaluation.tasks, evals)
+    if settings.target == "gguf":
+        check_gguf(settings, model)
     if model is not None:
         for name, variant in settings.variants.items():
             check_fit(name, variant, model)

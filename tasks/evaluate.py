@@ -29,7 +29,11 @@ from tasks.settings import BASE, EvaluationSettings, Settings
 # The metric that an item's score is, where a task offers several; else the first that is better when higher.
 METRICS = ("acc_norm", "acc", "exact_match", "f1")
 # What computes, by the engine's name.
-LIBRARIES = {"transformers": ("compressed-tensors",), "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime")}
+LIBRARIES = {
+    "transformers": ("compressed-tensors",),
+    "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime"),
+    "llama-cpp-python": ("llama-cpp-python",),
+}
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
 

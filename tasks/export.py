@@ -1,7 +1,7 @@
 """The export stage: the form that the target's runtime loads.
 
-The transformers runtime loads what the quantize stage wrote, so its export is the same bytes, linked. For
-onnx a graph is made (tasks/exporters/onnx.py).
+The transformers runtime loads what the quantize stage wrote, so its export is the same bytes, linked. For other targets
+tasks/exporters/ writes weights and configuration, and the rest is linked.
 
     python -m tasks.export int8
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from tasks.errors import TaskError
 from tasks.output import MANIFEST, link_or_copy, whole_directory
 from tasks.program import one_argument, run_stage
-from tasks.settings import OnnxSettings, Settings
+from tasks.settings import TARGETS, GgufTarget, OnnxSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,27 @@ class ExportReport:
     bytes: int
 
 
-def export(model: Path, target: str, onnx: OnnxSettings, destination: Path) -> ExportReport:
-    """Write the model in the form of `target`; TaskError if the model is not there or the target is unknown."""
-    if target not in ("transformers", "onnx"):
-        raise TaskError(f"no exporter for the target {target!r}; there are: transformers, onnx")
+def export(model: Path, target: str, asked: OnnxSettings | GgufTarget, destination: Path) -> ExportReport:
+    """Write the model in the form of `target`; TaskError if the model is not there or the target is unknown.
+
+    asked: what the target asks besides; `transformers` asks nothing.
+    """
+    if target not in TARGETS:
+        raise TaskError(f"no exporter for the target {target!r}; there are: {', '.join(TARGETS)}")
     if not (model / MANIFEST).exists():
         raise TaskError(f"{model} is not there or not whole; run the quantize stage first: modelpress run")
     with whole_directory(destination) as work:
         files = sorted(p for p in model.rglob("*") if p.is_file() and p.name != MANIFEST)
-        if target == "onnx":
-            from tasks.exporters.onnx import export_onnx  # takes seconds to import
+        match target:  # the exporters take seconds to import
+            case "onnx":
+                from tasks.exporters.onnx import export_onnx
 
-            export_onnx(model, work, onnx.output_layer)
+                export_onnx(model, work, asked.output_layer)
+            case "gguf":
+                from tasks.exporters.gguf import export_gguf
+
+                export_gguf(model, work, asked.output_layer)
+        if target != "transformers":
             files = [p for p in files if not p.match("*.safetensors*") and not (work / p.relative_to(model)).exists()]
         for file in files:
             link_or_copy(file, work / file.relative_to(model))
@@ -50,7 +59,8 @@ def main() -> None:
 
     def work(settings: Settings) -> None:
         settings.variant(name)
-        report = export(Path("models") / name, settings.target, settings.onnx, Path("exports") / name)
+        asked = settings.gguf if settings.target == "gguf" else settings.onnx
+        report = export(Path("models") / name, settings.target, asked, Path("exports") / name)
         print(f"{name}: {report.files} files, {report.bytes / 1e6:.1f} MB for {settings.target}")
 
     run_stage(work)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.errors import TaskError
+from tasks.formats import words
 from tasks.sources.files import require_space
 from tasks.weights import BYTES, DTYPES
 
@@ -26,10 +27,6 @@ _GRIDS: dict[str, Grid] = {
     "Q8_0": {"bits": 8, "group_size": 32, "symmetric": True},
 }
 _FULL = ("F64", "F32", "F16", "BF16")
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -122,16 +119,16 @@ def _splitter(reader: GGUFReader, name: str) -> PreTokenizer | None:
 
     if _field(reader, "general.architecture") != "llama" or _field(reader, "tokenizer.ggml.model") != "gpt2":
         return None
-    words = ByteLevel(add_prefix_space=False, use_regex=True)
+    gpt2 = ByteLevel(add_prefix_space=False, use_regex=True)
     match _field(reader, "tokenizer.ggml.pre"):
         case "smollm":
-            return Sequence([Digits(individual_digits=True), words])
+            return Sequence([Digits(individual_digits=True), gpt2])
         case "llama-bpe" | "llama3":
             return Sequence(
-                [Split(Regex(_LLAMA3_WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+                [Split(Regex(words.LLAMA3), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
             )
         case None | "gpt-2" | "gpt2" | "default":
-            return words
+            return gpt2
         case other:
             raise TaskError(
                 f"{name} cuts text into words the way that llama.cpp calls {other!r}, which cannot be "

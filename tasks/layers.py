@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -70,9 +71,17 @@ def _rounded_inputs(layer: nn.Module, stored: StoredModel, prefix: str) -> Itera
         handle.remove()
 
 
-def weight_bits(directory: Path) -> float:
-    """Bits a weight of the decoder's linear layers takes on disk: scales, zero points and layers left alone counted."""
+def weight_bits(directory: Path) -> float | None:
+    """Bits a weight of the decoder's linear layers takes on disk: scales, zero points and layers left alone counted.
+
+    None where the directory holds neither safetensors nor GGUF.
+    """
     bits, weights = 0, 0
+    for path in sorted(directory.glob("*.gguf")):
+        for packed in GGUFReader(path).tensors:
+            if packed.name.startswith("blk.") and len(packed.shape) > 1:
+                bits += 8 * int(packed.n_bytes)
+                weights += int(packed.n_elements)
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             names = set(tensors.keys())
@@ -95,7 +104,7 @@ def weight_bits(directory: Path) -> float:
                     weights += rows * columns
                 elif kind == "qweight":
                     weights += count * 8
-    return bits / weights
+    return round(bits / weights, 3) if weights else None
 
 
 _WIDTH = {

@@ -28,6 +28,7 @@ LIBRARIES = (
     "lm-eval",
     "datasets",
     "gguf",
+    "llama-cpp-python",
     "safetensors",
     "tokenizers",
     "numpy",

@@ -30,6 +30,7 @@ LIBRARIES = {
     OWN: ("torch", "transformers", "compressed-tensors"),
     "llm-compressor": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
     "autoawq": ("torch", "transformers", "autoawq"),
+    "llama.cpp": ("gguf", "llama-cpp-python"),
 }
 # Files that go with the weights whatever is done to them.
 COMPANIONS = (
@@ -59,7 +60,7 @@ class QuantizeReport:
     method: str
     backend: str
     bits: int | None
-    bits_per_weight: float
+    bits_per_weight: float | None
     seconds: float
     peak_memory_bytes: int
     device: str
@@ -92,7 +93,8 @@ def quantize(
         seconds = round(time.monotonic() - started, 1)
         _add_companions(model, work)
         baseline = isinstance(variant, NoneSettings)
-        errors = {} if baseline else layer_errors(model, work, used[:2])
+        # what llama.cpp pressed is in its own types
+        errors = {} if baseline or any(work.glob("*.gguf")) else layer_errors(model, work, used[:2])
         bits = weight_bits(work)
         linears = read_precisions(work)
     return QuantizeReport(
@@ -100,7 +102,7 @@ def quantize(
         method=variant.method,
         backend=backend,
         bits=None if isinstance(variant, NoneSettings) else variant.bits,
-        bits_per_weight=round(bits, 3),
+        bits_per_weight=bits,
         seconds=seconds,
         peak_memory_bytes=peak_memory(),
         device=device,

@@ -12,6 +12,7 @@ from typing import Any
 from tasks.output import whole_directory, write_json, write_text
 from tasks.program import run_stage
 from tasks.provenance import machine, versions
+from tasks.report_heat import heat_map
 from tasks.report_page import page
 from tasks.report_plot import pareto
 from tasks.report_table import table
@@ -29,7 +30,8 @@ class Report:
 
 
 def report(settings: Settings, metrics: Path, results: Path, source: Path, destination: Path) -> Report:
-    """Write summary.json, table.txt, pareto.png and index.html to `destination`, all or none.
+    """Write summary.json, table.txt, pareto.png, index.html and, for each variant that mixes precisions,
+    precisions-VARIANT.png to `destination`, all or none.
 
     Raises TaskError as `tasks.summary.summarize` does.
     """
@@ -39,7 +41,7 @@ def report(settings: Settings, metrics: Path, results: Path, source: Path, desti
         "machine": machine(),
         "versions": versions(),
     }
-    layers = {v: read_json(metrics / "quantize" / f"{v}.json", f"quantize@{v}")["layers"] for v in variants}
+    pressed = {v: read_json(metrics / "quantize" / f"{v}.json", f"quantize@{v}") for v in variants}
     calibration = read_json(metrics / "calibrate.json", "calibrate")
     text = table(summary)
     with whole_directory(destination) as folder:
@@ -47,7 +49,13 @@ def report(settings: Settings, metrics: Path, results: Path, source: Path, desti
         write_text(folder / "table.txt", text)
         plot = pareto(summary)
         (folder / "pareto.png").write_bytes(plot)
-        write_text(folder / "index.html", page(summary, layers, calibration, plot, pareto(summary, dark=True)))
+        heats = {}
+        for variant, linears in ((v, found["linears"]) for v, found in pressed.items() if found["linears"]):
+            heats[variant] = heat_map(linears), heat_map(linears, dark=True)
+            (folder / f"precisions-{variant}.png").write_bytes(heats[variant][0])
+        layers = {v: found["layers"] for v, found in pressed.items()}
+        plots = plot, pareto(summary, dark=True)
+        write_text(folder / "index.html", page(summary, layers, calibration, plots, heats))
     verdicts = {v: row["verdict"] for v, row in summary["variants"].items() if row["verdict"]}
     return Report(verdicts, summary["winner"], text)
 

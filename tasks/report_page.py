@@ -12,18 +12,20 @@ from tasks.wording import words
 
 WORST = 8  # layers of each variant that are drawn; all of them are in the folded table
 
+Picture = tuple[bytes, bytes]  # PNG, in light and dark
+
 
 def page(
     summary: Mapping[str, Any],
     layers: Mapping[str, Mapping[str, float]],
     calibration: Mapping[str, Any],
-    light: bytes,
-    dark: bytes,
+    plot: Picture,
+    heats: Mapping[str, Picture],
 ) -> str:
     """Render the page.
 
-    `layers` has each variant's relative error by layer; `calibration` is the calibration's quality report;
-    `light` and `dark` are the plot as PNG.
+    `layers` has each variant's relative error by layer; `calibration` is the calibration's quality report; `heats` has
+    the heat map of each variant that mixes precisions.
     """
     return render(
         "report.html.j2",
@@ -37,9 +39,14 @@ def page(
         contract=flat(summary["contract"]),
         winner=winner_line(summary),
         method=method_line(summary),
-        light=base64.b64encode(light).decode("ascii"),
-        dark=base64.b64encode(dark).decode("ascii"),
+        plot=_text(plot),
+        heats={v: _text(heat) for v, heat in heats.items()},
     )
+
+
+def _text(picture: Picture) -> dict[str, str]:
+    """As a page holds it."""
+    return {kind: base64.b64encode(png).decode("ascii") for kind, png in zip(("light", "dark"), picture, strict=True)}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,6 +21,8 @@ NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 SHA256 = r"^[0-9a-f]{64}$"
 BASE = "base"
 OWN = "modelpress"  # the backend that is our own
+Target = Literal["transformers", "onnx", "gguf"]
+TARGETS: tuple[str, ...] = get_args(Target)
 
 Name = Annotated[str, Field(pattern=NAME, max_length=40)]
 Sha256 = Annotated[str, Field(pattern=SHA256)]
@@ -257,8 +259,28 @@ class AutoSettings(_Calibrated):
         return max((bits for bits, _ in self.pairs if bits <= self.bits_per_weight), default=4)
 
 
+class GgufSettings(Section):
+    """llama.cpp's own quantizer, for the target gguf alone. type: its name for the mixture of types that it chooses for
+    the layers. importance: weigh each weight by its inputs' mean square, from our statistics."""
+
+    method: Literal["gguf"]
+    type: Literal["Q4_K_M", "Q5_K_M", "Q6_K"]
+    importance: bool
+
+    @property
+    def backend(self) -> str:
+        """Who presses."""
+        return "llama.cpp"
+
+    @property
+    def bits(self) -> int:
+        """Bits of most weights."""
+        return int(self.type[1])
+
+
 Variant = Annotated[
-    NoneSettings | Int8Settings | GptqSettings | AwqSettings | AutoSettings, Field(discriminator="method")
+    NoneSettings | Int8Settings | GptqSettings | AwqSettings | AutoSettings | GgufSettings,
+    Field(discriminator="method"),
 ]
 
 
@@ -267,6 +289,12 @@ class OnnxSettings(Section):
     the methods leave alone; 32: as they are. Those of the baseline stay as they are."""
 
     output_layer: Literal[32, 8, 4]
+
+
+class GgufTarget(Section):
+    """What the target `gguf` asks; see `OnnxSettings`."""
+
+    output_layer: Literal[32, 8]
 
 
 class BenchmarkSettings(Section):
@@ -300,8 +328,9 @@ class Settings(Section):
     model: ModelSettings
     calibration: CalibrationSettings
     variants: dict[Name, Variant]
-    target: Literal["transformers", "onnx"]
+    target: Target
     onnx: OnnxSettings
+    gguf: GgufTarget
     evaluation: EvaluationSettings
     benchmark: BenchmarkSettings
     gate: GateSettings
@@ -358,6 +387,16 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _method_fits_target(self) -> Settings:
+        for name, variant in self.variants.items():
+            if isinstance(variant, GgufSettings) and self.target != "gguf":
+                raise ValueError(
+                    f"variants.{name}.method is gguf, which only the target gguf can run, but target is {self.target}; "
+                    "set target to gguf, or remove the variant"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _graph_decides_the_arithmetic(self) -> Settings:
         for section, dtype in (("evaluation", self.evaluation.dtype), ("benchmark", self.benchmark.dtype)):
             if self.target == "onnx" and dtype != "float32":
@@ -399,7 +438,7 @@ def check_settings(values: Any, origin: str = "params.yaml") -> Settings:
         raise TaskError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from error
 
 
-_METHODS = ("none", "int8", "gptq", "awq", "auto")
+_METHODS = ("none", "int8", "gptq", "awq", "auto", "gguf")
 
 
 def _explain(error: Any) -> str:

@@ -14,6 +14,7 @@ from tasks.settings import BASE, GateSettings
 from tasks.verdict import SEED, Pairs, flips, judge, pair_items, retention
 from tasks.wording import percent
 
+GGUF_BLOCK = 32  # weights that share a scale in llama.cpp's types
 FEW_ITEMS = 100  # below this a percentile interval promises more than it holds
 
 
@@ -49,7 +50,7 @@ def summarize(variants: list[str], gate: GateSettings, metrics: Path, results: P
         "baseline": BASE,
         "variants": rows,
         "winner": winner(rows),
-        "notes": _notes(model, evaluated[BASE]),
+        "notes": [*_notes(model, evaluated[BASE]), *_flattered(model, rows)],
     }
 
 
@@ -108,7 +109,9 @@ def _measured(
     }
     speeds = ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds")
     return {
-        **{k: quantized[k] for k in ("method", "bits", "bits_per_weight", "seconds", "identity", "tokens")},
+        **{k: quantized[k] for k in ("method", "bits", "seconds", "identity", "tokens")},
+        # as it is shipped, where the target's format tells; it may differ from what was solved
+        "bits_per_weight": measured.get("bits_per_weight") or quantized["bits_per_weight"],
         "peak_memory_bytes": quantized["peak_memory_bytes"],
         "device": quantized["device"],
         "size_bytes": measured["size_bytes"],
@@ -177,6 +180,18 @@ def _read_lines(path: Path, stage: str) -> list[dict[str, Any]]:
     except (ValueError, AttributeError) as error:
         raise TaskError(f"{path}: {error}; make it again with: dvc repro -f {stage}") from error
     return items
+
+
+def _flattered(model: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Of variants by llama.cpp's quantizer: its groups are those of a model that was dequantized from GGUF's blocks."""
+    names = [name for name, row in rows.items() if row["method"] == "gguf"]
+    if not names or (model.get("grid") or {}).get("group_size") != GGUF_BLOCK:
+        return []
+    return [
+        f"{', '.join(names)}: llama.cpp's types share scales among {GGUF_BLOCK} weights, as did the "
+        f"{model['dequantized_from']} weights that the baseline was dequantized from. They lie close to such a grid "
+        "already, so the loss is less than a model in full precision would have."
+    ]
 
 
 def _notes(model: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[str]:

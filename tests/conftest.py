@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -29,7 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked, unless it is asked for."""
+    """Leave out what is marked, unless it is asked for, or what needs an extra that is not installed."""
+    if find_spec("llama_cpp") is None:
+        for item in items:
+            if item.get_closest_marker("gguf"):
+                item.add_marker(pytest.mark.skip(reason="needs llama.cpp: make gguf"))
     for marker, why in LEFT_OUT.items():
         if not config.getoption(f"--run-{marker}"):
             for item in items:

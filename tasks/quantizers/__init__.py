@@ -22,6 +22,8 @@ from tasks.settings import OWN, Variant
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
+BACKENDS = ("llm-compressor", "autoawq")  # the libraries that offer methods of ours as well
+
 
 @dataclass(frozen=True)
 class Job:
@@ -55,6 +57,6 @@ class Quantizer(Protocol):
 
 
 def quantizer(variant: Variant) -> Quantizer:
-    """The module of the variant's method, ours or a library's."""
-    own = getattr(variant, "backend", OWN) == OWN
-    return cast(Quantizer, importlib.import_module(f"tasks.quantizers.{'' if own else 'libraries.'}{variant.method}"))
+    """The module of the variant's method; one that we and a library offer is the one that `backend` says."""
+    other = getattr(variant, "backend", OWN) in BACKENDS
+    return cast(Quantizer, importlib.import_module(f"tasks.quantizers.{'libraries.' if other else ''}{variant.method}"))

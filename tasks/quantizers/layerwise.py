@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tasks.decoder import TensorFiles
+from tasks.errors import TaskError
 from tasks.output import write_json
 from tasks.quantizers import Job
 from tasks.solvers import Rounded
@@ -142,8 +143,14 @@ def read_layer(job: Job, files: TensorFiles, index: int, prefix: str) -> Layer:
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As it goes into the file."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    """As it goes into the file. TaskError if a number is too large for it, as may happen to a bfloat16 in float16."""
+    stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if dtype == torch.float16 and stored.isinf().any():
+        raise TaskError(
+            f"the model holds numbers up to {tensor.abs().max():.3g}, and the format's float16 ends at 65504; "
+            "use method gptq in format compressed-tensors, which keeps the model's own precision"
+        )
+    return stored
 
 
 def left_alone(skip: list[int]) -> list[str]:

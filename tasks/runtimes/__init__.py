@@ -80,5 +80,9 @@ def load_runtime(target: str, directory: Path, dtype: str) -> Runtime:
             from tasks.runtimes.onnx import OnnxRuntime
 
             return OnnxRuntime(directory, dtype)
+        case "gguf":
+            from tasks.runtimes.gguf import GgufRuntime
+
+            return GgufRuntime(directory, dtype)
         case _:
-            raise TaskError(f"no runtime for the target {target!r}; there are: transformers, onnx")
+            raise TaskError(f"no runtime for the target {target!r}; there are: transformers, onnx, gguf")

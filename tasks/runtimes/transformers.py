@@ -1,6 +1,6 @@
 """The runtime `transformers`: Hugging Face models and compressed ones, on a CPU or a GPU.
 
-compressed-tensors models are decompressed on loading, others by tasks/runtimes/dense.py: the arithmetic
+compressed-tensors and GGUF models are decompressed on loading, others by tasks/runtimes/dense.py: the arithmetic
 of the format is exact, but no 4-bit kernel runs. W8A8 models multiply integers on a CPU (tasks/runtimes/w8a8.py).
 """
 
@@ -126,6 +126,8 @@ def _load(directory: Path, dtype: torch.dtype, method: str | None) -> Any:
         return load_dense(directory, dtype)
     if method == "compressed-tensors":
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    if packed := sorted(directory.glob("*.gguf")):
+        options["gguf_file"] = packed[0].name
     with warnings.catch_warnings(record=True):  # that only this option is heeded, the rest is the model's own
         model = AutoModelForCausalLM.from_pretrained(directory, **options)
     for module in model.modules():

@@ -120,6 +120,25 @@ def test_for_onnx_a_graph_is_evaluated_and_packaged(llama: Path, corpus: Corpus,
     assert load_runtime("onnx", bundle, "float32").generate("Anna", 4)
 
 
+@pytest.mark.slow
+@pytest.mark.gguf
+def test_for_gguf_one_file_is_evaluated_and_packaged(llama: Path, corpus: Corpus, tmp_path: Path) -> None:
+    values = params(llama, corpus) | {"target": "gguf"}
+    values["variants"]["q4km"] = {"method": "gguf", "type": "Q4_K_M", "importance": True}
+    checkout = Checkout(tmp_path / "project", values)
+    checkout.dvc("repro")
+    summary = json.loads((checkout.root / "report/summary.json").read_text())
+    assert summary["contract"]["engine"] == "llama-cpp-python"
+    assert all(v["speed"]["fast_kernel"] for v in summary["variants"].values())
+    bundle = checkout.root / "dist/smollm2-135m-instruct"
+    exported = checkout.root / "exports" / summary["winner"] / "model.gguf"
+    assert (bundle / "model.gguf").read_bytes() == exported.read_bytes()
+    assert not list(bundle.glob("*.safetensors"))
+    from tasks.runtimes import load_runtime
+
+    assert load_runtime("gguf", bundle, "float32").generate("Anna", 4)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -80,6 +80,14 @@ def _results(folder: Path, answers: Mapping[str, list[int]]) -> None:
         (folder / f"items-{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _linears(errors: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Every fifth layer at 8 bits."""
+    return [
+        {"name": name, "chosen": "4@64" if i % 5 else "8@64", "errors": {"4@64": error, "8@64": error / 250}}
+        for i, (name, error) in enumerate(errors.items())
+    ]
+
+
 def _metrics(
     metrics: Path,
     name: str,
@@ -103,6 +111,7 @@ def _metrics(
             "identity": "ab" * 32,
             "libraries": {"torch": "2.13.0"},
             "layers": layers if bits else {},
+            "linears": _linears(layers) if made.get("method") == "auto" else [],
         },
     )
     scores: dict[str, dict[str, Any]] = {

@@ -66,10 +66,13 @@ def test_every_section_is_a_parameter_of_some_stage_and_every_parameter_exists()
 
 
 def test_the_versions_that_stages_depend_on_are_the_pinned_ones() -> None:
-    pins = {re.split(r"[<>=]", r)[0] for r in PROJECT["optional-dependencies"]["tasks"] if "==" in r}
+    extras = {name: PROJECT["optional-dependencies"][name] for name in ("tasks", "gguf")}
+    pins = {re.split(r"[<>=]", r)[0] for requirements in extras.values() for r in requirements if "==" in r}
     assert {library for names in LIBRARIES.values() for library in names} <= pins
-    for name in ("quantize", "evaluate", "benchmark"):
-        assert {"pyproject.toml": ["project.optional-dependencies.tasks"]} in body(STAGES[name])["params"]
+    for name in ("quantize", "export", "evaluate", "benchmark"):
+        assert {"pyproject.toml": [f"project.optional-dependencies.{e}" for e in extras]} in body(STAGES[name])[
+            "params"
+        ]
 
 
 def test_every_package_is_installed() -> None:
@@ -83,8 +86,8 @@ def test_the_lock_holds_every_direct_dependency_at_an_exact_version() -> None:
     lock = {name.lower().replace("_", "-").replace(".", "-"): version for name, version in lock.items()}
     for requirement in [
         *PROJECT["dependencies"],
-        # Ray is for those who have a cluster of it
-        *(r for name, extra in PROJECT["optional-dependencies"].items() if name != "ray" for r in extra),
+        # Ray is for those who have a cluster of it, llama.cpp for those who have its target
+        *(r for name, extra in PROJECT["optional-dependencies"].items() if name not in ("ray", "gguf") for r in extra),
     ]:
         name, *pin = requirement.split("==")
         key = re.split(r"[<>=\[]", name)[0].lower().replace(".", "-")

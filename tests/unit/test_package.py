@@ -226,6 +226,23 @@ class TestCard:
         exec(code.replace(work.settings.package.name, str(work.root / "onnx")), {})
         assert "What is the capital of France?" in capsys.readouterr().out
 
+    @pytest.mark.gguf
+    def test_for_gguf_its_code_runs(
+        self, workplace: Callable[..., Workplace], llama: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        work = workplace(target="gguf")
+        work.package()
+        text = (work.destination / "README.md").read_text()
+        assert "the output layer and the embedding are rounded to 8 bits" in text
+        assert ModelCard.load(work.destination / "README.md").data.tags[3] == "gguf"
+        write_manifest(shutil.copytree(llama, work.root / "tiny"))
+        export(work.root / "tiny", "gguf", work.settings.gguf, work.root / "gguf")
+        code = text.split("```python\n")[1].split("```")[0]
+        said: dict[str, Any] = {}
+        exec(code.replace(work.settings.package.name, str(work.root / "gguf")), said)
+        assert said["model"].metadata["tokenizer.chat_template"]
+        assert capsys.readouterr().out.strip()
+
     @pytest.mark.parametrize(
         ("source", "name"),
         [

@@ -16,6 +16,7 @@ from PIL import Image
 
 from tasks.errors import TaskError
 from tasks.report import Report, report
+from tasks.report_heat import heat_map
 from tasks.report_page import flat
 from tasks.report_plot import free_place, front, pareto
 from tasks.report_table import WIDTH, table
@@ -28,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {"method": "int8", "bits": 8, "lost": 0.002, "size": 163_000_000, "worse": 0.006, "speed": 1.1},
     "gptq-int4": {"bits": 4, "lost": 0.015, "size": 112_000_000, "worse": 0.2, "speed": None},
     "awq-int4": {"method": "awq", "bits": 4, "lost": 0.2, "size": 111_000_000, "worse": 0.25, "speed": None},
+    "auto": {"method": "auto", "bits": 4, "lost": 0.01, "size": 115_000_000, "worse": 0.1, "speed": None},
 }
 Summarize = Callable[..., dict[str, Any]]
 
@@ -60,7 +62,7 @@ class TestSummary:
     def test_the_smallest_that_passes_wins(self, summary_of: Summarize) -> None:
         summary = summary_of()
         verdicts = {v: row["verdict"] for v, row in summary["variants"].items()}
-        assert verdicts == {"base": None, "int8": "pass", "gptq-int4": "pass", "awq-int4": "fail"}
+        assert verdicts == {"base": None, "int8": "pass", "gptq-int4": "pass", "awq-int4": "fail", "auto": "pass"}
         assert summary["winner"] == "gptq-int4"
 
     def test_each_variant_has_the_gate_of_its_bits(self, summary_of: Summarize) -> None:
@@ -70,6 +72,7 @@ class TestSummary:
             "int8": 0.98,
             "gptq-int4": 0.95,
             "awq-int4": 0.95,
+            "auto": 0.95,
         }
 
     def test_ratios_are_against_the_baseline(self, summary_of: Summarize) -> None:
@@ -206,6 +209,20 @@ class TestPlot:
         assert pareto(summary) == picture
         assert pareto(summary, dark=True) != picture
 
+    def test_a_heat_map_has_a_panel_for_each_precision_and_marks_what_was_chosen(self) -> None:
+        linears: list[dict[str, Any]] = [
+            {"name": f"model.layers.{i}.{kind}", "chosen": "4@64", "errors": {"4@64": 0.01 * (i + 1), "8@64": 1e-5}}
+            for i in range(4)
+            for kind in ("self_attn.q_proj", "mlp.up_proj")
+        ]
+        picture = heat_map(linears)
+        assert heat_map(linears) == picture
+        assert heat_map(linears, dark=True) != picture
+        other = [{**one, "chosen": "8@64"} for one in linears]
+        assert heat_map(other) != picture
+        del linears[0]["errors"]["8@64"]  # the groups do not divide it
+        assert Image.open(BytesIO(heat_map(linears))).width == 1000
+
     def test_labels_cover_neither_each_other_nor_a_point(self) -> None:
         points = [(100.0 + 5 * i, 300.0 + 9 * (i % 3)) for i in range(8)]
         marks = [Bbox([[x, y - 40], [x, y + 40]]) for x, y in points]
@@ -240,7 +257,7 @@ class TestReport:
 
     def test_it_leaves_all_files(self, done: tuple[Report, Path]) -> None:
         found, folder = done
-        names = {"summary.json", "table.txt", "pareto.png", "index.html", "manifest.json"}
+        names = {"summary.json", "table.txt", "pareto.png", "precisions-auto.png", "index.html", "manifest.json"}
         assert {p.name for p in folder.iterdir()} == names
         assert found.winner == "gptq-int4"
         assert (folder / "table.txt").read_text() == found.table

@@ -1,0 +1,61 @@
+"""llama.cpp's own quantizer: a mixture of its types, chosen layer by layer, as llama-quantize makes it.
+
+Where a layer's width is no multiple of 256, llama.cpp takes blocks of 32 with more bits in place of Q4_K and its like.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from typing import Any
+
+import gguf
+import torch
+
+from tasks.errors import TaskError
+from tasks.formats.gguf_model import FAMILIES, NAME, write_gguf
+from tasks.quantizers import Job
+from tasks.settings import GgufSettings
+from tasks.statistics import load_statistics
+
+
+def press(job: Job) -> None:
+    """Write the model in its own precision, and let llama.cpp round that."""
+    import llama_cpp
+
+    from tasks.runtimes.gguf import LOG
+
+    variant = job.variant
+    assert isinstance(variant, GgufSettings)  # the method named this module
+    write_gguf(job.source, job.destination, 32)
+    whole = (job.destination / NAME).rename(job.destination / "whole.part")
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant.type}")
+    parameters.nthread = torch.get_num_threads()
+    if variant.importance:
+        parameters.imatrix = _importance(job)
+    LOG.listen()
+    status = llama_cpp.llama_model_quantize(
+        str(whole).encode(), str(job.destination / NAME).encode(), ctypes.byref(parameters)
+    )
+    if status:
+        raise TaskError(f"llama.cpp could not make {variant.type} of {job.source}: {LOG.said()}")
+    whole.unlink()
+
+
+def _importance(job: Job) -> Any:
+    """Each layer's mean square of its inputs by llama.cpp's names, ended by an empty entry."""
+    import llama_cpp
+
+    config = json.loads((job.source / "config.json").read_text(encoding="utf-8"))
+    layers = config["num_hidden_layers"]
+    names = gguf.get_tensor_name_map(FAMILIES[config["model_type"]], layers)
+    entries = []
+    for index in range(layers):
+        for linear, known in load_statistics(job.statistics, index, "cpu").items():
+            own = names.get_name(f"model.layers.{index}.{linear}.weight", try_suffixes=(".weight",))
+            values = (known.gram.diagonal() / job.tokens.numel()).tolist()
+            data = (ctypes.c_float * len(values))(*values)
+            entries.append(llama_cpp.llama_model_imatrix_data(str(own).encode(), data, len(values)))
+    entries.append(llama_cpp.llama_model_imatrix_data(None, None, 0))
+    return (llama_cpp.llama_model_imatrix_data * len(entries))(*entries)

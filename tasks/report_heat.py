@@ -1,0 +1,74 @@
+"""Where precision is needed: the error of each linear layer at each precision as a heat map, with what was chosen."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from tasks.report_plot import DARK, LIGHT
+
+PLACE = re.compile(r"\.layers\.(\d+)\.(.+)$")
+ROW, EDGE = 0.2, 1.1  # inches: of a kind of layer, and of what is around the panels
+
+
+def heat_map(linears: Sequence[Mapping[str, Any]], dark: bool = False) -> bytes:
+    """A PNG with a panel for each precision: a row for each kind of linear layer, a column for each decoder layer.
+
+    linears: `name`, `chosen` and `errors` of each (tasks/precisions.py). A dot marks what was chosen.
+    """
+    colours = DARK if dark else LIGHT
+    cells = {(int(found[1]), found[2]): one for one in linears if (found := PLACE.search(one["name"]))}
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    depth = 1 + max(layer for layer, _ in cells)
+    labels = sorted({label for one in linears for label in one["errors"]}, key=_fineness)
+    known = [error for one in linears for error in one["errors"].values() if error > 0]
+    with rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": colours["ink"]}):
+        height = EDGE + len(labels) * (ROW * len(kinds) + 0.35)
+        figure = Figure(figsize=(10, height), dpi=100, facecolor=colours["paper"], layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = np.atleast_1d(figure.subplots(len(labels), 1, sharex=True))
+        for axes, label in zip(panels, labels, strict=True):
+            errors = np.full((len(kinds), depth), np.nan)
+            for (layer, kind), one in cells.items():
+                errors[kinds.index(kind), layer] = one["errors"].get(label, np.nan)
+            norm = LogNorm(min(known), max(known)) if min(known) < max(known) else None
+            image = axes.imshow(np.maximum(errors, min(known)), norm=norm, cmap="viridis", aspect="auto")
+            chosen = [(at, kinds.index(kind)) for (at, kind), one in cells.items() if one["chosen"] == label]
+            _dots(axes, chosen)
+            _panel(axes, f"{label.replace('@', ' bits, groups of ')}: {len(chosen)} chosen", kinds, colours)
+        panels[-1].set_xlabel("decoder layer", color=colours["ink"])
+        bar = figure.colorbar(image, ax=list(panels), pad=0.01, aspect=40)
+        bar.set_label("error of the output, squared, as a share of the output", color=colours["ink"])
+        bar.ax.tick_params(colors=colours["faint"])
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", facecolor=colours["paper"], metadata={"Software": None})
+    return picture.getvalue()
+
+
+def _fineness(label: str) -> tuple[int, int]:
+    """From the coarsest precision to the finest."""
+    bits, _, size = label.partition("@")
+    return int(bits), -int(size)
+
+
+def _dots(axes: Axes, places: Sequence[tuple[int, int]]) -> None:
+    if places:
+        axes.plot(*zip(*places, strict=True), "o", color="white", markersize=4, markeredgecolor="black")
+
+
+def _panel(axes: Axes, title: str, kinds: Sequence[str], colours: Mapping[str, str]) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=colours["ink"])
+    axes.set_yticks(range(len(kinds)), [kind.rpartition(".")[2] for kind in kinds])
+    axes.set_facecolor(colours["grid"])  # where the groups do not divide a layer
+    axes.tick_params(colors=colours["faint"], length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)

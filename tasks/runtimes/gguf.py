@@ -1,0 +1,292 @@
+"""The runtime `gguf`: llama.cpp, by way of llama-cpp-python's binding of its C interface.
+
+llama.cpp multiplies as the type of each weight wants it: by activations of 8 bits in blocks of 32 for Q4 and Q8, of 16
+bits for BF16 and F16. So `dtype` is what it keeps keys and values in; the sums are float32 everywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import llama_cpp
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tasks.device import cpu_name, processor_name
+from tasks.errors import TaskError
+from tasks.runtimes import About, Question, Score
+from tasks.runtimes.batches import batches
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SEQUENCES = 64  # that llama.cpp keeps apart at once: what a batch of questions may branch into
+_CACHE = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers of these types
+_LEAST = 512  # tokens that there is room for
+_ERROR, _SAME = 4, 5  # levels of its log: an error, and the rest of the line before
+
+# letters, digits, spaces, signs and scripts on which the rules for words differ; all rules must read it as they are
+PROBE = (
+    "I'VE been told he's 33, 3333 or 1234567 years old!!  Is it so?\n\n\n   def f(x):\n\t\treturn x**2 # ok\r\n"
+    "Das Übermaß – нещо на Български, 我想在apple工作1314151天～ ៛ 🦙🦙 ...end.  "
+)
+
+
+class _Log:
+    """What llama.cpp says: kept, so that an error can be told in its own words."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self._last = 0
+        self.callback = llama_cpp.llama_log_callback(self._hear)  # must live as long as llama.cpp may call it
+
+    def _hear(self, level: int, text: bytes, _: Any) -> None:
+        self._last = self._last if level == _SAME else level
+        if self._last == _ERROR:
+            self.errors.append(text.decode(errors="replace").strip())
+
+    def listen(self) -> None:
+        self.errors.clear()
+        llama_cpp.llama_log_set(self.callback, ctypes.c_void_p(0))
+
+    def said(self) -> str:
+        return "; ".join(error for error in self.errors if error) or "it said nothing"
+
+
+LOG = _Log()
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token to read: its number, its place, the sequences that it is part of, and whether to give its logits."""
+
+    id: int
+    position: int
+    sequences: Sequence[int]
+    output: bool
+
+
+class GgufRuntime:
+    """See the protocol `Runtime`."""
+
+    def __init__(self, directory: Path, dtype: str) -> None:
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+        self._dtype = dtype
+        self._threads = torch.get_num_threads()
+        self._model = load_model(gguf_file(directory))
+        weakref.finalize(self, llama_cpp.llama_model_free, self._model)
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._words = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self._context: Any = None
+        self._free: Any = None
+        self._room = (0, 0)  # tokens and sequences
+        on_gpu = bool(llama_cpp.llama_supports_gpu_offload())
+        self.about = About(
+            "llama-cpp-python",
+            llama_cpp.__version__,
+            "cuda" if on_gpu else "cpu",
+            dtype,
+            self._threads,
+            processor_name() if on_gpu else cpu_name(),
+        )
+        self.fast = True
+        self.note: str | None = None
+
+    def score(self, questions: Sequence[Question], batch_tokens: int, progress: str) -> list[list[Score]]:
+        """Scores of every continuation; those of one context share its tokens, each in a sequence of its own."""
+        parts = [
+            (index, Question(question.context, question.continuations[start : start + SEQUENCES]))
+            for index, question in enumerate(questions)
+            for start in range(0, len(question.continuations), SEQUENCES)
+        ]
+        scores: dict[int, list[Score]] = {}
+        with tqdm(total=len(parts), desc=progress, unit="item") as bar:
+            for batch in batches([part for _, part in parts], batch_tokens):
+                for group in _apart(batch, [len(part.continuations) for _, part in parts]):
+                    for number, found in zip(group, self._score([parts[i][1] for i in group]), strict=True):
+                        scores[number] = found
+                    bar.update(len(group))
+        results: list[list[Score]] = [[] for _ in questions]
+        for number, (index, _) in enumerate(parts):
+            results[index] += scores[number]
+        return results
+
+    def _score(self, questions: list[Question]) -> list[list[Score]]:
+        tokens: list[Token] = []
+        reads: list[list[list[int]]] = []  # of each continuation: rows of the output
+        sequence = rows = 0
+        for question in questions:
+            start = len(question.context)
+            own = range(sequence, sequence + len(question.continuations))
+            tokens += [Token(t, i, own, i == start - 1) for i, t in enumerate(question.context)]
+            shared, rows = rows, rows + 1
+            reads.append([])
+            for number, continuation in zip(own, question.continuations, strict=True):
+                # the last token is scored but never read on from
+                tokens += [Token(t, start + i, [number], True) for i, t in enumerate(continuation[:-1])]
+                reads[-1].append([shared, *range(rows, rows + len(continuation) - 1)])
+                rows += len(continuation) - 1
+            sequence = own.stop
+        logits = _logprobs(self._read(tokens, sequence))
+        answers = [question.continuations for question in questions]
+        return [
+            [_scored(logits[where], answer) for where, answer in zip(*pair, strict=True)]
+            for pair in zip(reads, answers, strict=True)
+        ]
+
+    def logprobs(self, ids: Tensor) -> Tensor:
+        """See `Runtime`."""
+        rows = ([Token(int(t), i, [0], True) for i, t in enumerate(row)] for row in ids)
+        return torch.stack([_logprobs(self._read(row, 1)) for row in rows])
+
+    def generate_ids(self, ids: Tensor, new_tokens: int) -> Tensor:
+        """See `Runtime`."""
+        rows, start = ids.shape
+        prompt = [
+            Token(int(t), i, [number], i == start - 1) for number, row in enumerate(ids) for i, t in enumerate(row)
+        ]
+        # numpy throughout: torch's threads would still be spinning when llama.cpp's want the processor
+        written = [self._read(prompt, rows, more=rows * new_tokens).argmax(-1)]
+        for place in range(start, start + new_tokens - 1):
+            step = [Token(int(t), place, [number], True) for number, t in enumerate(written[-1])]
+            written.append(self._read(step, rows, keep=True).argmax(-1))
+        return torch.cat([ids, torch.from_numpy(np.stack(written, 1))], 1)
+
+    def generate(self, prompt: str, new_tokens: int) -> str:
+        """See `Runtime`."""
+        ids = list(self.tokenizer(prompt).input_ids)
+        written: list[int] = []
+        logits = self._read([Token(t, i, [0], i == len(ids) - 1) for i, t in enumerate(ids)], 1, more=new_tokens)
+        while len(written) < new_tokens:
+            token = int(logits[-1].argmax())
+            if llama_cpp.llama_vocab_is_eog(self._vocab, token):
+                break
+            written.append(token)
+            if len(written) < new_tokens:
+                logits = self._read([Token(token, len(ids) + len(written) - 1, [0], True)], 1, keep=True)
+        return str(self.tokenizer.decode(written, skip_special_tokens=True))
+
+    def _read(
+        self, tokens: Sequence[Token], sequences: int, *, keep: bool = False, more: int = 0
+    ) -> NDArray[np.float32]:
+        """Logits after each token that asks for them: [outputs, words], in llama.cpp's memory until the next call.
+
+        keep: go on from what was read before; else forget it, and make room for these tokens and `more`.
+        """
+        if not keep:
+            self._make_room(len(tokens) + more, sequences)
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, sequences)
+        try:
+            batch.n_tokens = len(tokens)
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.logits[i] = token.id, token.position, token.output
+                batch.n_seq_id[i] = len(token.sequences)
+                for j, number in enumerate(token.sequences):
+                    batch.seq_id[i][j] = number
+            LOG.listen()
+            if status := llama_cpp.llama_decode(self._context, batch):
+                raise TaskError(f"llama.cpp could not read {len(tokens)} tokens (status {status}): {LOG.said()}")
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        outputs = sum(token.output for token in tokens)
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (outputs, self._words))
+
+    def _make_room(self, tokens: int, sequences: int) -> None:
+        """A context for at least so many; the one there is, if it is large enough."""
+        wanted = (max(tokens, _LEAST), max(sequences, SEQUENCES))
+        if wanted[0] <= self._room[0] and wanted[1] <= self._room[1]:
+            return
+        if self._free is not None:
+            self._free()
+        room = (max(wanted[0], self._room[0]), max(wanted[1], self._room[1]))
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = room[0]
+        parameters.n_seq_max = room[1]
+        parameters.kv_unified = True  # a token may be part of several sequences
+        parameters.n_threads = parameters.n_threads_batch = self._threads
+        parameters.type_k = parameters.type_v = _CACHE[self._dtype]
+        LOG.listen()
+        self._context = llama_cpp.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            self._room = (0, 0)
+            raise TaskError(f"llama.cpp made no room for {room[0]} tokens: {LOG.said()}")
+        self._free = weakref.finalize(self, llama_cpp.llama_free, self._context)
+        self._room = room
+
+
+def gguf_file(directory: Path) -> Path:
+    """The one GGUF file of a directory; TaskError if there is none, or there are several."""
+    found = sorted(directory.glob("*.gguf"))
+    if len(found) != 1:
+        raise TaskError(f"{directory} holds {len(found)} GGUF files, expected one; make it again: modelpress run")
+    return found[0]
+
+
+def load_model(path: Path, vocabulary: bool = False) -> Any:
+    """llama.cpp's model, or only its vocabulary; TaskError in its own words if it cannot load the file."""
+    LOG.listen()
+    llama_cpp.llama_backend_init()
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.vocab_only = vocabulary
+    parameters.n_gpu_layers = -1  # all, where there is a GPU
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    if not model:
+        raise TaskError(f"llama.cpp cannot load {path}: {LOG.said()}")
+    return model
+
+
+def check_tokens(file: Path, model: Path) -> None:
+    """TaskError unless llama.cpp cuts text into the same tokens as the tokenizer of the directory `model`."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    loaded = load_model(file, vocabulary=True)
+    try:
+        vocabulary = llama_cpp.llama_model_get_vocab(loaded)
+        # the chat template's special tokens are part of what a model reads
+        rows = llama_cpp.llama_vocab_n_tokens(vocabulary)
+        special = "".join(t for t in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(t) < rows)
+        for text in (PROBE, *PROBE.splitlines(keepends=True), special + PROBE[:9]):
+            theirs, ours = _tokenize(vocabulary, text), list(tokenizer(text).input_ids)
+            if theirs != ours:
+                raise TaskError(
+                    f"llama.cpp would read other tokens than the model was trained on: {text!r} is {theirs} instead of "
+                    f"{ours}; the target gguf does not know this tokenizer, use another target"
+                )
+    finally:
+        llama_cpp.llama_model_free(loaded)
+
+
+def _tokenize(vocabulary: Any, text: str) -> list[int]:
+    data = text.encode()
+    tokens = (llama_cpp.llama_token * (len(data) + 2))()
+    count = llama_cpp.llama_tokenize(vocabulary, data, len(data), tokens, len(tokens), True, True)
+    return list(tokens[:count])
+
+
+def _apart(batch: list[int], sequences: list[int]) -> list[list[int]]:
+    """A batch in parts of at most `SEQUENCES` sequences."""
+    parts: list[list[int]] = [[]]
+    for index in batch:
+        if parts[-1] and sum(sequences[i] for i in parts[-1]) + sequences[index] > SEQUENCES:
+            parts.append([])
+        parts[-1].append(index)
+    return parts
+
+
+def _logprobs(logits: NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(logits).log_softmax(-1)
+
+
+def _scored(logits: Tensor, continuation: Sequence[int]) -> Score:
+    """logits: log-probabilities [tokens, words], of the places before each token of the continuation."""
+    targets = torch.tensor(continuation)
+    chosen = logits.gather(1, targets[:, None]).sum().item()
+    return Score(chosen, bool((logits.argmax(-1) == targets).all()))

@@ -1,0 +1,288 @@
+"""What is written as GGUF is what was solved: read back by the format's own reader, and by transformers'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from tasks.errors import TaskError
+from tasks.exporters.gguf import check_gguf
+from tasks.formats import words
+from tasks.formats.gguf_blocks import block_type, pack_blocks
+from tasks.formats.gguf_model import _llama3_factors, check_family, write_gguf
+from tasks.formats.gguf_vocabulary import rule_for_words
+from tasks.formats.stored import StoredModel
+from tasks.runtimes.transformers import TransformersRuntime
+from tasks.settings import check_settings, load_settings
+from tasks.solvers import Rounded
+from tasks.summary import _flattered
+from tests.mixed import GRIDS, mixed_model
+
+ROWS, WIDTH = 6, 128
+
+
+def solved(bits: int, group: int, middle: bool) -> Rounded:
+    numbers = torch.Generator().manual_seed(bits)
+    groups = WIDTH // group
+    return Rounded(
+        torch.randint(2**bits, (ROWS, WIDTH), generator=numbers, dtype=torch.uint8),
+        (torch.rand(ROWS, groups, generator=numbers) / 50 + 1e-3).half(),
+        torch.full((ROWS, groups), 2 ** (bits - 1), dtype=torch.uint8)
+        if middle
+        else torch.randint(2**bits, (ROWS, groups), generator=numbers, dtype=torch.uint8),
+    )
+
+
+def read_back(one: Rounded, kind: Type) -> Tensor:
+    return torch.from_numpy(gguf.quants.dequantize(pack_blocks(one, kind), kind))
+
+
+@pytest.mark.parametrize("group", [32, 64, WIDTH])
+@pytest.mark.parametrize(("bits", "kind"), [(8, Type.Q8_0), (4, Type.Q4_0)])
+def test_a_symmetric_weight_is_exact(bits: int, kind: Type, group: int) -> None:
+    one = solved(bits, group, middle=True)
+    assert block_type("a", one, bits) == kind
+    assert torch.equal(read_back(one, kind), one.weight())
+
+
+@pytest.mark.parametrize("group", [32, 64, WIDTH])
+def test_an_asymmetric_weight_is_exact_but_for_the_rounding_of_its_minimum(group: int) -> None:
+    one = solved(4, group, middle=False)
+    assert block_type("a", one, 4) == Type.Q4_1
+    minimum = -(one.zeros.float() * one.scales.float()).repeat_interleave(group, 1)
+    difference = read_back(one, Type.Q4_1) - one.weight()
+    assert torch.equal(
+        read_back(one, Type.Q4_1),
+        one.integers.float() * one.scales.float().repeat_interleave(group, 1) + minimum.half().float(),
+    )
+    assert (difference.abs() <= minimum.abs() * 2**-11 + 1e-9).all()
+
+
+def test_eight_bits_with_zeros_of_their_own_are_rounded_anew() -> None:
+    one = solved(8, 32, middle=False)
+    assert block_type("a", one, 8) == Type.Q8_0
+    weight = one.weight()
+    largest = weight.view(ROWS, -1, 32).abs().amax(-1).repeat_interleave(32, 1)
+    assert ((read_back(one, Type.Q8_0) - weight).abs() <= largest / 127 * 0.501 + largest * 2**-11).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "bits", "message"),
+    [
+        ((4, 64), 4, 4, "groups of 16 in a width of 64"),
+        ((4, 48), 1, 8, "groups of 48 in a width of 48"),
+        ((4, 64), 2, 3, "3-bit weights"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(shape: tuple[int, int], groups: int, bits: int, message: str) -> None:
+    one = Rounded(torch.zeros(shape, dtype=torch.uint8), torch.ones(4, groups), torch.zeros(4, groups).byte())
+    with pytest.raises(TaskError, match=f"model.layers.0.mlp.up_proj has {message}"):
+        block_type("model.layers.0.mlp.up_proj", one, bits)
+
+
+def test_a_scale_beyond_float16_is_refused() -> None:
+    one = Rounded(torch.zeros(1, 32, dtype=torch.uint8), torch.tensor([[1e6]]), torch.full((1, 1), 8).byte())
+    with pytest.raises(TaskError, match="1e\\+06, too large"):
+        pack_blocks(one, Type.Q4_0)
+
+
+@pytest.fixture(scope="module")
+def mixed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mixed_model(llama, tmp_path_factory.mktemp("mixed") / "model")
+
+
+@pytest.fixture(scope="module")
+def written(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("written")
+    write_gguf(mixed, directory, 8)
+    for file in mixed.glob("token*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+def test_each_layer_gets_the_type_that_fits_what_is_stored(written: Path) -> None:
+    found = {t.name: t.tensor_type.name for t in gguf.GGUFReader(written / "model.gguf").tensors}
+    assert found["token_embd.weight"] == "Q8_0"
+    assert "output.weight" not in found  # tied to the embedding
+    layer = {
+        name.removeprefix("blk.1.").removesuffix(".weight"): kind for name, kind in found.items() if "blk.1." in name
+    }
+    assert layer == {
+        "attn_norm": "F32",
+        "ffn_norm": "F32",
+        "attn_q": "Q4_1",
+        "attn_k": "Q4_1",
+        "attn_v": "Q8_0",
+        "attn_output": "Q8_0",
+        "ffn_gate": "BF16",
+        "ffn_up": "Q4_0",
+        "ffn_down": "Q4_1",
+    }
+
+
+def test_transformers_reads_the_solved_weights_back(mixed: Path, written: Path) -> None:
+    stored = StoredModel(mixed)
+    model = TransformersRuntime(written, "float32").model
+    found = dict(model.named_parameters())
+    for name in stored.quantized:
+        weight = stored.linear(name).solved.weight()
+        # all that is lost: a minimum in float16 (the scales, of bfloat16, are exact in it)
+        allowed = 0 if GRIDS[name.rpartition(".")[2]].symmetric else weight.abs().max() * 2**-11
+        assert (found[f"{name}.weight"] - weight).abs().max() <= allowed, name
+    for name in stored.dense:
+        if "embed" not in name:
+            assert torch.equal(found[name], stored.tensor(name).float()), name
+    embedding = stored.tensor("model.embed_tokens.weight").float()
+    assert 0 < (found["model.embed_tokens.weight"] - embedding).abs().max() <= embedding.abs().max() / 127 * 0.51
+
+
+def test_the_output_layer_may_stay_as_it_came_and_a_baseline_always_does(
+    mixed: Path, llama: Path, tmp_path: Path
+) -> None:
+    for model, bits in ((mixed, 32), (llama, 8)):
+        write_gguf(model, tmp_path, bits)
+        (first,) = (t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors if t.name == "token_embd.weight")
+        assert first.tensor_type == Type.BF16
+        table = torch.from_numpy(np.array(first.data)).view(torch.bfloat16)
+        assert torch.equal(table, StoredModel(llama).tensor("model.embed_tokens.weight"))
+
+
+def test_the_tokenizer_and_configuration_are_there(written: Path, llama: Path) -> None:
+    fields = gguf.GGUFReader(written / "model.gguf").fields
+    tokenizer: Any = AutoTokenizer.from_pretrained(llama)
+
+    def field(name: str) -> Any:
+        return fields[name].contents()
+
+    tokens = field("tokenizer.ggml.tokens")
+    assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert field("tokenizer.ggml.pre") == "gpt-2"
+    assert field("tokenizer.ggml.eos_token_id") == tokenizer.eos_token_id
+    assert field("tokenizer.ggml.token_type")[0] == gguf.TokenType.CONTROL
+    assert field("tokenizer.chat_template") == tokenizer.chat_template
+    config = json.loads((written / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert field("llama.context_length") == config["max_position_embeddings"]
+    assert field("llama.attention.head_count_kv") == config["num_key_value_heads"]
+
+
+def bpe(**options: Any) -> dict[str, Any]:
+    tokenizer = Tokenizer(models.BPE(**{key: value for key, value in options.items() if key == "byte_fallback"}))
+    tokenizer.decoder = decoders.ByteLevel()
+    if "steps" in options:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(options["steps"])
+    if "normalizer" in options:
+        tokenizer.normalizer = options["normalizer"]
+    described: dict[str, Any] = json.loads(tokenizer.to_str())
+    return described
+
+
+def split(rule: str) -> list[Any]:
+    from tokenizers import Regex
+
+    return [
+        pre_tokenizers.Split(Regex(rule), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
+
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+@pytest.mark.parametrize(
+    ("described", "name"),
+    [
+        (bpe(steps=[GPT2]), "gpt-2"),
+        (bpe(steps=[pre_tokenizers.Digits(individual_digits=True), GPT2]), "smollm"),
+        (bpe(steps=split(words.LLAMA3)), "llama-bpe"),
+        (bpe(steps=split(words.QWEN2), normalizer=normalizers.NFC()), "qwen2"),
+        (bpe(byte_fallback=True, normalizer=normalizers.Prepend("\u2581")), None),
+    ],
+)
+def test_a_rule_for_words_has_its_name(described: dict[str, Any], name: str | None) -> None:
+    assert rule_for_words(described, Path("m")) == name
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        bpe(steps=[pre_tokenizers.ByteLevel(add_prefix_space=True)]),
+        bpe(steps=split(r"\d+")),
+        bpe(steps=[pre_tokenizers.Whitespace()]),
+        {"model": {"type": "WordPiece"}, "pre_tokenizer": None, "normalizer": None},
+    ],
+)
+def test_another_tokenizer_is_refused(described: dict[str, Any]) -> None:
+    with pytest.raises(TaskError, match=r"gpt-2, smollm, llama-bpe, qwen2 and SentencePiece"):
+        rule_for_words(described, Path("m"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma2"}, "'gemma2'; the target gguf knows llama, mistral, qwen2, qwen3"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"hidden_act": "gelu"}, "'gelu'"),
+    ],
+)
+def test_another_family_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        check_family({"model_type": "llama", **changes}, "m")
+
+
+def test_the_frequencies_of_llama_3_are_those_of_transformers() -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(hidden_size=2048, num_attention_heads=32, head_dim=64, rope_parameters=rope)
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 500000.0 ** -(torch.arange(0, 64, 2) / 64)
+    torch.testing.assert_close(plain / _llama3_factors(config.to_dict()), theirs, rtol=1e-5, atol=0)
+
+
+def test_it_is_refused_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = load_settings(Path("params.yaml")).model_dump()
+    values["target"] = "gguf"
+    values["variants"]["gptq-int4"]["group_size"] = 16
+    settings = check_settings(values)
+    monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: None)
+    with pytest.raises(TaskError, match="add it with: make gguf"):
+        check_gguf(settings, None)
+    monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: object())
+    with pytest.raises(TaskError, match=r"variants.gptq-int4.group_size is 16.*32 and its multiples"):
+        check_gguf(settings, None)
+
+
+def test_a_report_says_where_llama_cpps_quantizer_is_flattered() -> None:
+    rows = {"base": {"method": "none"}, "q4": {"method": "gguf"}, "gptq": {"method": "gptq"}}
+    source = {"dequantized_from": "Q4_1", "grid": {"bits": 4, "group_size": 32, "symmetric": False}}
+    (note,) = _flattered(source, rows)
+    assert note.startswith("q4: ")
+    assert _flattered({"grid": None}, rows) == []
+    assert _flattered(source, {"gptq": rows["gptq"]}) == []
+
+
+def test_llama_cpps_quantizer_is_for_its_own_target() -> None:
+    values = load_settings(Path("params.yaml")).model_dump()
+    values["variants"]["q4"] = {"method": "gguf", "type": "Q4_K_M", "importance": True}
+    with pytest.raises(TaskError, match="only the target gguf can run, but target is transformers"):
+        check_settings(values)
+    values["target"] = "gguf"
+    assert check_settings(values).variant("q4").method == "gguf"
