@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from bench.contenders import CONTENDERS, Contender
+from bench.goals import as_json, goals
 from bench.picture import picture
 from bench.table import rows, table
 from tasks.provenance import git_state, machine, versions
@@ -34,6 +35,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="How often each contender presses.")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Only contenders with this in their names.")] = None,
     without: Annotated[list[str] | None, typer.Option(help="None with this in their names.")] = None,
+    items: Annotated[int, typer.Option(min=1, help="Of each task, for the retention.")] = 100,
     threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; all, if not given.")] = None,
 ) -> None:
     """Press with every contender in turn, and compare seconds, peak memory, perplexity and divergence."""
@@ -46,8 +48,11 @@ def main(
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     with tempfile.TemporaryDirectory(prefix="modelpress-bench-") as folder:
-        found = _measure(Path(folder), chosen, rounds)
+        found = _measure(Path(folder), chosen, rounds, items)
+    field = rows(found)
     found |= {
+        "goals": as_json(goals(field)),
+        "items": items,
         "rounds": rounds,
         "machine": machine(),
         "versions": versions(),
@@ -57,8 +62,10 @@ def main(
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "latest.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (RESULTS / "latest.png").write_bytes(picture(rows(found)))
-    Console().print(table(rows(found)))
+    (RESULTS / "latest.png").write_bytes(picture(field))
+    Console().print(table(field))
+    for goal in goals(field):
+        print(f"{'reached' if goal.reached else 'MISSED '}  {goal.what}: {goal.found} ({goal.promised})")
     print(f"\n{RESULTS / 'latest.json'} and latest.png")
 
 
@@ -66,7 +73,7 @@ def _wanted(name: str, only: list[str] | None, without: list[str] | None) -> boo
     return (not only or any(part in name for part in only)) and not any(part in name for part in without or [])
 
 
-def _measure(folder: Path, chosen: list[Contender], rounds: int) -> dict[str, Any]:
+def _measure(folder: Path, chosen: list[Contender], rounds: int, items: int) -> dict[str, Any]:
     """Runs of each contender, in turns; what the last one of each made is measured once."""
     runs: Runs = {}
     known = folder / STATISTICS
@@ -79,8 +86,8 @@ def _measure(folder: Path, chosen: list[Contender], rounds: int) -> dict[str, An
             for file in place.iterdir():
                 file.unlink()
             runs.setdefault(one.name, []).append(_run(f"round {number + 1}: {one.name}", one.name, place, known))
-    quality = {one.name: _run(f"quality: {one.name}", "quality", folder / one.name) for one in chosen}
-    quality["base"] = _run("quality: base", "quality", Path("models/source"))
+    made = {one.name: folder / one.name for one in chosen} | {"base": Path("models/source")}
+    quality = {name: _run(f"quality: {name}", "quality", place, str(items)) for name, place in made.items()}
     seconds = {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
     return {
         "seconds": seconds,
@@ -92,10 +99,10 @@ def _measure(folder: Path, chosen: list[Contender], rounds: int) -> dict[str, An
     }
 
 
-def _run(title: str, what: str, *places: Path) -> dict[str, Any]:
+def _run(title: str, what: str, *arguments: Path | str) -> dict[str, Any]:
     """What bench.press prints; its own words go past."""
     print(title, flush=True)
-    command = [sys.executable, "-m", "bench.press", what, *map(str, places)]
+    command = [sys.executable, "-m", "bench.press", what, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{title} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no word'}")

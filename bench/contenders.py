@@ -36,11 +36,12 @@ _AUTOAWQ = {"backend": "autoawq", "rounding": "nearest", "refine": 0}
 CONTENDERS = (
     Contender("int8, modelpress", "int8", "int8", _own()),
     Contender("int8, llm-compressor", "int8", "int8", _COMPRESSOR),
-    Contender("gptq, modelpress", "gptq", "gptq-int4", _own(clip=False)),
-    Contender("gptq, modelpress, clipped", "gptq", "gptq-int4", _own(clip=True)),
-    Contender("gptq, llm-compressor", "gptq", "gptq-int4", {**_COMPRESSOR, "clip": False}),
-    Contender("awq, modelpress", "awq", "awq-int4", _own(rounding="nearest")),
-    Contender("awq, modelpress, gptq's rounding", "awq", "awq-int4", _own(rounding="gptq")),
+    Contender("gptq, modelpress", "gptq", "gptq-int4", _own(clip=False, refine=0)),
+    Contender("gptq, modelpress, as in params.yaml", "gptq", "gptq-int4", _own()),
+    Contender("gptq, llm-compressor", "gptq", "gptq-int4", {**_COMPRESSOR, "clip": False, "refine": 0}),
+    Contender("awq, modelpress", "awq", "awq-int4", _own(rounding="nearest", refine=0)),
+    Contender("awq, modelpress, as in params.yaml", "awq", "awq-int4", _own()),
     Contender("awq, autoawq, mended", "awq", "awq-int4", _AUTOAWQ),
     Contender("awq, autoawq, as published", "awq", "awq-int4", _AUTOAWQ, published=True),
+    Contender("auto, modelpress", "auto", "auto", _own()),
 )

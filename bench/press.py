@@ -2,7 +2,7 @@
 
 python -m bench.press statistics FOLDER
 python -m bench.press "gptq, modelpress" FOLDER STATISTICS
-python -m bench.press quality FOLDER
+python -m bench.press quality FOLDER ITEMS
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -54,19 +55,19 @@ def press(contender: Contender, folder: Path, known: Path) -> dict[str, Any]:
     return {"seconds": round(seconds, 1), "peak_memory_bytes": peak_memory()}
 
 
-def quality(folder: Path) -> dict[str, Any]:
-    """Perplexity of each held-out text, and divergence from the baseline."""
-    from tasks.divergence import measure_text, text_windows
-    from tasks.runtimes import load_runtime
+def quality(folder: Path, items: int) -> dict[str, Any]:
+    """What evaluation finds, with `items` items of each task."""
+    from tasks.evaluate import evaluate
+    from tasks.layers import weight_bits
+    from tasks.settings import BASE
 
     settings = load_settings(PARAMS).evaluation
-    ours, base = (load_runtime("transformers", place, settings.dtype) for place in (folder, MODEL))
-    found = {}
-    for name, source in settings.texts.items():
-        windows = text_windows(ours.tokenizer, RAW, name, source, settings.text_tokens, settings.window)
-        _, score = measure_text(ours, None if folder == MODEL else base, windows, name)
-        found[name] = {"perplexity": score.perplexity, "kl": score.kl, "top1": score.top1}
-    return found
+    settings = settings.model_copy(update={"limit": items})
+    name = BASE if folder == MODEL else folder.name
+    with tempfile.TemporaryDirectory() as place:
+        report = evaluate(name, settings, "transformers", folder, MODEL, RAW, Path("evals"), Path(place) / "results")
+    texts = {text: {"perplexity": t.perplexity, "kl": t.kl, "top1": t.top1} for text, t in report.texts.items()}
+    return {"texts": texts, "score": report.mean_score, "bits_per_weight": weight_bits(folder)}
 
 
 def changed(settings: Settings, contender: Contender) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def main() -> None:
         case "statistics":
             found = statistics(folder)
         case "quality":
-            found = quality(folder)
+            found = quality(folder, int(sys.argv[3]))
         case _:
             contender = next(one for one in CONTENDERS if one.name == what)
             found = press(contender, folder, Path(sys.argv[3]))

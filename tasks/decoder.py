@@ -56,7 +56,7 @@ class Decoder:
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         # what has no weights in the files, computed anew
         self._base.rotary_emb = type(self._base.rotary_emb)(config=config).to(device)
-        self._base.norm = nn.Identity()
+        self._norm, self._base.norm = self._base.norm, nn.Identity()
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -107,6 +107,19 @@ class Decoder:
         """One batch through the layer that `layer()` gave for `index`, as the whole model would run it."""
         found = layer(hidden, **self._arguments[len(hidden)][index])
         return found[0] if isinstance(found, tuple) else found
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model says after its last layer: [rows, tokens, channels] -> float32 [rows, tokens, words].
+
+        Memory: the output layer as it is stored and in the decoder's dtype, besides the logits.
+        """
+        state = self.files.below(f"{self.prefix}norm.")
+        self._norm.load_state_dict({n: t.to(self.device, self.dtype) for n, t in state.items()}, assign=True)
+        # the output layer may share the embedding's weights and then has none of its own
+        own = "lm_head.weight"
+        weight = self.files.read(own if own in set(self.files) else f"{self.prefix}embed_tokens.weight")
+        return nn.functional.linear(self._norm(hidden), weight.to(self.device, self.dtype)).float()
 
 
 class _Recorder(nn.Module):

@@ -334,8 +334,9 @@ def linear_bytes(rows: int, width: int, variant: Variant, scale: int) -> int:
             zeros = 0 if symmetric else math.ceil(rows * variant.bits / 32) * 4 * groups
             return words + zeros + rows * groups * scale + 16
         case AutoSettings():
-            # what each layer gets is not known yet; all of them together get this
-            return round(rows * width * variant.bits_per_weight / 8)
+            # what each layer gets is not known yet; all of them together get this, and where only the quality is
+            # given, more than the fewest
+            return round(rows * width * (variant.bits_per_weight or variant.bits + 0.5) / 8)
         case Int8Settings():
             return rows * width + 4 * rows
         case _:

@@ -88,7 +88,7 @@ def _check_candidates(name: str, variant: AutoSettings, shapes: Mapping[str, tup
         rows * width * min(_grid(*pair).bits_per_weight(width) for pair in variant.pairs if width % pair[1] == 0)
         for rows, width in shapes.values()
     ) / sum(rows * width for rows, width in shapes.values())
-    if variant.bits_per_weight < least:
+    if variant.bits_per_weight is not None and variant.bits_per_weight < least:
         raise TaskError(
             f"variants.{name}.bits_per_weight is {variant.bits_per_weight:g}, but the smallest candidates take "
             f"{least:.3f}, scales and zero points counted; raise it, or add candidates with larger groups"

@@ -52,8 +52,8 @@ class QuantizeReport:
 
     bits: of a quantized weight; bits_per_weight: with scales, zero points and layers left alone, over all linear layers
     of the decoder. tokens: of calibration. layers: each decoder layer's relative output error, given the baseline's own
-    input. linears: where precisions are mixed, each linear layer's `name`, the `chosen` one, and `errors`, the relative
-    one of its output at each. identity: sha256 of base, calibration, settings and library versions.
+    input. linears: where precisions are mixed, each linear layer's `name`, the `chosen` one, and `costs`, the
+    divergence that each brings. identity: sha256 of base, calibration, settings and library versions.
     """
 
     variant: str

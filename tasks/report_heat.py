@@ -1,4 +1,4 @@
-"""Where precision is needed: the error of each linear layer at each precision as a heat map, with what was chosen."""
+"""Where precision is needed: what each precision costs in each linear layer as a heat map, with what was chosen."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ ROW, EDGE = 0.2, 1.1  # inches: of a kind of layer, and of what is around the pa
 def heat_map(linears: Sequence[Mapping[str, Any]], dark: bool = False) -> bytes:
     """A PNG with a panel for each precision: a row for each kind of linear layer, a column for each decoder layer.
 
-    linears: `name`, `chosen` and `errors` of each (tasks/precisions.py). A dot marks what was chosen.
+    linears: `name`, `chosen` and `costs` of each (tasks/precisions.py). A dot marks what was chosen.
     """
     colours = DARK if dark else LIGHT
     cells = {(int(found[1]), found[2]): one for one in linears if (found := PLACE.search(one["name"]))}
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     depth = 1 + max(layer for layer, _ in cells)
-    labels = sorted({label for one in linears for label in one["errors"]}, key=_fineness)
-    known = [error for one in linears for error in one["errors"].values() if error > 0]
+    labels = sorted({label for one in linears for label in one["costs"]}, key=_fineness)
+    known = [cost for one in linears for cost in one["costs"].values() if cost > 0]
     with rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": colours["ink"]}):
         height = EDGE + len(labels) * (ROW * len(kinds) + 0.35)
         figure = Figure(figsize=(10, height), dpi=100, facecolor=colours["paper"], layout="constrained")
         FigureCanvasAgg(figure)
         panels = np.atleast_1d(figure.subplots(len(labels), 1, sharex=True))
         for axes, label in zip(panels, labels, strict=True):
-            errors = np.full((len(kinds), depth), np.nan)
+            costs = np.full((len(kinds), depth), np.nan)
             for (layer, kind), one in cells.items():
-                errors[kinds.index(kind), layer] = one["errors"].get(label, np.nan)
+                costs[kinds.index(kind), layer] = one["costs"].get(label, np.nan)
             norm = LogNorm(min(known), max(known)) if min(known) < max(known) else None
-            image = axes.imshow(np.maximum(errors, min(known)), norm=norm, cmap="viridis", aspect="auto")
+            image = axes.imshow(np.maximum(costs, min(known)), norm=norm, cmap="viridis", aspect="auto")
             chosen = [(at, kinds.index(kind)) for (at, kind), one in cells.items() if one["chosen"] == label]
             _dots(axes, chosen)
             _panel(axes, f"{label.replace('@', ' bits, groups of ')}: {len(chosen)} chosen", kinds, colours)
         panels[-1].set_xlabel("decoder layer", color=colours["ink"])
         bar = figure.colorbar(image, ax=list(panels), pad=0.01, aspect=40)
-        bar.set_label("error of the output, squared, as a share of the output", color=colours["ink"])
+        bar.set_label("divergence from the baseline that it brings (nats a token)", color=colours["ink"])
         bar.ax.tick_params(colors=colours["faint"])
         picture = io.BytesIO()
         figure.savefig(picture, format="png", facecolor=colours["paper"], metadata={"Software": None})

@@ -236,16 +236,24 @@ class AwqSettings(_Calibrated):
 class AutoSettings(_Calibrated):
     """Mixed precision: bits and groups of each linear layer, chosen for the least error in a given size.
 
-    bits_per_weight: over all linear layers of the decoder, scales and zero points counted. candidates: BITS@GROUP_SIZE.
-    fused: layers that an engine makes one of, such as q, k and v, share theirs.
+    The budget is one of two. bits_per_weight: over all linear layers of the decoder, scales and zero points counted;
+    retention: of a token's likelihood, exp(-divergence), as it is expected from the calibration text. candidates:
+    BITS@GROUP_SIZE. fused: layers that an engine makes one of, such as q, k and v, share theirs.
     """
 
     method: Literal["auto"]
     backend: Literal["modelpress"]
-    bits_per_weight: Annotated[float, Field(gt=2, le=16, strict=False)]
+    bits_per_weight: Annotated[float, Field(gt=2, le=16, strict=False)] | None = None
+    retention: Annotated[float, Field(gt=0, lt=1)] | None = None
     candidates: Annotated[list[Annotated[str, Field(pattern=r"^[48]@[0-9]+$")]], Field(min_length=2)]
     fused: bool
     refine: Refine
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.bits_per_weight is None) == (self.retention is None):
+            raise ValueError("needs one budget: bits_per_weight, such as 4.5, or retention, such as 0.9")
+        return self
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -255,8 +263,8 @@ class AutoSettings(_Calibrated):
 
     @property
     def bits(self) -> int:
-        """Bits of most weights, as the gate counts them: the budget's, rounded down to what the candidates have."""
-        return max((bits for bits, _ in self.pairs if bits <= self.bits_per_weight), default=4)
+        """Of a weight, as the gate counts them: the fewest that one may get."""
+        return min(bits for bits, _ in self.pairs)
 
 
 class GgufSettings(Section):

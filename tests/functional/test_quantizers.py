@@ -248,7 +248,7 @@ def test_mixed_precisions_are_those_that_were_chosen(quantized: Quantized, model
         linear = stored.linear(entry["name"])
         size = linear.solved.integers.shape[1] // linear.solved.scales.shape[1]
         assert entry["chosen"] == f"{linear.bits}@{size}"
-        assert 0 < entry["errors"]["8@32"] < entry["errors"]["4@32"] / 20
+        assert 0 < entry["costs"]["8@32"] < entry["costs"]["4@32"] / 20
     assert {entry["chosen"] for entry in report.linears} == {"4@32", "8@32"}
     assert not [file for file in directory.iterdir() if ".part" in file.name]
 

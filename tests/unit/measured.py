@@ -83,7 +83,7 @@ def _results(folder: Path, answers: Mapping[str, list[int]]) -> None:
 def _linears(errors: Mapping[str, float]) -> list[dict[str, Any]]:
     """Every fifth layer at 8 bits."""
     return [
-        {"name": name, "chosen": "4@64" if i % 5 else "8@64", "errors": {"4@64": error, "8@64": error / 250}}
+        {"name": name, "chosen": "4@64" if i % 5 else "8@64", "costs": {"4@64": error, "8@64": error / 250}}
         for i, (name, error) in enumerate(errors.items())
     ]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.contenders import CONTENDERS
+from bench.goals import BETTER, FASTER, INT8, TOGETHER, as_json, goals
 from bench.picture import picture
 from bench.press import changed
 from bench.table import rows, table
@@ -38,7 +40,8 @@ def test_ours_meets_a_library_with_the_same_settings(method: str) -> None:
 
 def found() -> dict[str, Any]:
     def score(news: float, medical: float, kl: float) -> dict[str, Any]:
-        return {name: {"perplexity": p, "kl": kl, "top1": 0.8} for name, p in (("news", news), ("medical", medical))}
+        texts = {name: {"perplexity": p, "kl": kl, "top1": 0.8} for name, p in (("news", news), ("medical", medical))}
+        return {"texts": texts, "score": 0.5 - kl / 10, "bits_per_weight": 4.3}
 
     return {
         "seconds": {"statistics": 40.0, "ours": 10.0, "theirs": 100.0},
@@ -54,7 +57,27 @@ def test_rows_hold_what_was_measured() -> None:
     assert (ours.seconds, ours.shared, theirs.seconds, theirs.shared) == (10.0, 40.0, 100.0, 0.0)
     assert ours.change == {"news": pytest.approx(0.1), "medical": pytest.approx(0.1)}
     assert ours.kl == pytest.approx(0.1)
+    assert ours.retention == pytest.approx(0.98)
     assert table([ours, theirs]).row_count == 2
+
+
+def test_a_goal_is_reached_or_missed_by_what_was_found() -> None:
+    names = {name for pair in BETTER for name in pair} | {name for ours, theirs, _ in FASTER for name in (ours, theirs)}
+    assert names | {INT8[0], *TOGETHER[0], *TOGETHER[1]} <= {one.name for one in CONTENDERS}
+    result = found()
+    for key in ("seconds", "peak_memory_bytes", "quality", "methods"):
+        result[key]["gptq, modelpress"] = result[key].pop("ours")
+        result[key]["gptq, llm-compressor"] = result[key].pop("theirs")
+    result["own"] = ["gptq, modelpress"]
+    told = {goal.what: goal for goal in goals(rows(result))}
+    speed = told["gptq, modelpress, faster than gptq, llm-compressor"]
+    assert (speed.found, speed.promised, speed.reached) == ("10.0x", "3x", True)
+    assert told["gptq, modelpress, perplexity, news"].reached
+    best = told["best of at most 4.5 bits (gptq, modelpress), perplexity, news"]
+    assert (best.found, best.reached) == ("+10.0%", False)
+    kept = told["best of at most 4.5 bits (gptq, modelpress), retention"]
+    assert (kept.found, kept.reached) == ("98.0%", True)
+    assert json.dumps(as_json(list(told.values())))
 
 
 def test_a_destroyed_model_does_not_hide_the_others_in_the_picture() -> None:

@@ -211,7 +211,7 @@ class TestPlot:
 
     def test_a_heat_map_has_a_panel_for_each_precision_and_marks_what_was_chosen(self) -> None:
         linears: list[dict[str, Any]] = [
-            {"name": f"model.layers.{i}.{kind}", "chosen": "4@64", "errors": {"4@64": 0.01 * (i + 1), "8@64": 1e-5}}
+            {"name": f"model.layers.{i}.{kind}", "chosen": "4@64", "costs": {"4@64": 0.01 * (i + 1), "8@64": 1e-5}}
             for i in range(4)
             for kind in ("self_attn.q_proj", "mlp.up_proj")
         ]
@@ -220,7 +220,7 @@ class TestPlot:
         assert heat_map(linears, dark=True) != picture
         other = [{**one, "chosen": "8@64"} for one in linears]
         assert heat_map(other) != picture
-        del linears[0]["errors"]["8@64"]  # the groups do not divide it
+        del linears[0]["costs"]["8@64"]  # the groups do not divide it
         assert Image.open(BytesIO(heat_map(linears))).width == 1000
 
     def test_labels_cover_neither_each_other_nor_a_point(self) -> None:

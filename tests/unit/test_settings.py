@@ -52,7 +52,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("variants", None, r"variants is None"),
         ("variants/twin", GPTQ, r"gptq-int4 and twin have the same settings"),
         ("variants/Bad_Name", {"method": "none"}, r"variants\.Bad_Name is 'Bad_Name'"),
-        ("variants/int8/method", "int3", r"variants\.int8\.method must be one of none, int8, gptq, awq, gguf"),
+        ("variants/int8/method", "int3", r"variants\.int8\.method must be one of none, int8, gptq, awq, auto, gguf"),
         ("variants/int8/smoothing", 2, r"variants\.int8\.smoothing is 2: input should be less than or equal to 1"),
         ("variants/gptq-int4/bits", 3, r"variants\.gptq-int4\.bits is 3: input should be 4"),
         ("variants/v", {**LIBRARY, "samples": 4096}, r"variants\.v\.samples is 4096, but calibration\.samples is only"),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tasks.solvers import Grid, Rounded, fit_grid, gptq, output_error, round_to_grid, rtn
 from tasks.solvers.awq import search_clip, search_scale
+from tasks.solvers.refine import _fit_scales, refine
 from tasks.solvers.smoothquant import smooth
 
 ROWS, WIDTH, GROUP, TOKENS = 48, 128, 32, 512
@@ -40,6 +41,60 @@ def weight() -> Tensor:
 
 def cost(solved: Rounded, weight: Tensor, gram: Tensor) -> float:
     return float(output_error(solved.weight() - weight, gram).sum())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [GROUP, None])
+def test_refining_lessens_every_rows_error(weight: Tensor, gram: Tensor, symmetric: bool, group: int | None) -> None:
+    way = grid(symmetric=symmetric, group=group)
+    for solved in (rtn.solve(weight, way), gptq.solve(weight, gram, way, act_order=True, damping=0.01)):
+        before = output_error(solved.weight() - weight, gram)
+        once, thrice = (refine(weight, gram, way, solved, rounds) for rounds in (1, 3))
+        errors = [output_error(one.weight() - weight, gram) for one in (once, thrice)]
+        assert (errors[0] <= before).all()
+        assert (errors[1] <= errors[0]).all()
+        assert errors[0].sum() < 0.98 * before.sum()
+        assert int(thrice.integers.max()) <= way.top
+        assert (thrice.scales > 0).all()
+        assert torch.equal(thrice.zeros, solved.zeros)
+
+
+def test_refining_finds_the_scales_of_least_squares(weight: Tensor, inputs: Tensor, gram: Tensor) -> None:
+    solved = rtn.solve(weight, grid(group=None))
+    levels = solved.integers.float() - solved.zeros
+    fitted = _fit_scales(weight, gram, solved)
+    outputs, wanted = inputs @ levels.T, inputs @ weight.T
+    best = (outputs * wanted).sum(0) / outputs.pow(2).sum(0)
+    assert torch.allclose(fitted[:, 0], best, rtol=2e-3)
+
+
+def test_refining_leaves_what_is_on_the_grid_and_channels_that_never_speak(gram: Tensor) -> None:
+    way = grid()
+    integers = torch.arange(WIDTH * 2, dtype=torch.uint8).view(2, WIDTH) % 16
+    scales = torch.full((2, way.groups(WIDTH)), 0.5)
+    exact = Rounded(integers, scales, torch.full_like(scales, 3, dtype=torch.uint8))
+    silent = gram.clone()
+    silent[7], silent[:, 7] = 0, 0
+    found = refine(exact.weight(), silent, way, exact, 2)
+    assert torch.equal(found.integers, exact.integers)
+    assert torch.equal(found.scales, exact.scales)
+
+
+def test_a_grid_shrinks_its_groups_until_they_divide_and_counts_its_bits() -> None:
+    assert grid(group=128).fitted(576).group_size == 64
+    assert grid(group=64).fitted(576).group_size == 64
+    assert grid(group=None).fitted(576).group_size is None
+    half = Grid(4, 64, False, torch.float16)
+    assert half.bits_per_weight(576) == 4 + (16 + 4) / 64
+    assert Grid(8, None, True, torch.float32).bits_per_weight(64) == 8.5
+
+
+def test_zeros_stay_where_a_format_has_a_place_for_them() -> None:
+    weight = torch.linspace(1, 2, GROUP)[None]
+    way = Grid(4, GROUP, False, torch.float32, least_zero=1)
+    solved = rtn.solve(weight, way)
+    assert solved.zeros.tolist() == [[1]]
+    assert (solved.weight() - weight).abs().max() < 0.2
 
 
 def test_the_gram_matrix_tells_the_error_of_the_output(inputs: Tensor, gram: Tensor, weight: Tensor) -> None:
