@@ -123,7 +123,9 @@ def solve_layer(layer: Layer, grids: Mapping[str, Grid], how: Rounding) -> dict[
                 solved = gptq.solve(weight, known.gram, grid, act_order=how.act_order, damping=how.damping, limit=limit)
             else:
                 solved = rtn.solve(weight, grid, limit)
-            found |= layer.split(refine(weight, known.gram, grid, solved, how.refine), linears)
+            # the same that GPTQ adds: not to fit the calibration text too closely
+            damped = known.gram + how.damping * known.gram.diagonal().mean() * torch.eye(len(known.gram)).to(weight)
+            found |= layer.split(refine(weight, damped, grid, solved, how.refine), linears)
     return found
 
 

@@ -25,7 +25,7 @@ from tasks.quantizers.layerwise import read_layer
 from tasks.solvers import Grid, output_error
 from tasks.weights import save
 
-SEQUENCES, LENGTH = 2, 256  # of the calibration text, that the streams are of
+SEQUENCES, LENGTH = 2, 128  # of the calibration text, that the streams are of
 STATE, HIDDEN, FOUND = "measured.part.safetensors", "hidden", "found"
 DAMPING = 0.01
 # the plainest way that tells the precisions apart
@@ -42,7 +42,7 @@ class Sensitivity:
 
     def costs(self) -> dict[str, float]:
         """The divergence at each candidate: as near as the errors are proportional to it (arXiv 2411.17525)."""
-        coarsest = max(self.errors.values())
+        coarsest = max(self.errors.values()) or 1.0
         return {label: self.divergence * error / coarsest for label, error in self.errors.items()}
 
 

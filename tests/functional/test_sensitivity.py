@@ -1,0 +1,101 @@
+"""What a rounded layer does to the whole model, measured layer by layer: as the whole model would tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from tasks.decoder import Decoder
+from tasks.output import whole_directory
+from tasks.quantizers import Job
+from tasks.quantizers import sensitivity as module
+from tasks.quantizers.grouped import solve_layer
+from tasks.quantizers.layerwise import Layer, read_layer
+from tasks.quantizers.sensitivity import LENGTH, SEQUENCES, STATE, TRIAL, Sensitivity, measure
+from tasks.settings import AutoSettings
+from tasks.solvers import Grid, gptq, output_error
+from tasks.statistics import collect
+from tests.tiny import Corpus
+
+GRIDS = {"4@32": Grid(4, 32, False, torch.float16), "8@64": Grid(8, 64, True, torch.float16)}
+
+
+@pytest.fixture(scope="module")
+def made(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job with statistics; its destination is empty."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("sensitivity")
+    with whole_directory(folder / "source") as work:
+        for file in llama.iterdir():
+            (work / file.name).write_bytes(file.read_bytes())
+    tokens = torch.randint(0, 300, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    with whole_directory(folder / "calibration") as work:
+        save_file({"input_ids": tokens}, work / "tokens.safetensors")
+    collect(folder / "source", folder / "calibration", folder / "statistics")
+    variant = AutoSettings.model_validate(yaml.safe_load(Path("params.yaml").read_text())["variants"]["auto"])
+    return Job(folder / "source", tokens, folder / "statistics", variant, "cpu", folder / "out")
+
+
+@pytest.fixture
+def job(made: Job, tmp_path: Path) -> Job:
+    return Job(made.source, made.tokens, made.statistics, made.variant, made.device, tmp_path)
+
+
+def test_the_divergence_is_that_of_the_whole_model(job: Job) -> None:
+    found = measure(job, GRIDS)
+    model: Any = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32)
+    assert len(found) == 14
+    ids = job.tokens[:SEQUENCES, :LENGTH]
+    with torch.no_grad():
+        before = model(ids).logits.log_softmax(-1)
+        for name in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
+            index = int(name.split(".")[2])
+            layer = read_layer(job, Decoder(job.source, torch.float32, "cpu").files, index, f"model.layers.{index}.")
+            linear = name.partition(f"{index}.")[2]
+            weight, gram = layer.weight(linear), layer.inputs[linear].gram
+            coarse = GRIDS["4@32"]
+            rounded = gptq.solve(weight, gram, coarse, act_order=True, damping=TRIAL.damping).weight()
+            own = model.get_submodule(name).weight
+            kept = own.clone()
+            own.copy_(rounded)
+            after = model(ids).logits.log_softmax(-1)
+            own.copy_(kept)
+            divergence = (before.exp() * (before - after)).sum(-1).mean().item()
+            assert found[name].divergence == pytest.approx(divergence, rel=0.02, abs=1e-7)
+            error = output_error(rounded - weight, gram).sum() / output_error(weight, gram).sum()
+            assert found[name].errors["4@32"] == pytest.approx(error.item(), rel=1e-3)
+
+
+def test_costs_fall_as_the_errors_do() -> None:
+    one = Sensitivity({"4@64": 0.02, "8@64": 0.0001}, 0.004)
+    assert one.costs() == {"4@64": pytest.approx(0.004), "8@64": pytest.approx(0.00002)}
+    assert Sensitivity({"4@64": 0.0}, 0.0).costs() == {"4@64": 0.0}
+
+
+def test_an_interrupted_run_goes_on_at_its_layer(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measure(job, GRIDS)
+    (job.destination / STATE).unlink()
+    solved = []
+
+    def fail_in_the_second(layer: Layer, *rest: Any) -> Any:
+        if layer.index == 1:
+            raise KeyboardInterrupt
+        return solve_layer(layer, *rest)
+
+    monkeypatch.setattr(module, "solve_layer", fail_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        measure(job, GRIDS)
+
+    def count(layer: Layer, *rest: Any) -> Any:
+        solved.append(layer.index)
+        return solve_layer(layer, *rest)
+
+    monkeypatch.setattr(module, "solve_layer", count)
+    assert measure(job, GRIDS) == whole
+    assert set(solved) == {1}
