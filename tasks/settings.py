@@ -207,11 +207,12 @@ class GptqSettings(_Calibrated):
     damping: Annotated[float, Field(gt=0, lt=1)]
     clip: bool
     refine: Refine
+    propagate: bool
     format: Format
 
     @model_validator(mode="after")
     def _a_library_does_it_its_own_way(self) -> Self:
-        self._only(clip=False, refine=0, format="compressed-tensors")
+        self._only(clip=False, refine=0, propagate=False, format="compressed-tensors")
         return self
 
 
@@ -225,11 +226,12 @@ class AwqSettings(_Calibrated):
     clip: bool
     rounding: Literal["nearest", "gptq"]
     refine: Refine
+    propagate: bool
     format: Format
 
     @model_validator(mode="after")
     def _a_library_does_it_its_own_way(self) -> Self:
-        self._only(rounding="nearest", refine=0, format="awq")
+        self._only(rounding="nearest", refine=0, propagate=False, format="awq")
         return self
 
 
@@ -248,6 +250,7 @@ class AutoSettings(_Calibrated):
     candidates: Annotated[list[Annotated[str, Field(pattern=r"^[48]@[0-9]+$")]], Field(min_length=2)]
     fused: bool
     refine: Refine
+    propagate: bool
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

@@ -173,7 +173,7 @@ def load_statistics(directory: Path, layer: int, device: str) -> dict[str, Input
 
 def _layer(decoder: Decoder, index: int, hidden: list[Tensor]) -> dict[str, _Sums]:
     """The sums of one layer's inputs; `hidden` becomes what the next layer reads."""
-    with decoder.layer(index) as layer, _listening(layer) as sums:
+    with decoder.layer(index) as layer, listening(layer) as sums:
         for number, batch in enumerate(hidden):
             hidden[number] = decoder.run(index, layer, batch)
     return sums
@@ -205,7 +205,7 @@ class _Sums:
 
 
 @contextmanager
-def _listening(layer: nn.Module) -> Iterator[dict[str, _Sums]]:
+def listening(layer: nn.Module) -> Iterator[dict[str, _Sums]]:
     """Sums of what the linear layers inside `layer` read; those that read the same tensor share them."""
     from torch import nn
 

@@ -17,8 +17,8 @@ from tasks.errors import TaskError
 from tasks.fit import linear_shapes
 from tasks.precisions import write_precisions
 from tasks.quantizers import Job
-from tasks.quantizers.grouped import FORMS, Rounding, press_grouped
-from tasks.quantizers.sensitivity import DAMPING, STATE, Sensitivity, measure
+from tasks.quantizers.grouped import FORMS, press_grouped
+from tasks.quantizers.sensitivity import STATE, TRIAL, Sensitivity, measure
 from tasks.settings import AutoSettings
 from tasks.solvers import Grid
 from tasks.solvers.allocate import Cost, least_error, least_size
@@ -36,7 +36,7 @@ def press(job: Job) -> None:
     found = measure(job, grids)
     chosen = choose(linear_shapes(job.source), found, grids, variant)
     write_precisions(job.destination, chosen, {name: one.costs() for name, one in found.items()})
-    how = Rounding(scale=True, clip=True, gptq=True, act_order=True, damping=DAMPING, refine=variant.refine)
+    how = replace(TRIAL, scale=True, clip=True, refine=variant.refine, propagate=variant.propagate)
     press_grouped(job, FORM, {name: grids[label] for name, label in chosen.items()}, how, [])
     (job.destination / STATE).unlink()
 

@@ -22,5 +22,6 @@ def press(job: Job) -> None:
         act_order=True,
         damping=DAMPING,
         refine=variant.refine,
+        propagate=variant.propagate,
     )
     press_grouped(job, form, uniform(job, grid, []), how, [])

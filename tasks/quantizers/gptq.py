@@ -20,5 +20,6 @@ def press(job: Job) -> None:
         act_order=variant.act_order == "static",
         damping=variant.damping,
         refine=variant.refine,
+        propagate=variant.propagate,
     )
     press_grouped(job, form, uniform(job, grid, variant.skip_layers), how, variant.skip_layers)

@@ -14,13 +14,12 @@ from tasks.formats.autogptq import autogptq_config, pack_autogptq
 from tasks.formats.awq_gemm import gemm_config, pack_gemm
 from tasks.formats.compressed import pack_words, words_config
 from tasks.quantizers import Job
-from tasks.quantizers.layerwise import NORMS, Layer, left_alone, press_layers
+from tasks.quantizers.layerwise import Layer, left_alone, press_layers
+from tasks.quantizers.propagation import Stream
 from tasks.solvers import Grid, Rounded, gptq, rtn
 from tasks.solvers.awq import search_clip, search_scale
 from tasks.solvers.refine import refine
 
-# what can take over a factor, and the layers that read it
-SCALED = {**NORMS, "self_attn.v_proj": ["self_attn.o_proj"], "mlp.up_proj": ["mlp.down_proj"]}
 # queries and keys meet in a product, where clipping does harm that the error of one of them does not show (AutoAWQ)
 UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
 
@@ -43,7 +42,8 @@ class Form:
 @dataclass(frozen=True)
 class Rounding:
     """How a weight gets onto its grid. scale: channels by AWQ's search first; clip: AWQ's search for the groups'
-    limits; gptq: by GPTQ, else to the nearest; act_order, damping: of GPTQ; refine: rounds of it, afterwards."""
+    limits; gptq: by GPTQ, else to the nearest; act_order: of GPTQ; damping: `Layer.damp`; refine: rounds of it,
+    afterwards; propagate: from what a layer reads once those before it are pressed."""
 
     scale: bool
     clip: bool
@@ -51,6 +51,7 @@ class Rounding:
     act_order: bool
     damping: float
     refine: int
+    propagate: bool
 
 
 def _words_config(grids: Mapping[str, Grid], how: Rounding, skip: list[int]) -> dict[str, Any]:
@@ -89,26 +90,35 @@ def uniform(job: Job, grid: Grid, skip: list[int]) -> dict[str, Grid]:
 def press_grouped(job: Job, form: Form, grids: Mapping[str, Grid], how: Rounding, skip: list[int]) -> None:
     """Solve every layer on the statistics of its inputs, and write the model. grids: by linear layer."""
     dtype = form.dtype or job.dtype
+    stream = Stream(job) if how.propagate else None
 
     def press(layer: Layer) -> dict[str, dict[str, Tensor]]:
+        if stream:
+            layer.inputs = stream.inputs(layer.index)
         own = {linear: grids[layer.prefix + linear] for linear in layer.inputs}
+        layer.damp(how.damping)
         if how.scale:
             scale_channels(layer, own, dtype)
-        return {linear: form.pack(part, own[linear]) for linear, part in solve_layer(layer, own, how).items()}
+        solved = solve_layer(layer, own, how)
+        if stream:
+            stream.advance(
+                layer.index, layer.tensors | {f"{name}.weight": part.weight() for name, part in solved.items()}
+            )
+        return {linear: form.pack(part, own[linear]) for linear, part in solved.items()}
 
     press_layers(job, press, form.config(grids, how, skip), dtype, skip)
+    if stream:
+        stream.close()
 
 
 def scale_channels(layer: Layer, grids: Mapping[str, Grid], dtype: torch.dtype) -> None:
     """AWQ's factors for each input that something can take over a factor for, found on the coarsest of the grids that
     read it."""
-    for source, linears in SCALED.items():
+    for source, linears in layer.scalable():
         known = layer.inputs[linears[0]]
-        # with fewer heads for values than for queries, a value is read through several channels
-        if len(layer.weight(source)) == len(known.mean):
-            grid = min((grids[name] for name in linears), key=lambda grid: grid.bits_per_weight(len(known.mean)))
-            factor = search_scale(layer.stacked(linears), known.gram, known.mean, grid)
-            layer.scale_input(source, linears, factor, dtype)
+        grid = min((grids[name] for name in linears), key=lambda grid: grid.bits_per_weight(len(known.mean)))
+        factor = search_scale(layer.stacked(linears), known.gram, known.mean, grid)
+        layer.scale_input(source, linears, factor, dtype)
 
 
 def solve_layer(layer: Layer, grids: Mapping[str, Grid], how: Rounding) -> dict[str, Rounded]:
@@ -120,12 +130,10 @@ def solve_layer(layer: Layer, grids: Mapping[str, Grid], how: Rounding) -> dict[
             weight = layer.stacked(linears)
             limit = _limit(layer, linears, weight, known.gram, grid) if how.clip else None
             if how.gptq:
-                solved = gptq.solve(weight, known.gram, grid, act_order=how.act_order, damping=how.damping, limit=limit)
+                solved = gptq.solve(weight, known.gram, grid, act_order=how.act_order, limit=limit)
             else:
                 solved = rtn.solve(weight, grid, limit)
-            # the same that GPTQ adds: not to fit the calibration text too closely
-            damped = known.gram + how.damping * known.gram.diagonal().mean() * torch.eye(len(known.gram)).to(weight)
-            found |= layer.split(refine(weight, damped, grid, solved, how.refine), linears)
+            found |= layer.split(refine(weight, known.gram, grid, solved, how.refine), linears)
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ from tasks.solvers import Rounded
 from tasks.statistics import Input, load_statistics
 from tasks.weights import join, save
 
-# norms, which can take over a factor for each channel, and the layers that read them
-NORMS = {
+# what can take over a factor for each channel, and the layers that read it
+SOURCES = {
     "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
+    "self_attn.v_proj": ["self_attn.o_proj"],
+    "mlp.up_proj": ["mlp.down_proj"],
 }
 
 
@@ -65,6 +67,19 @@ class Layer:
             yield name, Rounded(solved.integers[rows], solved.scales[rows], solved.zeros[rows])
             start = rows.stop
 
+    def scalable(self) -> Iterator[tuple[str, list[str]]]:
+        """What can take over a factor for each channel of what it makes, and the layers that read that."""
+        for source, linears in SOURCES.items():
+            # with fewer heads for values than for queries, a value is read through several channels
+            if len(self.weight(source)) == len(self.inputs[linears[0]].mean):
+                yield source, linears
+
+    def damp(self, share: float) -> None:
+        """Add `share` of its mean diagonal to that of every Gram matrix: less is made of the calibration text's own
+        correlations, and GPTQ can invert it."""
+        damped = {id(known): damped_input(known, share) for known in self.inputs.values()}
+        self.inputs = {linear: damped[id(known)] for linear, known in self.inputs.items()}
+
     def scale_input(self, source: str, linears: list[str], scale: Tensor, dtype: torch.dtype) -> None:
         """Multiply the weights of `linears` by `scale` [width] and divide what `source` makes by it.
 
@@ -81,6 +96,13 @@ class Layer:
         for name in linears:
             self.tensors[f"{name}.weight"] = self.weight(name) * scale
         self.inputs = {**self.inputs, **dict.fromkeys(linears, scaled(self.inputs[linears[0]], scale))}
+
+
+def damped_input(known: Input, share: float) -> Input:
+    """What is known of an input, its Gram matrix damped."""
+    gram = known.gram.clone()
+    gram.diagonal().add_(share * gram.diagonal().mean())
+    return replace(known, gram=gram)
 
 
 def scaled(known: Input, scale: Tensor) -> Input:

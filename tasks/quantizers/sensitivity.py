@@ -27,9 +27,9 @@ from tasks.weights import save
 
 SEQUENCES, LENGTH = 2, 128  # of the calibration text, that the streams are of
 STATE, HIDDEN, FOUND = "measured.part.safetensors", "hidden", "found"
-DAMPING = 0.01
+DAMPING = 0.05
 # the plainest way that tells the precisions apart
-TRIAL = Rounding(scale=False, clip=False, gptq=True, act_order=True, damping=DAMPING, refine=0)
+TRIAL = Rounding(scale=False, clip=False, gptq=True, act_order=True, damping=DAMPING, refine=0, propagate=False)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def measure(job: Job, candidates: Mapping[str, Grid]) -> dict[str, Sensitivity]:
     for index in bar:
         prefix = decoder.layer_prefix(index)
         known = read_layer(job, decoder.files, index, prefix)
+        known.damp(DAMPING)
         rounded: dict[str, Tensor] = {}
         for label, grid in candidates.items():
             fitting = {name: grid for name in known.inputs if grid.fitted(known.weight(name).shape[1]) == grid}

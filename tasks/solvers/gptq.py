@@ -14,7 +14,7 @@ BLOCK = 64  # columns whose errors reach the rest of the weight together; change
 
 
 def solve(
-    weight: Tensor, gram: Tensor, grid: Grid, *, act_order: bool, damping: float, limit: Tensor | None = None
+    weight: Tensor, gram: Tensor, grid: Grid, *, act_order: bool, damping: float = 0.0, limit: Tensor | None = None
 ) -> Rounded:
     """Round `weight` [rows, width], whose inputs have the Gram matrix `gram` [width, width].
 

@@ -239,6 +239,32 @@ def test_a_group_size_that_does_not_divide_becomes_a_smaller_one(
     assert load_runtime("transformers", tmp_path / "out", "float32").generate("Anna", 3)
 
 
+def test_errors_can_be_propagated(
+    quantized: Quantized,
+    model: Path,
+    calibration: Path,
+    statistics: Path,
+    perplexity: Callable[[Path], float],
+    tmp_path: Path,
+) -> None:
+    """The first layer reads the same as without; the second reads what the pressed first one makes."""
+
+    def press(name: str, **changes: Any) -> StoredModel:
+        quantize("v", variant("gptq", **changes), model, calibration, statistics, tmp_path / name)
+        return StoredModel(tmp_path / name)
+
+    plain, other = StoredModel(quantized("gptq")), press("out", propagate=True)
+    for name in plain.quantized:
+        same = torch.equal(plain.linear(name).solved.integers, other.linear(name).solved.integers)
+        assert same == (".layers.0." in name)
+    assert perplexity(tmp_path / "out") < perplexity(model) * LOSS["gptq"]
+    assert not [file for file in (tmp_path / "out").iterdir() if ".part" in file.name]
+    # behind a layer that nobody touched there is nothing to propagate
+    skipped, alone = press("skipped", propagate=True, skip_layers=[0]), press("alone", skip_layers=[0])
+    for name in alone.quantized:
+        assert torch.equal(skipped.linear(name).solved.integers, alone.linear(name).solved.integers)
+
+
 def test_mixed_precisions_are_those_that_were_chosen(quantized: Quantized, model: Path) -> None:
     directory = quantized("auto")
     report = quantized.reports["auto"]  # type: ignore[attr-defined]

@@ -58,9 +58,10 @@ def test_the_divergence_is_that_of_the_whole_model(job: Job) -> None:
             index = int(name.split(".")[2])
             layer = read_layer(job, Decoder(job.source, torch.float32, "cpu").files, index, f"model.layers.{index}.")
             linear = name.partition(f"{index}.")[2]
+            layer.damp(TRIAL.damping)
             weight, gram = layer.weight(linear), layer.inputs[linear].gram
             coarse = GRIDS["4@32"]
-            rounded = gptq.solve(weight, gram, coarse, act_order=True, damping=TRIAL.damping).weight()
+            rounded = gptq.solve(weight, gram, coarse, act_order=True).weight()
             own = model.get_submodule(name).weight
             kept = own.clone()
             own.copy_(rounded)

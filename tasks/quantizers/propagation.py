@@ -1,0 +1,69 @@
+"""Statistics of what a layer reads once the layers before it are pressed, in place of what the statistics stage left.
+
+GPTQ as published does so: each layer sees the errors of those before it. It takes the model through the calibration
+text twice more for every variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tasks.decoder import Decoder
+from tasks.quantizers import Job
+from tasks.statistics import Input, listening
+from tasks.weights import save
+
+HIDDEN = "hidden"
+
+
+class Stream:
+    """The calibration text on its way through the pressed model, in front of a layer.
+
+    It is kept in the job's destination, so that an interrupted run goes on there: in front of a layer until that is
+    written, and behind it as well.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._decoder = Decoder(job.source, torch.float32, job.device)
+        self._embedded = self._decoder.embed(list(job.tokens.split(1)))
+
+    def inputs(self, index: int) -> dict[str, Input]:
+        """What is known of the input of each linear layer in layer `index`, as `load_statistics` tells."""
+        with self._decoder.layer(index) as layer, listening(layer) as sums:
+            for batch in self._before(index):
+                self._decoder.run(index, layer, batch)
+        found: dict[str, Input] = {}
+        for one in sums.values():
+            found |= dict.fromkeys(one.readers, Input(**one.tensors()))
+        return found
+
+    def advance(self, index: int, tensors: Mapping[str, Tensor] | None) -> None:
+        """Go on through layer `index`, its tensors by the end of their names; None: as they are in the source."""
+        hidden = self._before(index)
+        with self._decoder.layer(index) as layer:
+            if tensors is not None:
+                layer.load_state_dict(dict(tensors), assign=True)
+            after = torch.cat([self._decoder.run(index, layer, batch) for batch in hidden])
+        save({HIDDEN: after}, self._file(index + 1))
+        self._file(index - 1).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leave no file behind."""
+        for path in self._job.destination.glob("stream.*.part.safetensors"):
+            path.unlink()
+
+    def _before(self, index: int) -> list[Tensor]:
+        if index == 0:
+            return self._embedded
+        if not self._file(index).exists():
+            self.advance(index - 1, None)  # that layer is left alone
+        return list(load_file(self._file(index), device=self._job.device)[HIDDEN].split(1))
+
+    def _file(self, index: int) -> Path:
+        return self._job.destination / f"stream.{index}.part.safetensors"
