@@ -31,6 +31,7 @@ from tasks.statistics import needed_bytes
 # what solvers/awq.py tries
 SCALE_TRIALS, CLIP_TRIALS = 20, 10
 BLOCK = 64  # columns, in solvers/gptq.py
+STREAM = 256  # tokens of a stream, in quantizers/sensitivity.py
 CACHED = 32e6  # bytes of a result up to which the C library uses memory again instead of giving it back
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # of the tasks in evals/, without examples in the prompt, by the tokenizer of SmolLM2: tokens that an item's forward
@@ -164,14 +165,8 @@ def statistics(job: Job) -> Need:
     work.read(_embedding_bytes(job))
     work.passes(shape.embedding, 1, 0)
     for layer in shape.layers:
-        _load_layer(job, work, layer)
-        _forward_layer(work, shape, layer, tokens, length, length)
+        _collect(job, work, layer)
         for group in layer.groups:
-            work.product(2 * tokens * group.active * group.width**2)
-            # every sequence goes over the whole sum; then magnitudes, their maximum and sum
-            sequences = tokens / length
-            work.passes(group.width**2, 0, group.copies * sequences)
-            work.passes(length * group.active * group.width, 0, 4 * sequences)
             work.write(group.copies * 4 * group.width**2)
         # what the next layer reads is kept, for a run that is interrupted
         work.passes(tokens * shape.hidden, 1, 0)
@@ -188,6 +183,19 @@ def statistics(job: Job) -> Need:
     return _started(job, work, memory=needed, disk=disk, scratch=4 * tokens * shape.hidden)
 
 
+def _collect(job: Job, work: Work, layer: Layer) -> None:
+    """A layer once over all tokens, with the sums of what it reads (`listening`)."""
+    tokens, length = job.tokens, job.settings.calibration.sequence_length
+    _load_layer(job, work, layer)
+    _forward_layer(work, job.shape, layer, tokens, length, length)
+    for group in layer.groups:
+        work.product(2 * tokens * group.active * group.width**2)
+        # every sequence goes over the whole sum; then magnitudes, their maximum and sum
+        sequences = tokens / length
+        work.passes(group.width**2, 0, group.copies * sequences)
+        work.passes(length * group.active * group.width, 0, 4 * sequences)
+
+
 def quantize(job: Job, variant: Variant) -> Need:
     """tasks/quantize.py: press layer by layer (quantizers/layerwise.py), join the parts, compare with the baseline."""
     work = Work(job.machine)
@@ -196,13 +204,27 @@ def quantize(job: Job, variant: Variant) -> Need:
     if variant.backend != OWN:
         return Need(None, None, variant_bytes(job, variant), note=f"not estimated for the backend {variant.backend}")
     press = PRESSES[type(variant)]
-    for layer in job.shape.layers:
+    length = job.settings.calibration.sequence_length
+    for index, layer in enumerate(job.shape.layers):
         _load_layer(job, work, layer)
         work.read(sum(4 * group.copies * group.width**2 for group in layer.groups))
         for group in layer.groups:
             one = Work(work.machine)
             press(one, group, variant, job.shape)
             work.seconds += group.copies * one.seconds
+        if getattr(variant, "propagate", False):
+            # quantizers/propagation.py: once to listen, once through the pressed layer
+            _collect(job, work, layer)
+            _load_layer(job, work, layer)
+            _forward_layer(work, job.shape, layer, job.tokens, length, length)
+        if isinstance(variant, AutoSettings):
+            # quantizers/sensitivity.py: a stream for each linear layer so far
+            streams = sum(
+                group.copies * len(group.rows) for one in job.shape.layers[: index + 1] for group in one.groups
+            )
+            _forward_layer(work, job.shape, layer, streams * STREAM, STREAM, STREAM / 2)
+    if isinstance(variant, AutoSettings):
+        _output_layer(work, job.shape, STREAM * sum(map(_linears, job.shape.layers)), "float32")
     disk = variant_bytes(job, variant)
     outside = BYTES[job.settings.model.dtype] * job.shape.outside
     work.read(outside)
@@ -467,6 +489,10 @@ def compare(job: Job, work: Work, variant: Variant) -> float:
         for _ in range(2):
             _forward_layer(work, shape, layer, tokens, length, length)
     return 4.0 * (3 * shape.largest.parameters + 4 * tokens * shape.hidden)
+
+
+def _linears(layer: Layer) -> int:
+    return sum(group.copies * len(group.rows) for group in layer.groups)
 
 
 def _load_layer(job: Job, work: Work, layer: Layer) -> None:

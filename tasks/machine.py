@@ -92,5 +92,5 @@ def check_machine(values: Any, where: str) -> Machine:
 def write_machine(path: Path, machine: Machine) -> None:
     """Keep a machine's figures as `read_machine` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(machine.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+    text = yaml.safe_dump(machine.model_dump(mode="json"), sort_keys=False)
     path.write_text(text, encoding="utf-8")

@@ -194,7 +194,7 @@ def main() -> None:
     """Print the machine's figures as YAML."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = int(sys.argv[1]) if len(sys.argv) > 1 else here
-    print(yaml.safe_dump(measure(cores).model_dump(mode="json"), sort_keys=False, default_flow_style=None))
+    print(yaml.safe_dump(measure(cores).model_dump(mode="json"), sort_keys=False))
 
 
 if __name__ == "__main__":

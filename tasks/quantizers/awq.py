@@ -6,7 +6,7 @@ from tasks.quantizers import Job
 from tasks.quantizers.grouped import FORMS, Rounding, press_grouped, uniform
 from tasks.settings import AwqSettings
 
-DAMPING = 0.01  # where GPTQ does the rounding
+DAMPING = 0.05  # where GPTQ does the rounding
 
 
 def press(job: Job) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import save_file
 
+from flows.scale import measure
 from tasks.estimate import Job, estimate
-from tasks.machine import check_machine, write_machine
+from tasks.machine import read_machine, write_machine
 from tasks.output import write_manifest
 from tasks.quantize import quantize
 from tasks.settings import check_settings
@@ -81,16 +78,8 @@ def test_the_stages_write_what_is_estimated(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_machine_can_be_measured(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tasks.measure_machine", "1"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = check_machine(yaml.safe_load(done.stdout), "here")
+def test_a_machine_can_be_measured_and_what_was_measured_is_kept(tmp_path: Path) -> None:
+    found = measure(PROJECT)
     assert found.source.startswith("measured")
-    assert found.cores == 1
+    write_machine(tmp_path / "machine.yaml", found)
+    assert read_machine(tmp_path / "machine.yaml") == found

@@ -18,6 +18,7 @@ from tasks.estimate import Job, estimate, linear_bytes, statistics_bytes, varian
 from tasks.formats.awq_gemm import pack_gemm
 from tasks.formats.compressed import pack_bytes, pack_words
 from tasks.machine import Machine, check_machine, read_machine, write_machine
+from tasks.quantizers import sensitivity
 from tasks.settings import GgufSettings, NoneSettings, Settings, Variant, check_settings, load_settings
 from tasks.shape import Shape, read_shape
 from tasks.solvers import Grid, awq, gptq, rtn
@@ -103,6 +104,7 @@ def test_every_method_that_presses_can_be_estimated() -> None:
 def test_the_counts_are_those_of_the_solvers() -> None:
     assert (plan.SCALE_TRIALS, plan.CLIP_TRIALS) == (awq.SCALE_TRIALS, awq.CLIP_TRIALS)
     assert gptq.BLOCK == plan.BLOCK
+    assert sensitivity.SEQUENCES * sensitivity.LENGTH == plan.STREAM
     assert set(plan.ITEMS) == set(local_tasks(ROOT / "evals"))
 
 
