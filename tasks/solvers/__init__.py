@@ -6,6 +6,8 @@ X, a change D of its weight costs ||X D^T||^2 = trace(D H D^T), with H = X^T X t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,6 +87,18 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> 
     grouped = weight.float().view(len(weight), scales.shape[1], -1)
     integers = (grouped / scales[..., None].float()).round_().add_(zeros[..., None]).clamp_(0, grid.top)
     return Rounded(integers.to(torch.uint8).view(weight.shape), scales, zeros)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For factorizations of matrices: the last bits of LAPACK's results depend on the number of threads; those of
+    products do not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def output_error(change: Tensor, gram: Tensor) -> Tensor:

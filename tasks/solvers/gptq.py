@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, Rounded, fit_grid
+from tasks.solvers import Grid, Rounded, fit_grid, one_thread
 
 BLOCK = 64  # columns whose errors reach the rest of the weight together; changes no result beyond rounding
 
@@ -53,4 +53,5 @@ def _inverse_factor(gram: Tensor, dead: Tensor, damping: float, order: Tensor) -
     matrix.diagonal().masked_fill_(dead, 1)
     matrix.diagonal().add_(damping * matrix.diagonal().mean())
     matrix = matrix[order][:, order]
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)), upper=True)
+    with one_thread():
+        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)), upper=True)

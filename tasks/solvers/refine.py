@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, Rounded, output_error
+from tasks.solvers import Grid, Rounded, one_thread, output_error
 
 BLOCK = 64  # columns whose changes reach the rest together; changes no result beyond rounding
 CHUNK = 1 << 24  # numbers of the least squares' matrices in memory at once
@@ -58,7 +58,8 @@ def _fit_scales(weight: Tensor, gram: Tensor, solved: Rounded) -> Tensor:
         target = ((weight[part] @ gram).view(levels.shape) * levels).sum(-1)
         damping = DAMPING * matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + torch.finfo(matrix.dtype).tiny
         matrix.diagonal(dim1=1, dim2=2).add_(damping)
-        fitted[part] = torch.linalg.solve(matrix, target + damping * fitted[part])
+        with one_thread():
+            fitted[part] = torch.linalg.solve(matrix, target + damping * fitted[part])
     fitted = fitted.to(solved.scales.dtype)
     # a group whose integers say nothing keeps its scale
     return torch.where(fitted > 0, fitted, solved.scales)

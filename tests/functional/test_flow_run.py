@@ -225,4 +225,5 @@ def test_a_stage_without_enough_memory_names_its_peak_and_what_to_lower(toy: Toy
 
 def _gptq(group_size: int) -> dict[str, object]:
     settings = {"method": "gptq", "backend": "modelpress", "bits": 4, "group_size": group_size, "symmetric": False}
-    return {"gptq-int4": {**settings, "act_order": "static", "damping": 0.01, "clip": False}}
+    more = {"refine": 0, "propagate": False, "format": "awq"}  # a format in which a group size must divide every layer
+    return {"gptq-int4": {**settings, "act_order": "static", "damping": 0.01, "clip": False, **more}}

@@ -23,11 +23,17 @@ from tests.unit.test_estimate import QUIET, SETTINGS
 from tests.unit.test_shape import LLAMA_2_7B
 
 
-def test_a_run_is_estimated_from_a_config_alone(toy: Toy) -> None:
-    toy.write("seven/config.json", json.dumps(LLAMA_2_7B))
-    write_machine(toy.root / "server.yaml", QUIET)
-    before = toy.executed()
-    done = toy.cli("plan", "--model", "seven", "--machine", "server.yaml", "--memory", "512", "--network", "0.1")
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """A project in which nothing has run."""
+    return Toy.create(tmp_path_factory.mktemp("plan") / "toy")
+
+
+def test_a_run_is_estimated_from_a_config_alone(fresh: Toy) -> None:
+    fresh.write("seven/config.json", json.dumps(LLAMA_2_7B))
+    write_machine(fresh.root / "server.yaml", QUIET)
+    before = fresh.executed()
+    done = fresh.cli("plan", "--model", "seven", "--machine", "server.yaml", "--memory", "512", "--network", "0.1")
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[0].startswith("model    llama, 6.74 billion parameters, 13.5 GB in bfloat16")
@@ -35,7 +41,7 @@ def test_a_run_is_estimated_from_a_config_alone(toy: Toy) -> None:
     assert {line.split()[0] for line in said if "@" in line} >= {"quantize@int8", "benchmark@base"}
     assert any(line.startswith("time ") for line in said)
     assert "fits" in done.stdout
-    assert toy.executed() == before
+    assert fresh.executed() == before
 
 
 @pytest.mark.parametrize(
@@ -47,9 +53,9 @@ def test_a_run_is_estimated_from_a_config_alone(toy: Toy) -> None:
         (["--model", "seven", "--machine", "seven/config.json"], "memory_gb: field required"),
     ],
 )
-def test_what_cannot_be_estimated_is_one_clear_line(toy: Toy, arguments: list[str], words: str) -> None:
-    toy.write("seven/config.json", json.dumps(LLAMA_2_7B))
-    done = toy.cli("plan", *arguments)
+def test_what_cannot_be_estimated_is_one_clear_line(fresh: Toy, arguments: list[str], words: str) -> None:
+    fresh.write("seven/config.json", json.dumps(LLAMA_2_7B))
+    done = fresh.cli("plan", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1

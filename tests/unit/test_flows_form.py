@@ -45,7 +45,7 @@ def test_an_untouched_form_changes_nothing() -> None:
 def test_only_what_differs_is_changed() -> None:
     values = {"calibration.samples": 8, "evaluation.limit": None}
     assert chosen(values=values) == ["calibration.samples=8", "evaluation.limit=null"]
-    assert chosen(variants=["int8"]) == ["~variants.gptq-int4", "~variants.awq-int4"]
+    assert chosen(variants=["int8"]) == ["~variants.gptq-int4", "~variants.awq-int4", "~variants.auto"]
     assert chosen(tasks=["piqa_local"]) == ["evaluation.tasks=[piqa_local]"]
     assert chosen(others=["variants.int8.smoothing=0.5"]) == ["variants.int8.smoothing=0.5"]
 
