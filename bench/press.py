@@ -58,8 +58,8 @@ def press(contender: Contender, folder: Path, known: Path) -> dict[str, Any]:
 def quality(folder: Path, items: int) -> dict[str, Any]:
     """What evaluation finds, with `items` items of each task."""
     from tasks.evaluate import evaluate
-    from tasks.layers import weight_bits
     from tasks.settings import BASE
+    from tasks.size import weight_bits
 
     settings = load_settings(PARAMS).evaluation
     settings = settings.model_copy(update={"limit": items})

@@ -14,11 +14,11 @@ from typing import Any
 from tqdm import tqdm
 
 from tasks.device import peak_memory
-from tasks.layers import weight_bits
 from tasks.output import write_json
 from tasks.program import one_argument, run_stage
 from tasks.runtimes import About, Runtime, load_runtime
 from tasks.settings import BenchmarkSettings, Settings
+from tasks.size import weight_bits
 
 _ASIDE = {".md", ".txt", ".yaml"}  # what no runtime reads
 

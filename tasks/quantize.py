@@ -17,12 +17,12 @@ from typing import Any
 from tasks.device import compute_device, peak_memory
 from tasks.errors import TaskError
 from tasks.fit import check_fit
-from tasks.layers import layer_errors, weight_bits
 from tasks.output import MANIFEST, link_or_copy, resumable_directory, whole_directory, write_json
 from tasks.precisions import read_precisions
 from tasks.program import one_argument, run_stage
 from tasks.quantizers import Job, quantizer
 from tasks.settings import OWN, NoneSettings, Settings, Variant
+from tasks.size import weight_bits
 
 # What made the variant, by its backend.
 LIBRARIES = {
@@ -89,12 +89,15 @@ def quantize(
     place = resumable_directory(destination, key) if backend == OWN else whole_directory(destination)
     with place as work:
         quantizer(variant).press(Job(model, used, statistics, variant, device, work))
-        gc.collect()  # the pressed model makes room for the two that are compared
+        gc.collect()  # the pressed model makes room
         seconds = round(time.monotonic() - started, 1)
         _add_companions(model, work)
         baseline = isinstance(variant, NoneSettings)
-        # what llama.cpp pressed is in its own types
-        errors = {} if baseline or any(work.glob("*.gguf")) else layer_errors(model, work, used[:2])
+        errors = {}
+        if not baseline and not any(work.glob("*.gguf")):  # what llama.cpp pressed is in its own types
+            from tasks.layers import layer_errors  # takes seconds to import
+
+            errors = layer_errors(model, work, used[:2])
         bits = weight_bits(work)
         linears = read_precisions(work)
     return QuantizeReport(
