@@ -38,6 +38,7 @@ CONTENDERS = (
     Contender("int8, llm-compressor", "int8", "int8", _COMPRESSOR),
     Contender("gptq, modelpress", "gptq", "gptq-int4", _own(clip=False, refine=0)),
     Contender("gptq, modelpress, as in params.yaml", "gptq", "gptq-int4", _own()),
+    Contender("gptq, modelpress, propagated", "gptq", "gptq-int4", _own(propagate=True)),
     Contender("gptq, llm-compressor", "gptq", "gptq-int4", {**_COMPRESSOR, "clip": False, "refine": 0}),
     Contender("awq, modelpress", "awq", "awq-int4", _own(rounding="nearest", refine=0)),
     Contender("awq, modelpress, as in params.yaml", "awq", "awq-int4", _own()),

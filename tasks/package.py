@@ -15,7 +15,7 @@ from tasks.model_card import model_card
 from tasks.output import MANIFEST, checksums, link_or_copy, whole_directory, write_json, write_text
 from tasks.program import run_stage
 from tasks.provenance import dvc_identity, git_state, without_folders
-from tasks.settings import Settings
+from tasks.settings import OWN, Settings
 from tasks.smoke import PROMPT, generates
 from tasks.sources.choice import small_files
 from tasks.summary import read_json
@@ -84,6 +84,13 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
     return Package(name, sum(p.stat().st_size for p in destination.rglob("*") if p.is_file()), text)
 
 
+def _reproducible(settings: Settings, name: str, device: str) -> str:
+    """What the same work done again gives (tests/functional/test_quantizers.py)."""
+    if getattr(settings.variant(name), "backend", OWN) == OWN and device == "cpu":
+        return "the same bytes, with any number of threads, given the same inputs, libraries and kind of processor"
+    return "not promised: pressed by a library, or on a GPU"
+
+
 def provenance(summary: Mapping[str, Any], settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """The winner's sources, revisions, checksums, parameters, commit, DVC identity, versions, seeds, machine.
 
@@ -98,6 +105,7 @@ def provenance(summary: Mapping[str, Any], settings: Settings, inputs: Inputs) -
         "variant": {
             "name": name,
             **{k: row[k] for k in ("method", "bits", "bits_per_weight", "identity", "device")},
+            "reproducible": _reproducible(settings, name, row["device"]),
         },
         "evaluation": {"contract": summary["contract"], "contract_hash": summary["contract_hash"]},
         "parameters": settings.model_dump(mode="json"),

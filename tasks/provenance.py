@@ -29,9 +29,12 @@ LIBRARIES = (
     "datasets",
     "gguf",
     "llama-cpp-python",
+    "onnxruntime",
+    "onnxruntime-genai",
     "safetensors",
     "tokenizers",
     "numpy",
+    "scipy",
 )
 # what decides a result, of all that a commit holds
 CODE = ("tasks", "evals", "params.yaml", "dvc.yaml", "pyproject.toml")
