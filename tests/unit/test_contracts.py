@@ -138,7 +138,7 @@ def test_every_local_task_reads_a_data_set_of_params_yaml() -> None:
         definition = re.search(r"data/raw/([a-z0-9-]+)/data", (ROOT / f"evals/{task}.yaml").read_text())
         assert definition
         assert definition.group(1) in PARAMS["evaluation"]["sources"]
-    assert set(PARAMS["evaluation"]["tasks"]) == set(local_tasks(ROOT / "evals"))
+    assert set(PARAMS["evaluation"]["tasks"]) <= set(local_tasks(ROOT / "evals"))
 
 
 def test_the_readme_names_what_there_is() -> None:

@@ -120,7 +120,8 @@ def test_the_memory_of_statistics_is_what_the_stage_says_of_itself(tmp_path: Pat
     assert need.memory == pytest.approx(said + QUIET.base_gb * 1e9, abs=2e6)
 
 
-# What `make demo` took on that machine, with all four tasks: seconds of the stage, DVC included; peak memory; bytes of safetensors.
+# What `make demo` took on that machine with all four tasks: seconds of the stage, DVC included; peak memory; bytes of
+# safetensors.
 DEMO = {
     "statistics": (45.8, 857_698_304, 403_378_560),
     "quantize@int8": (23.7, 850_751_488, 163_536_608),
