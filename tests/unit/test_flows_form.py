@@ -83,7 +83,10 @@ def test_the_form_has_drop_downs_bounds_descriptions_and_the_defaults_of_params_
     assert list(fields) == list(inspect.signature(press.fn).parameters)
     assert not [name for name, field in fields.items() if not field.get("description")]
     assert kinds["VariantName"]["enum"] == VARIANTS
-    assert kinds["TaskName"]["enum"] == NOW.evaluation.tasks
+    assert kinds["TaskName"]["enum"] == [
+        *NOW.evaluation.tasks,
+        "boolq_local",
+    ]  # those of the run, then what else there is
     assert fields["variants"]["default"] == VARIANTS
     assert fields["model"]["default"] == NOW.model.source
     assert fields["gate_four_bit"]["default"] == NOW.gate.four_bit
