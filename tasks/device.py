@@ -6,6 +6,10 @@ import platform
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def compute_device() -> str:
@@ -13,6 +17,18 @@ def compute_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fast_dtype(device: str) -> torch.dtype:
+    """Of matrix products: bfloat16 where the processor multiplies it natively, float32 elsewhere."""
+    import torch
+
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known = torch.cpu.get_capabilities()
+        native = any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last: of ARM
+    return torch.bfloat16 if native else torch.float32
 
 
 def processor_name() -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks.device import compute_device, current_memory, peak_memory
+from tasks.device import compute_device, current_memory, fast_dtype, peak_memory
 from tasks.errors import TaskError
 from tasks.output import checksums, resumable_directory, write_json
 from tasks.program import run_stage
@@ -27,6 +27,7 @@ from tasks.settings import Settings
 from tasks.weights import save
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from tasks.decoder import Decoder
@@ -49,7 +50,8 @@ class Input:
 
 @dataclass(frozen=True)
 class StatisticsReport:
-    """metrics/statistics.json. dtype: of the model's arithmetic; sums are float32. estimate: see `estimate_bytes`."""
+    """metrics/statistics.json. dtype: of the model's matrix products; what is between them, and the sums, is float32.
+    estimate: see `estimate_bytes`."""
 
     tokens: int
     layers: int
@@ -73,18 +75,19 @@ def collect(model: Path, calibration: Path, destination: Path) -> StatisticsRepo
 
     started = time.monotonic()
     device = compute_device()
+    dtype = fast_dtype(device)
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
     decoder = Decoder(model, torch.float32, device)
     estimate = estimate_bytes(decoder, tokens)
     print(f"needs about {estimate / 1e9:.1f} GB of memory", flush=True)
-    with resumable_directory(destination, _key(model, calibration, device)) as work:
+    with resumable_directory(destination, _key(model, calibration, device, dtype)) as work:
         # one sequence at a time stays in a CPU's cache
         hidden = decoder.embed(list(tokens.split(1)))
         state = work / STATE
         first = _resume(state, hidden)
         bar = tqdm(range(first, len(decoder)), desc="statistics", unit="layer", initial=first, total=len(decoder))
         for index in bar:
-            gathered = _layer(decoder, index, hidden)
+            gathered = _layer(decoder, index, hidden, dtype)
             readers = json.dumps({name: entry.readers for name, entry in gathered.items()})
             found = {f"{name}.{key}": v for name, entry in gathered.items() for key, v in entry.tensors().items()}
             save(found, work / f"layers.{index}.safetensors", {READERS: readers})
@@ -94,7 +97,7 @@ def collect(model: Path, calibration: Path, destination: Path) -> StatisticsRepo
     return StatisticsReport(
         tokens=tokens.numel(),
         layers=len(decoder),
-        dtype=str(decoder.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         device=device,
         seconds=round(time.monotonic() - started, 1),
         bytes=size,
@@ -131,12 +134,12 @@ def needed_bytes(
     return int(4 * (2 * activations + most))
 
 
-def _key(model: Path, calibration: Path, device: str) -> str:
+def _key(model: Path, calibration: Path, device: str, dtype: torch.dtype) -> str:
     """What the statistics depend on."""
     import torch
     import transformers
 
-    parts = [torch.__version__, transformers.__version__, device]
+    parts = [torch.__version__, transformers.__version__, device, str(dtype)]
     parts += [checksum for folder in (model, calibration) for checksum in sorted(checksums(folder).values())]
     return "\n".join(parts)
 
@@ -171,11 +174,14 @@ def load_statistics(directory: Path, layer: int, device: str) -> dict[str, Input
     return found
 
 
-def _layer(decoder: Decoder, index: int, hidden: list[Tensor]) -> dict[str, _Sums]:
-    """The sums of one layer's inputs; `hidden` becomes what the next layer reads."""
+def _layer(decoder: Decoder, index: int, hidden: list[Tensor], dtype: torch.dtype) -> dict[str, _Sums]:
+    """The sums of one layer's inputs; `hidden` becomes what the next layer reads. dtype: of the matrix products."""
+    import torch
+
     with decoder.layer(index) as layer, listening(layer) as sums:
         for number, batch in enumerate(hidden):
-            hidden[number] = decoder.run(index, layer, batch)
+            with torch.autocast(decoder.device, dtype, enabled=dtype != decoder.dtype):
+                hidden[number] = decoder.run(index, layer, batch)
     return sums
 
 
@@ -192,8 +198,11 @@ class _Sums:
 
     def add(self, x: Tensor) -> None:
         """Count what the layers read: [..., channels]."""
+        import torch
+
         x = x.flatten(0, -2).float()
-        self.gram.addmm_(x.T, x)
+        with torch.autocast(x.device.type, enabled=False):
+            self.gram.addmm_(x.T, x)
         magnitude = x.abs()
         self.largest = self.largest.maximum(magnitude.amax(0))
         self.total += magnitude.sum(0)

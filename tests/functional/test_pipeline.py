@@ -76,16 +76,19 @@ def test_a_second_run_changes_nothing(by_flow: Checkout) -> None:
 def test_dvc_repro_gives_the_same_bytes_and_then_the_flow_has_nothing_to_do(
     by_flow: Checkout, llama: Path, corpus: Corpus, tmp_path: Path
 ) -> None:
-    by_dvc = Checkout(tmp_path / "project", params(llama, corpus))
+    values = params(llama, corpus)
+    del values["variants"]["awq-int4"]  # the others show as much, in two thirds of the time
+    by_dvc = Checkout(tmp_path / "project", values)
     by_dvc.dvc("repro")
-    ours, theirs = by_flow.stages(), by_dvc.stages()
+    theirs = by_dvc.stages()
+    ours = {name: stage for name, stage in by_flow.stages().items() if not name.endswith("@awq-int4")}
     assert ours.keys() == theirs.keys()
     # report and package hold the seconds and the git commit of their own run
     same = [name for name in ours if name not in ("report", "package")]
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
     output = by_dvc.run()
     assert not {line.split(":")[0] for line in output.splitlines() if ": executed" in line}
-    assert by_dvc.runs() == {"parents": 1, "children": 3}
+    assert by_dvc.runs() == {"parents": 1, "children": 2}
 
 
 @pytest.mark.slow
