@@ -80,9 +80,10 @@ def measure(job: Job, candidates: Mapping[str, Grid]) -> dict[str, Sensitivity]:
             hidden = decoder.run(index, layer, hidden)
         save({HIDDEN: hidden, **streams}, state, {FOUND: json.dumps(errors)})
     baseline = decoder.logits(hidden).log_softmax(-1)
+    share = baseline.exp()
     found = {}
     for name, stream in tqdm(streams.items(), desc="divergence", unit="layer"):
-        found[name] = Sensitivity(errors[name], _divergence(baseline, decoder.logits(stream).log_softmax(-1)))
+        found[name] = Sensitivity(errors[name], _divergence(baseline, share, decoder.logits(stream).log_softmax(-1)))
     return found
 
 
@@ -106,6 +107,7 @@ def _swapped(linear: nn.Module, weight: Tensor) -> Iterator[None]:
     linear.weight = own
 
 
-def _divergence(baseline: Tensor, other: Tensor) -> float:
-    """Kullback-Leibler divergence, mean over the tokens; both are log-probabilities [rows, tokens, words]."""
-    return max(0.0, (baseline.exp() * (baseline - other)).sum(-1).double().mean().item())
+def _divergence(baseline: Tensor, share: Tensor, other: Tensor) -> float:
+    """Kullback-Leibler divergence, mean over the tokens, of log-probabilities [rows, tokens, words]; share: exp of the
+    baseline's; `other` is overwritten, for fresh memory of this size costs more than the arithmetic."""
+    return max(0.0, torch.sub(baseline, other, out=other).mul_(share).sum(-1).double().mean().item())
