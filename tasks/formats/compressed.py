@@ -76,10 +76,9 @@ def words_config(grids: Mapping[str, Grid], act_order: bool, ignore: list[str]) 
     layers: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
         layers.setdefault(grid, []).append(name)
-    # the grid of most layers is that of the class, as an engine expects it of a uniform model; others are named
     groups = sorted(layers.items(), key=lambda group: -len(group[1]))
     schemes = []
-    for number, (grid, names) in enumerate(groups):
+    for grid, names in groups:
         weights = QuantizationArgs(
             num_bits=grid.bits,
             symmetric=grid.symmetric,
@@ -87,7 +86,8 @@ def words_config(grids: Mapping[str, Grid], act_order: bool, ignore: list[str]) 
             group_size=grid.group_size,
             actorder="static" if act_order else None,
         )
-        schemes.append(QuantizationScheme(targets=names if number else ["Linear"], weights=weights))
+        # the class says it for a uniform model; beside it, compressed-tensors would not look for names
+        schemes.append(QuantizationScheme(targets=names if len(groups) > 1 else ["Linear"], weights=weights))
     return _config("pack-quantized", schemes, ignore)
 
 

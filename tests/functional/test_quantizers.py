@@ -265,7 +265,9 @@ def test_errors_can_be_propagated(
         assert torch.equal(skipped.linear(name).solved.integers, alone.linear(name).solved.integers)
 
 
-def test_mixed_precisions_are_those_that_were_chosen(quantized: Quantized, model: Path) -> None:
+def test_mixed_precisions_are_those_that_were_chosen(
+    quantized: Quantized, model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     directory = quantized("auto")
     report = quantized.reports["auto"]  # type: ignore[attr-defined]
     stored = StoredModel(directory)
@@ -277,6 +279,8 @@ def test_mixed_precisions_are_those_that_were_chosen(quantized: Quantized, model
         assert 0 < entry["costs"]["8@32"] < entry["costs"]["4@32"] / 20
     assert {entry["chosen"] for entry in report.linears} == {"4@32", "8@32"}
     assert not [file for file in directory.iterdir() if ".part" in file.name]
+    load_runtime("transformers", directory, "float32")
+    assert "Could not match" not in capfd.readouterr().err
 
 
 def test_what_an_engine_makes_one_layer_of_shares_a_precision(

@@ -101,3 +101,10 @@ def test_the_descriptions_name_what_was_done() -> None:
     )
     inputs = bytes_config(True, [])["config_groups"]["group_0"]["input_activations"]
     assert (inputs["symmetric"], inputs["dynamic"], inputs["strategy"]) == (True, True, "token")
+
+
+def test_of_several_grids_every_layer_is_named() -> None:
+    coarse, fine = Grid(4, GROUP, False, torch.float16), Grid(8, GROUP, True, torch.float16)
+    words = words_config({"a": coarse, "b": fine, "c": coarse}, act_order=True, ignore=[])
+    found = {group["weights"]["num_bits"]: group["targets"] for group in words["config_groups"].values()}
+    assert found == {4: ["a", "c"], 8: ["b"]}
