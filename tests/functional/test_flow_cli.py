@@ -26,7 +26,7 @@ from tests.waiting import soon
 )
 def test_a_bad_change_is_refused_before_anything_starts(toy: Toy, change: str, words: str) -> None:
     before = toy.read("params.yaml")
-    done = toy.cli("run", "--set", "gate.four_bit=0.9", "--set", change)
+    done = toy.cli("run", "--set", "gate.four_bit=0.85", "--set", change)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
@@ -37,9 +37,9 @@ def test_a_bad_change_is_refused_before_anything_starts(toy: Toy, change: str, w
 
 def test_a_change_stays_in_the_file_and_the_result_is_shown(toy: Toy, prefect_server: str) -> None:
     toy.write("params.yaml", "# a comment that must stay\n" + toy.read("params.yaml"))
-    done = toy.cli("run", "--set", "gate.four_bit=0.9", PREFECT_API_URL=prefect_server)
+    done = toy.cli("run", "--set", "gate.four_bit=0.85", PREFECT_API_URL=prefect_server)
     assert done.returncode == 0, done.stderr
-    assert "params.yaml: gate.four_bit: 0.95 -> 0.9" in done.stderr
+    assert "params.yaml: gate.four_bit: 0.9 -> 0.85" in done.stderr
     assert "# a comment that must stay" in toy.read("params.yaml")
     assert done.stdout.splitlines()[0] == "the table of the field"
     assert f"sqlite:///{toy.root}/mlflow.db" in done.stdout
@@ -52,7 +52,7 @@ def test_a_change_stays_in_the_file_and_the_result_is_shown(toy: Toy, prefect_se
 
 def test_a_failed_stage_is_one_clear_line(toy: Toy, prefect_server: str) -> None:
     toy.wish("report", "fail")
-    toy.set(gate__four_bit=0.9)
+    toy.set(gate__four_bit=0.85)
     done = toy.cli("run", PREFECT_API_URL=prefect_server)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

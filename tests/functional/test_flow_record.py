@@ -21,7 +21,7 @@ def test_a_parent_holds_the_run_and_a_child_each_variant(finished_toy: Toy) -> N
     (parent,) = finished_toy.mlflow_runs()
     params = yaml.safe_load(finished_toy.read("params.yaml"))
     assert parent.data.params["model.source"] == params["model"]["source"]
-    assert parent.data.params["gate.four_bit"] == "0.95"
+    assert parent.data.params["gate.four_bit"] == "0.9"
     assert parent.data.metrics["executed"] == 8
     assert parent.data.tags["winner"] == "int8"
     assert parent.data.tags["git.commit"] == finished_toy.command("git", "rev-parse", "HEAD").strip()
@@ -44,7 +44,7 @@ def test_a_parent_holds_the_run_and_a_child_each_variant(finished_toy: Toy) -> N
 
 
 def test_the_parent_is_there_from_the_first_moment_and_tells_how_it_ended(toy: Toy) -> None:
-    toy.set(gate__four_bit=0.9)
+    toy.set(gate__four_bit=0.85)
     plan = read_plan(toy.root)
     seen = []
     with contextlib.suppress(KeyboardInterrupt), recorded(toy.root, toy.root, plan, LOG, {"name": "one"}):
@@ -56,7 +56,7 @@ def test_the_parent_is_there_from_the_first_moment_and_tells_how_it_ended(toy: T
 
 
 def test_a_run_that_was_killed_without_a_word_is_closed_by_the_next(toy: Toy) -> None:
-    toy.set(gate__four_bit=0.9)
+    toy.set(gate__four_bit=0.85)
     plan = read_plan(toy.root)
     dead = recorded(toy.root, toy.root, plan, LOG, {"name": "dead"})
     dead.__enter__()  # and never left
@@ -72,7 +72,7 @@ def test_a_store_that_is_away_costs_the_record_and_not_the_results(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    toy.set(gate__four_bit=0.9)
+    toy.set(gate__four_bit=0.85)
     assert toy.run()["report"] == "executed"
     assert "MLflow at http://127.0.0.1:9 does not work" in caplog.text
     assert "the results are complete without it" in caplog.text

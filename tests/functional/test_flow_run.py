@@ -130,7 +130,7 @@ def test_a_benchmark_runs_with_nothing_beside_it(toy: Toy) -> None:
 
 
 def test_a_stage_that_takes_too_long_is_stopped(toy: Toy) -> None:
-    toy.set(gate__four_bit=0.9)
+    toy.set(gate__four_bit=0.85)
     toy.wish("report", "sleep 600")
     with pytest.raises(PipelineError, match=r"report: stopped after 0\.03 minutes; allow more with --timeout"):
         toy.run(timeout_minutes=0.03)

@@ -25,7 +25,7 @@ def _outputs(toy: Toy) -> dict[str, bytes]:
 
 
 def test_damaged_objects_and_the_links_to_them_are_made_again(toy: Toy, prefect_server: str) -> None:
-    toy.set(gate__four_bit=0.9)
+    toy.set(gate__four_bit=0.85)
     toy.run()
     toy.dvc("checkout", "--relink")  # the copy of the toy has copies for links
     before = _outputs(toy)

@@ -158,7 +158,7 @@ def test_a_person_fills_in_the_form_and_opens_the_results(served: Served, browse
     samples = wait_for(browser, "//label[contains(., 'samples')]/following::input[1]")
     assert samples.get_attribute("value") == "32"
     fill(browser, "Run Name", "By Hand")
-    fill(browser, "gate_four_bit", "0.9")
+    fill(browser, "gate_four_bit", "0.85")
     browser.save_screenshot(str(SCREENSHOTS / "form.png"))
     submit = wait_for(browser, "//button[@type='submit']")
 
@@ -169,7 +169,7 @@ def test_a_person_fills_in_the_form_and_opens_the_results(served: Served, browse
     if not soon(runs, 20):
         submit.click()  # the page takes no click while it still checks what was typed
     (run,) = soon(runs, 60)
-    assert run["parameters"]["gate_four_bit"] == 0.9
+    assert run["parameters"]["gate_four_bit"] == 0.85
     assert soon(lambda: served.state(run["id"]) == "Completed", 120)
     browser.get(f"{served.pages}/runs/flow-run/{run['id']}")
     wait_for(browser, "//*[contains(text(), 'Completed')]")

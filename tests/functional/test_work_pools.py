@@ -58,9 +58,9 @@ def test_a_run_by_hand_as_prefect_yaml_says(toy: Toy, prefect_server: str) -> No
     by_hand(toy, create_pool, prefect_server)
     assert {"press/nightly", "press/on-demand"} <= set(by_hand(toy, deploy, prefect_server).replace("'", " ").split())
     with at_work(toy, start_worker, prefect_server):
-        by_hand(toy, "prefect deployment run press/on-demand -p gate_four_bit=0.9 --watch", prefect_server)
+        by_hand(toy, "prefect deployment run press/on-demand -p gate_four_bit=0.85 --watch", prefect_server)
     tag = toy.command("git", "tag", "--list", "run/*").strip()
-    assert "four_bit: 0.9\n" in toy.command("git", "show", f"{tag}:params.yaml")
+    assert "four_bit: 0.85\n" in toy.command("git", "show", f"{tag}:params.yaml")
     assert state_of(tag) == "Completed"
 
 

@@ -144,7 +144,6 @@ class Toy:
         toy = cls(root)
         params = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
         params["variants"] = {name: params["variants"][name] for name in VARIANTS}
-        params["gate"] |= {"four_bit": 0.95, "eight_bit": 0.98}
         toy.write("params.yaml", "# a comment that must stay\n" + yaml.safe_dump(params, sort_keys=False))
         toy.write("dvc.yaml", DVC_YAML + (PACKAGING if packaging else ""))
         toy.write("stage.py", STAGE)
