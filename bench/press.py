@@ -3,6 +3,7 @@
 python -m bench.press statistics FOLDER
 python -m bench.press "gptq, modelpress" FOLDER STATISTICS
 python -m bench.press quality FOLDER ITEMS
+python -m bench.press decode FOLDER "int8, modelpress" ...
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.contenders import CONTENDERS, Contender
 from tasks.device import compute_device, peak_memory
 from tasks.program import PARAMS
-from tasks.settings import Settings, check_settings, load_settings
+from tasks.settings import BASE, Settings, check_settings, load_settings
 
+ROUNDS = 7  # of decoding
+BESIDE = ("tokenizer*", "generation_config.json")  # what an engine needs besides weights and configuration
 MODEL, CALIBRATION, RAW = Path("models/source"), Path("data/calibration"), Path("data/raw")
 
 
@@ -49,16 +54,13 @@ def press(contender: Contender, folder: Path, known: Path) -> dict[str, Any]:
     started = time.monotonic()
     method.press(Job(MODEL, tokens, known, variant, compute_device(), folder))
     seconds = time.monotonic() - started
-    for pattern in ("tokenizer*", "generation_config.json"):
-        for file in MODEL.glob(pattern):
-            shutil.copy(file, folder / file.name)
+    _complete(folder)
     return {"seconds": round(seconds, 1), "peak_memory_bytes": peak_memory()}
 
 
 def quality(folder: Path, items: int) -> dict[str, Any]:
     """What evaluation finds, with `items` items of each task."""
     from tasks.evaluate import evaluate
-    from tasks.settings import BASE
     from tasks.size import weight_bits
 
     settings = load_settings(PARAMS).evaluation
@@ -68,6 +70,39 @@ def quality(folder: Path, items: int) -> dict[str, Any]:
         report = evaluate(name, settings, "transformers", folder, MODEL, RAW, Path("evals"), Path(place) / "results")
     texts = {text: {"perplexity": t.perplexity, "kl": t.kl, "top1": t.top1} for text, t in report.texts.items()}
     return {"texts": texts, "score": report.mean_score, "bits_per_weight": weight_bits(folder)}
+
+
+def decode(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """How fast ONNX Runtime GenAI writes with what the contenders made, the baseline in float32 beside them.
+
+    Alternating; tokens a second: medians; ratio: median of those to the baseline's of the same round.
+    """
+    from tasks.benchmark import speeds
+    from tasks.exporters.onnx import export_onnx
+    from tasks.runtimes import load_runtime
+
+    settings = load_settings(PARAMS)
+    asked = settings.benchmark.model_copy(update={"repeats": 1})
+    with tempfile.TemporaryDirectory() as place:
+        runtimes = {}
+        for name in (BASE, *names):
+            target = Path(place) / name
+            target.mkdir()
+            export_onnx(MODEL if name == BASE else folder / name, target, settings.onnx.output_layer)
+            _complete(target)
+            runtimes[name] = load_runtime("onnx", target, asked.dtype)
+        rounds = [{name: speeds(one, asked)["decode"] for name, one in runtimes.items()} for _ in range(ROUNDS)]
+    return {
+        "tokens_per_second": {name: round(median(found[name] for found in rounds), 1) for name in runtimes},
+        "ratio": {name: round(median(found[name] / found[BASE] for found in rounds), 2) for name in names},
+    }
+
+
+def _complete(folder: Path) -> None:
+    """Beside the weights, what an engine needs."""
+    for pattern in BESIDE:
+        for file in MODEL.glob(pattern):
+            shutil.copy(file, folder / file.name)
 
 
 def changed(settings: Settings, contender: Contender) -> dict[str, Any]:
@@ -85,6 +120,8 @@ def main() -> None:
             found = statistics(folder)
         case "quality":
             found = quality(folder, int(sys.argv[3]))
+        case "decode":
+            found = decode(folder, sys.argv[3:])
         case _:
             contender = next(one for one in CONTENDERS if one.name == what)
             found = press(contender, folder, Path(sys.argv[3]))

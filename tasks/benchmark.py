@@ -53,7 +53,7 @@ def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path) 
     started = time.perf_counter()
     runtime = load_runtime(target, model, settings.dtype)
     loaded = time.perf_counter() - started
-    speeds = _speeds(runtime, settings) if runtime.fast else {}
+    speed = speeds(runtime, settings) if runtime.fast else {}
     return BenchmarkReport(
         variant=name,
         runtime=runtime.about,
@@ -67,14 +67,17 @@ def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path) 
         new_tokens=settings.new_tokens,
         batch_size=settings.batch_size,
         repeats=settings.repeats,
-        prefill_tokens_per_second=speeds.get("prefill"),
-        decode_tokens_per_second=speeds.get("decode"),
-        time_to_first_token_seconds=speeds.get("first"),
+        prefill_tokens_per_second=speed.get("prefill"),
+        decode_tokens_per_second=speed.get("decode"),
+        time_to_first_token_seconds=speed.get("first"),
     )
 
 
-def _speeds(runtime: Runtime, settings: BenchmarkSettings) -> dict[str, float]:
-    """Time to the first token, then the tokens after it: a whole answer less the time to its first token."""
+def speeds(runtime: Runtime, settings: BenchmarkSettings) -> dict[str, float]:
+    """Seconds to the first token, tokens a second of the prompt and of the answer: medians over the repeats.
+
+    Decoding is a whole answer less the time to its first token.
+    """
     import torch
 
     vocabulary = len(runtime.tokenizer)

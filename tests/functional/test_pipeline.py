@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -81,28 +80,47 @@ def test_a_second_run_changes_nothing(by_flow: Checkout) -> None:
     assert by_flow.runs() == {"parents": 1, "children": 2}
 
 
+def test_what_dvc_executes_again_has_the_same_bytes_and_the_flow_nothing_to_do(
+    by_flow: Checkout, tmp_path: Path
+) -> None:
+    copy = copied(by_flow, tmp_path)
+    assert "Running stage 'quantize@int8'" in copy.dvc("repro", "--force", "--downstream", "quantize@int8")
+    same_bytes(by_flow, copy)
+    assert copy.run().rstrip().endswith(f"{len(copy.stages())} unchanged")
+
+
+@pytest.mark.slow
 def test_dvc_repro_gives_the_same_bytes_and_then_the_flow_has_nothing_to_do(
     by_flow: Checkout, llama: Path, corpus: Corpus, tmp_path: Path
 ) -> None:
     by_dvc = Checkout(tmp_path / "project", few(llama, corpus))
     by_dvc.dvc("repro")
-    ours, theirs = by_flow.stages(), by_dvc.stages()
-    assert ours.keys() == theirs.keys()
-    # report and package hold the seconds and the git commit of their own run
-    same = [name for name in ours if name not in ("report", "package")]
-    assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+    same_bytes(by_flow, by_dvc)
     output = by_dvc.run()
     assert not {line.split(":")[0] for line in output.splitlines() if ": executed" in line}
     assert by_dvc.runs() == {"parents": 1, "children": 2}
 
 
+def copied(checkout: Checkout, folder: Path) -> Checkout:
+    """Another one, with all that was done in the first."""
+    copy = object.__new__(Checkout)
+    copy.root = folder / "copy"
+    shutil.copytree(checkout.root, copy.root, symlinks=True)
+    return copy
+
+
+def same_bytes(one: Checkout, other: Checkout) -> None:
+    ours, theirs = one.stages(), other.stages()
+    assert ours.keys() == theirs.keys()
+    # report and package hold the seconds and the git commit of their own run
+    same = [name for name in ours if name not in ("report", "package")]
+    assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+
+
 @pytest.mark.slow
 def test_a_change_of_one_variant_runs_its_stages_and_what_follows(by_flow: Checkout, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(by_flow.root, copy, symlinks=True)
+    changed = copied(by_flow, tmp_path)
     before = by_flow.stages()
-    changed = object.__new__(Checkout)
-    changed.root = copy
     changed.run("--set", "variants.int8.smoothing=0.4")
     after = changed.stages()
     differing = {name for name in before if before[name] != after[name]}
@@ -110,7 +128,7 @@ def test_a_change_of_one_variant_runs_its_stages_and_what_follows(by_flow: Check
     assert not {name for name in differing if name.endswith("@base")}
     assert differing.isdisjoint({"download", "datasets", "calibrate"})
     assert changed.runs() == {"parents": 2, "children": 4}
-    assert os.path.exists(copy / "dist/smollm2-135m-instruct/SHA256SUMS")
+    assert (changed.root / "dist/smollm2-135m-instruct/SHA256SUMS").exists()
 
 
 @pytest.mark.slow
