@@ -27,6 +27,7 @@ from tasks.provenance import git_state, machine, versions
 RESULTS = Path("bench/results")
 NEEDED = (Path("models/source"), Path("data/calibration"), Path("data/raw"))
 STATISTICS = "statistics"
+WIDTH = 150
 
 Runs = dict[str, list[dict[str, Any]]]
 
@@ -64,7 +65,9 @@ def main(
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "latest.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (RESULTS / "latest.png").write_bytes(picture(field))
-    Console().print(table(field))
+    console = Console()
+    # a log has no width of its own, and a table folded into 80 columns cannot be read
+    console.print(table(field), width=console.width if console.is_terminal else WIDTH, soft_wrap=False)
     for goal in told:
         print(f"{'reached' if goal.reached else 'MISSED '}  {goal.what}: {goal.found} ({goal.promised})")
     print(f"\n{RESULTS / 'latest.json'} and latest.png")
