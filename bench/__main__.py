@@ -27,7 +27,7 @@ from tasks.provenance import git_state, machine, versions
 RESULTS = Path("bench/results")
 NEEDED = (Path("models/source"), Path("data/calibration"), Path("data/raw"))
 STATISTICS = "statistics"
-WIDTH = 150
+WIDTH = 150  # of a log, which has none of its own; folded into 80 columns the table cannot be read
 
 Runs = dict[str, list[dict[str, Any]]]
 
@@ -65,9 +65,7 @@ def main(
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "latest.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (RESULTS / "latest.png").write_bytes(picture(field))
-    console = Console()
-    # a log has no width of its own, and a table folded into 80 columns cannot be read
-    console.print(table(field), width=console.width if console.is_terminal else WIDTH, soft_wrap=False)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table(field))
     for goal in told:
         print(f"{'reached' if goal.reached else 'MISSED '}  {goal.what}: {goal.found} ({goal.promised})")
     print(f"\n{RESULTS / 'latest.json'} and latest.png")
@@ -91,7 +89,7 @@ def _measure(folder: Path, chosen: list[Contender], rounds: int, items: int) -> 
                 file.unlink()
             runs.setdefault(one.name, []).append(_run(f"round {number + 1}: {one.name}", one.name, place, known))
     spoken = [one.name for one in chosen if one.name in DECODE]
-    decode = _run("decoding in ONNX Runtime GenAI", "decode", folder, *spoken)
+    decode = _run("decoding in ONNX Runtime GenAI", "decode", folder, *spoken) if spoken else {"ratio": {}}
     made = {one.name: folder / one.name for one in chosen} | {"base": Path("models/source")}
     quality = {name: _run(f"quality: {name}", "quality", place, str(items)) for name, place in made.items()}
     seconds = {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
