@@ -31,7 +31,8 @@ from tasks.statistics import needed_bytes
 # what solvers/awq.py tries
 SCALE_TRIALS, CLIP_TRIALS = 20, 10
 BLOCK = 64  # columns, in solvers/gptq.py
-STREAM = 256  # tokens of a stream, in quantizers/sensitivity.py
+STREAM = 256  # tokens of a stream, in quantizers/sensitivity.py, and the bits that it rounds to the nearest
+FINE = 8
 CACHED = 32e6  # bytes of a result up to which the C library uses memory again instead of giving it back
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # of the tasks in evals/, without examples in the prompt, by the tokenizer of SmolLM2: tokens that an item's forward
@@ -415,12 +416,12 @@ def _press_awq(work: Work, group: Group, variant: AwqSettings, shape: Shape) -> 
 
 def _press_auto(work: Work, group: Group, variant: AutoSettings, shape: Shape) -> None:
     """quantizers/auto.py: solved at every candidate for its error, then as AWQ with GPTQ's rounding."""
-    fitting = [size for _, size in variant.pairs if group.width % size == 0]
-    for size in fitting:
-        _round_layer(work, group, size, False, True, 0)
+    fitting = [(bits, size) for bits, size in variant.pairs if group.width % size == 0]
+    for bits, size in fitting:
+        _round_layer(work, group, size, False, bits < FINE, 0)
         work.product(4 * group.weights * group.width)
     _scale_channels(work, group, shape)
-    _round_layer(work, group, min(fitting, default=group.width), True, True, variant.refine)
+    _round_layer(work, group, min((size for _, size in fitting), default=group.width), True, True, variant.refine)
 
 
 def _scale_channels(work: Work, group: Group, shape: Shape) -> None:

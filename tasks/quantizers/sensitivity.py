@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from tasks.weights import save
 SEQUENCES, LENGTH = 2, 128  # of the calibration text, that the streams are of
 STATE, HIDDEN, FOUND = "measured.part.safetensors", "hidden", "found"
 DAMPING = 0.05
+FINE = 8  # bits with which so little is lost that the way of rounding does not matter
 # the plainest way that tells the precisions apart
 TRIAL = Rounding(scale=False, clip=False, gptq=True, act_order=True, damping=DAMPING, refine=0, propagate=False)
 
@@ -64,7 +65,8 @@ def measure(job: Job, candidates: Mapping[str, Grid]) -> dict[str, Sensitivity]:
         rounded: dict[str, Tensor] = {}
         for label, grid in candidates.items():
             fitting = {name: grid for name in known.inputs if grid.fitted(known.weight(name).shape[1]) == grid}
-            for name, solved in solve_layer(known, fitting, TRIAL).items():
+            how = replace(TRIAL, gptq=grid.bits < FINE)
+            for name, solved in solve_layer(known, fitting, how).items():
                 weight, gram = known.weight(name), known.inputs[name].gram
                 new = solved.weight()
                 error = (output_error(new - weight, gram).sum() / output_error(weight, gram).sum()).item()

@@ -105,6 +105,7 @@ def test_the_counts_are_those_of_the_solvers() -> None:
     assert (plan.SCALE_TRIALS, plan.CLIP_TRIALS) == (awq.SCALE_TRIALS, awq.CLIP_TRIALS)
     assert gptq.BLOCK == plan.BLOCK
     assert sensitivity.SEQUENCES * sensitivity.LENGTH == plan.STREAM
+    assert sensitivity.FINE == plan.FINE
     assert set(plan.ITEMS) == set(local_tasks(ROOT / "evals"))
 
 

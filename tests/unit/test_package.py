@@ -211,6 +211,14 @@ class TestCard:
         compile(code, "README.md", "exec")
         assert "apply_chat_template" in code
 
+    def test_it_offers_vllm_only_what_vllm_loads(self, workplace: Callable[..., Workplace]) -> None:
+        auto = {"base": VARIANTS["base"], "auto": VARIANTS["gptq-int4"] | {"method": "auto"}}
+        for name, variants in {"uniform": VARIANTS, "mixed": auto}.items():
+            work = workplace(variants, name)
+            work.package()
+            text = (work.destination / "README.md").read_text()
+            assert ("vllm serve" in text, "`variants.auto.fused: true`" in text) == (name == "uniform", name == "mixed")
+
     def test_for_onnx_its_code_runs(
         self, workplace: Callable[..., Workplace], llama: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
