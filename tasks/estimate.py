@@ -28,8 +28,8 @@ from tasks.settings import (
 from tasks.shape import Group, Layer, Shape
 from tasks.statistics import needed_bytes
 
-# what solvers/awq.py tries
-SCALE_TRIALS, CLIP_TRIALS = 20, 10
+# what solvers/awq.py tries, and on how many rows the scales
+SCALE_TRIALS, CLIP_TRIALS, ROWS = 20, 10, 512
 BLOCK = 64  # columns, in solvers/gptq.py
 STREAM = 256  # tokens of a stream, in quantizers/sensitivity.py, and the bits that it rounds to the nearest
 FINE = 8
@@ -428,10 +428,11 @@ def _scale_channels(work: Work, group: Group, shape: Shape) -> None:
     """quantizers/grouped.py."""
     # values that several queries read through have no channel of their own for each of them
     if group.name != "o_proj" or shape.kv == group.width:
+        tried = group.weights / math.ceil(sum(group.rows) / ROWS)
         for _ in range(SCALE_TRIALS):
             # solvers/awq.py, search_scale: rounded, its change, what that does to the output
-            work.product(2 * group.weights * group.width)
-            work.passes(group.weights, 8, 8)
+            work.product(2 * tried * group.width)
+            work.passes(tried, 8, 8)
         work.passes(group.weights, 4, 2)
         work.passes(group.width**2, 2, 0)
 

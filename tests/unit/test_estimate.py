@@ -102,7 +102,7 @@ def test_every_method_that_presses_can_be_estimated() -> None:
 
 
 def test_the_counts_are_those_of_the_solvers() -> None:
-    assert (plan.SCALE_TRIALS, plan.CLIP_TRIALS) == (awq.SCALE_TRIALS, awq.CLIP_TRIALS)
+    assert (plan.SCALE_TRIALS, plan.CLIP_TRIALS, plan.ROWS) == (awq.SCALE_TRIALS, awq.CLIP_TRIALS, awq.ROWS)
     assert gptq.BLOCK == plan.BLOCK
     assert sensitivity.SEQUENCES * sensitivity.LENGTH == plan.STREAM
     assert sensitivity.FINE == plan.FINE

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, Rounded, fit_grid, gptq, output_error, round_to_grid, rtn
+from tasks.solvers import Grid, Rounded, awq, fit_grid, gptq, output_error, round_to_grid, rtn
 from tasks.solvers.awq import search_clip, search_scale
 from tasks.solvers.refine import _fit_scales, refine
 from tasks.solvers.smoothquant import smooth
@@ -181,6 +181,21 @@ def test_awq_scales_and_clips_cost_less_than_none(weight: Tensor, inputs: Tensor
     both = gptq.solve(weight * scale, scaled_gram, grid(), act_order=True, damping=0.01, limit=limit)
     alone = gptq.solve(weight, gram, grid(), act_order=True, damping=0.01)
     assert cost(both, weight * scale, scaled_gram) < cost(alone, weight, gram)
+
+
+def test_awq_tells_the_trials_apart_by_some_of_many_rows(
+    inputs: Tensor, gram: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = torch.randn(2 * awq.ROWS + 100, WIDTH, generator=torch.Generator().manual_seed(2))
+    many[:, 5] *= 6
+
+    def found() -> float:
+        scale = search_scale(many, gram, inputs.abs().mean(0), grid())
+        return cost(rtn.solve(many * scale, grid()), many * scale, gram / scale[:, None] / scale)
+
+    some = found()
+    monkeypatch.setattr(awq, "ROWS", len(many))
+    assert some == pytest.approx(found(), rel=0.02)
 
 
 def test_clips_lessen_the_error_of_each_group(weight: Tensor, gram: Tensor) -> None:
