@@ -31,8 +31,7 @@ from tasks.statistics import needed_bytes
 # what solvers/awq.py tries, and on how many rows the scales
 SCALE_TRIALS, CLIP_TRIALS, ROWS = 20, 10, 512
 BLOCK = 64  # columns, in solvers/gptq.py
-STREAM = 256  # tokens of a stream, in quantizers/sensitivity.py, and the bits that it rounds to the nearest
-FINE = 8
+STREAM, FINE = 256, 8  # in quantizers/sensitivity.py: tokens of a stream, and bits from which it rounds to the nearest
 CACHED = 32e6  # bytes of a result up to which the C library uses memory again instead of giving it back
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # of the tasks in evals/, without examples in the prompt, by the tokenizer of SmolLM2: tokens that an item's forward

@@ -12,7 +12,7 @@ from tasks.solvers import Grid, output_error
 from tasks.solvers.rtn import solve as round_to_nearest
 
 SCALE_TRIALS = 20
-ROWS = 512  # about as many rows tell the trials apart as well as all do, in a fraction of the time
+ROWS = 512  # at most as many, but more than half, tell the trials apart as well as all do, in a fraction of the time
 CLIP_TRIALS = 10
 CLIP_STEP = 0.05  # of the largest magnitude
 
@@ -21,7 +21,7 @@ def search_scale(weight: Tensor, gram: Tensor, mean: Tensor, grid: Grid) -> Tens
     """The factor for each input channel, float32 [width], with which rounding costs the least of the layer's output.
 
     weight: [rows, width], to be multiplied by the factors; its input is to be divided. mean: of the inputs' magnitudes.
-    Of more than `ROWS` rows, evenly spaced ones are tried.
+    Of more than `ROWS` rows every second, third or nth is tried.
     """
     importance = _importance(weight, grid)
     weight = weight[:: -(-len(weight) // ROWS)]
