@@ -77,12 +77,12 @@ def decode(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 
     Alternating; tokens a second: medians; ratio: median of those to the baseline's of the same round.
     """
-    from tasks.benchmark import speeds
+    from tasks.benchmark import alternate, warm_up
     from tasks.exporters.onnx import export_onnx
     from tasks.runtimes import load_runtime
 
     settings = load_settings(PARAMS)
-    asked = settings.benchmark.model_copy(update={"repeats": 1})
+    asked = settings.benchmark.model_copy(update={"repeats": ROUNDS})
     with tempfile.TemporaryDirectory() as place:
         runtimes = {}
         for name in (BASE, *names):
@@ -91,10 +91,12 @@ def decode(folder: Path, names: Sequence[str]) -> dict[str, Any]:
             export_onnx(MODEL if name == BASE else folder / name, target, settings.onnx.output_layer)
             _complete(target)
             runtimes[name] = load_runtime("onnx", target, asked.dtype)
-        rounds = [{name: speeds(one, asked)["decode"] for name, one in runtimes.items()} for _ in range(ROUNDS)]
+            warm_up(runtimes[name], asked)
+        found = alternate(list(runtimes.values()), asked)
+    rounds = [{name: speed.decode for name, speed in zip(runtimes, speeds, strict=True)} for speeds in found]
     return {
-        "tokens_per_second": {name: round(median(found[name] for found in rounds), 1) for name in runtimes},
-        "ratio": {name: round(median(found[name] / found[BASE] for found in rounds), 2) for name in names},
+        "tokens_per_second": {name: round(median(one[name] for one in rounds), 1) for name in runtimes},
+        "ratio": {name: round(median(one[name] / one[BASE] for one in rounds), 2) for name in names},
     }
 
 

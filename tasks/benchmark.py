@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -17,8 +18,11 @@ from tasks.device import peak_memory
 from tasks.output import write_json
 from tasks.program import one_argument, run_stage
 from tasks.runtimes import About, Runtime, load_runtime
-from tasks.settings import BenchmarkSettings, Settings
+from tasks.settings import BASE, BenchmarkSettings, Settings
 from tasks.size import weight_bits
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ASIDE = {".md", ".txt", ".yaml"}  # what no runtime reads
 
@@ -29,6 +33,7 @@ class BenchmarkReport:
 
     bits_per_weight: of the decoder's linear layers as they are shipped; None where the format does not tell.
     Speeds are None where the runtime has no kernel for the format (`fast_kernel` false; `note` says why).
+    Ratios are to the baseline's speed in the same run: medians over rounds in which the two alternate.
     """
 
     variant: str
@@ -46,14 +51,35 @@ class BenchmarkReport:
     prefill_tokens_per_second: float | None
     decode_tokens_per_second: float | None
     time_to_first_token_seconds: float | None
+    prefill_ratio: float | None
+    decode_ratio: float | None
 
 
-def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path) -> BenchmarkReport:
-    """Load the model in its runtime and, where that has a kernel for the format, time prompts and answers."""
+@dataclass(frozen=True)
+class Speed:
+    """Of one round: seconds to the first token; tokens a second of the prompt, and of the answer after that token."""
+
+    first: float
+    prefill: float
+    decode: float
+
+
+def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path, baseline: Path) -> BenchmarkReport:
+    """Load the model in its runtime and, where that has a kernel for the format, time prompts and answers.
+
+    baseline: what it is compared with, loaded beside it; if that is the model itself, its ratios are 1.
+    """
     started = time.perf_counter()
     runtime = load_runtime(target, model, settings.dtype)
     loaded = time.perf_counter() - started
-    speed = speeds(runtime, settings) if runtime.fast else {}
+    runtimes = [runtime] if runtime.fast else []
+    if runtimes:
+        warm_up(runtime, settings)
+    peak = peak_memory(runtime.about.device)
+    if runtimes and model != baseline:
+        runtimes.append(load_runtime(target, baseline, settings.dtype))
+        warm_up(runtimes[-1], settings)
+    rounds = alternate(runtimes, settings)
     return BenchmarkReport(
         variant=name,
         runtime=runtime.about,
@@ -62,44 +88,60 @@ def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path) 
         size_bytes=sum(p.stat().st_size for p in model.rglob("*") if p.is_file() and p.suffix not in _ASIDE),
         bits_per_weight=weight_bits(model),
         load_seconds=round(loaded, 3),
-        peak_memory_bytes=peak_memory(runtime.about.device),
+        peak_memory_bytes=peak,
         prompt_tokens=settings.prompt_tokens,
         new_tokens=settings.new_tokens,
         batch_size=settings.batch_size,
         repeats=settings.repeats,
-        prefill_tokens_per_second=speed.get("prefill"),
-        decode_tokens_per_second=speed.get("decode"),
-        time_to_first_token_seconds=speed.get("first"),
+        prefill_tokens_per_second=_median(own.prefill for own, *_ in rounds),
+        decode_tokens_per_second=_median(own.decode for own, *_ in rounds),
+        time_to_first_token_seconds=_median(own.first for own, *_ in rounds),
+        prefill_ratio=_median(speeds[0].prefill / speeds[-1].prefill for speeds in rounds),
+        decode_ratio=_median(speeds[0].decode / speeds[-1].decode for speeds in rounds),
     )
 
 
-def speeds(runtime: Runtime, settings: BenchmarkSettings) -> dict[str, float]:
-    """Seconds to the first token, tokens a second of the prompt and of the answer: medians over the repeats.
+def warm_up(runtime: Runtime, settings: BenchmarkSettings) -> None:
+    """A prompt and an answer that do not count: the first use pays for memory and code paths."""
+    runtime.generate_ids(_prompt(runtime, settings), settings.new_tokens)
 
-    Decoding is a whole answer less the time to its first token.
+
+def alternate(runtimes: Sequence[Runtime], settings: BenchmarkSettings) -> list[list[Speed]]:
+    """In each of `repeats` rounds, the speed of one runtime after the other; no rounds without runtimes.
+
+    What slows the machine for a while slows all of a round, so the ratios within it still hold.
     """
+    if not runtimes:
+        return []
+    rounds = tqdm(range(settings.repeats), desc="rounds")
+    return [[_speed(runtime, settings) for runtime in runtimes] for _ in rounds]
+
+
+def _speed(runtime: Runtime, settings: BenchmarkSettings) -> Speed:
+    """Decoding is a whole answer less the time to its first token."""
+    prompt = _prompt(runtime, settings)
+    first = _seconds(runtime, prompt, 1)
+    rest = _seconds(runtime, prompt, settings.new_tokens) - first
+    return Speed(first, prompt.numel() / first, settings.batch_size * (settings.new_tokens - 1) / rest)
+
+
+def _prompt(runtime: Runtime, settings: BenchmarkSettings) -> Tensor:
     import torch
 
-    vocabulary = len(runtime.tokenizer)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocabulary, (settings.batch_size, settings.prompt_tokens), generator=generator)
-    runtime.generate_ids(prompt, 2)  # the first use pays for memory and code paths
-    first, rest = [], []
-    for _ in tqdm(range(settings.repeats), desc="repeats"):
-        first.append(_seconds(runtime, prompt, 1))
-        rest.append(_seconds(runtime, prompt, settings.new_tokens) - first[-1])
-    to_first, to_last = statistics.median(first), statistics.median(rest)
-    return {
-        "first": to_first,
-        "prefill": prompt.numel() / to_first,
-        "decode": settings.batch_size * (settings.new_tokens - 1) / to_last,
-    }
+    shape = (settings.batch_size, settings.prompt_tokens)
+    return torch.randint(len(runtime.tokenizer), shape, generator=generator)
 
 
-def _seconds(runtime: Runtime, prompt: Any, new_tokens: int) -> float:
+def _seconds(runtime: Runtime, prompt: Tensor, new_tokens: int) -> float:
     started = time.perf_counter()
     runtime.generate_ids(prompt, new_tokens).cpu()
     return time.perf_counter() - started
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
 
 
 def main() -> None:
@@ -108,7 +150,8 @@ def main() -> None:
 
     def work(settings: Settings) -> None:
         settings.variant(name)
-        report = benchmark(name, settings.benchmark, settings.target, Path("exports") / name)
+        exports = Path("exports")
+        report = benchmark(name, settings.benchmark, settings.target, exports / name, exports / BASE)
         write_json(Path(f"metrics/benchmark/{name}.json"), asdict(report))
         speed = report.decode_tokens_per_second
         print(f"{name}: {report.size_bytes / 1e6:.1f} MB, {f'{speed:.1f} tokens/s' if speed else report.note}")

@@ -108,6 +108,7 @@ def _measured(
         for text, values in evaluated["texts"].items()
     }
     speeds = ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds")
+    ratios = ("prefill_ratio", "decode_ratio")
     return {
         **{k: quantized[k] for k in ("method", "bits", "seconds", "identity", "tokens")},
         # as it is shipped, where the target's format tells; it may differ from what was solved
@@ -117,9 +118,7 @@ def _measured(
         "size_bytes": measured["size_bytes"],
         "ratio": base_measured["size_bytes"] / measured["size_bytes"],
         "speed": {
-            "decode_ratio": _ratio(measured, base_measured, "decode_tokens_per_second"),
-            "prefill_ratio": _ratio(measured, base_measured, "prefill_tokens_per_second"),
-            **{k: measured[k] for k in ("fast_kernel", "note", "runtime", "load_seconds", *speeds)},
+            **{k: measured[k] for k in ("fast_kernel", "note", "runtime", "load_seconds", *speeds, *ratios)},
             "peak_memory_bytes": measured["peak_memory_bytes"],
         },
         "mean_score": evaluated["mean_score"],
@@ -145,10 +144,6 @@ def _judged(pairs: Pairs, bits: int | None, gate: GateSettings, chance: Mapping[
         "gate": wanted,
         **asdict(judge(found, wanted)),
     }
-
-
-def _ratio(measured: Mapping[str, Any], base: Mapping[str, Any], key: str) -> float | None:
-    return measured[key] / base[key] if measured[key] and base[key] else None
 
 
 def _read_items(results: Path, variant: str, evaluated: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

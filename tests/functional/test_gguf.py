@@ -204,7 +204,7 @@ def test_llama_cpps_quantizer_says_what_it_took(pressed: Callable[[str], Path]) 
 
 def test_a_benchmark_has_speeds(base: Path) -> None:
     settings = BenchmarkSettings(dtype="float32", prompt_tokens=8, new_tokens=4, batch_size=2, repeats=1)
-    report = benchmark("base", settings, "gguf", base)
+    report = benchmark("base", settings, "gguf", base, base)
     assert report.fast_kernel
     assert report.decode_tokens_per_second
     assert report.runtime.name == "llama-cpp-python"

@@ -159,5 +159,7 @@ def _metrics(
             "prefill_tokens_per_second": speed and 900.0 * speed,
             "decode_tokens_per_second": speed and 41.0 * speed,
             "time_to_first_token_seconds": speed and 0.14 / speed,
+            "prefill_ratio": speed,
+            "decode_ratio": speed,
         },
     )

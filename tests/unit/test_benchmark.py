@@ -1,0 +1,93 @@
+"""The benchmark stage: ratios stand a machine that is slower for a while, and memory is the variant's alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tasks.benchmark
+from tasks.benchmark import BenchmarkReport, benchmark
+from tasks.runtimes import About
+from tasks.settings import BenchmarkSettings
+
+SETTINGS = BenchmarkSettings(dtype="float32", prompt_tokens=10, new_tokens=5, batch_size=2, repeats=3)
+LAPS = (1.0, 4.0, 0.5)  # how slow the machine is, round by round
+PROMPT, TOKEN = 8.0, 2.0  # seconds that the baseline takes for a prompt with its first token, and for one after that
+
+Measure = Callable[..., tuple[BenchmarkReport, list[str]]]
+
+
+class Machine:
+    """A clock, what was done on it, and models that take their time there."""
+
+    def __init__(self, slower: dict[str, float], fast: bool) -> None:
+        self.now, self.done, self.slower, self.fast = 0.0, list[str](), slower, fast
+
+    def load(self, _target: str, directory: Path, _dtype: str) -> Any:
+        name = directory.name
+        self.done.append(f"load {name}")
+
+        def generate(ids: Tensor, new_tokens: int) -> Tensor:
+            answers = [did for did in self.done if did == f"answer {name}"]
+            lap = LAPS[max(0, len(answers) - 1)] if answers else 1.0
+            if new_tokens > 1:
+                self.done.append(f"answer {name}")
+            self.now += lap * self.slower[name] * (PROMPT + TOKEN * (new_tokens - 1))
+            return torch.cat([ids, ids[:, :1].repeat(1, new_tokens)], 1)
+
+        about = About("engine", "1", "cpu", "float32", 2, "processor")
+        return SimpleNamespace(generate_ids=generate, fast=self.fast, note=None, about=about, tokenizer=range(100))
+
+    def peak(self, _device: str) -> int:
+        self.done.append("memory")
+        return 7
+
+
+@pytest.fixture
+def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
+    def measured(name: str = "int8", *, slower: float = 0.5, fast: bool = True) -> tuple[BenchmarkReport, list[str]]:
+        machine = Machine({"base": 1.0, "int8": slower}, fast)
+        monkeypatch.setattr(tasks.benchmark, "load_runtime", machine.load)
+        monkeypatch.setattr(tasks.benchmark, "peak_memory", machine.peak)
+        monkeypatch.setattr(tasks.benchmark, "weight_bits", lambda _: 8.0)
+        monkeypatch.setattr("tasks.benchmark.time.perf_counter", lambda: machine.now)
+        return benchmark(name, SETTINGS, "engine", tmp_path / name, tmp_path / "base"), machine.done
+
+    return measured
+
+
+def test_ratios_hold_on_a_machine_that_is_slower_for_a_while(measure: Measure) -> None:
+    report, _ = measure()
+    assert (report.prefill_ratio, report.decode_ratio) == (2.0, 2.0)
+    # the median round is the one of a quiet machine
+    assert report.time_to_first_token_seconds == PROMPT / 2
+    assert report.prefill_tokens_per_second == 20 / (PROMPT / 2)
+    assert report.decode_tokens_per_second == 2 * 4 / (4 * TOKEN / 2)
+
+
+def test_the_two_alternate_after_an_answer_of_each_that_does_not_count(measure: Measure) -> None:
+    report, done = measure()
+    assert done == [
+        *("load int8", "answer int8", "memory", "load base", "answer base"),
+        *["answer int8", "answer base"] * SETTINGS.repeats,
+    ]
+    assert report.peak_memory_bytes == 7
+
+
+def test_the_baseline_is_not_compared_with_itself(measure: Measure) -> None:
+    report, done = measure("base")
+    assert (report.prefill_ratio, report.decode_ratio) == (1.0, 1.0)
+    assert done.count("load base") == 1
+    assert done.count("answer base") == 1 + SETTINGS.repeats
+
+
+def test_what_has_no_kernel_gets_no_speed(measure: Measure) -> None:
+    report, done = measure(fast=False)
+    assert (report.decode_tokens_per_second, report.prefill_ratio, report.decode_ratio) == (None, None, None)
+    assert done == ["load int8", "memory"]
