@@ -5,10 +5,12 @@ python -m tasks.calibrate
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +33,16 @@ CHOICE = 64  # times more text than is needed is read, if it is there, to draw s
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One source: its documents, those read, the tokens in them, the tokens drawn for use, in how many sequences, and
-    the documents that were dropped, by reason. Documents are cut at the ends of sequences; none is left out for being
-    long."""
+    """One source: its documents, those read, the tokens in them, the tokens drawn for use, in how many sequences and
+    from how many places, and the documents that were dropped, by reason. Documents are cut at the ends of excerpts;
+    none is left out for being long."""
 
     documents: int
     read: int
     tokens_read: int
     tokens: int
     sequences: int
+    excerpts: int
     dropped: dict[str, int]
 
 
@@ -84,7 +87,7 @@ def calibrate(
     reports: dict[str, SourceReport] = {}
     seen: set[int] = set()
     for name, count in tqdm(shares(settings).items(), desc="packing"):
-        sequences, reports[name] = _pack(raw, name, settings.sources[name], tokenizer, count, length, settings.seed)
+        sequences, reports[name] = _pack(raw, name, settings, tokenizer, count, length)
         rows += [[tokenizer.bos_token_id, *ids] if bos else ids for ids in sequences]
         for text in tokenizer.batch_decode(sequences):
             seen |= ngrams(text, settings.overlap.ngram)
@@ -129,34 +132,39 @@ def shares(settings: CalibrationSettings) -> dict[str, int]:
 def _pack(
     raw: Path,
     name: str,
-    source: CalibrationSource,
+    settings: CalibrationSettings,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     length: int,
-    seed: int,
 ) -> tuple[list[list[int]], SourceReport]:
-    """`count` sequences of `length` tokens, drawn from one source's documents in random order."""
+    """`count` sequences of `length` tokens, of excerpts from one source's documents in random order."""
+    source = settings.sources[name]
     found = list(documents(raw, name, source))
-    order = random.Random(f"{seed} {name}")  # noqa: S311
+    order = random.Random(f"{settings.seed} {name}")  # noqa: S311
     order.shuffle(found)
     dropped: Counter[str] = Counter()
     stream: list[int] = []
     used = 0
-    # a long document must not fill the share alone: sequences are drawn from more text than is needed
+    # a long document must not fill the share alone: excerpts are drawn from more text than is needed
     plenty = count * length * CHOICE
     for text in _texts(found, source, tokenizer, name, dropped):
         if len(stream) >= plenty:
             break
         stream += tokenizer(text + SEPARATOR, add_special_tokens=False).input_ids
         used += 1
-    pieces = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
-    if len(pieces) < count:
+    size = min(settings.excerpt or length, length)
+    each = math.ceil(length / size)
+    pieces = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
+    if len(pieces) < count * each:
         raise TaskError(
-            f"calibration source {name} has {len(stream)} tokens, its share is {count * length} "
+            f"calibration source {name} has {len(stream)} tokens, its share is {count * each * size} "
             f"({count} sequences of {length}); lower calibration.samples or its weight, or add text"
         )
-    report = SourceReport(len(found), used, len(stream), count * length, count, dict(dropped))
-    return order.sample(pieces, count), report
+    drawn = order.sample(pieces, count * each)
+    # what the last excerpt has too much is cut off
+    sequences = [list(chain(*drawn[i : i + each]))[:length] for i in range(0, len(drawn), each)]
+    report = SourceReport(len(found), used, len(stream), count * length, count, len(drawn), dict(dropped))
+    return sequences, report
 
 
 def _texts(

@@ -32,6 +32,7 @@ from tasks.statistics import needed_bytes
 SCALE_TRIALS, CLIP_TRIALS, ROWS = 20, 10, 512
 BLOCK = 64  # columns, in solvers/gptq.py
 STREAM, FINE = 256, 8  # in quantizers/sensitivity.py: tokens of a stream, and bits from which it rounds to the nearest
+STEP = 5  # calls that a decoder layer makes for a token by itself: cache, masks and the choice of the token beside it
 CACHED = 32e6  # bytes of a result up to which the C library uses memory again instead of giving it back
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # of the tasks in evals/, without examples in the prompt, by the tokenizer of SmolLM2: tokens that an item's forward
@@ -314,7 +315,8 @@ def _answers(job: Job, work: Work, arithmetic: str) -> None:
     width = 1 if arithmetic == "int8" else BYTES[settings.dtype]
     steps = (settings.repeats + 1) * (settings.new_tokens - 1)
     streamed = width * sum(layer.active for layer in shape.layers) + BYTES[settings.dtype] * shape.embedding
-    work.seconds += steps * (streamed / job.machine.stream_gbs / 1e9 + len(shape.layers) * job.machine.layer_us / 1e6)
+    calls = STEP * len(shape.layers) * job.machine.layer_us / 1e6
+    work.seconds += steps * (streamed / job.machine.stream_gbs / 1e9 + calls)
 
 
 def package(job: Job) -> Need:

@@ -109,6 +109,7 @@ class CalibrationSettings(Section):
 
     samples: Annotated[int, Field(ge=1, le=65536)]
     sequence_length: Annotated[int, Field(ge=16, le=131072)]
+    excerpt: Annotated[int, Field(ge=16)] | None = None
     seed: Annotated[int, Field(ge=0)]
     overlap: Overlap
     sources: Annotated[dict[Name, CalibrationSource], Field(min_length=1)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -60,6 +61,23 @@ def test_full_sequences_in_the_shares_of_their_weights(llama: Path, raw: Path, t
     assert report.vocabulary == len(tokenizer)
     assert report.vocabulary_seen == len(ids.unique())
     assert json.loads((tmp_path / "out/calibration.json").read_text())["tokens"] == 8 * LENGTH
+
+
+@pytest.mark.parametrize(("excerpt", "cuts"), [(16, (16, 16)), (24, (24, 8)), (None, (32,)), (64, (32,))])
+def test_a_sequence_is_made_of_excerpts(
+    llama: Path, raw: Path, tmp_path: Path, excerpt: int | None, cuts: tuple[int, ...]
+) -> None:
+    one = settings(excerpt=excerpt, sources={"text": {"source": "path:x"}})
+    report = calibrate(one, {}, llama, raw, tmp_path / "out")
+    assert (report.sources["text"].sequences, report.sources["text"].excerpts) == (8, 8 * len(cuts))
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    stream = tokenizer((raw / "text/data.txt").read_text().strip(), add_special_tokens=False).input_ids
+    places = {tuple(stream[i : i + cuts[0]]) for i in range(0, len(stream), cuts[0])}
+    for row in load_file(tmp_path / "out/tokens.safetensors")["input_ids"].tolist():
+        first, *others = torch.tensor(row).split(cuts)
+        assert tuple(first.tolist()) in places
+        for other in others:
+            assert any(place[: len(other)] == tuple(other.tolist()) for place in places)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_gives_others(llama: Path, raw: Path, tmp_path: Path) -> None:
