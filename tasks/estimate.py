@@ -226,8 +226,7 @@ def quantize(job: Job, variant: Variant) -> Need:
                 group.copies * len(group.rows) for one in job.shape.layers[: index + 1] for group in one.groups
             )
             _forward_layer(work, job.shape, layer, streams * STREAM, STREAM, STREAM / 2)
-    if isinstance(variant, AutoSettings):
-        _output_layer(work, job.shape, STREAM * sum(map(_linears, job.shape.layers)), "float32")
+            work.write(4 * streams * STREAM * job.shape.hidden)
     disk = variant_bytes(job, variant)
     outside = BYTES[job.settings.model.dtype] * job.shape.outside
     work.read(outside)
@@ -238,7 +237,20 @@ def quantize(job: Job, variant: Variant) -> Need:
     held = max(_pressing_bytes(layer, variant) for layer in job.shape.layers)
     held = max(held, 2.0 * BYTES[job.settings.model.dtype] * job.shape.embedding)
     held = max(held, compare(job, work, variant))
+    if isinstance(variant, AutoSettings):
+        held = max(held, _diverge(job, work))
     return _started(job, work, memory=held, disk=disk, scratch=disk)
+
+
+def _diverge(job: Job, work: Work) -> float:
+    """quantizers/sensitivity.py: what all streams foretell, against the baseline's; returns the bytes that it holds."""
+    shape, streams = job.shape, sum(map(_linears, job.shape.layers))
+    _output_layer(work, shape, STREAM * streams, "float32")
+    for _ in range(streams):
+        work.passes(STREAM * shape.vocabulary, 1, 3)
+    # those of the layer before and their own; of the baseline and of one stream logits and their logarithms
+    words = 4 * STREAM * shape.vocabulary + shape.embedding
+    return 4.0 * (2 * streams * STREAM * shape.hidden + words)
 
 
 def export(job: Job, variant: Variant) -> Need:
