@@ -32,7 +32,7 @@ def statistics(folder: Path) -> dict[str, Any]:
     """The pass that serves all of our own methods."""
     from tasks.statistics import collect
 
-    report = collect(MODEL, CALIBRATION, folder)
+    report = collect(MODEL, CALIBRATION, folder, load_settings(PARAMS).statistics.importance)
     return {"seconds": report.seconds, "peak_memory_bytes": report.peak_memory_bytes}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ class Decoder:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        self._base = model.base_model.eval()
+        # no gradient of a weight is ever asked for; that of an activation is, by whoever gives one that wants it
+        self._base = model.base_model.eval().requires_grad_(False)
         self.prefix = f"{model.base_model_prefix}."
         self._layers: list[nn.Module] = list(self._base.layers)
         self._arguments: dict[int, list[dict[str, Any]]] = {}
@@ -102,15 +103,15 @@ class Decoder:
         """What the names of the layer's tensors begin with."""
         return f"{self.prefix}layers.{index}."
 
-    @torch.no_grad()
     def run(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         """One batch through the layer that `layer()` gave for `index`, as the whole model would run it."""
         found = layer(hidden, **self._arguments[len(hidden)][index])
         return found[0] if isinstance(found, tuple) else found
 
-    @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """What the model says after its last layer: [rows, tokens, channels] -> float32 [rows, tokens, words].
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What comes after the last layer, for as long as the body runs: [rows, tokens, channels] -> the logits,
+        [rows, tokens, words].
 
         Memory: the output layer as it is stored and in the decoder's dtype, besides the logits.
         """
@@ -118,8 +119,9 @@ class Decoder:
         self._norm.load_state_dict({n: t.to(self.device, self.dtype) for n, t in state.items()}, assign=True)
         # the output layer may share the embedding's weights and then has none of its own
         own = "lm_head.weight"
-        weight = self.files.read(own if own in set(self.files) else f"{self.prefix}embed_tokens.weight")
-        return nn.functional.linear(self._norm(hidden), weight.to(self.device, self.dtype)).float()
+        stored = self.files.read(own if own in set(self.files) else f"{self.prefix}embed_tokens.weight")
+        weight = stored.to(self.device, self.dtype)
+        yield lambda hidden: nn.functional.linear(self._norm(hidden), weight)
 
 
 class _Recorder(nn.Module):

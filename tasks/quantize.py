@@ -9,6 +9,7 @@ import gc
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -53,7 +54,7 @@ class QuantizeReport:
     bits: of a quantized weight; bits_per_weight: with scales, zero points and layers left alone, over all linear layers
     of the decoder. tokens: of calibration. layers: each decoder layer's relative output error, given the baseline's own
     input. linears: where precisions are mixed, each linear layer's `name`, the `chosen` one, and `costs`, the
-    divergence that each brings. identity: sha256 of base, calibration, settings and library versions.
+    divergence that each brings. identity: sha256 of base, calibration, statistics, settings and library versions.
     """
 
     variant: str
@@ -84,7 +85,7 @@ def quantize(
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
     used = tokens[: getattr(variant, "samples", None)]
     started = time.monotonic()
-    key = identity(variant, model, calibration, libraries)
+    key = identity(variant, [model, calibration, *([statistics] if backend == OWN else [])], libraries)
     # ours are written layer by layer, and go on where they were interrupted
     place = resumable_directory(destination, key) if backend == OWN else whole_directory(destination)
     with place as work:
@@ -117,11 +118,11 @@ def quantize(
     )
 
 
-def identity(variant: Variant, model: Path, calibration: Path, libraries: dict[str, str]) -> str:
-    """What makes a variant this one and no other: sha256 of the base's bytes, the calibration's bytes, the settings and
-    the versions of the libraries. TaskError if an input is not whole."""
+def identity(variant: Variant, inputs: Sequence[Path], libraries: dict[str, str]) -> str:
+    """What makes a variant this one and no other: sha256 of the bytes it is made from, of settings and the versions
+    of the libraries. TaskError if an input is not whole."""
     parts = [json.dumps(variant.model_dump(), sort_keys=True), json.dumps(libraries, sort_keys=True)]
-    for folder in (model, calibration):
+    for folder in inputs:
         manifest = folder / MANIFEST
         if not manifest.exists():
             raise TaskError(f"{folder} is not there or not whole; run the stages before this one: modelpress run")

@@ -115,6 +115,13 @@ class CalibrationSettings(Section):
     sources: Annotated[dict[Name, CalibrationSource], Field(min_length=1)]
 
 
+class StatisticsSettings(Section):
+    """What is found out about the activations. importance: tokens count by how much of what the model says hangs on
+    them."""
+
+    importance: bool
+
+
 class TextSource(DataSource):
     """A held-out text for perplexity and divergence."""
 
@@ -339,6 +346,7 @@ class Settings(Section):
 
     model: ModelSettings
     calibration: CalibrationSettings
+    statistics: StatisticsSettings
     variants: dict[Name, Variant]
     target: Target
     onnx: OnnxSettings

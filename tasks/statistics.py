@@ -4,14 +4,14 @@ python -m tasks.statistics
 
 For each decoder layer a safetensors file, for each distinct input in it (q, k and v read the same one): its Gram matrix
 X^T X, its largest and its mean magnitude by channel. The model runs layer by layer; one layer's weights, its statistics
-and the activations are in memory.
+and the activations are in memory. Before, on request, the tokens are weighed (importance.py).
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +40,8 @@ STATE = "state.safetensors"  # what the next layer reads, while there is one
 class Input:
     """What is known of a linear layer's inputs X, over all calibration tokens.
 
-    gram: X^T X, float32 [channels, channels]. largest, mean: of the magnitudes, float32 [channels].
+    gram: X^T X, float32 [channels, channels], its tokens weighed if that was asked for. largest, mean: of the
+    magnitudes, float32 [channels].
     """
 
     gram: Tensor
@@ -63,15 +64,17 @@ class StatisticsReport:
     peak_memory_bytes: int
 
 
-def collect(model: Path, calibration: Path, destination: Path) -> StatisticsReport:
+def collect(model: Path, calibration: Path, destination: Path, importance: bool) -> StatisticsReport:
     """Run the model over the calibration tokens and write `layers.N.safetensors` for each layer.
 
+    importance: weigh the tokens in the Gram matrices by how much hangs on them (tasks/importance.py).
     A run that was interrupted goes on at its layer. TaskError if the model has no decoder layers in safetensors files.
     """
     import torch
     from safetensors.torch import load_file
 
     from tasks.decoder import Decoder
+    from tasks.importance import load_importance, weigh_tokens
 
     started = time.monotonic()
     device = compute_device()
@@ -80,14 +83,16 @@ def collect(model: Path, calibration: Path, destination: Path) -> StatisticsRepo
     decoder = Decoder(model, torch.float32, device)
     estimate = estimate_bytes(decoder, tokens)
     print(f"needs about {estimate / 1e9:.1f} GB of memory", flush=True)
-    with resumable_directory(destination, _key(model, calibration, device, dtype)) as work:
+    with resumable_directory(destination, _key(model, calibration, device, dtype, importance)) as work:
         # one sequence at a time stays in a CPU's cache
+        if importance:
+            weigh_tokens(decoder, tokens, work, dtype)
         hidden = decoder.embed(list(tokens.split(1)))
         state = work / STATE
         first = _resume(state, hidden)
         bar = tqdm(range(first, len(decoder)), desc="statistics", unit="layer", initial=first, total=len(decoder))
         for index in bar:
-            gathered = _layer(decoder, index, hidden, dtype)
+            gathered = _layer(decoder, index, hidden, dtype, load_importance(work, index, device))
             readers = json.dumps({name: entry.readers for name, entry in gathered.items()})
             found = {f"{name}.{key}": v for name, entry in gathered.items() for key, v in entry.tensors().items()}
             save(found, work / f"layers.{index}.safetensors", {READERS: readers})
@@ -134,12 +139,12 @@ def needed_bytes(
     return int(4 * (2 * activations + most))
 
 
-def _key(model: Path, calibration: Path, device: str, dtype: torch.dtype) -> str:
+def _key(model: Path, calibration: Path, device: str, dtype: torch.dtype, importance: bool) -> str:
     """What the statistics depend on."""
     import torch
     import transformers
 
-    parts = [torch.__version__, transformers.__version__, device, str(dtype)]
+    parts = [torch.__version__, transformers.__version__, device, str(dtype), str(importance)]
     parts += [checksum for folder in (model, calibration) for checksum in sorted(checksums(folder).values())]
     return "\n".join(parts)
 
@@ -174,11 +179,14 @@ def load_statistics(directory: Path, layer: int, device: str) -> dict[str, Input
     return found
 
 
-def _layer(decoder: Decoder, index: int, hidden: list[Tensor], dtype: torch.dtype) -> dict[str, _Sums]:
-    """The sums of one layer's inputs; `hidden` becomes what the next layer reads. dtype: of the matrix products."""
+def _layer(
+    decoder: Decoder, index: int, hidden: list[Tensor], dtype: torch.dtype, weights: Mapping[str, Tensor]
+) -> dict[str, _Sums]:
+    """The sums of one layer's inputs; `hidden` becomes what the next layer reads. dtype: of the matrix products;
+    weights: of the tokens, as in `listening`."""
     import torch
 
-    with decoder.layer(index) as layer, listening(layer) as sums:
+    with decoder.layer(index) as layer, listening(layer, weights) as sums:
         for number, batch in enumerate(hidden):
             with torch.autocast(decoder.device, dtype, enabled=dtype != decoder.dtype):
                 hidden[number] = decoder.run(index, layer, batch)
@@ -186,26 +194,29 @@ def _layer(decoder: Decoder, index: int, hidden: list[Tensor], dtype: torch.dtyp
 
 
 class _Sums:
-    """Sums over the tokens of one input."""
+    """Sums over the tokens of one input. weights: of the tokens in the Gram matrix, in their order; None: all are 1."""
 
-    def __init__(self, channels: int, device: Any) -> None:
+    def __init__(self, channels: int, device: Any, weights: Tensor | None) -> None:
         import torch
 
         self.readers: list[str] = []
         self.tokens = 0
         self.gram = torch.zeros(channels, channels, device=device)
         self.largest, self.total = torch.zeros(2, channels, device=device)
+        self._roots = None if weights is None else weights.flatten().sqrt()
 
     def add(self, x: Tensor) -> None:
         """Count what the layers read: [..., channels]."""
         import torch
 
         x = x.flatten(0, -2).float()
-        with torch.autocast(x.device.type, enabled=False):
-            self.gram.addmm_(x.T, x)
         magnitude = x.abs()
         self.largest = self.largest.maximum(magnitude.amax(0))
         self.total += magnitude.sum(0)
+        if self._roots is not None:
+            x = x * self._roots[self.tokens : self.tokens + len(x), None]
+        with torch.autocast(x.device.type, enabled=False):
+            self.gram.addmm_(x.T, x)
         self.tokens += len(x)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -214,25 +225,30 @@ class _Sums:
 
 
 @contextmanager
-def listening(layer: nn.Module) -> Iterator[dict[str, _Sums]]:
-    """Sums of what the linear layers inside `layer` read; those that read the same tensor share them."""
+def listening(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, _Sums]]:
+    """Sums of what the linear layers inside `layer` read; those that read the same tensor share them.
+
+    weights: of the tokens that will pass, [sequences, length] by the first layer that reads them; where there are none,
+    all weigh the same.
+    """
     from torch import nn
 
+    from tasks.importance import Inputs
+
     sums: dict[str, _Sums] = {}
-    seen: list[tuple[Tensor, str]] = []  # of one pass through the layer; holding them keeps them apart
+    inputs = Inputs()
 
     def hear(name: str, x: Tensor) -> None:
-        first = next((other for tensor, other in seen if tensor is x), None)
-        if first is None:
-            seen.append((x, name))
+        first = inputs.first(name, x)
+        if first == name:
             if name not in sums:
-                sums[name] = _Sums(x.shape[-1], x.device)
+                sums[name] = _Sums(x.shape[-1], x.device, weights.get(name))
                 sums[name].readers.append(name)
             sums[name].add(x)
         elif name not in sums[first].readers:
             sums[first].readers.append(name)
 
-    handles = [layer.register_forward_hook(lambda *_: seen.clear())]
+    handles = [layer.register_forward_hook(lambda *_: inputs.clear())]
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(lambda _, args, name=name: hear(name, args[0])))
@@ -244,8 +260,9 @@ def listening(layer: nn.Module) -> Iterator[dict[str, _Sums]]:
 def main() -> None:
     """Run the stage on the model and the calibration tokens in the current directory."""
 
-    def work(_: Settings) -> None:
-        report = collect(Path("models/source"), Path("data/calibration"), Path("data/statistics"))
+    def work(settings: Settings) -> None:
+        importance = settings.statistics.importance
+        report = collect(Path("models/source"), Path("data/calibration"), Path("data/statistics"), importance)
         write_json(Path("metrics/statistics.json"), asdict(report))
         print(f"{report.layers} layers, {report.tokens:,} tokens, {report.bytes / 1e6:.0f} MB, {report.seconds} s")
 

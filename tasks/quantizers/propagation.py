@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tasks.decoder import Decoder
+from tasks.importance import load_importance
 from tasks.quantizers import Job
 from tasks.statistics import Input, listening
 from tasks.weights import save
@@ -35,7 +36,8 @@ class Stream:
 
     def inputs(self, index: int) -> dict[str, Input]:
         """What is known of the input of each linear layer in layer `index`, as `load_statistics` tells."""
-        with self._decoder.layer(index) as layer, listening(layer) as sums:
+        weights = load_importance(self._job.statistics, index, self._job.device)
+        with self._decoder.layer(index) as layer, listening(layer, weights) as sums:
             for batch in self._before(index):
                 self._decoder.run(index, layer, batch)
         found: dict[str, Input] = {}

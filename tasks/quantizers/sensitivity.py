@@ -81,11 +81,12 @@ def measure(job: Job, candidates: Mapping[str, Grid]) -> dict[str, Sensitivity]:
                     streams[prefix + name] = decoder.run(index, layer, hidden)
             hidden = decoder.run(index, layer, hidden)
         save({HIDDEN: hidden, **streams}, state, {FOUND: json.dumps(errors)})
-    baseline = decoder.logits(hidden).log_softmax(-1)
-    share = baseline.exp()
     found = {}
-    for name, stream in tqdm(streams.items(), desc="divergence", unit="layer"):
-        found[name] = Sensitivity(errors[name], _divergence(baseline, share, decoder.logits(stream).log_softmax(-1)))
+    with decoder.head() as head:
+        baseline = head(hidden).log_softmax(-1)
+        share = baseline.exp()
+        for name, stream in tqdm(streams.items(), desc="divergence", unit="layer"):
+            found[name] = Sensitivity(errors[name], _divergence(baseline, share, head(stream).log_softmax(-1)))
     return found
 
 

@@ -154,7 +154,7 @@ def pressed(model: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactor
     tokens: Any = load_runtime("transformers", model, "float32").tokenizer(corpus.text.read_text()).input_ids
     with whole_directory(root / "calibration") as work:
         save_file({"input_ids": torch.tensor(tokens[: 16 * 32]).view(16, 32)}, work / "tokens.safetensors")
-    collect(model, root / "calibration", root / "statistics")
+    collect(model, root / "calibration", root / "statistics", importance=True)
 
     def make(name: str) -> Path:
         if not (root / name).exists():

@@ -74,7 +74,7 @@ def test_the_stages_write_what_is_estimated(tmp_path: Path) -> None:
     settings = check_settings(values)
     shape = read_shape(json.loads((model / "config.json").read_text()), "here")
     job = Job(shape, settings, QUIET)
-    report = collect(model, tmp_path / "calibration", tmp_path / "statistics")
+    report = collect(model, tmp_path / "calibration", tmp_path / "statistics", importance=True)
     assert report.bytes == pytest.approx(estimate("statistics", job).disk, rel=0.01)
     for name in ("int8", "gptq-int4", "awq-int4"):
         variant, place = settings.variants[name], tmp_path / name

@@ -64,7 +64,7 @@ def calibration(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def statistics(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "statistics"
-    collect(model, calibration, folder)
+    collect(model, calibration, folder, importance=True)
     return folder
 
 
@@ -153,7 +153,7 @@ def test_every_family_keeps_the_quality(
     model = _downloaded(tiny_model(tmp_path / "tiny", family=family, steps=60), tmp_path / "source")
     baseline = perplexity(model)
     assert baseline < 20
-    collect(model, calibration, tmp_path / "statistics")
+    collect(model, calibration, tmp_path / "statistics", importance=True)
     for method, loss in LOSS.items():
         quantize("v", variant(method), model, calibration, tmp_path / "statistics", tmp_path / method)
         result = perplexity(tmp_path / method)
@@ -386,19 +386,22 @@ def test_a_failure_in_the_middle_leaves_what_was_there(
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["out", "precious"]
 
 
-def test_the_identity_is_of_bytes_settings_and_libraries(model: Path, calibration: Path, quantized: Quantized) -> None:
+def test_the_identity_is_of_bytes_settings_and_libraries(
+    model: Path, calibration: Path, statistics: Path, quantized: Quantized
+) -> None:
     from tasks.quantize import identity
 
     libraries = {"torch": "1"}
     identities: Sequence[str] = [
-        identity(variant("awq"), model, calibration, libraries),
-        identity(variant("awq", clip=False), model, calibration, libraries),
-        identity(variant("awq"), quantized("int8"), calibration, libraries),
-        identity(variant("awq"), model, model, libraries),
-        identity(variant("awq"), model, calibration, {"torch": "2"}),
+        identity(variant("awq"), [model, calibration], libraries),
+        identity(variant("awq", clip=False), [model, calibration], libraries),
+        identity(variant("awq"), [quantized("int8"), calibration], libraries),
+        identity(variant("awq"), [model, model], libraries),
+        identity(variant("awq"), [model, calibration, statistics], libraries),
+        identity(variant("awq"), [model, calibration], {"torch": "2"}),
     ]
-    assert len(set(identities)) == 5
-    assert identities[0] == identity(variant("awq"), model, calibration, libraries)
+    assert len(set(identities)) == 6
+    assert identities[0] == identity(variant("awq"), [model, calibration], libraries)
 
 
 def _none() -> Variant:

@@ -37,7 +37,7 @@ def made(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) 
     tokens = torch.randint(0, 300, (4, LENGTH), generator=torch.Generator().manual_seed(0))
     with whole_directory(folder / "calibration") as work:
         save_file({"input_ids": tokens}, work / "tokens.safetensors")
-    collect(folder / "source", folder / "calibration", folder / "statistics")
+    collect(folder / "source", folder / "calibration", folder / "statistics", importance=True)
     variant = AutoSettings.model_validate(yaml.safe_load(Path("params.yaml").read_text())["variants"]["auto"])
     return Job(folder / "source", tokens, folder / "statistics", variant, "cpu", folder / "out")
 

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tasks import statistics
+from tasks import importance, statistics, weights
 from tasks.decoder import Decoder
 from tasks.errors import TaskError
 from tasks.fit import ARCHITECTURES
+from tasks.importance import load_importance
 from tasks.output import checksums, resumable_directory
 from tasks.statistics import collect, load_statistics
 from tasks.weights import join
@@ -70,7 +71,7 @@ def test_the_sums_are_those_of_the_whole_model(
 ) -> None:
     monkeypatch.setattr(statistics, "fast_dtype", lambda _: dtype)
     save_file({"input_ids": TOKENS}, tmp_path / "tokens.safetensors")
-    report = collect(model, tmp_path, tmp_path / "out")
+    report = collect(model, tmp_path, tmp_path / "out", importance=False)
     assert (report.tokens, report.layers, report.dtype) == (TOKENS.numel(), 2, str(dtype).removeprefix("torch."))
     assert report.bytes > 0
     for layer in range(2):
@@ -93,32 +94,85 @@ def test_the_sums_are_those_of_the_whole_model(
                     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_an_interrupted_pass_goes_on_at_its_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(tmp_path / "model", layers=3)
+def test_a_weight_is_how_much_of_the_likelihood_hangs_on_a_token(
+    model: Path, whole: tuple[dict[str, Tensor], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a backward pass of the whole model, the drawn words being known: the first of the vocabulary."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    slopes: dict[str, list[Tensor]] = {}
+    for name, module in loaded.model.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            name_slopes = slopes.setdefault(name, [])
+            module.register_full_backward_hook(
+                lambda *slope, kept=name_slopes: kept.append(slope[-1][0].square().sum(-1))
+            )
+    for row in TOKENS.split(1):
+        logits = loaded(row).logits[0]
+        nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64), reduction="sum").backward()
+    squares = {name: torch.cat(parts) for name, parts in slopes.items()}
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(size))
     save_file({"input_ids": TOKENS}, tmp_path / "tokens.safetensors")
-    calibration = tmp_path / "calibration"
-    calibration.mkdir()
-    (tmp_path / "tokens.safetensors").rename(calibration / "tokens.safetensors")
-    collect(model, calibration, tmp_path / "at-once")
-    worked: list[int] = []
-    real = statistics._layer
+    collect(model, tmp_path, tmp_path / "out", importance=True)
+    for layer in range(2):
+        weighed = load_importance(tmp_path / "out", layer, "cpu")
+        readers = {
+            "self_attn.q_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            "self_attn.o_proj": ["self_attn.o_proj"],
+            "mlp.gate_proj": ["mlp.gate_proj", "mlp.up_proj"],
+            "mlp.down_proj": ["mlp.down_proj"],
+        }
+        assert weighed.keys() == readers.keys()
+        known = load_statistics(tmp_path / "out", layer, "cpu")
+        for first, names in readers.items():
+            root = sum((squares[f"{layer}.{name}"] for name in names), torch.zeros(TOKENS.shape)).sqrt()
+            expected = root / root.mean(-1, keepdim=True)
+            assert (weighed[first] - expected).norm() < 0.03 * expected.norm()  # what passes between layers is bfloat16
+            x = whole[0][f"{layer}.{first}"]
+            gram = (x * weighed[first].flatten()[:, None]).T @ x
+            assert torch.allclose(known[first].gram, gram, rtol=1e-3, atol=1e-3)
+            assert torch.allclose(known[first].mean, x.abs().mean(0), atol=1e-5)
 
-    def layer(decoder: Decoder, index: int, hidden: list[Tensor], dtype: torch.dtype) -> Any:
-        if index == 2 and 2 not in worked:
-            worked.append(index)
-            hidden.clear()
+
+def test_tokens_on_which_nothing_hangs_weigh_the_same() -> None:
+    assert importance._weight(torch.tensor([[0.0, 0.0], [1.0, 9.0]])).tolist() == [[1.0, 1.0], [0.5, 1.5]]
+
+
+@pytest.mark.parametrize("saved", [1, 3, 5, 7, 10, 12, 15])
+def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path, saved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward for the weights (4 files), their gradient (1), backward (2 a layer), the statistics (2 a layer)."""
+    model = tiny_model(tmp_path / "model", layers=3)
+    (tmp_path / "calibration").mkdir()
+    save_file({"input_ids": TOKENS}, tmp_path / "calibration/tokens.safetensors")
+    collect(model, tmp_path / "calibration", tmp_path / "at-once", importance=True)
+    files: list[str] = []
+    real = weights.save
+
+    def save(tensors: dict[str, Tensor], path: Path, *more: Any) -> None:
+        if len(files) == saved:
+            files.append("interrupted")
             raise KeyboardInterrupt
-        worked.append(index)
-        return real(decoder, index, hidden, dtype)
+        files.append(path.name)
+        real(tensors, path, *more)
 
-    monkeypatch.setattr(statistics, "_layer", layer)
+    for module in (statistics, importance):
+        monkeypatch.setattr(module, "save", save)
     with pytest.raises(KeyboardInterrupt):
-        collect(model, calibration, tmp_path / "out")
+        collect(model, tmp_path / "calibration", tmp_path / "out", importance=True)
     assert not (tmp_path / "out").exists()
-    collect(model, calibration, tmp_path / "out")
-    assert worked == [0, 1, 2, 2]
+    collect(model, tmp_path / "calibration", tmp_path / "out", importance=True)
     assert checksums(tmp_path / "out") == checksums(tmp_path / "at-once")
+    files.remove("interrupted")
+    # of the two files of a layer, the first may have to be written again
+    assert len(files) <= 17 + 1
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_all_tokens_weigh_the_same_unless_asked_otherwise(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    save_file({"input_ids": TOKENS}, tmp_path / "tokens.safetensors")
+    collect(model, tmp_path, tmp_path / "out", importance=False)
+    assert load_importance(tmp_path / "out", 0, "cpu") == {}
+    assert not list((tmp_path / "out").glob("importance*"))
 
 
 def test_what_was_begun_for_another_model_is_thrown_away(tmp_path: Path) -> None:
@@ -169,7 +223,7 @@ from dataclasses import asdict
 from pathlib import Path
 from tasks.statistics import collect
 
-print(json.dumps(asdict(collect(Path("model"), Path("calibration"), Path("out")))))
+print(json.dumps(asdict(collect(Path("model"), Path("calibration"), Path("out"), importance=True))))
 """
 
 

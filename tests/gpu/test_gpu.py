@@ -31,7 +31,7 @@ def test_a_method_makes_a_model_that_scores_as_on_a_cpu(name: str, llama: Path, 
     calibration = tmp_path / "calibration"
     calibration.mkdir()
     save_file({"input_ids": tokens}, calibration / "tokens.safetensors")
-    collect(llama, calibration, tmp_path / "statistics")
+    collect(llama, calibration, tmp_path / "statistics", importance=True)
     pressed = tmp_path / "pressed"
     pressed.mkdir()
     quantizer(variant).press(Job(llama, tokens, tmp_path / "statistics", variant, "cuda", pressed))

@@ -1,0 +1,177 @@
+"""How much of what the model says hangs on each token of the calibration text, in each layer.
+
+An error that a layer makes at one token changes the model's answers, at another it is hardly seen. A token's weight is
+the gradient, with respect to what a linear layer makes of it, of the log-likelihood of words drawn from the model's own
+predictions (the Fisher information): squared, summed over the layer's outputs, and then its root, which noise moves
+less. Gram matrices of weighted tokens: GuidedQuant (arXiv 2505.07004), with the square itself; RSQ (arXiv 2503.01820),
+with weights from the attention.
+
+The model runs forward layer by layer and then backward, each layer computed anew from what it had read; one layer's
+weights are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tasks.weights import save
+
+if TYPE_CHECKING:
+    from tasks.decoder import Decoder
+
+SEED = 0  # of the words that are drawn
+CHUNK = 128  # tokens whose predictions are in memory at once
+KEPT = torch.bfloat16  # of activations and gradients between the layers: a weight needs no more
+ROWS = "rows"
+
+
+class Inputs:
+    """Names what the linear layers of a layer read, in one pass through it, by the first that reads it."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, str]] = []  # holding them keeps them apart
+
+    def first(self, name: str, x: Tensor) -> str:
+        """The first layer that read this very tensor; `name` itself if none did."""
+        found = next((other for tensor, other in self._seen if tensor is x), None)
+        if found is None:
+            self._seen.append((x, name))
+        return found or name
+
+    def clear(self) -> None:
+        """Another pass begins."""
+        self._seen.clear()
+
+
+def weigh_tokens(decoder: Decoder, tokens: Tensor, work: Path, dtype: torch.dtype) -> None:
+    """Write `importance.N.safetensors` for each layer: of each distinct input, by the first linear layer that reads it,
+    the tokens' weights, float32 [sequences, length], with a mean of 1 in each sequence.
+
+    tokens: int64 [sequences, length]. dtype: of the matrix products. What was written before an interruption is not
+    done again.
+    """
+    if not _file(work, "importance", 0).exists():
+        with torch.autocast(decoder.device, dtype, enabled=dtype != decoder.dtype):
+            embedded = [rows.to(KEPT) for rows in decoder.embed(list(tokens.split(1)))]
+            if not any(work.glob("gradient.*.safetensors")):
+                _forward(decoder, embedded, work)
+            _backward(decoder, work)
+    for path in (*work.glob("hidden.*.safetensors"), *work.glob("gradient.*.safetensors")):
+        path.unlink()
+
+
+def load_importance(directory: Path, layer: int, device: str) -> dict[str, Tensor]:
+    """The tokens' weights in decoder layer `layer`, as `weigh_tokens` wrote them; empty if it did not."""
+    path = _file(directory, "importance", layer)
+    return load_file(path, device=device) if path.exists() else {}
+
+
+def _forward(decoder: Decoder, hidden: list[Tensor], work: Path) -> None:
+    """Keep what each layer reads, and the gradient of what the last one makes. hidden: what the first reads."""
+    last = len(decoder)
+    begun = max((index for index in range(last + 1) if _file(work, "hidden", index).exists()), default=0)
+    if begun:
+        hidden = _rows(work, "hidden", begun, decoder.device)
+    else:
+        _keep(hidden, work, "hidden", 0)
+    for index in tqdm(range(begun, last), desc="forward", unit="layer", initial=begun, total=last):
+        with torch.no_grad(), decoder.layer(index) as layer:
+            hidden = [decoder.run(index, layer, rows.float()).to(KEPT) for rows in hidden]
+        _keep(hidden, work, "hidden", index + 1)
+    draw = torch.Generator(decoder.device).manual_seed(SEED)
+    with decoder.head() as head:
+        found = [_likelihood_gradient(head, rows, draw) for rows in tqdm(hidden, desc="predictions", unit="sequence")]
+    _keep(found, work, "gradient", last)
+
+
+def _likelihood_gradient(head: Callable[[Tensor], Tensor], hidden: Tensor, draw: torch.Generator) -> Tensor:
+    """The gradient of the log-likelihood of drawn words, with respect to what the output layer reads."""
+    parts = []
+    for chunk in hidden.split(CHUNK, 1):
+        x = chunk.float().requires_grad_()
+        logits = head(x)
+        slope = logits.detach().float().softmax(-1)
+        # where a random share of the probabilities, added up, is reached; torch.multinomial takes three times as long
+        shares = torch.rand(slope.shape[1], 1, generator=draw, device=slope.device)
+        words = torch.searchsorted(slope[0].cumsum(-1), shares).clamp_(max=slope.shape[2] - 1)
+        # of the cross-entropy: the probabilities, less one for the word itself
+        slope[0].scatter_add_(1, words, torch.full_like(words, -1, dtype=slope.dtype))
+        parts += torch.autograd.grad(logits, x, slope.to(logits.dtype))
+    return torch.cat(parts, 1).to(KEPT)
+
+
+def _backward(decoder: Decoder, work: Path) -> None:
+    """Carry the gradient from the last layer to the first, and write each layer's weights on the way."""
+    last = len(decoder)
+    begun = min(index for index in range(last + 1) if _file(work, "gradient", index).exists())
+    gradient = _rows(work, "gradient", begun, decoder.device)
+    bar = tqdm(reversed(range(begun)), desc="backward", unit="layer", initial=last - begun, total=last)
+    for index in bar:
+        weights: dict[str, list[Tensor]] = {}
+        hidden = _rows(work, "hidden", index, decoder.device)
+        with decoder.layer(index) as layer:
+            for number, rows in enumerate(hidden):
+                x = rows.float().requires_grad_()
+                with _squares(layer) as squares:
+                    made = decoder.run(index, layer, x)
+                    (slope,) = torch.autograd.grad(made, x, gradient[number].to(made.dtype))
+                gradient[number] = slope.to(KEPT)
+                for name, square in squares.items():
+                    weights.setdefault(name, []).append(_weight(square))
+        save({name: torch.cat(parts) for name, parts in weights.items()}, _file(work, "importance", index))
+        _keep(gradient, work, "gradient", index)
+        for name in ("hidden", "gradient"):
+            _file(work, name, index + 1).unlink(missing_ok=True)
+
+
+def _weight(square: Tensor) -> Tensor:
+    """From the squared gradient [rows, length] to weights with a mean of 1; where nothing hangs on any, all weigh 1."""
+    root = square.sqrt()
+    mean = root.mean(-1, keepdim=True)
+    return torch.where(mean > 0, root / mean, 1.0)
+
+
+@contextmanager
+def _squares(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Of each distinct input the squared gradients of what its readers make of it, float32 [rows, length]; filled in by
+    a backward pass."""
+    found: dict[str, Tensor] = {}
+    inputs = Inputs()
+
+    def watch(name: str, x: Tensor, made: Tensor) -> None:
+        first = inputs.first(name, x)
+
+        def add(gradient: Tensor) -> None:
+            square = gradient.float().square().sum(-1)
+            found[first] = found[first] + square if first in found else square
+
+        made.register_hook(add)
+
+    handles = [
+        module.register_forward_hook(lambda _, args, made, name=name: watch(name, args[0], made))
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    yield found
+    for handle in handles:
+        handle.remove()
+
+
+def _file(work: Path, name: str, index: int) -> Path:
+    return work / f"{name}.{index}.safetensors"
+
+
+def _keep(rows: list[Tensor], work: Path, name: str, index: int) -> None:
+    save({ROWS: torch.cat(rows)}, _file(work, name, index))
+
+
+def _rows(work: Path, name: str, index: int, device: str) -> list[Tensor]:
+    return list(load_file(_file(work, name, index), device=device)[ROWS].split(1))
