@@ -167,6 +167,9 @@ def statistics(job: Job) -> Need:
     work.hash(job.model_bytes)
     work.read(_embedding_bytes(job))
     work.passes(shape.embedding, 1, 0)
+    importance = job.settings.statistics.importance
+    if importance:
+        _weigh_tokens(job, work, dtype)
     for layer in shape.layers:
         _collect(job, work, layer, dtype)
         for group in layer.groups:
@@ -175,6 +178,8 @@ def statistics(job: Job) -> Need:
         work.passes(tokens * shape.hidden, 1, 0)
         work.write(4 * tokens * shape.hidden)
     disk = statistics_bytes(shape)
+    if importance:
+        disk += sum(4 * tokens * group.copies for layer in shape.layers for group in layer.groups)
     work.hash(2 * disk)
     needed = needed_bytes(
         tokens,
@@ -182,8 +187,29 @@ def statistics(job: Job) -> Need:
         [group.width for group in shape.largest.groups for _ in range(group.copies)],
         shape.vocabulary,
         shape.largest.parameters,
+        importance,
     )
-    return _started(job, work, memory=needed, disk=disk, scratch=4 * tokens * shape.hidden)
+    # between the layers activations are kept: one layer's, or, where there is a way back, those of all
+    scratch = (2 * (len(shape.layers) + 1) if importance else 4) * tokens * shape.hidden
+    return _started(job, work, memory=needed, disk=disk, scratch=scratch)
+
+
+def _weigh_tokens(job: Job, work: Work, dtype: str) -> None:
+    """tasks/importance.py: forward, and backward with each layer forward once more. dtype: of the products."""
+    shape, tokens, length = job.shape, job.tokens, job.settings.calibration.sequence_length
+    for layer in shape.layers:
+        for _ in range(2):
+            _load_layer(job, work, layer)
+        # backward takes as many products as forward, for there are no weights' gradients
+        for _ in range(3):
+            _forward_layer(work, shape, layer, tokens, length, length, dtype)
+        # activations and gradients in 16 bits, written and read
+        work.write(4 * tokens * shape.hidden)
+        work.read(4 * tokens * shape.hidden)
+    _output_layer(work, shape, tokens, dtype)
+    work.product(2 * tokens * shape.embedding, dtype)
+    # probabilities, their sum, a word of each
+    work.passes(tokens * shape.vocabulary, 2, 4)
 
 
 def _collect(job: Job, work: Work, layer: Layer, dtype: str = "float32") -> None:

@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tasks.statistics import PREDICTED
 from tasks.weights import save
 
 if TYPE_CHECKING:
     from tasks.decoder import Decoder
 
 SEED = 0  # of the words that are drawn
-CHUNK = 128  # tokens whose predictions are in memory at once
 KEPT = torch.bfloat16  # of activations and gradients between the layers: a weight needs no more
 ROWS = "rows"
 
@@ -95,7 +95,7 @@ def _forward(decoder: Decoder, hidden: list[Tensor], work: Path) -> None:
 def _likelihood_gradient(head: Callable[[Tensor], Tensor], hidden: Tensor, draw: torch.Generator) -> Tensor:
     """The gradient of the log-likelihood of drawn words, with respect to what the output layer reads."""
     parts = []
-    for chunk in hidden.split(CHUNK, 1):
+    for chunk in hidden.split(PREDICTED, 1):
         x = chunk.float().requires_grad_()
         logits = head(x)
         slope = logits.detach().float().softmax(-1)

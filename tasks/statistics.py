@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 READERS, DONE = "readers", "done"
 STATE = "state.safetensors"  # what the next layer reads, while there is one
+PREDICTED = 128  # tokens whose predictions importance.py holds at once; here, where nothing imports torch
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def collect(model: Path, calibration: Path, destination: Path, importance: bool)
     dtype = fast_dtype(device)
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
     decoder = Decoder(model, torch.float32, device)
-    estimate = estimate_bytes(decoder, tokens)
+    estimate = estimate_bytes(decoder, tokens, importance)
     print(f"needs about {estimate / 1e9:.1f} GB of memory", flush=True)
     with resumable_directory(destination, _key(model, calibration, device, dtype, importance)) as work:
         # one sequence at a time stays in a CPU's cache
@@ -111,22 +112,26 @@ def collect(model: Path, calibration: Path, destination: Path, importance: bool)
     )
 
 
-def estimate_bytes(decoder: Decoder, tokens: Tensor) -> int:
+def estimate_bytes(decoder: Decoder, tokens: Tensor, importance: bool) -> int:
     """The memory that `collect` will hold at most, bytes: what the process holds now, and `needed_bytes`."""
     hidden, inner, vocabulary = decoder.widths
     widths = (hidden, hidden, hidden, inner)
     return current_memory() + needed_bytes(
-        tokens.numel(), tokens.shape[1], widths, vocabulary, decoder.layer_parameters
+        tokens.numel(), tokens.shape[1], widths, vocabulary, decoder.layer_parameters, importance
     )
 
 
 def needed_bytes(
-    tokens: int, sequence_length: int, widths: Sequence[int], vocabulary: int, layer_parameters: int
+    tokens: int, sequence_length: int, widths: Sequence[int], vocabulary: int, layer_parameters: int, importance: bool
 ) -> int:
-    """The memory, bytes, that the pass takes beyond what the process holds: all activations twice, and
+    """The memory, bytes, that the pass takes beyond what the process holds: all activations twice, and the most of
 
-    - either the embedding, as it is stored and as float32,
-    - or one layer's weights in both, its Gram matrices, and what one sequence passes through inside the layer.
+    - the embedding, as it is stored and as float32,
+    - one layer's weights in both, its Gram matrices, and what one sequence passes through inside the layer,
+    - where tokens are weighed, the output layer in both and the predictions of `PREDICTED` tokens five times over.
+
+    Where tokens are weighed, what a sequence leaves inside a layer for the way back comes on top, for the process does
+    not give it back: three times what it passes through.
 
     widths: of the distinct inputs in a layer; the first is that of the layer itself.
     """
@@ -135,7 +140,10 @@ def needed_bytes(
     sequence = sequence_length * (3 * inner + 8 * hidden)
     grams = sum(width**2 for width in widths)
     stored = 1.5  # a weight of 2 bytes beside the same one of 4
-    most = max(stored * vocabulary * hidden, stored * layer_parameters + grams + sequence)
+    outer = stored * vocabulary * hidden
+    most = max(outer, stored * layer_parameters + grams + sequence)
+    if importance:
+        most = max(most, outer + 5 * PREDICTED * vocabulary) + 3 * sequence
     return int(4 * (2 * activations + most))
 
 

@@ -113,7 +113,7 @@ def test_the_memory_of_statistics_is_what_the_stage_says_of_itself(tmp_path: Pat
     model = tiny_model(tmp_path / "model", hidden=256, layers=2)
     tokens = torch.zeros(48, 512, dtype=torch.int64)
     decoder = Decoder(model, torch.float32, "cpu")
-    said = estimate_bytes(decoder, tokens) - current_memory()
+    said = estimate_bytes(decoder, tokens, importance=True) - current_memory()
     config = decoder._base.config.to_dict()
     settings = changed(calibration__samples=48, calibration__sequence_length=512)
     need = estimate("statistics", job(config, settings))
@@ -156,15 +156,28 @@ def test_twice_the_tokens_take_twice_the_pass_and_no_more_disk() -> None:
     assert one.seconds is not None
     assert two.seconds is not None
     assert 1.8 < two.seconds / one.seconds < 2
-    assert one.disk == two.disk == statistics_bytes(read_shape(LLAMA_2_7B, "here"))
+    weights = 4 * 4 * 32  # a number for each token in each of four inputs of 32 layers
+    assert one.disk - 64 * 512 * weights == two.disk - 128 * 512 * weights
+    assert one.disk - 64 * 512 * weights == statistics_bytes(read_shape(LLAMA_2_7B, "here"))
 
 
 def test_the_pass_over_a_large_model_is_its_products() -> None:
     """Two operations for a weight and a token, two for each pair of channels: what else is counted is little of it."""
-    need = estimate("statistics", job(LLAMA_2_7B, threads=2))
+    need = estimate("statistics", job(LLAMA_2_7B, changed(statistics__importance=False), threads=2))
     products = 2 * 16384 * (32 * 202_375_168 + 32 * (3 * 4096**2 + 11008**2))
     assert need.seconds is not None
     assert 1 < need.seconds / (products / 270e9) < 1.6
+
+
+def test_weights_for_the_tokens_take_three_passes_more_and_the_predictions() -> None:
+    plain, weighed = (
+        estimate("statistics", job(LLAMA_2_7B, changed(statistics__importance=wanted))) for wanted in (False, True)
+    )
+    assert plain.seconds is not None
+    assert weighed.seconds is not None
+    passes = 3 * 2 * 16384 * 32 * 202_375_168 + 2 * 2 * 16384 * 4096 * 32000
+    assert 1 < (weighed.seconds - plain.seconds) / (passes / (QUIET.product_gflops * 1e9)) < 2.2
+    assert weighed.scratch == 33 * 2 * 16384 * 4096
 
 
 def test_an_expert_is_pressed_as_a_layer_of_its_own() -> None:
