@@ -17,7 +17,7 @@ install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
 gguf: install ## Add llama.cpp, for the target gguf (compiled for this machine in 5 to 10 minutes; needs cmake and a C++ compiler)
 	@$(BIN)/pip install -qq --constraint requirements.lock --editable '.[gguf]'
 
-demo: install ## Press the built-in model four ways and prove the result (about 15 minutes on 2 cores)
+demo: install ## Press the built-in model four ways and prove the result (about 16 minutes on 2 cores)
 	@$(BIN)/modelpress run
 
 test-all: install ## Run also the tests that take minutes: a real model, a cluster

@@ -203,6 +203,9 @@ def _weigh_tokens(job: Job, work: Work, dtype: str) -> None:
         # backward takes as many products as forward, for there are no weights' gradients
         for _ in range(3):
             _forward_layer(work, shape, layer, tokens, length, length, dtype)
+        # but five of attention for two, and twice the passes and small operations
+        work.product(6 * tokens * length * shape.attention)
+        _between_products(work, shape, layer, tokens, length)
         # activations and gradients in 16 bits, written and read
         work.write(4 * tokens * shape.hidden)
         work.read(4 * tokens * shape.hidden)
@@ -580,17 +583,22 @@ def _forward_layer(
     work.product(2 * tokens * layer.active, arithmetic)
     # queries with keys, then with values
     work.product(4 * tokens * context * shape.attention)
-    inner = sum(g.active * g.width for g in layer.groups if "down_proj" in g.name)
-    batches = math.ceil(tokens / batch)
-    # norms, rotary positions, residuals; the gate
-    work.passes(tokens / batches * (2 * shape.hidden + shape.attention), 5 * batches, 0)
-    work.passes(tokens / batches * inner, 2 * batches, 0)
+    _between_products(work, shape, layer, tokens, batch)
     if arithmetic == "int8":
+        batches = math.ceil(tokens / batch)
         # what a layer reads becomes integers, what it writes becomes numbers again (runtimes/w8a8.py)
         read = sum(g.active * g.width for g in layer.groups)
         written = sum(g.active * sum(g.rows) for g in layer.groups)
         work.passes(tokens / batches * read, 2 * batches, 4 * batches)
         work.passes(tokens / batches * written, 1 * batches, 3 * batches)
+
+
+def _between_products(work: Work, shape: Shape, layer: Layer, tokens: float, batch: float) -> None:
+    """Norms, rotary positions, residuals; the gate; what a layer's operations take however few the tokens."""
+    inner = sum(g.active * g.width for g in layer.groups if "down_proj" in g.name)
+    batches = math.ceil(tokens / batch)
+    work.passes(tokens / batches * (2 * shape.hidden + shape.attention), 5 * batches, 0)
+    work.passes(tokens / batches * inner, 2 * batches, 0)
     work.seconds += batches * work.machine.layer_us / 1e6
 
 

@@ -133,6 +133,19 @@ def test_a_weight_is_how_much_of_the_likelihood_hangs_on_a_token(
             assert torch.allclose(known[first].mean, x.abs().mean(0), atol=1e-5)
 
 
+def test_weights_from_bfloat16_products_are_much_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tmp_path / "model")
+    save_file({"input_ids": TOKENS}, tmp_path / "tokens.safetensors")
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(size))
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(statistics, "fast_dtype", lambda _, dtype=dtype: dtype)
+        collect(model, tmp_path, tmp_path / str(dtype), importance=True)
+    exact, near = (load_importance(tmp_path / str(dtype), 0, "cpu") for dtype in (torch.float32, torch.bfloat16))
+    for name, weight in exact.items():
+        assert near[name].dtype == torch.float32
+        assert 0 < (near[name] - weight).norm() < 0.1 * weight.norm()
+
+
 def test_tokens_on_which_nothing_hangs_weigh_the_same() -> None:
     assert importance._weight(torch.tensor([[0.0, 0.0], [1.0, 9.0]])).tolist() == [[1.0, 1.0], [0.5, 1.5]]
 
