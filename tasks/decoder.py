@@ -40,13 +40,15 @@ class TensorFiles:
 class Decoder:
     """Runs a model layer by layer: all sequences through one layer, then through the next.
 
-    Memory: the embedding at first, then one layer's weights; never the whole model. The families are those whose
-    decoder transformers calls `model.layers` (tasks/fit.py).
+    dtype: of the activations; products: of the matrix products and their weights, the same if None. Memory: the
+    embedding at first, then one layer's weights; never the whole model. The families are those whose decoder
+    transformers calls `model.layers` (tasks/fit.py).
     """
 
-    def __init__(self, directory: Path, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, device: str, products: torch.dtype | None = None) -> None:
         self.files = TensorFiles(directory)
         self.dtype, self.device = dtype, device
+        self.products = products or dtype
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -94,8 +96,7 @@ class Decoder:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """The layer with its weights, for as long as the body runs."""
         layer = self._layers[index]
-        state = {n: t.to(self.device, self.dtype) for n, t in self.files.below(self.layer_prefix(index)).items()}
-        layer.load_state_dict(state, assign=True)
+        layer.load_state_dict(self._read(self.layer_prefix(index)), assign=True)
         yield layer
         layer.to("meta")
 
@@ -105,7 +106,8 @@ class Decoder:
 
     def run(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         """One batch through the layer that `layer()` gave for `index`, as the whole model would run it."""
-        found = layer(hidden, **self._arguments[len(hidden)][index])
+        with self._mixed():
+            found = layer(hidden, **self._arguments[len(hidden)][index])
         return found[0] if isinstance(found, tuple) else found
 
     @contextmanager
@@ -113,15 +115,29 @@ class Decoder:
         """What comes after the last layer, for as long as the body runs: [rows, tokens, channels] -> the logits,
         [rows, tokens, words].
 
-        Memory: the output layer as it is stored and in the decoder's dtype, besides the logits.
+        Memory: the output layer as it is stored and as it is multiplied with, besides the logits.
         """
-        state = self.files.below(f"{self.prefix}norm.")
-        self._norm.load_state_dict({n: t.to(self.device, self.dtype) for n, t in state.items()}, assign=True)
+        self._norm.load_state_dict(self._read(f"{self.prefix}norm."), assign=True)
         # the output layer may share the embedding's weights and then has none of its own
         own = "lm_head.weight"
         stored = self.files.read(own if own in set(self.files) else f"{self.prefix}embed_tokens.weight")
-        weight = stored.to(self.device, self.dtype)
-        yield lambda hidden: nn.functional.linear(self._norm(hidden), weight)
+        weight = stored.to(self.device, self.products)
+
+        def words(hidden: Tensor) -> Tensor:
+            with self._mixed():
+                return nn.functional.linear(self._norm(hidden), weight)
+
+        yield words
+
+    def _read(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors below `prefix` as they are computed with: matrices in the products' dtype."""
+        return {
+            name: tensor.to(self.device, self.products if tensor.dim() > 1 else self.dtype)
+            for name, tensor in self.files.below(prefix).items()
+        }
+
+    def _mixed(self) -> torch.autocast:
+        return torch.autocast(self.device, self.products, enabled=self.products != self.dtype)
 
 
 class _Recorder(nn.Module):

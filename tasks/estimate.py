@@ -31,6 +31,7 @@ from tasks.statistics import needed_bytes
 # what solvers/awq.py tries, and on how many rows the scales
 SCALE_TRIALS, CLIP_TRIALS, ROWS = 20, 10, 512
 BLOCK = 64  # columns, in solvers/gptq.py
+SUMMED = 384  # rows of a Gram matrix in one product, in sums.py
 STREAM, FINE = 256, 8  # in quantizers/sensitivity.py: tokens of a stream, and bits from which it rounds to the nearest
 STEP = 5  # calls that a decoder layer makes for a token by itself: cache, masks and the choice of the token beside it
 CACHED = 32e6  # bytes of a result up to which the C library uses memory again instead of giving it back
@@ -168,15 +169,15 @@ def statistics(job: Job) -> Need:
     work.read(_embedding_bytes(job))
     work.passes(shape.embedding, 1, 0)
     importance = job.settings.statistics.importance
-    if importance:
-        _weigh_tokens(job, work, dtype)
     for layer in shape.layers:
-        _collect(job, work, layer, dtype)
+        (_collect_weighed if importance else _collect)(job, work, layer, dtype)
         for group in layer.groups:
             work.write(group.copies * 4 * group.width**2)
         # what the next layer reads is kept, for a run that is interrupted
         work.passes(tokens * shape.hidden, 1, 0)
         work.write(4 * tokens * shape.hidden)
+    if importance:
+        _predict(job, work, dtype)
     disk = statistics_bytes(shape)
     if importance:
         disk += sum(4 * tokens * group.copies for layer in shape.layers for group in layer.groups)
@@ -194,21 +195,29 @@ def statistics(job: Job) -> Need:
     return _started(job, work, memory=needed, disk=disk, scratch=scratch)
 
 
-def _weigh_tokens(job: Job, work: Work, dtype: str) -> None:
-    """tasks/importance.py: forward, and backward with each layer forward once more. dtype: of the products."""
+def _collect_weighed(job: Job, work: Work, layer: Layer, dtype: str) -> None:
+    """tasks/importance.py: a layer forward; on the way back forward once more and backward, with the sums. dtype: of
+    the products."""
     shape, tokens, length = job.shape, job.tokens, job.settings.calibration.sequence_length
-    for layer in shape.layers:
-        for _ in range(2):
-            _load_layer(job, work, layer)
-        # backward takes as many products as forward, for there are no weights' gradients
-        for _ in range(3):
-            _forward_layer(work, shape, layer, tokens, length, length, dtype)
-        # but five of attention for two, and twice the passes and small operations
-        work.product(6 * tokens * length * shape.attention)
-        _between_products(work, shape, layer, tokens, length)
-        # activations and gradients in 16 bits, written and read
-        work.write(4 * tokens * shape.hidden)
-        work.read(4 * tokens * shape.hidden)
+    for _ in range(2):
+        _load_layer(job, work, layer)
+    # backward takes as many products as forward, for there are no weights' gradients
+    for _ in range(3):
+        _forward_layer(work, shape, layer, tokens, length, length, dtype)
+    # but five of attention for two, and twice the passes and small operations
+    work.product(6 * tokens * length * shape.attention)
+    _between_products(work, shape, layer, tokens, length)
+    _sum(job, work, layer)
+    for group in layer.groups:
+        work.passes(tokens * group.active * group.width, 0, 1)
+    # activations and gradients in 16 bits, written and read
+    work.write(4 * tokens * shape.hidden)
+    work.read(4 * tokens * shape.hidden)
+
+
+def _predict(job: Job, work: Work, dtype: str) -> None:
+    """tasks/importance.py: all predictions, a word drawn from each, and the gradient. dtype: of the products."""
+    shape, tokens = job.shape, job.tokens
     _output_layer(work, shape, tokens, dtype)
     work.product(2 * tokens * shape.embedding, dtype)
     # probabilities, their sum, a word of each
@@ -220,11 +229,19 @@ def _collect(job: Job, work: Work, layer: Layer, dtype: str = "float32") -> None
     tokens, length = job.tokens, job.settings.calibration.sequence_length
     _load_layer(job, work, layer)
     _forward_layer(work, job.shape, layer, tokens, length, length, dtype)
+    _sum(job, work, layer)
+
+
+def _sum(job: Job, work: Work, layer: Layer) -> None:
+    """tasks/sums.py, for all distinct inputs of a layer."""
+    tokens, length = job.tokens, job.settings.calibration.sequence_length
+    sequences = tokens / length
     for group in layer.groups:
-        work.product(2 * tokens * group.active * group.width**2)
+        # of the symmetric product the blocks on and above the diagonal
+        upper = group.width * (group.width + min(SUMMED, group.width)) / 2
+        work.product(2 * tokens * group.active * upper)
         # every sequence goes over the whole sum; then magnitudes, their maximum and sum
-        sequences = tokens / length
-        work.passes(group.width**2, 0, group.copies * sequences)
+        work.passes(upper, 0, group.copies * sequences)
         work.passes(length * group.active * group.width, 0, 4 * sequences)
 
 

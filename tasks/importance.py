@@ -1,4 +1,4 @@
-"""How much of what the model says hangs on each token of the calibration text, in each layer.
+"""Statistics whose tokens count by how much of what the model says hangs on them, in each layer.
 
 An error that a layer makes at one token changes the model's answers, at another it is hardly seen. A token's weight is
 the gradient, with respect to what a linear layer makes of it, of the log-likelihood of words drawn from the model's own
@@ -6,14 +6,15 @@ predictions (the Fisher information): squared, summed over the layer's outputs, 
 less. Gram matrices of weighted tokens: GuidedQuant (arXiv 2505.07004), with the square itself; RSQ (arXiv 2503.01820),
 with weights from the attention.
 
-The model runs forward layer by layer and then backward, each layer computed anew from what it had read; one layer's
-weights are in memory at a time.
+The model runs forward layer by layer and then backward, each layer computed anew from what it had read; on that way
+back its inputs are summed, each sequence as soon as its weights are known. One layer's weights are in memory at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tasks.statistics import PREDICTED
+from tasks.statistics import PREDICTED, statistics_file
+from tasks.sums import Inputs, Sums, save_sums
 from tasks.weights import save
 
 if TYPE_CHECKING:
@@ -33,43 +35,33 @@ KEPT = torch.bfloat16  # of activations and gradients between the layers: a weig
 ROWS = "rows"
 
 
-class Inputs:
-    """Names what the linear layers of a layer read, in one pass through it, by the first that reads it."""
+@dataclass
+class Read:
+    """One distinct input of a layer's linear layers, in one pass. x: [rows, length, channels]; square: the squared
+    gradient of what its readers make of it, float32 [rows, length], once the way back has passed."""
 
-    def __init__(self) -> None:
-        self._seen: list[tuple[Tensor, str]] = []  # holding them keeps them apart
-
-    def first(self, name: str, x: Tensor) -> str:
-        """The first layer that read this very tensor; `name` itself if none did."""
-        found = next((other for tensor, other in self._seen if tensor is x), None)
-        if found is None:
-            self._seen.append((x, name))
-        return found or name
-
-    def clear(self) -> None:
-        """Another pass begins."""
-        self._seen.clear()
+    x: Tensor
+    readers: list[str] = field(default_factory=list)
+    square: Tensor | float = 0.0
 
 
-def weigh_tokens(decoder: Decoder, tokens: Tensor, work: Path, dtype: torch.dtype) -> None:
-    """Write `importance.N.safetensors` for each layer: of each distinct input, by the first linear layer that reads it,
-    the tokens' weights, float32 [sequences, length], with a mean of 1 in each sequence.
+def collect_weighed(decoder: Decoder, tokens: Tensor, work: Path) -> None:
+    """Write each layer's sums, and as `importance.N.safetensors` its tokens' weights: of each distinct input, by the
+    first linear layer that reads it, float32 [sequences, length], with a mean of 1 in each sequence.
 
-    tokens: int64 [sequences, length]. dtype: of the matrix products. What was written before an interruption is not
-    done again.
+    tokens: int64 [sequences, length]. What was written before an interruption is not done again.
     """
     if not _file(work, "importance", 0).exists():
-        with torch.autocast(decoder.device, dtype, enabled=dtype != decoder.dtype):
-            embedded = [rows.to(KEPT) for rows in decoder.embed(list(tokens.split(1)))]
-            if not any(work.glob("gradient.*.safetensors")):
-                _forward(decoder, embedded, work)
-            _backward(decoder, work)
+        embedded = [rows.to(KEPT) for rows in decoder.embed(list(tokens.split(1)))]
+        if not any(work.glob("gradient.*.safetensors")):
+            _forward(decoder, embedded, work)
+        _backward(decoder, work)
     for path in (*work.glob("hidden.*.safetensors"), *work.glob("gradient.*.safetensors")):
         path.unlink()
 
 
 def load_importance(directory: Path, layer: int, device: str) -> dict[str, Tensor]:
-    """The tokens' weights in decoder layer `layer`, as `weigh_tokens` wrote them; empty if it did not."""
+    """The tokens' weights in decoder layer `layer`, as `collect_weighed` wrote them; empty if it did not."""
     path = _file(directory, "importance", layer)
     return load_file(path, device=device) if path.exists() else {}
 
@@ -83,7 +75,7 @@ def _forward(decoder: Decoder, hidden: list[Tensor], work: Path) -> None:
     else:
         _keep(hidden, work, "hidden", 0)
     for index in tqdm(range(begun, last), desc="forward", unit="layer", initial=begun, total=last):
-        with torch.no_grad(), decoder.layer(index) as layer:
+        with decoder.layer(index) as layer:
             hidden = [decoder.run(index, layer, rows.float()).to(KEPT) for rows in hidden]
         _keep(hidden, work, "hidden", index + 1)
     draw = torch.Generator(decoder.device).manual_seed(SEED)
@@ -109,23 +101,28 @@ def _likelihood_gradient(head: Callable[[Tensor], Tensor], hidden: Tensor, draw:
 
 
 def _backward(decoder: Decoder, work: Path) -> None:
-    """Carry the gradient from the last layer to the first, and write each layer's weights on the way."""
+    """Carry the gradient from the last layer to the first, and write each layer's sums and weights on the way."""
     last = len(decoder)
     begun = min(index for index in range(last + 1) if _file(work, "gradient", index).exists())
     gradient = _rows(work, "gradient", begun, decoder.device)
     bar = tqdm(reversed(range(begun)), desc="backward", unit="layer", initial=last - begun, total=last)
     for index in bar:
+        sums: dict[str, Sums] = {}
         weights: dict[str, list[Tensor]] = {}
         hidden = _rows(work, "hidden", index, decoder.device)
-        with decoder.layer(index) as layer:
+        with decoder.layer(index) as layer, _watching(layer) as seen:
             for number, rows in enumerate(hidden):
                 x = rows.float().requires_grad_()
-                with _squares(layer) as squares:
-                    made = decoder.run(index, layer, x)
-                    (slope,) = torch.autograd.grad(made, x, gradient[number].to(made.dtype))
+                made = decoder.run(index, layer, x)
+                (slope,) = torch.autograd.grad(made, x, gradient[number].to(made.dtype))
                 gradient[number] = slope.to(KEPT)
-                for name, square in squares.items():
-                    weights.setdefault(name, []).append(_weight(square))
+                for name, read in seen.items():
+                    weight = _weight(torch.as_tensor(read.square))
+                    weights.setdefault(name, []).append(weight)
+                    own = sums.setdefault(name, Sums(read.readers, read.x.shape[-1], read.x.device))
+                    own.add(read.x, weight)
+                seen.clear()
+        save_sums(sums, statistics_file(work, index))
         save({name: torch.cat(parts) for name, parts in weights.items()}, _file(work, "importance", index))
         _keep(gradient, work, "gradient", index)
         for name in ("hidden", "gradient"):
@@ -140,27 +137,29 @@ def _weight(square: Tensor) -> Tensor:
 
 
 @contextmanager
-def _squares(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Of each distinct input the squared gradients of what its readers make of it, float32 [rows, length]; filled in by
-    a backward pass."""
-    found: dict[str, Tensor] = {}
+def _watching(layer: nn.Module) -> Iterator[dict[str, Read]]:
+    """What the linear layers in `layer` read in a pass through it and back, by the first that reads it; to be cleared
+    before the next."""
+    seen: dict[str, Read] = {}
     inputs = Inputs()
 
     def watch(name: str, x: Tensor, made: Tensor) -> None:
         first = inputs.first(name, x)
+        read = seen.setdefault(first, Read(x.detach()))
+        read.readers.append(name)
 
         def add(gradient: Tensor) -> None:
-            square = gradient.float().square().sum(-1)
-            found[first] = found[first] + square if first in found else square
+            read.square = read.square + gradient.float().square().sum(-1)
 
         made.register_hook(add)
 
-    handles = [
+    handles = [layer.register_forward_hook(lambda *_: inputs.clear())]
+    handles += [
         module.register_forward_hook(lambda _, args, made, name=name: watch(name, args[0], made))
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    yield found
+    yield seen
     for handle in handles:
         handle.remove()
 

@@ -4,18 +4,17 @@ python -m tasks.statistics
 
 For each decoder layer a safetensors file, for each distinct input in it (q, k and v read the same one): its Gram matrix
 X^T X, its largest and its mean magnitude by channel. The model runs layer by layer; one layer's weights, its statistics
-and the activations are in memory. Before, on request, the tokens are weighed (importance.py).
+and the activations are in memory. Tokens may be weighed (importance.py).
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -27,13 +26,11 @@ from tasks.settings import Settings
 from tasks.weights import save
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from tasks.decoder import Decoder
 
-READERS, DONE = "readers", "done"
-STATE = "state.safetensors"  # what the next layer reads, while there is one
+STATE, DONE = "state.safetensors", "done"  # what the next layer reads, while there is one
 PREDICTED = 128  # tokens whose predictions importance.py holds at once; here, where nothing imports torch
 
 
@@ -75,35 +72,24 @@ def collect(model: Path, calibration: Path, destination: Path, importance: bool)
     from safetensors.torch import load_file
 
     from tasks.decoder import Decoder
-    from tasks.importance import load_importance, weigh_tokens
+    from tasks.importance import collect_weighed
 
     started = time.monotonic()
     device = compute_device()
-    dtype = fast_dtype(device)
+    decoder = Decoder(model, torch.float32, device, fast_dtype(device))
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
-    decoder = Decoder(model, torch.float32, device)
     estimate = estimate_bytes(decoder, tokens, importance)
     print(f"needs about {estimate / 1e9:.1f} GB of memory", flush=True)
-    with resumable_directory(destination, _key(model, calibration, device, dtype, importance)) as work:
-        # one sequence at a time stays in a CPU's cache
+    with resumable_directory(destination, _key(model, calibration, decoder, importance)) as work:
         if importance:
-            weigh_tokens(decoder, tokens, work, dtype)
-        hidden = decoder.embed(list(tokens.split(1)))
-        state = work / STATE
-        first = _resume(state, hidden)
-        bar = tqdm(range(first, len(decoder)), desc="statistics", unit="layer", initial=first, total=len(decoder))
-        for index in bar:
-            gathered = _layer(decoder, index, hidden, dtype, load_importance(work, index, device))
-            readers = json.dumps({name: entry.readers for name, entry in gathered.items()})
-            found = {f"{name}.{key}": v for name, entry in gathered.items() for key, v in entry.tensors().items()}
-            save(found, work / f"layers.{index}.safetensors", {READERS: readers})
-            save({"hidden": torch.cat(hidden)}, state, {DONE: str(index + 1)})
-        state.unlink()
+            collect_weighed(decoder, tokens, work)
+        else:
+            _collect_plain(decoder, tokens, work)
         size = sum(path.stat().st_size for path in work.iterdir())
     return StatisticsReport(
         tokens=tokens.numel(),
         layers=len(decoder),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(decoder.products).removeprefix("torch."),
         device=device,
         seconds=round(time.monotonic() - started, 1),
         bytes=size,
@@ -147,14 +133,37 @@ def needed_bytes(
     return int(4 * (2 * activations + most))
 
 
-def _key(model: Path, calibration: Path, device: str, dtype: torch.dtype, importance: bool) -> str:
+def statistics_file(directory: Path, layer: int) -> Path:
+    """Where the statistics of decoder layer `layer` are kept."""
+    return directory / f"layers.{layer}.safetensors"
+
+
+def _key(model: Path, calibration: Path, decoder: Decoder, importance: bool) -> str:
     """What the statistics depend on."""
     import torch
     import transformers
 
-    parts = [torch.__version__, transformers.__version__, device, str(dtype), str(importance)]
+    parts = [torch.__version__, transformers.__version__, decoder.device, str(decoder.products), str(importance)]
     parts += [checksum for folder in (model, calibration) for checksum in sorted(checksums(folder).values())]
     return "\n".join(parts)
+
+
+def _collect_plain(decoder: Decoder, tokens: Tensor, work: Path) -> None:
+    """Every layer once over all tokens, one sequence at a time: it stays in a CPU's cache."""
+    import torch
+
+    from tasks.sums import listening, save_sums
+
+    hidden = decoder.embed(list(tokens.split(1)))
+    state = work / STATE
+    first = _resume(state, hidden)
+    bar = tqdm(range(first, len(decoder)), desc="statistics", unit="layer", initial=first, total=len(decoder))
+    for index in bar:
+        with decoder.layer(index) as layer, listening(layer, {}) as sums:
+            hidden = [decoder.run(index, layer, rows) for rows in hidden]
+        save_sums(sums, statistics_file(work, index))
+        save({"hidden": torch.cat(hidden)}, state, {DONE: str(index + 1)})
+    state.unlink()
 
 
 def _resume(state: Path, hidden: list[Tensor]) -> int:
@@ -176,7 +185,9 @@ def load_statistics(directory: Path, layer: int, device: str) -> dict[str, Input
     same input have the same object. TaskError if the statistics are not there."""
     from safetensors import safe_open
 
-    path = directory / f"layers.{layer}.safetensors"
+    from tasks.sums import READERS
+
+    path = statistics_file(directory, layer)
     if not path.is_file():
         raise TaskError(f"{path} is not there; run the statistics stage first: modelpress run")
     found: dict[str, Input] = {}
@@ -185,84 +196,6 @@ def load_statistics(directory: Path, layer: int, device: str) -> dict[str, Input
             known = Input(*(file.get_tensor(f"{first}.{key}") for key in ("gram", "largest", "mean")))
             found |= dict.fromkeys(readers, known)
     return found
-
-
-def _layer(
-    decoder: Decoder, index: int, hidden: list[Tensor], dtype: torch.dtype, weights: Mapping[str, Tensor]
-) -> dict[str, _Sums]:
-    """The sums of one layer's inputs; `hidden` becomes what the next layer reads. dtype: of the matrix products;
-    weights: of the tokens, as in `listening`."""
-    import torch
-
-    with decoder.layer(index) as layer, listening(layer, weights) as sums:
-        for number, batch in enumerate(hidden):
-            with torch.autocast(decoder.device, dtype, enabled=dtype != decoder.dtype):
-                hidden[number] = decoder.run(index, layer, batch)
-    return sums
-
-
-class _Sums:
-    """Sums over the tokens of one input. weights: of the tokens in the Gram matrix, in their order; None: all are 1."""
-
-    def __init__(self, channels: int, device: Any, weights: Tensor | None) -> None:
-        import torch
-
-        self.readers: list[str] = []
-        self.tokens = 0
-        self.gram = torch.zeros(channels, channels, device=device)
-        self.largest, self.total = torch.zeros(2, channels, device=device)
-        self._roots = None if weights is None else weights.flatten().sqrt()
-
-    def add(self, x: Tensor) -> None:
-        """Count what the layers read: [..., channels]."""
-        import torch
-
-        x = x.flatten(0, -2).float()
-        magnitude = x.abs()
-        self.largest = self.largest.maximum(magnitude.amax(0))
-        self.total += magnitude.sum(0)
-        if self._roots is not None:
-            x = x * self._roots[self.tokens : self.tokens + len(x), None]
-        with torch.autocast(x.device.type, enabled=False):
-            self.gram.addmm_(x.T, x)
-        self.tokens += len(x)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As they are stored."""
-        return {"gram": self.gram, "largest": self.largest, "mean": self.total / self.tokens}
-
-
-@contextmanager
-def listening(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, _Sums]]:
-    """Sums of what the linear layers inside `layer` read; those that read the same tensor share them.
-
-    weights: of the tokens that will pass, [sequences, length] by the first layer that reads them; where there are none,
-    all weigh the same.
-    """
-    from torch import nn
-
-    from tasks.importance import Inputs
-
-    sums: dict[str, _Sums] = {}
-    inputs = Inputs()
-
-    def hear(name: str, x: Tensor) -> None:
-        first = inputs.first(name, x)
-        if first == name:
-            if name not in sums:
-                sums[name] = _Sums(x.shape[-1], x.device, weights.get(name))
-                sums[name].readers.append(name)
-            sums[name].add(x)
-        elif name not in sums[first].readers:
-            sums[first].readers.append(name)
-
-    handles = [layer.register_forward_hook(lambda *_: inputs.clear())]
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear):
-            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: hear(name, args[0])))
-    yield sums
-    for handle in handles:
-        handle.remove()
 
 
 def main() -> None:

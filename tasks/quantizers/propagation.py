@@ -16,7 +16,8 @@ from torch import Tensor
 from tasks.decoder import Decoder
 from tasks.importance import load_importance
 from tasks.quantizers import Job
-from tasks.statistics import Input, listening
+from tasks.statistics import Input
+from tasks.sums import listening
 from tasks.weights import save
 
 HIDDEN = "hidden"

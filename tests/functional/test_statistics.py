@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tasks import importance, statistics, weights
+from tasks import importance, statistics, sums, weights
 from tasks.decoder import Decoder
 from tasks.errors import TaskError
 from tasks.fit import ARCHITECTURES
@@ -111,6 +111,7 @@ def test_a_weight_is_how_much_of_the_likelihood_hangs_on_a_token(
         nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64), reduction="sum").backward()
     squares = {name: torch.cat(parts) for name, parts in slopes.items()}
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(size))
+    monkeypatch.setattr(statistics, "fast_dtype", lambda _: torch.float32)
     save_file({"input_ids": TOKENS}, tmp_path / "tokens.safetensors")
     collect(model, tmp_path, tmp_path / "out", importance=True)
     for layer in range(2):
@@ -126,11 +127,12 @@ def test_a_weight_is_how_much_of_the_likelihood_hangs_on_a_token(
         for first, names in readers.items():
             root = sum((squares[f"{layer}.{name}"] for name in names), torch.zeros(TOKENS.shape)).sqrt()
             expected = root / root.mean(-1, keepdim=True)
-            assert (weighed[first] - expected).norm() < 0.03 * expected.norm()  # what passes between layers is bfloat16
+            # what passes between layers is bfloat16
+            assert (weighed[first] - expected).norm() < 0.03 * expected.norm()
             x = whole[0][f"{layer}.{first}"]
             gram = (x * weighed[first].flatten()[:, None]).T @ x
-            assert torch.allclose(known[first].gram, gram, rtol=1e-3, atol=1e-3)
-            assert torch.allclose(known[first].mean, x.abs().mean(0), atol=1e-5)
+            for found, right in ((known[first].gram, gram), (known[first].mean, x.abs().mean(0))):
+                assert (found - right).norm() < 0.01 * right.norm()
 
 
 def test_weights_from_bfloat16_products_are_much_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +152,9 @@ def test_tokens_on_which_nothing_hangs_weigh_the_same() -> None:
     assert importance._weight(torch.tensor([[0.0, 0.0], [1.0, 9.0]])).tolist() == [[1.0, 1.0], [0.5, 1.5]]
 
 
-@pytest.mark.parametrize("saved", [1, 3, 5, 7, 10, 12, 15])
+@pytest.mark.parametrize("saved", [1, 3, 5, 6, 7, 9, 13])
 def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path, saved: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward for the weights (4 files), their gradient (1), backward (2 a layer), the statistics (2 a layer)."""
+    """Forward (4 files), the gradient (1), backward (3 a layer)."""
     model = tiny_model(tmp_path / "model", layers=3)
     (tmp_path / "calibration").mkdir()
     save_file({"input_ids": TOKENS}, tmp_path / "calibration/tokens.safetensors")
@@ -167,7 +169,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path, saved: int, mo
         files.append(path.name)
         real(tensors, path, *more)
 
-    for module in (statistics, importance):
+    for module in (importance, sums):
         monkeypatch.setattr(module, "save", save)
     with pytest.raises(KeyboardInterrupt):
         collect(model, tmp_path / "calibration", tmp_path / "out", importance=True)
@@ -175,8 +177,8 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path, saved: int, mo
     collect(model, tmp_path / "calibration", tmp_path / "out", importance=True)
     assert checksums(tmp_path / "out") == checksums(tmp_path / "at-once")
     files.remove("interrupted")
-    # of the two files of a layer, the first may have to be written again
-    assert len(files) <= 17 + 1
+    # of the three files of a layer, two may have to be written again
+    assert len(files) <= 14 + 2
     assert not list(tmp_path.glob(".*.part"))
 
 

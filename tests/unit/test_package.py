@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -54,7 +55,11 @@ class Workplace:
 @pytest.fixture
 def workplace(tmp_path: Path) -> Callable[..., Workplace]:
     def make(
-        variants: dict[str, dict[str, Any]] = VARIANTS, name: str = "work", target: str = "transformers", **model: Any
+        variants: dict[str, dict[str, Any]] = VARIANTS,
+        name: str = "work",
+        target: str = "transformers",
+        settings_of: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        **model: Any,
     ) -> Workplace:
         root = made_up(tmp_path / name, variants)
         source = root / "models/source"
@@ -73,7 +78,7 @@ def workplace(tmp_path: Path) -> Callable[..., Workplace]:
                 (folder / "README.md").write_text("of the exporter")
         write_json(root / "sources.json", {"piqa": {"source": "path:/home/someone/data.jsonl", "sha256": "0" * 64}})
         params = yaml.safe_load(Path("params.yaml").read_text())
-        params["variants"] = {v: params["variants"][v] for v in variants}
+        params["variants"] = {v: params["variants"][v] | dict(settings_of.get(v, {})) for v in variants}
         params["target"] = target
         settings = check_settings(params).model_copy(update={"gate": GATE})
         report(settings, root / "metrics", root / "results", source / "source.json", root / "report")
@@ -213,11 +218,19 @@ class TestCard:
 
     def test_it_offers_vllm_only_what_vllm_loads(self, workplace: Callable[..., Workplace]) -> None:
         auto = {"base": VARIANTS["base"], "auto": VARIANTS["gptq-int4"] | {"method": "auto"}}
-        for name, variants in {"uniform": VARIANTS, "mixed": auto}.items():
-            work = workplace(variants, name)
+        asymmetric, symmetric = ({"gptq-int4": {"format": "gptq", "symmetric": one}} for one in (False, True))
+        remedies = {
+            "uniform": (VARIANTS, {}, None),
+            "mixed": (auto, {}, "`variants.auto.fused: true`"),
+            "asymmetric": (VARIANTS, asymmetric, "`variants.gptq-int4.format: compressed-tensors`"),
+            "symmetric": (VARIANTS, symmetric, None),
+        }
+        for name, (variants, changes, remedy) in remedies.items():
+            work = workplace(variants, name, settings_of=changes)
             work.package()
             text = (work.destination / "README.md").read_text()
-            assert ("vllm serve" in text, "`variants.auto.fused: true`" in text) == (name == "uniform", name == "mixed")
+            assert ("vllm serve" in text) == (remedy is None)
+            assert remedy is None or remedy in text
 
     def test_for_onnx_its_code_runs(
         self, workplace: Callable[..., Workplace], llama: Path, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,103 @@
+"""Sums over what the linear layers of a decoder layer read: Gram matrix, largest and mean magnitude by channel.
+
+Layers that read the same tensor, as q, k and v do, share theirs, under the name of the first of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tasks.weights import save
+
+READERS = "readers"
+BLOCK = 384  # rows of a Gram matrix in one product; what is left of them mirrors what is above
+
+
+class Inputs:
+    """Names what the linear layers of a layer read, in one pass through it, by the first that reads it."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, str]] = []  # holding them keeps them apart
+
+    def first(self, name: str, x: Tensor) -> str:
+        """The first layer that read this very tensor; `name` itself if none did."""
+        found = next((other for tensor, other in self._seen if tensor is x), None)
+        if found is None:
+            self._seen.append((x, name))
+        return found or name
+
+    def clear(self) -> None:
+        """Another pass begins."""
+        self._seen.clear()
+
+
+class Sums:
+    """Over the tokens of one input, float32; readers: the layers that read it. tokens: counted so far."""
+
+    def __init__(self, readers: list[str], channels: int, device: torch.device) -> None:
+        self.readers = readers
+        self.tokens = 0
+        self._gram = torch.zeros(channels, channels, device=device)  # in `add` its upper blocks alone
+        self._largest, self._total = torch.zeros(2, channels, device=device)
+
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Count what the layers read, [..., channels]. weights: of its tokens in the Gram matrix; None: all are 1."""
+        x = x.flatten(0, -2).float()
+        magnitude = x.abs()
+        torch.maximum(self._largest, magnitude.amax(0), out=self._largest)
+        self._total += magnitude.sum(0)
+        self.tokens += len(x)
+        if weights is not None:
+            x = x * weights.flatten().sqrt()[:, None]
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, x.shape[1], BLOCK):
+                end = start + BLOCK
+                self._gram[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are stored: `gram`, `largest` and `mean` of tasks.statistics.Input."""
+        for start in range(0, len(self._gram), BLOCK):
+            end = start + BLOCK
+            self._gram[end:, start:end] = self._gram[start:end, end:].T
+        return {"gram": self._gram, "largest": self._largest, "mean": self._total / self.tokens}
+
+
+@contextmanager
+def listening(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Sums]]:
+    """Sums of what the linear layers inside `layer` read, by the first that reads it.
+
+    weights: of the tokens that will pass, [sequences, length] by the first layer that reads them; where there are none,
+    all weigh the same.
+    """
+    sums: dict[str, Sums] = {}
+    inputs = Inputs()
+
+    def hear(name: str, x: Tensor) -> None:
+        first = inputs.first(name, x)
+        if first == name:
+            own = sums.setdefault(name, Sums([name], x.shape[-1], x.device))
+            weight = weights.get(name)
+            own.add(x, None if weight is None else weight.flatten()[own.tokens : own.tokens + x[..., 0].numel()])
+        elif name not in sums[first].readers:
+            sums[first].readers.append(name)
+
+    handles = [layer.register_forward_hook(lambda *_: inputs.clear())]
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: hear(name, args[0])))
+    yield sums
+    for handle in handles:
+        handle.remove()
+
+
+def save_sums(sums: Mapping[str, Sums], path: Path) -> None:
+    """A layer's sums as `tasks.statistics.load_statistics` reads them."""
+    readers = json.dumps({name: one.readers for name, one in sums.items()})
+    found = {f"{name}.{key}": tensor for name, one in sums.items() for key, tensor in one.tensors().items()}
+    save(found, path, {READERS: readers})
