@@ -262,8 +262,8 @@ def test_errors_can_be_propagated(
     # behind a layer that nobody touched there is nothing to propagate, but what the statistics kept was rounded
     skipped, alone = press("skipped", propagate=True, skip_layers=[0]), press("alone", skip_layers=[0])
     for name in alone.quantized:
-        same = skipped.linear(name).solved.integers == alone.linear(name).solved.integers
-        assert same.float().mean() > 0.98
+        equal = skipped.linear(name).solved.integers == alone.linear(name).solved.integers
+        assert equal.float().mean() > 0.98
 
 
 def test_mixed_precisions_are_those_that_were_chosen(
