@@ -173,7 +173,7 @@ def statistics(job: Job) -> Need:
         (_collect_weighed if importance else _collect)(job, work, layer, dtype)
         for group in layer.groups:
             work.write(group.copies * 4 * group.width**2)
-        # what the next layer reads is kept, for a run that is interrupted
+        # what the next layer reads is kept, for a run that is interrupted; 32 bits, or 16 and as many for the way back
         work.passes(tokens * shape.hidden, 1, 0)
         work.write(4 * tokens * shape.hidden)
     if importance:
@@ -210,8 +210,7 @@ def _collect_weighed(job: Job, work: Work, layer: Layer, dtype: str) -> None:
     _sum(job, work, layer)
     for group in layer.groups:
         work.passes(tokens * group.active * group.width, 0, 1)
-    # activations and gradients in 16 bits, written and read
-    work.write(4 * tokens * shape.hidden)
+    # activations and gradients of 16 bits
     work.read(4 * tokens * shape.hidden)
 
 
