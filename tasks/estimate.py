@@ -29,7 +29,7 @@ from tasks.shape import Group, Layer, Shape
 from tasks.statistics import needed_bytes
 
 # what solvers/awq.py tries, and on how many rows the scales
-SCALE_TRIALS, CLIP_TRIALS, ROWS = 20, 10, 512
+SCALE_TRIALS, CLIP_TRIALS, ROWS = 20, 12, 512
 BLOCK = 64  # columns, in solvers/gptq.py
 SUMMED = 384  # rows of a Gram matrix in one product, in sums.py
 STREAM, FINE = 256, 8  # in quantizers/sensitivity.py: tokens of a stream, and bits from which it rounds to the nearest

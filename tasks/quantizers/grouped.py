@@ -16,7 +16,7 @@ from tasks.formats.compressed import pack_words, words_config
 from tasks.quantizers import Job
 from tasks.quantizers.layerwise import Layer, left_alone, press_layers
 from tasks.quantizers.propagation import Stream
-from tasks.solvers import Grid, Rounded, gptq, rtn
+from tasks.solvers import Grid, Rounded, Span, gptq, rtn
 from tasks.solvers.awq import search_clip, search_scale
 from tasks.solvers.refine import refine
 
@@ -128,16 +128,16 @@ def solve_layer(layer: Layer, grids: Mapping[str, Grid], how: Rounding) -> dict[
         for grid in dict.fromkeys(grids[name] for name in readers if name in grids):
             linears = [name for name in readers if grids.get(name) == grid]
             weight = layer.stacked(linears)
-            limit = _limit(layer, linears, weight, known.gram, grid) if how.clip else None
+            span = _span(layer, linears, weight, known.gram, grid) if how.clip else None
             if how.gptq:
-                solved = gptq.solve(weight, known.gram, grid, act_order=how.act_order, limit=limit)
+                solved = gptq.solve(weight, known.gram, grid, act_order=how.act_order, span=span)
             else:
-                solved = rtn.solve(weight, grid, limit)
+                solved = rtn.solve(weight, grid, span)
             found |= layer.split(refine(weight, known.gram, grid, solved, how.refine), linears)
     return found
 
 
-def _limit(layer: Layer, linears: list[str], weight: Tensor, gram: Tensor, grid: Grid) -> Tensor:
-    limit = search_clip(weight, gram, grid)
-    free = torch.cat([torch.full((len(layer.weight(name)), 1), name in UNCLIPPED) for name in linears])
-    return limit.masked_fill(free.to(limit.device), torch.inf)
+def _span(layer: Layer, linears: list[str], weight: Tensor, gram: Tensor, grid: Grid) -> Span:
+    low, high = search_clip(weight, gram, grid)
+    free = torch.cat([torch.full((len(layer.weight(name)), 1), name in UNCLIPPED) for name in linears]).to(low.device)
+    return low.masked_fill(free, -torch.inf), high.masked_fill(free, torch.inf)

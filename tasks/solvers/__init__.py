@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+Span = tuple[Tensor, Tensor]  # the smallest and the largest number of each group, float32 [rows, groups]
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -64,16 +66,20 @@ class Rounded:
         return ((grouped - self.zeros[..., None]) * self.scales[..., None].float()).view(rows, width)
 
 
-def fit_grid(weight: Tensor, grid: Grid, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def whole_span(weight: Tensor, grid: Grid) -> Span:
+    """The ends of each group of `weight` [rows, width], with zero, which must be on the grid, between them."""
+    grouped = weight.float().view(len(weight), grid.groups(weight.shape[1]), -1)
+    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+
+
+def fit_grid(weight: Tensor, grid: Grid, span: Span | None = None) -> tuple[Tensor, Tensor]:
     """Scales and zeros that span each group of `weight` [rows, width]: [rows, groups] in the grid's dtype, and uint8.
 
-    limit: [rows, groups], the largest magnitude to span; what is beyond will be clipped.
+    span: to be no wider than this; what is beyond will be clipped.
     """
-    grouped = weight.float().view(len(weight), grid.groups(weight.shape[1]), -1)
-    # zero must be on the grid
-    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    if limit is not None:
-        low, high = low.maximum(-limit), high.minimum(limit)
+    low, high = whole_span(weight, grid)
+    if span:
+        low, high = low.maximum(span[0]), high.minimum(span[1])
     scale = 2 * torch.maximum(-low, high) / grid.top if grid.symmetric else (high - low) / grid.top
     # rounded as it is stored, so that all that follows computes with what will be loaded
     scale = scale.clamp(min=torch.finfo(grid.dtype).tiny).to(grid.dtype)

@@ -1,6 +1,6 @@
 """AWQ (arXiv 2306.00978): scale up the channels that matter before rounding, and cut off the outliers of each group.
 
-Both searches are grids of trials, as in AutoAWQ, and the cost of a trial comes from the Gram matrix.
+Both searches are trials, as in AutoAWQ, and the cost of a trial comes from the Gram matrix.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, output_error
+from tasks.solvers import Grid, Span, output_error, whole_span
 from tasks.solvers.rtn import solve as round_to_nearest
 
 SCALE_TRIALS = 20
 ROWS = 512  # at most as many, but more than half, tell the trials apart as well as all do, in a fraction of the time
-CLIP_TRIALS = 10
-CLIP_STEP = 0.05  # of the largest magnitude
+CLIP_SHARES = (1.0, 0.875, 0.75, 0.625)  # of the largest magnitude
+CLIP_STEPS = (0.1, 0.05)  # by which each end of a group is then moved, up and down
 
 
 def search_scale(weight: Tensor, gram: Tensor, mean: Tensor, grid: Grid) -> Tensor:
@@ -43,19 +43,35 @@ def _importance(weight: Tensor, grid: Grid) -> Tensor:
     return (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).view(weight.shape).mean(0)
 
 
-def search_clip(weight: Tensor, gram: Tensor, grid: Grid) -> Tensor:
-    """The largest magnitude to span in each group, float32 [rows, groups], with the least error of its output."""
+def search_clip(weight: Tensor, gram: Tensor, grid: Grid) -> Span:
+    """What to span of each group, for the least error of its output.
+
+    Tried are shares of the largest magnitude, as in the paper, and then each end by itself, moved a little.
+    """
     groups = grid.groups(weight.shape[1])
-    grouped = weight.view(len(weight), groups, -1)
-    size = grouped.shape[-1]
+    size = weight.shape[1] // groups
     # the blocks on the diagonal: what a group's inputs have to do with those of other groups is left out
     own = gram.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    largest = grouped.abs().amax(-1)
-    best, least = largest.clone(), torch.full_like(largest, torch.inf)
-    for trial in range(CLIP_TRIALS):
-        limit = largest * (1 - CLIP_STEP * trial)
-        change = round_to_nearest(weight, grid, limit).weight().sub_(weight).view(grouped.shape).transpose(0, 1)
+    best = low, high = whole_span(weight, grid)
+    least = torch.full_like(low, torch.inf)
+
+    def attempt(low: Tensor, high: Tensor) -> None:
+        nonlocal best, least
+        change = round_to_nearest(weight, grid, (low, high)).weight().sub_(weight).view(-1, groups, size)
+        change = change.transpose(0, 1)
         error = (torch.bmm(change, own) * change).sum(-1).T
-        best = torch.where(error < least, limit, best)
+        better = error < least
+        best = torch.where(better, low, best[0]), torch.where(better, high, best[1])
         least = torch.minimum(error, least)
+
+    largest = torch.maximum(-low, high)
+    for share in CLIP_SHARES:
+        attempt(low.maximum(-share * largest), high.minimum(share * largest))
+    for step in CLIP_STEPS:
+        low, high = best
+        for moved in (1 - step, 1 + step):
+            attempt(moved * low, high)
+        low, high = best
+        for moved in (1 - step, 1 + step):
+            attempt(low, moved * high)
     return best

@@ -8,20 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, Rounded, fit_grid, one_thread
+from tasks.solvers import Grid, Rounded, Span, fit_grid, one_thread
 
 BLOCK = 64  # columns whose errors reach the rest of the weight together; changes no result beyond rounding
 
 
 def solve(
-    weight: Tensor, gram: Tensor, grid: Grid, *, act_order: bool, damping: float = 0.0, limit: Tensor | None = None
+    weight: Tensor, gram: Tensor, grid: Grid, *, act_order: bool, damping: float = 0.0, span: Span | None = None
 ) -> Rounded:
     """Round `weight` [rows, width], whose inputs have the Gram matrix `gram` [width, width].
 
     act_order: the columns with the largest activations first, on the grid of the weight as it was ("static").
-    damping: share of the Gram matrix' mean diagonal that is added to it. limit: as in `fit_grid`.
+    damping: share of the Gram matrix' mean diagonal that is added to it. span: as in `fit_grid`.
     """
-    scales, zeros = fit_grid(weight, grid, limit)
+    scales, zeros = fit_grid(weight, grid, span)
     width = weight.shape[1]
     diagonal = gram.diagonal()
     dead = diagonal == 0

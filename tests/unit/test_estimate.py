@@ -103,7 +103,8 @@ def test_every_method_that_presses_can_be_estimated() -> None:
 
 
 def test_the_counts_are_those_of_the_solvers() -> None:
-    assert (plan.SCALE_TRIALS, plan.CLIP_TRIALS, plan.ROWS) == (awq.SCALE_TRIALS, awq.CLIP_TRIALS, awq.ROWS)
+    assert (plan.SCALE_TRIALS, plan.ROWS) == (awq.SCALE_TRIALS, awq.ROWS)
+    assert len(awq.CLIP_SHARES) + 4 * len(awq.CLIP_STEPS) == plan.CLIP_TRIALS
     assert (gptq.BLOCK, sums.BLOCK) == (plan.BLOCK, plan.SUMMED)
     assert sensitivity.SEQUENCES * sensitivity.LENGTH == plan.STREAM
     assert sensitivity.FINE == plan.FINE

@@ -176,9 +176,8 @@ def test_awq_scales_and_clips_cost_less_than_none(weight: Tensor, inputs: Tensor
     scaled_gram = gram / scale[:, None] / scale
     scaled = cost(rtn.solve(weight * scale, grid()), weight * scale, scaled_gram)
     assert scaled < 0.95 * plain
-    limit = search_clip(weight * scale, scaled_gram, grid())
-    assert (limit <= (weight * scale).abs().view(ROWS, -1, GROUP).amax(-1)).all()
-    both = gptq.solve(weight * scale, scaled_gram, grid(), act_order=True, damping=0.01, limit=limit)
+    span = search_clip(weight * scale, scaled_gram, grid())
+    both = gptq.solve(weight * scale, scaled_gram, grid(), act_order=True, damping=0.01, span=span)
     alone = gptq.solve(weight, gram, grid(), act_order=True, damping=0.01)
     assert cost(both, weight * scale, scaled_gram) < cost(alone, weight, gram)
 
@@ -199,13 +198,26 @@ def test_awq_tells_the_trials_apart_by_some_of_many_rows(
 
 
 def test_clips_lessen_the_error_of_each_group(weight: Tensor, gram: Tensor) -> None:
-    limit = search_clip(weight, gram, grid())
+    low, high = search_clip(weight, gram, grid())
+    assert ((low <= 0) & (high >= 0)).all()
     for number in range(WIDTH // GROUP):
         part = slice(number * GROUP, (number + 1) * GROUP)
         own = gram[part, part]
-        clipped = rtn.solve(weight[:, part], grid(), limit[:, number : number + 1])
+        clipped = rtn.solve(weight[:, part], grid(), (low[:, number, None], high[:, number, None]))
         plain = output_error(rtn.solve(weight[:, part], grid()).weight() - weight[:, part], own)
         assert (output_error(clipped.weight() - weight[:, part], own) <= plain * 1.0001).all()
+
+
+def test_clips_move_each_end_of_a_group_by_itself(weight: Tensor, gram: Tensor) -> None:
+    lopsided = weight.abs() ** 2 - 0.2 * weight.abs().amax()
+    own = gram * torch.block_diag(*[torch.ones(GROUP, GROUP)] * (WIDTH // GROUP))
+
+    def error(low: Tensor, high: Tensor) -> Tensor:
+        return output_error(rtn.solve(lopsided, grid(), (low, high)).weight() - lopsided, own)
+
+    largest = lopsided.abs().view(ROWS, -1, GROUP).amax(-1)
+    even = torch.stack([error(-share * largest, share * largest) for share in awq.CLIP_SHARES]).amin(0)
+    assert error(*search_clip(lopsided, gram, grid())).sum() < 0.97 * even.sum()
 
 
 def test_smoothing_moves_outliers_by_its_strength(weight: Tensor, inputs: Tensor) -> None:
