@@ -123,24 +123,24 @@ def test_the_memory_of_statistics_is_what_the_stage_says_of_itself(tmp_path: Pat
     assert need.memory == pytest.approx(said + QUIET.base_gb * 1e9, abs=2e6)
 
 
-# What `make demo` took on such a machine: seconds of the stage, DVC included; peak memory; bytes of safetensors.
-# `statistics` was run by itself, after it became quicker.
+# What `make demo` took in an empty clone, on the machine of QUIET: seconds of the stage, DVC included; peak memory; bytes
+# of safetensors.
 DEMO = {
-    "statistics": (131, 1_110_110_208, 411_252_720),
-    "quantize@int8": (18, 843_857_920, 163_536_608),
-    "quantize@gptq-int4": (56, 920_047_616, 114_029_456),
-    "quantize@awq-int4": (70, 971_485_184, 113_999_904),
-    "quantize@auto": (268, 1_458_892_800, 116_511_552),
-    "evaluate@base": (121, 1_532_071_936, 0),
-    "evaluate@int8": (132, 2_424_504_320, 0),
-    "evaluate@gptq-int4": (162, 2_362_970_112, 0),
-    "evaluate@awq-int4": (163, 2_490_007_552, 0),
-    "evaluate@auto": (163, 2_344_525_824, 0),
-    "benchmark@base": (25, 1_423_122_432, 0),
-    "benchmark@int8": (37, 2_371_719_168, 0),
-    "benchmark@gptq-int4": (14, 1_421_742_080, 0),
-    "benchmark@awq-int4": (15, 1_827_737_600, 0),
-    "benchmark@auto": (13, 1_419_386_880, 0),
+    "statistics": (130, 1_090_994_176, 411_252_720),
+    "quantize@int8": (19, 837_849_088, 163_536_608),
+    "quantize@gptq-int4": (60, 876_810_240, 114_029_456),
+    "quantize@awq-int4": (74, 978_812_928, 113_999_904),
+    "quantize@auto": (259, 1_470_541_824, 116_511_552),
+    "evaluate@base": (121, 1_539_903_488, 0),
+    "evaluate@int8": (138, 2_504_704_000, 0),
+    "evaluate@gptq-int4": (164, 2_348_257_280, 0),
+    "evaluate@awq-int4": (155, 2_618_638_336, 0),
+    "evaluate@auto": (153, 2_379_530_240, 0),
+    "benchmark@base": (25, 1_431_085_056, 0),
+    "benchmark@int8": (37, 2_371_719_168, 0),  # memory: of an earlier run, with the baseline beside it
+    "benchmark@gptq-int4": (12, 1_422_000_128, 0),
+    "benchmark@awq-int4": (14, 1_849_090_048, 0),
+    "benchmark@auto": (11, 1_403_486_208, 0),
 }
 SHORT = 30  # seconds: less than that is mostly the start of processes, of which only the library's share is estimated
 
