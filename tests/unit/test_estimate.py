@@ -123,8 +123,8 @@ def test_the_memory_of_statistics_is_what_the_stage_says_of_itself(tmp_path: Pat
     assert need.memory == pytest.approx(said + QUIET.base_gb * 1e9, abs=2e6)
 
 
-# What `make demo` took in an empty clone, on a machine like that of QUIET: seconds of the stage, DVC included; peak memory;
-# bytes of safetensors.
+# What `make demo` took in an empty clone, on a machine like that of QUIET: seconds of the stage, DVC included; peak
+# memory; bytes of safetensors.
 DEMO = {
     "statistics": (130, 1_090_994_176, 411_252_720),
     "quantize@int8": (19, 837_849_088, 163_536_608),
