@@ -52,7 +52,7 @@ def search_clip(weight: Tensor, gram: Tensor, grid: Grid) -> Span:
     size = weight.shape[1] // groups
     # the blocks on the diagonal: what a group's inputs have to do with those of other groups is left out
     own = gram.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    best = low, high = whole_span(weight, grid)
+    best = low, high = whole = whole_span(weight, grid)
     least = torch.full_like(low, torch.inf)
 
     def attempt(low: Tensor, high: Tensor) -> None:
@@ -74,4 +74,4 @@ def search_clip(weight: Tensor, gram: Tensor, grid: Grid) -> Span:
         low, high = best
         for moved in (1 - step, 1 + step):
             attempt(low, moved * high)
-    return best
+    return best[0].maximum(whole[0]), best[1].minimum(whole[1])

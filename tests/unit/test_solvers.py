@@ -177,6 +177,9 @@ def test_awq_scales_and_clips_cost_less_than_none(weight: Tensor, inputs: Tensor
     scaled = cost(rtn.solve(weight * scale, grid()), weight * scale, scaled_gram)
     assert scaled < 0.95 * plain
     span = search_clip(weight * scale, scaled_gram, grid())
+    grouped = (weight * scale).view(ROWS, -1, GROUP)
+    assert (span[0] >= grouped.amin(-1)).all()
+    assert (span[1] <= grouped.amax(-1)).all()
     both = gptq.solve(weight * scale, scaled_gram, grid(), act_order=True, damping=0.01, span=span)
     alone = gptq.solve(weight, gram, grid(), act_order=True, damping=0.01)
     assert cost(both, weight * scale, scaled_gram) < cost(alone, weight, gram)
