@@ -11,19 +11,42 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import psutil
 
 GRACE = 5.0  # seconds between the request to stop and the end
+TICK = 0.1  # seconds between looks at what is left
 
 
 orphaned = threading.Event()
 
 
+def others() -> Iterator[psutil.Process]:
+    """The processes of this group that have not ended, but for this one."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if (
+                process.pid != os.getpid()
+                and os.getpgid(process.pid) == os.getpgid(0)
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                yield process
+
+
 def watch() -> None:
-    """Block until stdin is at its end, then stop the group."""
+    """Block until stdin is at its end, then stop the group, this process last."""
     os.read(0, 1)
     orphaned.set()
     os.killpg(0, signal.SIGTERM)
-    time.sleep(GRACE)
+    end = time.monotonic() + GRACE
+    while left := list(others()):
+        if time.monotonic() > end:
+            for process in left:
+                with suppress(psutil.Error):
+                    process.kill()
+        time.sleep(TICK)
     os.killpg(0, signal.SIGKILL)
 
 
