@@ -78,7 +78,7 @@ def _forward(decoder: Decoder, hidden: list[Tensor], work: Path) -> None:
         with decoder.layer(index) as layer:
             hidden = [decoder.run(index, layer, rows.float()).to(KEPT) for rows in hidden]
         _keep(hidden, work, "hidden", index + 1)
-    draw = torch.Generator(decoder.device).manual_seed(SEED)
+    draw = torch.Generator().manual_seed(SEED)  # of the CPU's, so that a GPU draws the same words
     with decoder.head() as head:
         found = [_likelihood_gradient(head, rows, draw) for rows in tqdm(hidden, desc="predictions", unit="sequence")]
     _keep(found, work, "gradient", last)
@@ -92,7 +92,7 @@ def _likelihood_gradient(head: Callable[[Tensor], Tensor], hidden: Tensor, draw:
         logits = head(x)
         slope = logits.detach().float().softmax(-1)
         # where a random share of the probabilities, added up, is reached; torch.multinomial takes three times as long
-        shares = torch.rand(slope.shape[1], 1, generator=draw, device=slope.device)
+        shares = torch.rand(slope.shape[1], 1, generator=draw).to(slope.device)
         words = torch.searchsorted(slope[0].cumsum(-1), shares).clamp_(max=slope.shape[2] - 1)
         # of the cross-entropy: the probabilities, less one for the word itself
         slope[0].scatter_add_(1, words, torch.full_like(words, -1, dtype=slope.dtype))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from compressed_tensors.offload import remove_dispatch
 from compressed_tensors.quantization import QuantizationStatus
 from torch import Tensor
 from tqdm import tqdm
@@ -134,7 +135,8 @@ def _load(directory: Path, dtype: torch.dtype, method: str | None) -> Any:
         if getattr(module, "quantization_status", None) is not None:
             # the weights lie on their grid; rounding them to it again at each call would cost time and change nothing
             module.quantization_status = QuantizationStatus.COMPRESSED
-    return model
+    # without this a layer sends what it reads to the processor that loaded it, and computes there, wherever it is moved
+    return remove_dispatch(model)
 
 
 def _pad(tokenizer: Any) -> int:

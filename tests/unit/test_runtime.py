@@ -8,12 +8,16 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.errors import TaskError
 from tasks.lm import RuntimeLM
+from tasks.quantizers import Job, quantizer
 from tasks.runtimes import Question, load_runtime
 from tasks.runtimes.transformers import TransformersRuntime
+from tasks.settings import load_settings
+from tasks.statistics import collect
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,23 @@ def test_generated_text_stops_at_the_stop_string(runtime: TransformersRuntime) -
     request = Instance("generate_until", {}, ("Anna", {"until": [stop], "max_gen_toks": 12}), 0)
     (answer,) = RuntimeLM(runtime, 256, 128).generate_until([request])
     assert answer == text.split(stop)[0]
+
+
+def test_a_pressed_model_goes_where_it_is_moved(llama: Path, tmp_path: Path) -> None:
+    """As a GPU's runtime does it; compressed-tensors leaves it computing on the processor that loaded it."""
+    settings = load_settings(Path("params.yaml"))
+    variant = settings.variant("gptq-int4")
+    tokens = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": tokens}, tmp_path / "tokens.safetensors")
+    collect(llama, tmp_path, tmp_path / "statistics", importance=False)
+    (pressed := tmp_path / "pressed").mkdir()
+    quantizer(variant).press(Job(llama, tokens, tmp_path / "statistics", variant, "cpu", pressed))
+    for file in llama.glob("tokenizer*"):
+        (pressed / file.name).write_bytes(file.read_bytes())
+    moved = TransformersRuntime(pressed, "float32").model.to("meta")
+    layer = moved.model.layers[0].self_attn.q_proj
+    assert layer(torch.zeros(1, layer.in_features, device="meta")).is_meta
+    assert all(parameter.is_meta for parameter in moved.parameters())
 
 
 def test_a_folder_without_a_model_and_an_unknown_target_are_refused(llama: Path, tmp_path: Path) -> None:
