@@ -189,6 +189,8 @@ def statistics(job: Job) -> Need:
         shape.vocabulary,
         shape.largest.parameters,
         importance,
+        job.machine.device,
+        BYTES[dtype],
     )
     # between the layers activations are kept: one layer's, or, where there is a way back, those of all
     scratch = (2 * (len(shape.layers) + 1) if importance else 4) * tokens * shape.hidden

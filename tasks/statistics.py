@@ -103,34 +103,51 @@ def estimate_bytes(decoder: Decoder, tokens: Tensor, importance: bool) -> int:
     hidden, inner, vocabulary = decoder.widths
     widths = (hidden, hidden, hidden, inner)
     return current_memory() + needed_bytes(
-        tokens.numel(), tokens.shape[1], widths, vocabulary, decoder.layer_parameters, importance
+        tokens.numel(),
+        tokens.shape[1],
+        widths,
+        vocabulary,
+        decoder.layer_parameters,
+        importance,
+        decoder.device,
+        decoder.products.itemsize,
     )
 
 
 def needed_bytes(
-    tokens: int, sequence_length: int, widths: Sequence[int], vocabulary: int, layer_parameters: int, importance: bool
+    tokens: int,
+    sequence_length: int,
+    widths: Sequence[int],
+    vocabulary: int,
+    layer_parameters: int,
+    importance: bool,
+    device: str,
+    product: int,
 ) -> int:
     """The memory, bytes, that the pass takes beyond what the process holds: all activations twice, and the most of
 
     - the embedding, as it is stored and as float32,
-    - one layer's weights in both, its Gram matrices, and what one sequence passes through inside the layer,
-    - where tokens are weighed, the output layer in both and the predictions of `PREDICTED` tokens five times over.
+    - one layer's weights as they are stored and as they are multiplied with, its Gram matrices, and what one sequence
+      passes through inside the layer,
+    - where tokens are weighed, the output layer as those, and the predictions of `PREDICTED` tokens five times over.
 
     Where tokens are weighed, what a sequence leaves inside a layer for the way back comes on top, for the process does
-    not give it back: three times what it passes through.
+    not give it back: three times what it passes through. What is stored is in the processor's memory: on a GPU, whose
+    memory is meant there, it does not count.
 
-    widths: of the distinct inputs in a layer; the first is that of the layer itself.
+    widths: of the distinct inputs in a layer; the first is that of the layer itself. product: bytes of a weight in a
+    matrix product.
     """
     hidden, inner = widths[0], max(widths)
     activations = tokens * hidden
     sequence = sequence_length * (3 * inner + 8 * hidden)
     grams = sum(width**2 for width in widths)
-    stored = 1.5  # a weight of 2 bytes beside the same one of 4
-    outer = stored * vocabulary * hidden
-    most = max(outer, stored * layer_parameters + grams + sequence)
+    stored = 0 if device == "cuda" else 2
+    weight = stored + product
+    most = max((stored + 4) * vocabulary * hidden, weight * layer_parameters + 4 * (grams + sequence))
     if importance:
-        most = max(most, outer + 5 * PREDICTED * vocabulary) + 3 * sequence
-    return int(4 * (2 * activations + most))
+        most = max(most, weight * vocabulary * hidden + 20 * PREDICTED * vocabulary) + 12 * sequence
+    return int(8 * activations + most)
 
 
 def statistics_file(directory: Path, layer: int) -> Path:

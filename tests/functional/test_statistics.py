@@ -110,7 +110,7 @@ def test_a_weight_is_how_much_of_the_likelihood_hangs_on_a_token(
         logits = loaded(row).logits[0]
         nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64), reduction="sum").backward()
     squares = {name: torch.cat(parts) for name, parts in slopes.items()}
-    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(size))
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(size))
     monkeypatch.setattr(statistics, "fast_dtype", lambda _: torch.float32)
     save_file({"input_ids": TOKENS}, tmp_path / "tokens.safetensors")
     collect(model, tmp_path, tmp_path / "out", importance=True)
@@ -138,7 +138,7 @@ def test_a_weight_is_how_much_of_the_likelihood_hangs_on_a_token(
 def test_weights_from_bfloat16_products_are_much_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tmp_path / "model")
     save_file({"input_ids": TOKENS}, tmp_path / "tokens.safetensors")
-    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(size))
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(size))
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(statistics, "fast_dtype", lambda _, dtype=dtype: dtype)
         collect(model, tmp_path, tmp_path / str(dtype), importance=True)
