@@ -80,16 +80,12 @@ def test_a_second_run_changes_nothing(by_flow: Checkout) -> None:
     assert by_flow.runs() == {"parents": 1, "children": 2}
 
 
-def test_what_dvc_executes_again_has_the_same_bytes_and_the_flow_goes_on_from_there(
-    by_flow: Checkout, tmp_path: Path
-) -> None:
+def test_what_dvc_executes_again_has_the_same_bytes(by_flow: Checkout, tmp_path: Path) -> None:
     copy = copied(by_flow, tmp_path)
     stages = "quantize@int8", "evaluate@int8"
     output = copy.dvc("repro", "--force", "--single-item", *stages)
     assert all(f"Running stage '{stage}'" in output for stage in stages)
     same_bytes(by_flow, copy)
-    # of what they made the seconds alone are others, which the report and the model card say
-    assert copy.run().rstrip().endswith(f"2 executed, {len(copy.stages()) - 2} unchanged")
 
 
 @pytest.mark.slow
