@@ -34,8 +34,9 @@ _COMPRESSOR = {"backend": "llm-compressor"}
 _AUTOAWQ = {"backend": "autoawq", "rounding": "nearest", "refine": 0}
 
 CONTENDERS = (
-    Contender("int8, modelpress", "int8", "int8", _own()),
-    Contender("int8, llm-compressor", "int8", "int8", _COMPRESSOR),
+    Contender("int8, modelpress", "int8", "int8", _own(rounding="nearest")),
+    Contender("int8, modelpress, as in params.yaml", "int8", "int8", _own()),
+    Contender("int8, llm-compressor", "int8", "int8", {**_COMPRESSOR, "rounding": "nearest"}),
     Contender("gptq, modelpress", "gptq", "gptq-int4", _own(clip=False, refine=0)),
     Contender("gptq, modelpress, as in params.yaml", "gptq", "gptq-int4", _own()),
     Contender("gptq, modelpress, propagated", "gptq", "gptq-int4", _own(propagate=True)),

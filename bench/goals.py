@@ -19,7 +19,7 @@ BETTER = (  # ours, theirs at the same settings
     ("awq, modelpress", "awq, autoawq, mended"),
 )
 TOGETHER = (  # the demo's variants as ours make them with one pass, and how many times as fast that is
-    ("int8, modelpress", "gptq, modelpress, as in params.yaml", "awq, modelpress, as in params.yaml"),
+    tuple(f"{method}, modelpress, as in params.yaml" for method in ("int8", "gptq", "awq")),
     5.0,
 )
 LIBRARIES = {  # the same by libraries, one after another
@@ -27,8 +27,11 @@ LIBRARIES = {  # the same by libraries, one after another
 }
 SMALL = (4.5, 0.08)  # bits a weight, and the perplexity above the baseline's on every text
 KEPT = (4.5, 0.97)  # bits a weight, and retention
-INT8 = ("int8, modelpress", 0.005)
-DECODE = {"int8, modelpress": 2.5, "awq, modelpress, as in params.yaml": 3.7}  # against float32, in ONNX Runtime GenAI
+INT8 = ("int8, modelpress, as in params.yaml", 0.005)
+DECODE = {  # against float32, in ONNX Runtime GenAI
+    "int8, modelpress, as in params.yaml": 2.5,
+    "awq, modelpress, as in params.yaml": 3.7,
+}
 
 
 @dataclass(frozen=True)

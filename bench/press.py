@@ -3,7 +3,7 @@
 python -m bench.press statistics FOLDER
 python -m bench.press "gptq, modelpress" FOLDER STATISTICS
 python -m bench.press quality FOLDER ITEMS
-python -m bench.press decode FOLDER "int8, modelpress" ...
+python -m bench.press decode FOLDER "awq, modelpress" ...
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def run(
 
         modelpress run --set variants.gptq-int4.symmetric=true --set gate.four_bit=0.97
 
-        modelpress run --set '+variants.hard={method: int8, backend: modelpress, smoothing: 0.9, symmetric_activations: true}'
+        modelpress run --set '+variants.hard={method: int8, backend: modelpress, smoothing: 0.9, rounding: gptq, symmetric_activations: true}'
 
         modelpress run --set '~variants.int8'
 

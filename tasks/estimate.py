@@ -454,8 +454,9 @@ def _pressing_bytes(layer: Layer, variant: Variant) -> float:
     solver makes of the largest group: for GPTQ rest, scales, zeros, integers and their copies."""
     weights = 7.0 * layer.parameters
     grams = sum(4.0 * group.copies * group.width**2 for group in layer.groups)
-    factors = 0 if isinstance(variant, Int8Settings) else 4 * 3 * max(group.width for group in layer.groups) ** 2
-    copies = 2 if isinstance(variant, Int8Settings) else 7
+    nearest = isinstance(variant, Int8Settings) and variant.rounding == "nearest"
+    factors = 0 if nearest else 4 * 3 * max(group.width for group in layer.groups) ** 2
+    copies = 2 if nearest else 7
     solved = 4 * copies * max(group.weights for group in layer.groups)
     return weights + grams + factors + solved
 
@@ -508,9 +509,10 @@ def _scale_channels(work: Work, group: Group, shape: Shape) -> None:
 
 
 def _press_int8(work: Work, group: Group, variant: Int8Settings, shape: Shape) -> None:
-    """quantizers/int8.py: stacked, largest magnitudes, smoothed; then rounding and packing (solvers/rtn.py)."""
-    work.passes(group.weights, 7, 8)
+    """quantizers/int8.py: stacked, the norms of columns, smoothed; then rounding and packing, a row being a group."""
+    work.passes(group.weights, 4, 2)
     work.passes(group.width**2, 2, 0)
+    _round_layer(work, group, group.width, False, variant.rounding == "gptq", 0)
 
 
 # A method's own work on the layers that read one input, by its settings. A method that presses layers at several

@@ -194,7 +194,13 @@ class Int8Settings(_Calibrated):
     backend: Literal["modelpress", "llm-compressor"]
     skip_layers: list[Annotated[int, Field(ge=0)]] = []
     smoothing: Annotated[float, Field(ge=0, le=1, strict=False)]
+    rounding: Literal["nearest", "gptq"]
     symmetric_activations: bool
+
+    @model_validator(mode="after")
+    def _a_library_does_it_its_own_way(self) -> Self:
+        self._only(rounding="nearest")
+        return self
 
     @property
     def bits(self) -> int:
@@ -364,7 +370,8 @@ class Settings(Section):
         if len(value) < 2:
             raise ValueError(
                 "holds nothing to compare with the baseline; add a variant, such as "
-                "`int8: {method: int8, backend: modelpress, smoothing: 0.8, symmetric_activations: false}`"
+                "`int8: {method: int8, backend: modelpress, smoothing: 0.5, rounding: gptq, "
+                "symmetric_activations: false}`"
             )
         seen: dict[str, str] = {}
         for name, variant in value.items():

@@ -11,8 +11,10 @@ from tasks.formats.compressed import bytes_config, pack_bytes
 from tasks.quantizers import Job
 from tasks.quantizers.layerwise import Layer, left_alone, press_layers
 from tasks.settings import Int8Settings
-from tasks.solvers import rtn
+from tasks.solvers import gptq, rtn
 from tasks.solvers.smoothquant import INT8, smooth
+
+DAMPING = 0.3  # of GPTQ: errors this small are soon those of the calibration text alone
 
 
 def press(job: Job) -> None:
@@ -23,9 +25,18 @@ def press(job: Job) -> None:
 
     def press_layer(layer: Layer) -> dict[str, dict[str, Tensor]]:
         for source, linears in layer.scalable():
-            factor = smooth(layer.stacked(linears), layer.inputs[linears[0]].largest, variant.smoothing)
+            known = layer.inputs[linears[0]]
+            factor = smooth(layer.stacked(linears), known.gram, known.largest, variant.smoothing)
             layer.scale_input(source, linears, factor, dtype)
-        return {linear: pack_bytes(rtn.solve(layer.weight(linear), INT8)) for linear in layer.inputs}
+        packed: dict[str, dict[str, Tensor]] = {}
+        for linears, known in layer.readers():
+            weight = layer.stacked(linears)
+            if variant.rounding == "gptq":
+                solved = gptq.solve(weight, known.gram, INT8, act_order=True, damping=DAMPING)
+            else:
+                solved = rtn.solve(weight, INT8)
+            packed |= {linear: pack_bytes(part) for linear, part in layer.split(solved, linears)}
+        return packed
 
     config = bytes_config(variant.symmetric_activations, left_alone(variant.skip_layers))
     press_layers(job, press_layer, config, dtype, variant.skip_layers)

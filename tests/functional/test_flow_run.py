@@ -81,7 +81,13 @@ def test_a_failed_stage_stops_what_follows_and_nothing_else(toy: Toy) -> None:
     toy.set(
         variants={
             "base": {"method": "none"},
-            "int8": {"method": "int8", "backend": "modelpress", "smoothing": 0.3, "symmetric_activations": True},
+            "int8": {
+                "method": "int8",
+                "backend": "modelpress",
+                "smoothing": 0.3,
+                "rounding": "gptq",
+                "symmetric_activations": True,
+            },
             **_gptq(32),
         }
     )

@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "auto": {**PARAMS["variants"]["auto"], "candidates": ["4@32", "8@32"], "bits_per_weight": 5.2},
 }
 LIBRARY: dict[str, dict[str, Any]] = {
-    "int8": {"backend": "llm-compressor"},
+    "int8": {"backend": "llm-compressor", "rounding": "nearest"},
     "gptq": {"backend": "llm-compressor", "clip": False, "refine": 0},
     "awq": {"backend": "autoawq", "rounding": "nearest", "refine": 0},
 }
@@ -306,6 +306,16 @@ def test_a_budget_below_the_smallest_candidates_is_refused(
 ) -> None:
     with pytest.raises(TaskError, match=r"bits_per_weight is 4\.2, but the smallest candidates take 4\.625"):
         quantize("v", variant("auto", bits_per_weight=4.2), model, calibration, statistics, tmp_path / "out")
+
+
+def test_int8_loses_less_with_gptqs_rounding(
+    quantized: Quantized, model: Path, calibration: Path, statistics: Path, tmp_path: Path
+) -> None:
+    quantized("int8")
+    ours = quantized.reports["int8"].layers  # type: ignore[attr-defined]
+    nearest = variant("int8", rounding="nearest")
+    theirs = quantize("v", nearest, model, calibration, statistics, tmp_path / "out").layers
+    assert all(ours[layer] < theirs[layer] for layer in theirs)
 
 
 @pytest.mark.parametrize("method", ["int8", "gptq"])

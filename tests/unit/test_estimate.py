@@ -209,7 +209,7 @@ def test_every_stage_has_an_estimate(config: dict[str, Any], stage: str) -> None
 
 def test_what_is_not_known_is_said() -> None:
     values = SETTINGS.model_dump(exclude_unset=True)
-    values["variants"]["int8"]["backend"] = "llm-compressor"
+    values["variants"]["int8"] |= {"backend": "llm-compressor", "rounding": "nearest"}
     values["evaluation"]["tasks"] = ["piqa_local", "hellaswag"]
     known = job(SMOLLM2, check_settings(values))
     assert estimate("quantize@int8", known).seconds is None

@@ -21,11 +21,11 @@ def params(tmp_path: Path) -> Path:
 
 def test_only_the_line_that_changes_changes(params: Path) -> None:
     before = params.read_text().splitlines()
-    assert override(params, ["variants.int8.smoothing=0.5"]) == ["variants.int8.smoothing: 0.6 -> 0.5"]
+    assert override(params, ["variants.int8.smoothing=0.6"]) == ["variants.int8.smoothing: 0.5 -> 0.6"]
     after = params.read_text().splitlines()
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
     ((old, new),) = changed
-    assert new == old.replace("smoothing: 0.6", "smoothing: 0.5")
+    assert new == old.replace("smoothing: 0.5", "smoothing: 0.6")
     assert "#" in new
 
 
@@ -53,7 +53,7 @@ def test_a_value_that_is_no_expression_is_taken_as_text(params: Path) -> None:
 
 def test_no_change_leaves_the_very_bytes(params: Path) -> None:
     before = params.read_bytes()
-    assert override(params, ["variants.int8.smoothing=0.6"]) == []
+    assert override(params, ["variants.int8.smoothing=0.5"]) == []
     assert override(params, []) == []
     assert params.read_bytes() == before
 
