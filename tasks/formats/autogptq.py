@@ -8,6 +8,7 @@ A zero point of 0 has no place in it: some readers take -1 as it is and others m
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from tasks.solvers import Grid, Rounded
 
 WORD = 32
+GPTQMODEL = "gptqmodel:0.9.0"
 
 
 def pack_autogptq(solved: Rounded, bits: int) -> dict[str, Tensor]:
@@ -40,7 +42,8 @@ def unpack_autogptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int) 
 
 def autogptq_config(grid: Grid, act_order: bool, damping: float) -> dict[str, Any]:
     """What AutoGPTQ writes into config.json. The groups lie in their own order, so `desc_act` is false whatever the
-    order they were solved in was."""
+    order they were solved in was. GPTQModel takes zero points of this layout from itself alone, as of the version that
+    wrote none of 0: `meta` names it as the layout's maker."""
     return {
         "bits": grid.bits,
         "checkpoint_format": "gptq",
@@ -48,6 +51,7 @@ def autogptq_config(grid: Grid, act_order: bool, damping: float) -> dict[str, An
         "desc_act": False,
         "group_size": grid.group_size,
         "lm_head": False,
+        "meta": {"quantizer": [f"modelpress:{version('modelpress')}", GPTQMODEL]},
         "quant_method": "gptq",
         "static_groups": act_order,
         "sym": grid.symmetric,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-from tasks.formats.autogptq import pack_autogptq, unpack_autogptq
+from tasks.formats.autogptq import autogptq_config, pack_autogptq, unpack_autogptq
 from tasks.formats.awq_gemm import pack, pack_gemm, unpack, unpack_gemm
 from tasks.formats.compressed import (
     bytes_config,
@@ -108,3 +110,11 @@ def test_of_several_grids_every_layer_is_named() -> None:
     words = words_config({"a": coarse, "b": fine, "c": coarse}, act_order=True, ignore=[])
     found = {group["weights"]["num_bits"]: group["targets"] for group in words["config_groups"].values()}
     assert found == {4: ["a", "c"], 8: ["b"]}
+
+
+def test_gptqmodel_finds_itself_named_in_autogptqs_layout() -> None:
+    """It refuses zero points from any other maker: for it, that is 0.9.0 or newer (quantization/config.py there)."""
+    config = autogptq_config(Grid(4, 32, False, torch.float16), act_order=True, damping=0.05)
+    makers = dict(one.split(":") for one in config["meta"]["quantizer"])
+    assert tuple(int(part) for part in makers["gptqmodel"].split(".")) >= (0, 9, 0)
+    assert makers["modelpress"] == version("modelpress")
