@@ -76,7 +76,7 @@ def start(prefect_server: str) -> Iterator[Callable[..., Run]]:
 def test_variants_spread_over_workers_and_a_killed_workers_stage_is_done_again(
     toy: Toy, tmp_path: Path, start: Callable[..., Run], prefect_server: str
 ) -> None:
-    toy.set(variants__int8__smoothing=0.5, model__source="path:elsewhere")
+    toy.set(variants__int8__smoothing=0.45, model__source="path:elsewhere")
     alike = toy.copy(tmp_path / "alike")
     before = len(toy.executed())
     for name in ("int8", "base"):
@@ -134,7 +134,7 @@ def test_nothing_to_do_starts_no_cluster(toy: Toy, start: Callable[..., Run]) ->
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_ends_takes_its_stages_and_workers_along(toy: Toy, start: Callable[..., Run], sign: int) -> None:
     old = toy.read("models/int8/content.json")
-    toy.set(variants__int8__smoothing=0.5)
+    toy.set(variants__int8__smoothing=0.45)
     toy.wish("quantize@int8", "sleep 600")
     run = start(toy)
     stage_process(toy, "quantize@int8")
@@ -161,7 +161,7 @@ def test_a_run_that_ends_takes_its_stages_and_workers_along(toy: Toy, start: Cal
 def test_a_deployed_run_on_a_cluster_leaves_the_same_as_one_in_threads(
     toy: Toy, tmp_path: Path, prefect_server: str
 ) -> None:
-    toy.set(variants__int8__smoothing=0.5, model__source="path:elsewhere", model__sha256=None)
+    toy.set(variants__int8__smoothing=0.45, model__source="path:elsewhere", model__sha256=None)
     toy.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--all", "--message", "new")
     alike = toy.copy(tmp_path / "alike")
     on_workers = press(toy, "otter", PREFECT_API_URL=prefect_server, MODELPRESS_RUNNER="dask")
@@ -233,7 +233,7 @@ def test_stages_on_a_cluster_that_stays_end_with_their_run(
     toy: Toy, cluster: str, start: Callable[..., Run], sign: int
 ) -> None:
     old = toy.read("models/int8/content.json")
-    toy.set(variants__int8__smoothing=0.5)
+    toy.set(variants__int8__smoothing=0.45)
     toy.wish("quantize@int8", "sleep 600")
     run = start(toy, MODELPRESS_CLUSTER=cluster)
     stage = psutil.Process(stage_process(toy, "quantize@int8"))

@@ -61,7 +61,7 @@ def test_a_failed_stage_is_one_clear_line(toy: Toy, prefect_server: str) -> None
 
 
 def test_a_plan_says_what_would_run_and_why_and_changes_nothing(toy: Toy) -> None:
-    toy.set(variants__int8__smoothing=0.5)
+    toy.set(variants__int8__smoothing=0.45)
     lock = toy.read("dvc.lock")
     done = toy.cli("plan")
     assert done.returncode == 0, done.stderr
@@ -132,7 +132,7 @@ class _stage_at_work:  # noqa: N801 - reads as a phrase
     """`modelpress run` in which `stage` is at work; killed at the end, if it is still there."""
 
     def __init__(self, toy: Toy, stage: str, **env: str) -> None:
-        toy.set(variants__int8__smoothing=0.5)
+        toy.set(variants__int8__smoothing=0.45)
         toy.wish(stage, "sleep 600")
         self._process = toy.start_cli("run", **env)
         self._mark = toy.root / f"pid-{stage}"

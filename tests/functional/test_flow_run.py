@@ -34,7 +34,7 @@ def test_a_second_run_starts_no_process_and_makes_no_second_record(toy: Toy) -> 
 
 def test_a_change_of_one_variant_runs_its_stages_and_what_follows(toy: Toy) -> None:
     before = len(toy.executed())
-    toy.set(variants__int8__smoothing=0.5)
+    toy.set(variants__int8__smoothing=0.45)
     plan = read_plan(toy.root)
     assert plan["quantize@int8"].state == "changed"
     assert plan["quantize@int8"].reasons == ("params.yaml: variants.int8 is modified",)
@@ -51,7 +51,7 @@ def test_a_change_of_one_variant_runs_its_stages_and_what_follows(toy: Toy) -> N
 
 def test_settings_that_were_seen_before_come_from_the_run_cache(toy: Toy) -> None:
     old = toy.read("params.yaml")
-    toy.set(variants__int8__smoothing=0.5)
+    toy.set(variants__int8__smoothing=0.45)
     toy.run()
     before = toy.executed()
     toy.write("params.yaml", old)

@@ -69,7 +69,7 @@ def test_the_first_package_is_registered_as_a_pointer_and_is_the_champion(here: 
 
 @pytest.mark.slow
 def test_the_alias_moves_to_what_is_better_and_to_nothing_else(here: Toy, caplog: pytest.LogCaptureFixture) -> None:
-    variant("worse", smoothing=0.5)
+    variant("worse", smoothing=0.4)
     assert champion(here) == "run/first"
     assert "version 1 (run/first) stays the champion, since of the new package: it is not surely as good" in caplog.text
 
