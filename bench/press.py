@@ -3,7 +3,7 @@
 python -m bench.press statistics FOLDER
 python -m bench.press "gptq, modelpress" FOLDER STATISTICS
 python -m bench.press quality FOLDER ITEMS
-python -m bench.press decode FOLDER "awq, modelpress" ...
+python -m bench.press decode FOLDER STATISTICS "awq, modelpress" ...
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def quality(folder: Path, items: int) -> dict[str, Any]:
     return {"texts": texts, "score": report.mean_score, "bits_per_weight": weight_bits(folder)}
 
 
-def decode(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+def decode(folder: Path, known: Path, names: Sequence[str]) -> dict[str, Any]:
     """How fast ONNX Runtime GenAI writes with what the contenders made, the baseline in float32 beside them.
 
     Alternating; tokens a second: medians; ratio: median of those to the baseline's of the same round.
@@ -88,7 +88,7 @@ def decode(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         for name in (BASE, *names):
             target = Path(place) / name
             target.mkdir()
-            export_onnx(MODEL if name == BASE else folder / name, target, settings.onnx.output_layer)
+            export_onnx(MODEL if name == BASE else folder / name, target, settings.onnx.output_layer, known)
             _complete(target)
             runtimes[name] = load_runtime("onnx", target, asked.dtype)
             warm_up(runtimes[name], asked)
@@ -123,7 +123,7 @@ def main() -> None:
         case "quality":
             found = quality(folder, int(sys.argv[3]))
         case "decode":
-            found = decode(folder, sys.argv[3:])
+            found = decode(folder, Path(sys.argv[3]), sys.argv[4:])
         case _:
             contender = next(one for one in CONTENDERS if one.name == what)
             found = press(contender, folder, Path(sys.argv[3]))

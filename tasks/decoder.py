@@ -110,6 +110,11 @@ class Decoder:
             found = layer(hidden, **self._arguments[len(hidden)][index])
         return found[0] if isinstance(found, tuple) else found
 
+    def norm(self) -> nn.Module:
+        """What makes of the last layer's output what the output layer reads, with its weights."""
+        self._norm.load_state_dict(self._read(f"{self.prefix}norm."), assign=True)
+        return self._norm
+
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """What comes after the last layer, for as long as the body runs: [rows, tokens, channels] -> the logits,
@@ -117,7 +122,7 @@ class Decoder:
 
         Memory: the output layer as it is stored and as it is multiplied with, besides the logits.
         """
-        self._norm.load_state_dict(self._read(f"{self.prefix}norm."), assign=True)
+        norm = self.norm()
         # the output layer may share the embedding's weights and then has none of its own
         own = "lm_head.weight"
         stored = self.files.read(own if own in set(self.files) else f"{self.prefix}embed_tokens.weight")
@@ -125,7 +130,7 @@ class Decoder:
 
         def words(hidden: Tensor) -> Tensor:
             with self._mixed():
-                return nn.functional.linear(self._norm(hidden), weight)
+                return nn.functional.linear(norm(hidden), weight)
 
         yield words
 

@@ -176,6 +176,7 @@ def statistics(job: Job) -> Need:
         # what the next layer reads is kept, for a run that is interrupted; 32 bits, or 16 and as many for the way back
         work.passes(tokens * shape.hidden, 1, 0)
         work.write(4 * tokens * shape.hidden)
+    _sum_input(job, work, shape.hidden)  # of the output layer
     if importance:
         _predict(job, work, dtype)
     disk = statistics_bytes(shape)
@@ -235,15 +236,20 @@ def _collect(job: Job, work: Work, layer: Layer, dtype: str = "float32") -> None
 
 def _sum(job: Job, work: Work, layer: Layer) -> None:
     """tasks/sums.py, for all distinct inputs of a layer."""
-    tokens, length = job.tokens, job.settings.calibration.sequence_length
-    sequences = tokens / length
     for group in layer.groups:
-        # of the symmetric product the blocks on and above the diagonal
-        upper = group.width * (group.width + min(SUMMED, group.width)) / 2
-        work.product(2 * tokens * group.active * upper)
-        # every sequence goes over the whole sum; then magnitudes, their maximum and sum
-        work.passes(upper, 0, group.copies * sequences)
-        work.passes(length * group.active * group.width, 0, 4 * sequences)
+        _sum_input(job, work, group.width, group.active, group.copies)
+
+
+def _sum_input(job: Job, work: Work, width: int, active: float = 1.0, copies: int = 1) -> None:
+    """`Sums` of `copies` inputs, `active` of which read a token."""
+    length = job.settings.calibration.sequence_length
+    sequences = job.tokens / length
+    # of the symmetric product the blocks on and above the diagonal
+    upper = width * (width + min(SUMMED, width)) / 2
+    work.product(2 * job.tokens * active * upper)
+    # every sequence goes over the whole sum; then magnitudes, their maximum and sum
+    work.passes(upper, 0, copies * sequences)
+    work.passes(length * active * width, 0, 4 * sequences)
 
 
 def quantize(job: Job, variant: Variant) -> Need:
@@ -394,7 +400,8 @@ def package(job: Job) -> Need:
 
 def statistics_bytes(shape: Shape) -> int:
     """data/statistics: of each distinct input a Gram matrix, the largest and the mean magnitudes, in float32."""
-    return sum(g.copies * 4 * (g.width**2 + 2 * g.width) for layer in shape.layers for g in layer.groups)
+    widths = [shape.hidden, *(g.width for layer in shape.layers for g in layer.groups for _ in range(g.copies))]
+    return sum(4 * (width**2 + 2 * width) for width in widths)
 
 
 def variant_bytes(job: Job, variant: Variant) -> float:

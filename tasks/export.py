@@ -25,10 +25,12 @@ class ExportReport:
     bytes: int
 
 
-def export(model: Path, target: str, asked: OnnxSettings | GgufTarget, destination: Path) -> ExportReport:
+def export(
+    model: Path, target: str, asked: OnnxSettings | GgufTarget, statistics: Path, destination: Path
+) -> ExportReport:
     """Write the model in the form of `target`; TaskError if the model is not there or the target is unknown.
 
-    asked: what the target asks besides; `transformers` asks nothing.
+    asked: what the target asks besides; `transformers` asks nothing. statistics: of the model that it was made of.
     """
     if target not in TARGETS:
         raise TaskError(f"no exporter for the target {target!r}; there are: {', '.join(TARGETS)}")
@@ -40,7 +42,7 @@ def export(model: Path, target: str, asked: OnnxSettings | GgufTarget, destinati
             case "onnx":
                 from tasks.exporters.onnx import export_onnx
 
-                export_onnx(model, work, asked.output_layer)
+                export_onnx(model, work, asked.output_layer, statistics)
             case "gguf":
                 from tasks.exporters.gguf import export_gguf
 
@@ -60,7 +62,8 @@ def main() -> None:
     def work(settings: Settings) -> None:
         settings.variant(name)
         asked = settings.gguf if settings.target == "gguf" else settings.onnx
-        report = export(Path("models") / name, settings.target, asked, Path("exports") / name)
+        statistics = Path("data/statistics")
+        report = export(Path("models") / name, settings.target, asked, statistics, Path("exports") / name)
         print(f"{name}: {report.files} files, {report.bytes / 1e6:.1f} MB for {settings.target}")
 
     run_stage(work)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tasks.statistics import PREDICTED, statistics_file
-from tasks.sums import Inputs, Sums, save_sums
+from tasks.sums import Inputs, Sums, save_output_sums, save_sums
 from tasks.weights import save
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def _forward(decoder: Decoder, hidden: list[Tensor], work: Path) -> None:
         with decoder.layer(index) as layer:
             hidden = [decoder.run(index, layer, rows.float()).to(KEPT) for rows in hidden]
         _keep(hidden, work, "hidden", index + 1)
+    save_output_sums(decoder.norm(), hidden, work)
     draw = torch.Generator().manual_seed(SEED)  # of the CPU's, so that a GPU draws the same words
     with decoder.head() as head:
         found = [_likelihood_gradient(head, rows, draw) for rows in tqdm(hidden, desc="predictions", unit="sequence")]

@@ -3,8 +3,8 @@
 python -m tasks.statistics
 
 For each decoder layer a safetensors file, for each distinct input in it (q, k and v read the same one): its Gram matrix
-X^T X, its largest and its mean magnitude by channel. The model runs layer by layer; one layer's weights, its statistics
-and the activations are in memory. Tokens may be weighed (importance.py).
+X^T X, its largest and its mean magnitude by channel; one more for the output layer. The model runs layer by layer; one
+layer's weights, its statistics and the activations are in memory. Tokens may be weighed (importance.py).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tasks.decoder import Decoder
 
 STATE, DONE = "state.safetensors", "done"  # what the next layer reads, while there is one
+OUTPUT = "lm_head"  # the output layer, by its name in transformers
 PREDICTED = 128  # tokens whose predictions importance.py holds at once; here, where nothing imports torch
 
 
@@ -63,9 +64,9 @@ class StatisticsReport:
 
 
 def collect(model: Path, calibration: Path, destination: Path, importance: bool) -> StatisticsReport:
-    """Run the model over the calibration tokens and write `layers.N.safetensors` for each layer.
+    """Run the model over the calibration tokens; write `layers.N.safetensors` for each layer, `lm_head.safetensors`.
 
-    importance: weigh the tokens in the Gram matrices by how much hangs on them (tasks/importance.py).
+    importance: weigh the tokens in the layers' Gram matrices by how much hangs on them (tasks/importance.py).
     A run that was interrupted goes on at its layer. TaskError if the model has no decoder layers in safetensors files.
     """
     import torch
@@ -150,9 +151,9 @@ def needed_bytes(
     return int(8 * activations + most)
 
 
-def statistics_file(directory: Path, layer: int) -> Path:
-    """Where the statistics of decoder layer `layer` are kept."""
-    return directory / f"layers.{layer}.safetensors"
+def statistics_file(directory: Path, layer: int | None) -> Path:
+    """Where the statistics of decoder layer `layer` are kept; None: those of the output layer."""
+    return directory / (f"{OUTPUT}.safetensors" if layer is None else f"layers.{layer}.safetensors")
 
 
 def _key(model: Path, calibration: Path, decoder: Decoder, importance: bool) -> str:
@@ -169,7 +170,7 @@ def _collect_plain(decoder: Decoder, tokens: Tensor, work: Path) -> None:
     """Every layer once over all tokens, one sequence at a time: it stays in a CPU's cache."""
     import torch
 
-    from tasks.sums import listening, save_sums
+    from tasks.sums import listening, save_output_sums, save_sums
 
     hidden = decoder.embed(list(tokens.split(1)))
     state = work / STATE
@@ -180,6 +181,7 @@ def _collect_plain(decoder: Decoder, tokens: Tensor, work: Path) -> None:
             hidden = [decoder.run(index, layer, rows) for rows in hidden]
         save_sums(sums, statistics_file(work, index))
         save({"hidden": torch.cat(hidden)}, state, {DONE: str(index + 1)})
+    save_output_sums(decoder.norm(), hidden, work)
     state.unlink()
 
 
@@ -197,9 +199,9 @@ def _resume(state: Path, hidden: list[Tensor]) -> int:
     return done
 
 
-def load_statistics(directory: Path, layer: int, device: str) -> dict[str, Input]:
+def load_statistics(directory: Path, layer: int | None, device: str) -> dict[str, Input]:
     """What is known of the input of each linear layer in decoder layer `layer`, by its name there; layers that read the
-    same input have the same object. TaskError if the statistics are not there."""
+    same input have the same object. layer: None for the output layer, `OUTPUT`. TaskError if there are none."""
     from safetensors import safe_open
 
     from tasks.sums import READERS

@@ -1,18 +1,20 @@
 """Sums over what the linear layers of a decoder layer read: Gram matrix, largest and mean magnitude by channel.
 
-Layers that read the same tensor, as q, k and v do, share theirs, under the name of the first of them.
+Layers that read the same tensor, as q, k and v do, share theirs, under the name of the first of them. The output layer
+has sums as well.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from tasks.statistics import OUTPUT, statistics_file
 from tasks.weights import save
 
 READERS = "readers"
@@ -94,6 +96,17 @@ def listening(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[
     yield sums
     for handle in handles:
         handle.remove()
+
+
+@torch.no_grad()
+def save_output_sums(norm: nn.Module, hidden: Iterable[Tensor], work: Path) -> None:
+    """Those of what the output layer reads. norm: the module before it; hidden: what that reads, a batch each."""
+    sums: Sums | None = None
+    for rows in hidden:
+        x = norm(rows.float())
+        sums = sums or Sums([OUTPUT], x.shape[-1], x.device)
+        sums.add(x)
+    save_sums({OUTPUT: sums} if sums else {}, statistics_file(work, None))
 
 
 def save_sums(sums: Mapping[str, Sums], path: Path) -> None:

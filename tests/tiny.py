@@ -18,6 +18,7 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>")
 CONTEXT = 256  # positions that the model has
+NO_STATISTICS = Path("no", "statistics")  # where nothing may ask for them
 
 _PEOPLE, _THINGS, _VERBS, _PLACES = (
     words.split()

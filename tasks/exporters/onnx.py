@@ -21,30 +21,40 @@ import onnx_ir
 import torch
 from onnxruntime_genai.models.builders import LlamaModel, MistralModel, Model, Qwen3Model, QwenModel
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.errors import TaskError
 from tasks.formats.nbits import BYTE, Blocks, block_size, pack_blocks
 from tasks.formats.stored import StoredModel
 from tasks.output import write_json
-from tasks.solvers import Grid, Rounded, fit_grid, round_to_grid
+from tasks.solvers import Grid, Rounded, damped, gptq, rtn
+from tasks.solvers.awq import search_clip
+from tasks.solvers.refine import refine
+from tasks.statistics import OUTPUT, load_statistics
 
 GRAPH, WEIGHTS, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 # accuracy_level of MatMulNBits: its inputs as they are, or rounded to 8 bits, block by block, for products of integers
 FLOATS, INTEGERS = 0, 4
 UNQUANTIZED = 32
+FEW = 4  # bits of the output layer with which rounding to the nearest would cost the model 10%; then it is solved
+FEW_GROUP, DAMPING, REFINE = 32, 0.05, 1  # as it is solved then: weights that share a scale; as in params.yaml
+ROWS = 1 << 14  # of the output layer in memory at once
 
 _BUILDERS = {"llama": LlamaModel, "mistral": MistralModel, "qwen2": QwenModel, "qwen3": Qwen3Model}
 _FLOAT, _BYTES = onnx_ir.DataType.FLOAT, onnx_ir.DataType.UINT8
 _DOMAIN = "com.microsoft"
-_EMBEDDING, _OUTPUT = "model.embed_tokens", "lm_head"
+_EMBEDDING = "model.embed_tokens"
 
 
-def export_onnx(model: Path, destination: Path, output_layer: int, accuracy_level: int = INTEGERS) -> None:
+def export_onnx(
+    model: Path, destination: Path, output_layer: int, statistics: Path, accuracy_level: int = INTEGERS
+) -> None:
     """Write the graph of a pressed or unpressed model, its weights, genai_config.json and config.json.
 
-    output_layer: bits of a pressed model's output layer and embedding, rounded here to the nearest; 32: as they are.
-    TaskError if the builder has no graph for the family, or if tensors are missing.
+    output_layer: bits of a pressed model's output layer and embedding; 32: as they are. 8: to the nearest. 4: the
+    output layer by GPTQ, on the `statistics` of its inputs; the embedding has the same integers if the model ties them,
+    else to the nearest. TaskError if the builder has no graph for the family, or if tensors or statistics are missing.
     """
     config: Any = AutoConfig.from_pretrained(model, trust_remote_code=False)
     if config.model_type not in _BUILDERS:
@@ -58,7 +68,9 @@ def export_onnx(model: Path, destination: Path, output_layer: int, accuracy_leve
     make = type("Graph", (_Graph, _BUILDERS[config.model_type]), {})
     # the builder says a line a layer
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(io.StringIO()):
-        graph = make(config, stored, output_layer if stored.quantized else UNQUANTIZED, accuracy_level, cache)
+        graph = make(
+            config, stored, output_layer if stored.quantized else UNQUANTIZED, statistics, accuracy_level, cache
+        )
         graph.make_model(str(model))
         graph.model.graph.sort()
         onnx_ir.save(graph.model, destination / GRAPH, external_data=WEIGHTS, size_threshold_bytes=0)
@@ -71,10 +83,19 @@ def export_onnx(model: Path, destination: Path, output_layer: int, accuracy_leve
 class _Graph(Model):
     """What is ours in the builder's class of an architecture: which weights its products read, and how."""
 
-    def __init__(self, config: Any, stored: StoredModel, output_layer: int, accuracy_level: int, cache: str) -> None:
+    def __init__(
+        self,
+        config: Any,
+        stored: StoredModel,
+        output_layer: int,
+        statistics: Path,
+        accuracy_level: int,
+        cache: str,
+    ) -> None:
         self.config = config
         self.stored = stored
         self.output_layer = output_layer
+        self.statistics = statistics
         self.accuracy_level = accuracy_level
         self.tied = bool(config.tie_word_embeddings)
         self._names: dict[nn.Module, str] = {}
@@ -93,7 +114,7 @@ class _Graph(Model):
         missing, unexpected = model.load_state_dict(small, strict=False, assign=True)
         there = {*self.stored.dense, *(f"{name}.weight" for name in self.stored.quantized)}
         if self.tied:
-            there.add(f"{_OUTPUT}.weight")
+            there.add(f"{OUTPUT}.weight")
         lacking = sorted(set(missing) - there)
         if lacking or unexpected:
             raise TaskError(
@@ -129,7 +150,7 @@ class _Graph(Model):
             node, inputs, options = "Gather", [weight, "input_ids"], {}
         else:
             bits, size = self._kind(_EMBEDDING)
-            stem = f"{_OUTPUT}.MatMulNBits" if self.tied else f"{_EMBEDDING}.GatherBlockQuantized"
+            stem = f"{OUTPUT}.MatMulNBits" if self.tied else f"{_EMBEDDING}.GatherBlockQuantized"
             if not self.tied:
                 self._blocks(stem, [_EMBEDDING], bits, size)
             # the lookup wants the bytes of a row in one piece
@@ -172,8 +193,9 @@ class _Graph(Model):
             if name in self.stored.quantized:
                 found = self.stored.linear(name)
                 kind = found.bits, found.solved.integers.shape[1] // found.solved.scales.shape[1]
-            elif name in (_OUTPUT, _EMBEDDING) and self.output_layer != UNQUANTIZED:
-                kind = self.output_layer, block_size(name, self.hidden_size)
+            elif name in (OUTPUT, _EMBEDDING) and self.output_layer != UNQUANTIZED:
+                size = block_size(name, self.hidden_size)
+                kind = self.output_layer, min(size, FEW_GROUP) if self.output_layer == FEW else size
             self._kinds[name] = kind
         return self._kinds[name]
 
@@ -183,11 +205,14 @@ class _Graph(Model):
         bits, group = self._kind(name)
         weight = self._floats([name])
         grid = Grid(bits=bits, group_size=group, symmetric=False, dtype=torch.float32)
-        return round_to_grid(weight, *fit_grid(weight, grid), grid)
+        if name == _EMBEDDING or bits != FEW:
+            return rtn.solve(weight, grid)
+        gram = load_statistics(self.statistics, None, "cpu")[OUTPUT].gram
+        return _solve(weight, damped(gram, DAMPING), grid)
 
     def _floats(self, names: list[str]) -> Tensor:
         """Their weights one below the other, float32 [rows, width]."""
-        stored = [_EMBEDDING if name == _OUTPUT and self.tied else name for name in names]
+        stored = [_EMBEDDING if name == OUTPUT and self.tied else name for name in names]
         return torch.cat([self.stored.tensor(f"{name}.weight").float() for name in stored])
 
     def _blocks(self, stem: str, names: list[str], bits: int, size: int) -> list[str]:
@@ -220,6 +245,15 @@ class _Graph(Model):
             lambda: onnx_ir.tensor(read().contiguous().numpy(), name=name), dtype, sizes, name=name
         )
         self.model.graph.register_initializer(value)
+
+
+def _solve(weight: Tensor, gram: Tensor, grid: Grid) -> Rounded:
+    """The output layer on its grid."""
+    parts = []
+    for rows in tqdm(weight.split(ROWS), desc="output layer"):
+        solved = gptq.solve(rows, gram, grid, act_order=True, span=search_clip(rows, gram, grid))
+        parts.append(refine(rows, gram, grid, solved, REFINE))
+    return Rounded(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Rounded)))
 
 
 def _stem(node: str) -> str:

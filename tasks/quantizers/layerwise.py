@@ -20,7 +20,7 @@ from tasks.decoder import TensorFiles
 from tasks.errors import TaskError
 from tasks.output import write_json
 from tasks.quantizers import Job
-from tasks.solvers import Rounded
+from tasks.solvers import Rounded, damped
 from tasks.statistics import Input, load_statistics
 from tasks.weights import join, save
 
@@ -77,8 +77,8 @@ class Layer:
     def damp(self, share: float) -> None:
         """Add `share` of its mean diagonal to that of every Gram matrix: less is made of the calibration text's own
         correlations, and GPTQ can invert it."""
-        damped = {id(known): damped_input(known, share) for known in self.inputs.values()}
-        self.inputs = {linear: damped[id(known)] for linear, known in self.inputs.items()}
+        found = {id(known): replace(known, gram=damped(known.gram, share)) for known in self.inputs.values()}
+        self.inputs = {linear: found[id(known)] for linear, known in self.inputs.items()}
 
     def scale_input(self, source: str, linears: list[str], scale: Tensor, dtype: torch.dtype) -> None:
         """Multiply the weights of `linears` by `scale` [width] and divide what `source` makes by it.
@@ -96,13 +96,6 @@ class Layer:
         for name in linears:
             self.tensors[f"{name}.weight"] = self.weight(name) * scale
         self.inputs = {**self.inputs, **dict.fromkeys(linears, scaled(self.inputs[linears[0]], scale))}
-
-
-def damped_input(known: Input, share: float) -> Input:
-    """What is known of an input, its Gram matrix damped."""
-    gram = known.gram.clone()
-    gram.diagonal().add_(share * gram.diagonal().mean())
-    return replace(known, gram=gram)
 
 
 def scaled(known: Input, scale: Tensor) -> Input:

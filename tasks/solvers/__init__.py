@@ -107,6 +107,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def damped(gram: Tensor, share: float) -> Tensor:
+    """`gram` [width, width] with `share` of its mean diagonal added to its diagonal."""
+    gram = gram.clone()
+    gram.diagonal().add_(share * gram.diagonal().mean())
+    return gram
+
+
 def output_error(change: Tensor, gram: Tensor) -> Tensor:
     """What a change [rows, width] of a weight does to each output, squared and summed over the tokens: [rows]."""
     return ((change @ gram) * change).sum(-1)

@@ -23,7 +23,7 @@ from tasks.runtimes import Question, load_runtime
 from tasks.settings import BenchmarkSettings, GgufTarget, check_settings, load_settings
 from tasks.statistics import collect
 from tests.mixed import mixed_model
-from tests.tiny import Corpus, tiny_model
+from tests.tiny import NO_STATISTICS, Corpus, tiny_model
 
 pytestmark = pytest.mark.gguf
 
@@ -60,7 +60,7 @@ def whole(model: Path, folder: Path, changes: dict[str, Any] | None = None) -> P
 
 
 def exported(model: Path, folder: Path) -> Path:
-    export(model, "gguf", GgufTarget(output_layer=8), folder)
+    export(model, "gguf", GgufTarget(output_layer=8), NO_STATISTICS, folder)
     return folder
 
 

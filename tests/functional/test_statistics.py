@@ -50,6 +50,24 @@ def whole(model: Path) -> tuple[dict[str, Tensor], Tensor]:
     return {name: torch.cat(parts).flatten(0, -2) for name, parts in found.items()}, torch.cat(last)
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+def test_what_the_output_layer_reads_is_summed_as_well(
+    model: Path, weighed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        x = torch.cat([loaded.model(row).last_hidden_state for row in TOKENS.split(1)]).flatten(0, -2)
+    monkeypatch.setattr(statistics, "fast_dtype", lambda _: torch.float32)
+    save_file({"input_ids": TOKENS}, tmp_path / "tokens.safetensors")
+    collect(model, tmp_path, tmp_path / "out", importance=weighed)
+    (known,) = load_statistics(tmp_path / "out", None, "cpu").values()
+    # where tokens are weighed, what passes between layers is bfloat16
+    near = 0.01 if weighed else 1e-5
+    for found, right in ((known.gram, x.T @ x), (known.largest, x.abs().amax(0)), (known.mean, x.abs().mean(0))):
+        assert found.dtype == torch.float32
+        assert (found - right).norm() < near * right.norm()
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_layer_at_a_time_is_the_whole_model(model: Path, whole: tuple[dict[str, Tensor], Tensor], rows: int) -> None:
     decoder = Decoder(model, torch.float32, "cpu")
@@ -152,9 +170,9 @@ def test_tokens_on_which_nothing_hangs_weigh_the_same() -> None:
     assert importance._weight(torch.tensor([[0.0, 0.0], [1.0, 9.0]])).tolist() == [[1.0, 1.0], [0.5, 1.5]]
 
 
-@pytest.mark.parametrize("saved", [1, 3, 5, 6, 7, 9, 13])
+@pytest.mark.parametrize("saved", [1, 3, 4, 5, 6, 7, 8, 10, 14])
 def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path, saved: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward (4 files), the gradient (1), backward (3 a layer)."""
+    """Forward (4 files), the output layer's sums and the gradient (2), backward (3 a layer)."""
     model = tiny_model(tmp_path / "model", layers=3)
     (tmp_path / "calibration").mkdir()
     save_file({"input_ids": TOKENS}, tmp_path / "calibration/tokens.safetensors")
@@ -178,7 +196,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path, saved: int, mo
     assert checksums(tmp_path / "out") == checksums(tmp_path / "at-once")
     files.remove("interrupted")
     # of the three files of a layer, two may have to be written again
-    assert len(files) <= 14 + 2
+    assert len(files) <= 15 + 2
     assert not list(tmp_path.glob(".*.part"))
 
 

@@ -28,8 +28,9 @@ from tasks.output import write_manifest
 from tasks.runtimes import Question, load_runtime
 from tasks.runtimes.onnx import OnnxRuntime
 from tasks.settings import OnnxSettings
-from tasks.solvers import Grid, Rounded, fit_grid, round_to_grid
-from tests.tiny import tiny_model
+from tasks.solvers import Grid, Rounded, fit_grid, output_error, round_to_grid
+from tasks.statistics import collect, load_statistics
+from tests.tiny import NO_STATISTICS, tiny_model
 
 IDS = torch.tensor([[5, 9, 30, 31, 32, 40, 41, 100, 7, 8, 300, 12], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
 WORDS = Grid(4, 32, False, torch.float16)
@@ -87,9 +88,20 @@ def words(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return press(llama, tmp_path_factory.mktemp("words") / "model", {"": WORDS}, WORDS_CONFIG)
 
 
-def exported(model: Path, directory: Path, output_layer: int, **options: Any) -> OnnxRuntime:
+@pytest.fixture(scope="module")
+def statistics(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    calibration = tmp_path_factory.mktemp("calibration")
+    tokens = torch.randint(6, 200, (8, 64), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": tokens}, calibration / "tokens.safetensors")
+    collect(llama, calibration, calibration / "statistics", importance=False)
+    return calibration / "statistics"
+
+
+def exported(
+    model: Path, directory: Path, output_layer: int, statistics: Path = NO_STATISTICS, **options: Any
+) -> OnnxRuntime:
     directory.mkdir(exist_ok=True)
-    export_onnx(model, directory, output_layer, **options)
+    export_onnx(model, directory, output_layer, statistics, **options)
     for file in model.glob("*token*"):
         (directory / file.name).write_bytes(file.read_bytes())
     return OnnxRuntime(directory, "float32")
@@ -150,7 +162,7 @@ def test_the_graph_holds_the_weights_that_were_solved(
 
 def test_a_layer_keeps_its_own_bits_and_shares_a_product_only_with_its_like(tmp_path: Path) -> None:
     pressed = press(tiny_model(tmp_path / "base", hidden=128), tmp_path / "model", MIXED, MIXED_CONFIG)
-    export_onnx(pressed, tmp_path, 32)
+    export_onnx(pressed, tmp_path, 32, NO_STATISTICS)
     nodes = onnx.load(tmp_path / GRAPH, load_external_data=False).graph.node
     products = {node.name: {a.name: a.i for a in node.attribute} for node in nodes if node.op_type == "MatMulNBits"}
     found = {
@@ -179,36 +191,77 @@ def test_the_baseline_is_left_as_it_is_whatever_the_output_layer(family: str, tm
     assert distance(exported(model, tmp_path / "onnx", 4).logprobs(IDS), logprobs(model)) < EXACT
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("tied", [True, False])
-def test_output_layer_and_embedding_are_rounded_to_the_bits_asked_for(
-    words: Path, tmp_path: Path, bits: int, tied: bool
-) -> None:
-    model = words
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def untied(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`words` with an output layer of its own."""
+    model = tmp_path_factory.mktemp("untied")
     tensors = load_file(words / "model.safetensors")
-    names = ["model.embed_tokens.weight"]
-    if not tied:
-        names.append("lm_head.weight")
-        random = torch.Generator().manual_seed(1)
-        tensors[names[1]] = torch.randn(tensors[names[0]].shape, generator=random) * 0.3
-        model = tmp_path / "untied"
-        model.mkdir()
-        save_file(tensors, model / "model.safetensors")
-        config = json.loads((words / "config.json").read_text()) | {"tie_word_embeddings": False}
-        (model / "config.json").write_text(json.dumps(config))
-        for file in words.glob("*token*"):
-            (model / file.name).write_bytes(file.read_bytes())
-    grid = Grid(bits, 64, False, torch.float32)
-    rounded = {n: round_to_grid(tensors[n].float(), *fit_grid(tensors[n], grid), grid).weight() for n in names}
-    found = exported(model, tmp_path / "onnx", bits, accuracy_level=FLOATS).logprobs(IDS)
+    random = torch.Generator().manual_seed(1)
+    tensors[OUTPUT] = torch.randn(tensors[EMBEDDING].shape, generator=random) * 0.3
+    save_file(tensors, model / "model.safetensors")
+    config = json.loads((words / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (model / "config.json").write_text(json.dumps(config))
+    for file in words.glob("*token*"):
+        (model / file.name).write_bytes(file.read_bytes())
+    return model
+
+
+def nearest(tensor: Tensor, grid: Grid) -> Tensor:
+    return round_to_grid(tensor.float(), *fit_grid(tensor, grid), grid).weight()
+
+
+@pytest.mark.parametrize("kind", ["words", "untied"])
+def test_output_layer_and_embedding_are_rounded_to_8_bits(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model: Path = request.getfixturevalue(kind)
+    tensors = load_file(model / "model.safetensors")
+    rounded = {n: nearest(tensors[n], Grid(8, 64, False, torch.float32)) for n in (EMBEDDING, OUTPUT) if n in tensors}
+    found = exported(model, tmp_path / "onnx", 8, accuracy_level=FLOATS).logprobs(IDS)
     assert distance(found, logprobs(model, rounded)) < EXACT
     assert distance(found, logprobs(model)) > 10 * EXACT
 
 
-def test_the_same_model_gives_the_same_bytes(words: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["words", "untied"])
+def test_in_4_bits_the_output_layer_is_solved(
+    kind: str, request: pytest.FixtureRequest, statistics: Path, tmp_path: Path
+) -> None:
+    model: Path = request.getfixturevalue(kind)
+    tensors = load_file(model / "model.safetensors")
+    found = exported(model, tmp_path / "onnx", 4, statistics, accuracy_level=FLOATS).logprobs(IDS)
+    grid = Grid(4, 32, False, torch.float32)
+    weight = tensors[OUTPUT if kind == "untied" else EMBEDDING].float()
+    solved = output_weight(tmp_path / "onnx" / GRAPH)
+    changed = (
+        {OUTPUT: solved, EMBEDDING: nearest(tensors[EMBEDDING], grid)} if kind == "untied" else {EMBEDDING: solved}
+    )
+    assert distance(found, logprobs(model, changed)) < EXACT
+    gram = load_statistics(statistics, None, "cpu")["lm_head"].gram
+    error, other = (output_error(each - weight, gram).sum() for each in (solved, nearest(weight, grid)))
+    assert 0 < error < 0.7 * other
+
+
+def output_weight(graph: Path) -> Tensor:
+    """What the integers of the output layer's product stand for, 4 bits each."""
+    parts = {i.name: torch.tensor(onnx.numpy_helper.to_array(i)) for i in onnx.load(graph).graph.initializer}
+    packed, scales, zeros = (parts[f"lm_head.MatMulNBits.{end}"] for end in ("qweight", "scales", "qzeros"))
+    rows, blocks = scales.shape
+    integers, zeros = (torch.stack([each & 15, each >> 4], -1).view(rows, -1) for each in (packed, zeros))
+    return Rounded(integers, scales, zeros[:, :blocks]).weight()
+
+
+def test_a_solved_output_layer_needs_statistics(words: Path, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"no/statistics/lm_head.safetensors is not there; run the statistics stage"):
+        export_onnx(words, tmp_path, 4, NO_STATISTICS)
+
+
+def test_the_same_model_gives_the_same_bytes(words: Path, statistics: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        export_onnx(words, tmp_path / name, 8)
+        export_onnx(words, tmp_path / name, 4, statistics)
     for file in (GRAPH, WEIGHTS, "genai_config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -216,7 +269,7 @@ def test_the_same_model_gives_the_same_bytes(words: Path, tmp_path: Path) -> Non
 def test_a_family_without_a_graph_and_missing_tensors_are_refused(llama: Path, tmp_path: Path) -> None:
     other = tiny_model(tmp_path / "gemma", family="gemma")
     with pytest.raises(TaskError, match=r"of type 'gemma'.*there are: llama, mistral"):
-        export_onnx(other, tmp_path, 8)
+        export_onnx(other, tmp_path, 8, NO_STATISTICS)
     lacking = tmp_path / "lacking"
     lacking.mkdir()
     (lacking / "config.json").write_bytes((llama / "config.json").read_bytes())
@@ -224,7 +277,7 @@ def test_a_family_without_a_graph_and_missing_tensors_are_refused(llama: Path, t
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, lacking / "model.safetensors")
     with pytest.raises(TaskError, match=r"missing \['model.layers.1.mlp.up_proj.weight'\]"):
-        export_onnx(lacking, tmp_path, 8)
+        export_onnx(lacking, tmp_path, 8, NO_STATISTICS)
 
 
 class TestBlocks:
@@ -269,7 +322,7 @@ class TestRuntime:
         directory = tmp_path_factory.mktemp("onnx")
         shutil.copytree(llama, directory / "model")
         write_manifest(directory / "model")
-        export(directory / "model", "onnx", OnnxSettings(output_layer=8), directory / "base")
+        export(directory / "model", "onnx", OnnxSettings(output_layer=8), NO_STATISTICS, directory / "base")
         runtime = load_runtime("onnx", directory / "base", "float32")
         assert isinstance(runtime, OnnxRuntime)
         return runtime

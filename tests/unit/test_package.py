@@ -25,7 +25,7 @@ from tasks.package import Inputs, Package, package
 from tasks.provenance import dvc_identity, git_state, machine, versions, without_folders
 from tasks.report import report
 from tasks.settings import Settings, check_settings
-from tests.tiny import tiny_model
+from tests.tiny import NO_STATISTICS, tiny_model
 from tests.unit.measured import GATE, made_up
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -242,7 +242,7 @@ class TestCard:
         assert "transformers" not in text.split("## How to load it")[1].split("## How it was made")[0]
         assert ModelCard.load(work.destination / "README.md").data.tags[3] == "onnx"
         write_manifest(shutil.copytree(llama, work.root / "tiny"))
-        export(work.root / "tiny", "onnx", work.settings.onnx, work.root / "onnx")
+        export(work.root / "tiny", "onnx", work.settings.onnx, NO_STATISTICS, work.root / "onnx")
         code = text.split("```python\n")[1].split("```")[0]
         exec(code.replace(work.settings.package.name, str(work.root / "onnx")), {})
         assert "What is the capital of France?" in capsys.readouterr().out
@@ -257,7 +257,7 @@ class TestCard:
         assert "the output layer and the embedding are rounded to 8 bits" in text
         assert ModelCard.load(work.destination / "README.md").data.tags[3] == "gguf"
         write_manifest(shutil.copytree(llama, work.root / "tiny"))
-        export(work.root / "tiny", "gguf", work.settings.gguf, work.root / "gguf")
+        export(work.root / "tiny", "gguf", work.settings.gguf, NO_STATISTICS, work.root / "gguf")
         code = text.split("```python\n")[1].split("```")[0]
         said: dict[str, Any] = {}
         exec(code.replace(work.settings.package.name, str(work.root / "gguf")), said)
