@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """--run-gpu, --run-slow: also the tests with that marker."""
     for marker, why in LEFT_OUT.items():
         parser.addoption(f"--run-{marker}", action="store_true", help=f"also run the tests of which each {why}")
+
+
+def pytest_configure() -> None:
+    """Programs that a shell starts in the background ignore interrupts; those that the tests interrupt must not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
