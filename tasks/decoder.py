@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tasks.device import release_memory
 from tasks.errors import TaskError
 from tasks.weights import read_header
 
@@ -99,6 +100,7 @@ class Decoder:
         layer.load_state_dict(self._read(self.layer_prefix(index)), assign=True)
         yield layer
         layer.to("meta")
+        release_memory()
 
     def layer_prefix(self, index: int) -> str:
         """What the names of the layer's tensors begin with."""

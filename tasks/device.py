@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import resource
 import sys
@@ -58,6 +59,14 @@ def current_memory() -> int:
     import torch
 
     return int(torch.cuda.memory_allocated()) if torch.cuda.is_available() else int(psutil.Process().memory_info().rss)
+
+
+def release_memory() -> None:
+    """Give back to the system what this process no longer needs. glibc keeps freed blocks that others lie behind: of a
+    model's layers, one after another, as much again as one of them needs, and more."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:  # there is none outside glibc
+        trim(0)
 
 
 def peak_memory(device: str | None = None) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
+
+import psutil
 import pytest
 import torch
 
-from tasks.device import fast_dtype
+from tasks.device import fast_dtype, release_memory
 
 
 @pytest.mark.parametrize(
@@ -22,3 +25,13 @@ def test_a_processor_multiplies_what_it_multiplies_fast(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     assert fast_dtype("cpu") == dtype
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep less")
+def test_what_was_freed_between_other_blocks_is_given_back() -> None:
+    blocks = [torch.ones(16_000) for _ in range(4_000)]
+    kept = blocks[::2]
+    del blocks
+    before = psutil.Process().memory_info().rss
+    release_memory()
+    assert before - psutil.Process().memory_info().rss > 0.9 * 64_000 * len(kept)
