@@ -16,6 +16,8 @@ from tasks.device import release_memory
 from tasks.errors import TaskError
 from tasks.weights import read_header
 
+LARGE = 1 << 26  # bytes of a layer's weights; of smaller ones little is kept, and to ask for it again takes longer
+
 
 class TensorFiles:
     """The tensors of a model directory by name, read one by one."""
@@ -100,7 +102,8 @@ class Decoder:
         layer.load_state_dict(self._read(self.layer_prefix(index)), assign=True)
         yield layer
         layer.to("meta")
-        release_memory()
+        if self.layer_parameters * self.products.itemsize > LARGE:
+            release_memory()
 
     def layer_prefix(self, index: int) -> str:
         """What the names of the layer's tensors begin with."""
