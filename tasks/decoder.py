@@ -102,7 +102,7 @@ class Decoder:
         layer.load_state_dict(self._read(self.layer_prefix(index)), assign=True)
         yield layer
         layer.to("meta")
-        if self.layer_parameters * self.products.itemsize > LARGE:
+        if sum(parameter.nbytes for parameter in layer.parameters()) > LARGE:
             release_memory()
 
     def layer_prefix(self, index: int) -> str:

@@ -7,7 +7,7 @@ has sums as well.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,14 +99,12 @@ def listening(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[
 
 
 @torch.no_grad()
-def save_output_sums(norm: nn.Module, hidden: Iterable[Tensor], work: Path) -> None:
+def save_output_sums(norm: nn.Module, hidden: Sequence[Tensor], work: Path) -> None:
     """Those of what the output layer reads. norm: the module before it; hidden: what that reads, a batch each."""
-    sums: Sums | None = None
+    sums = Sums([OUTPUT], hidden[0].shape[-1], hidden[0].device)
     for rows in hidden:
-        x = norm(rows.float())
-        sums = sums or Sums([OUTPUT], x.shape[-1], x.device)
-        sums.add(x)
-    save_sums({OUTPUT: sums} if sums else {}, statistics_file(work, None))
+        sums.add(norm(rows.float()))
+    save_sums({OUTPUT: sums}, statistics_file(work, None))
 
 
 def save_sums(sums: Mapping[str, Sums], path: Path) -> None:

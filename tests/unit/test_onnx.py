@@ -28,7 +28,7 @@ from tasks.output import write_manifest
 from tasks.runtimes import Question, load_runtime
 from tasks.runtimes.onnx import OnnxRuntime
 from tasks.settings import OnnxSettings
-from tasks.solvers import Grid, Rounded, fit_grid, output_error, round_to_grid
+from tasks.solvers import Grid, Rounded, fit_grid, output_error, round_to_grid, rtn
 from tasks.statistics import collect, load_statistics
 from tests.tiny import NO_STATISTICS, tiny_model
 
@@ -209,17 +209,17 @@ def untied(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model
 
 
-def nearest(tensor: Tensor, grid: Grid) -> Tensor:
-    return round_to_grid(tensor.float(), *fit_grid(tensor, grid), grid).weight()
-
-
 @pytest.mark.parametrize("kind", ["words", "untied"])
 def test_output_layer_and_embedding_are_rounded_to_8_bits(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     model: Path = request.getfixturevalue(kind)
     tensors = load_file(model / "model.safetensors")
-    rounded = {n: nearest(tensors[n], Grid(8, 64, False, torch.float32)) for n in (EMBEDDING, OUTPUT) if n in tensors}
+    rounded = {
+        n: rtn.solve(tensors[n], Grid(8, 64, False, torch.float32)).weight()
+        for n in (EMBEDDING, OUTPUT)
+        if n in tensors
+    }
     found = exported(model, tmp_path / "onnx", 8, accuracy_level=FLOATS).logprobs(IDS)
     assert distance(found, logprobs(model, rounded)) < EXACT
     assert distance(found, logprobs(model)) > 10 * EXACT
@@ -236,11 +236,14 @@ def test_in_4_bits_the_output_layer_is_solved(
     weight = tensors[OUTPUT if kind == "untied" else EMBEDDING].float()
     solved = output_weight(tmp_path / "onnx" / GRAPH)
     changed = (
-        {OUTPUT: solved, EMBEDDING: nearest(tensors[EMBEDDING], grid)} if kind == "untied" else {EMBEDDING: solved}
+        {OUTPUT: solved, EMBEDDING: rtn.solve(tensors[EMBEDDING], grid).weight()}
+        if kind == "untied"
+        else {EMBEDDING: solved}
     )
     assert distance(found, logprobs(model, changed)) < EXACT
+    assert distance(found, logprobs(model)) > 10 * EXACT
     gram = load_statistics(statistics, None, "cpu")["lm_head"].gram
-    error, other = (output_error(each - weight, gram).sum() for each in (solved, nearest(weight, grid)))
+    error, other = (output_error(each - weight, gram).sum() for each in (solved, rtn.solve(weight, grid).weight()))
     assert 0 < error < 0.7 * other
 
 
@@ -258,10 +261,11 @@ def test_a_solved_output_layer_needs_statistics(words: Path, tmp_path: Path) -> 
         export_onnx(words, tmp_path, 4, NO_STATISTICS)
 
 
-def test_the_same_model_gives_the_same_bytes(words: Path, statistics: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_same_model_gives_the_same_bytes(words: Path, statistics: Path, tmp_path: Path, bits: int) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        export_onnx(words, tmp_path / name, 4, statistics)
+        export_onnx(words, tmp_path / name, bits, statistics)
     for file in (GRAPH, WEIGHTS, "genai_config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
