@@ -3,27 +3,50 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.functional.toy import Toy
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty Prefect database, to copy to where a server starts: to make its own takes each a dozen seconds."""
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "prefect-database"
+    database = home / "prefect.db"
+    with FileLock(home.with_suffix(".lock")):  # one of the workers makes it for all
+        if not database.exists():
+            command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+            env = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+            subprocess.run(command, env=env, check=True, capture_output=True)
+    return database
+
+
+@pytest.fixture(scope="session")
+def prefect_server(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a real Prefect server with a database of its own; flows in this process use it."""
     from flows.local import quiet
 
+    harness, home = tmp_path_factory.mktemp("harness"), tmp_path_factory.mktemp("prefect")
+    shutil.copy(prefect_database, harness / "prefect-test.db")
+    shutil.copy(prefect_database, home)  # for a run that starts a server of its own
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        patch.setenv("PREFECT_HOME", str(home))
         patch.delenv("PREFECT_API_URL", raising=False)
         before = dict(os.environ)
         quiet(tmp_path_factory.mktemp("home"))
         from prefect.settings import PREFECT_API_URL
+        from prefect.testing import utilities
         from prefect.testing.utilities import prefect_test_harness
 
+        patch.setattr(utilities, "mkdtemp", lambda: str(harness))  # where it has its database
         with prefect_test_harness(server_startup_timeout=120):
             url = PREFECT_API_URL.value()
             assert url

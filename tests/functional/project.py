@@ -64,9 +64,15 @@ class Checkout:
         self.command("git", "add", "--all")
         self.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "start")
 
-    def command(self, *arguments: str) -> str:
+    def command(self, *arguments: str, **env: str) -> str:
         done = subprocess.run(
-            arguments, cwd=self.root, env=cli_env(PATH=PATH), capture_output=True, text=True, timeout=500, check=False
+            arguments,
+            cwd=self.root,
+            env=cli_env(PATH=PATH, **env),
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
         )
         assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
@@ -78,8 +84,8 @@ class Checkout:
         """Run a stage's program by itself."""
         return self.command(sys.executable, "-m", f"tasks.{name}", *arguments)
 
-    def run(self, *arguments: str) -> str:
-        return self.command(*cli_command("run", *arguments))
+    def run(self, *arguments: str, **env: str) -> str:
+        return self.command(*cli_command("run", *arguments), **env)
 
     def stages(self) -> dict[str, list[str]]:
         """Digests of each stage's outputs that the cache holds (metrics hold seconds, which differ)."""

@@ -50,14 +50,13 @@ def checkout(llama: Path, corpus: Corpus, hub: FakeHub, tmp_path: Path, monkeypa
     values = params(llama, corpus)
     values["evaluation"] |= {"tasks": ["arc_easy", "gsm8k"], "limit": 8, "sources": {}}
     checkout = Checkout(tmp_path / "project", values)
-    checkout.stage("download")
-    checkout.stage("datasets")
-    shutil.copytree(checkout.root / "models/source", checkout.root / "exports/base")
+    shutil.copytree(llama, checkout.root / "exports/base")
     return checkout
 
 
 @pytest.mark.slow
 def test_tasks_of_lm_eval_are_scored_item_by_item(checkout: Checkout) -> None:
+    checkout.stage("datasets")
     checkout.stage("evaluate", "base")
     tasks = json.loads((checkout.root / "metrics/evaluate/base.json").read_text())["tasks"]
     assert (tasks["arc_easy"]["metric"], tasks["arc_easy"]["chance"]) == ("acc_norm", 0.25)

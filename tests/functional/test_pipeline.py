@@ -29,8 +29,8 @@ def few(llama: Path, corpus: Corpus) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def by_flow(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A checkout after `modelpress run`. Tests that change it put it back."""
+def by_flow(llama: Path, corpus: Corpus, prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout after `modelpress run`, with a server of its own. Tests that change it put it back."""
     checkout = Checkout(tmp_path_factory.mktemp("flow") / "project", few(llama, corpus))
     checkout.output = checkout.run()  # type: ignore[attr-defined]
     return checkout
@@ -73,23 +73,26 @@ def test_after_the_flow_dvc_has_nothing_to_do(by_flow: Checkout) -> None:
     assert "up to date" in by_flow.dvc("repro")
 
 
-def test_a_second_run_changes_nothing(by_flow: Checkout) -> None:
+def test_a_second_run_changes_nothing(by_flow: Checkout, prefect_server: str) -> None:
     before = (by_flow.root / "dvc.lock").read_bytes()
-    assert by_flow.run().rstrip().endswith(f"{len(by_flow.stages())} unchanged")
+    assert by_flow.run(PREFECT_API_URL=prefect_server).rstrip().endswith(f"{len(by_flow.stages())} unchanged")
     assert (by_flow.root / "dvc.lock").read_bytes() == before
     assert by_flow.runs() == {"parents": 1, "children": 2}
 
 
 def test_what_dvc_executes_again_has_the_same_bytes_and_the_flow_nothing_to_do(
-    by_flow: Checkout, tmp_path: Path
+    by_flow: Checkout, prefect_server: str, tmp_path: Path
 ) -> None:
     copy = copied(by_flow, tmp_path)
-    again = "evaluate@int8", "report", "package"
-    output = copy.dvc("repro", "--force", "--single-item", *again)
-    assert all(f"Running stage '{stage}'" in output for stage in again)
-    assert copy.run().rstrip().endswith(f"{len(copy.stages())} unchanged")
-    # last, for its metrics hold the seconds, which the report says
-    assert "Running stage 'quantize@int8'" in copy.dvc("repro", "--force", "--single-item", "quantize@int8")
+
+    def again(*stages: str) -> None:
+        output = copy.dvc("repro", "--force", "--single-item", *stages)
+        assert all(f"Running stage '{stage}'" in output for stage in stages)
+
+    again("datasets", "export@int8")
+    assert copy.run(PREFECT_API_URL=prefect_server).rstrip().endswith(f"{len(copy.stages())} unchanged")
+    # last, for their metrics hold the seconds, which the report says
+    again("quantize@int8", "evaluate@int8")
     same_bytes(by_flow, copy)
 
 
@@ -173,7 +176,7 @@ def test_for_gguf_one_file_is_evaluated_and_packaged(llama: Path, corpus: Corpus
     ("change", "reason"),
     [
         ("+variants.int8.skip_layers=[9]", "names layer 9, but the model has"),
-        ("evaluation.tasks=[piqa_local,nonesuch]", "names nonesuch"),
+        pytest.param("evaluation.tasks=[piqa_local,nonesuch]", "names nonesuch", marks=pytest.mark.slow),
     ],
 )
 def test_a_change_that_cannot_work_is_refused_before_work_and_not_kept(

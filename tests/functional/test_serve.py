@@ -92,9 +92,11 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The server on ports of its own; a stage of the toy is real enough for it."""
     toy = Toy.create(tmp_path_factory.mktemp("served") / "toy")
+    (toy.root / ".prefect").mkdir()
+    shutil.copy(prefect_database, toy.root / ".prefect")
     shutil.copy(PROJECT / "prefect.yaml", toy.root)
     (toy.root / "flows").symlink_to(PROJECT / "flows")  # where prefect.yaml says that the flow is
     ports = [free_port(), free_port()]
