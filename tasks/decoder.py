@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.device import release_memory
 from tasks.errors import TaskError
@@ -49,6 +48,8 @@ class Decoder:
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: str, products: torch.dtype | None = None) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds, and `TensorFiles` does without
+
         self.files = TensorFiles(directory)
         self.dtype, self.device = dtype, device
         self.products = products or dtype

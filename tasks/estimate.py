@@ -14,6 +14,7 @@ from typing import Any
 
 from tasks.fit import ARCHITECTURES
 from tasks.machine import Machine
+from tasks.quantizers.parallel import processes
 from tasks.settings import (
     BASE,
     OWN,
@@ -288,6 +289,12 @@ def quantize(job: Job, variant: Variant) -> Need:
     work.read(disk)
     work.hash(2 * disk)
     held = max(_pressing_bytes(layer, variant) for layer in job.shape.layers)
+    if job.machine.device == "cpu" and not getattr(variant, "propagate", False):
+        # quantizers/parallel.py: several side by side
+        layers = len(job.shape.layers)
+        weights = sum(layer.weights for layer in job.shape.layers) // layers
+        count = processes(job.machine.cores, layers, weights, job.machine.memory_gb * 1e9)
+        held += (count - 1) * (held + job.machine.base_gb * 1e9)
     held = max(held, 2.0 * BYTES[job.settings.model.dtype] * job.shape.embedding)
     held = max(held, compare(job, work, variant))
     if isinstance(variant, AutoSettings):

@@ -65,7 +65,8 @@ class Machine(BaseModel):
         if self.device == "cuda" or threads >= self.cores:
             return self
         names = [name for name in type(self).model_fields if name.partition("_")[0] in SHARED and name != "memory_gb"]
-        return self.model_copy(update={name: getattr(self, name) * threads / self.cores for name in names})
+        rates = {name: getattr(self, name) * threads / self.cores for name in names}
+        return self.model_copy(update={"cores": threads, **rates})
 
 
 def read_machine(path: Path) -> Machine:

@@ -22,6 +22,7 @@ from tasks.output import MANIFEST, link_or_copy, resumable_directory, whole_dire
 from tasks.precisions import read_precisions
 from tasks.program import one_argument, run_stage
 from tasks.quantizers import Job, quantizer
+from tasks.quantizers.parallel import held_beside
 from tasks.settings import OWN, NoneSettings, Settings, Variant
 from tasks.size import weight_bits
 
@@ -108,7 +109,7 @@ def quantize(
         bits=None if isinstance(variant, NoneSettings) else variant.bits,
         bits_per_weight=bits,
         seconds=seconds,
-        peak_memory_bytes=peak_memory(),
+        peak_memory_bytes=max(peak_memory(), held_beside()),
         device=device,
         tokens=0 if baseline else used.numel(),
         identity=key,

@@ -31,6 +31,8 @@ class Job:
 
     source: directory of the model, safetensors. tokens: int64 [samples, sequence_length], the calibration text.
     statistics: what the statistics stage left. device: "cpu" or "cuda". destination: an empty directory.
+    share: (k, n) for every n-th decoder layer from the k-th on, of which the rest of the model is left to another
+    process (parallel.py); None for all.
     """
 
     source: Path
@@ -39,6 +41,7 @@ class Job:
     variant: Variant
     device: str
     destination: Path
+    share: tuple[int, int] | None = None
 
     @property
     def dtype(self) -> dtype:

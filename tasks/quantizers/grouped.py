@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +59,14 @@ def _words_config(grids: Mapping[str, Grid], how: Rounding, skip: list[int]) -> 
     return words_config(grids, how.gptq and how.act_order, left_alone(skip))
 
 
+def _pack_gemm(solved: Rounded, _: Grid) -> dict[str, Tensor]:
+    return pack_gemm(solved)
+
+
+def _pack_autogptq(solved: Rounded, grid: Grid) -> dict[str, Tensor]:
+    return pack_autogptq(solved, grid.bits)
+
+
 def _gemm_config(grids: Mapping[str, Grid], _: Rounding, skip: list[int]) -> dict[str, Any]:
     return gemm_config(_one(grids), skip)
 
@@ -75,8 +84,8 @@ def _one(grids: Mapping[str, Grid]) -> Grid:
 # by their names in params.yaml
 FORMS = {
     "compressed-tensors": Form(pack_words, _words_config),
-    "awq": Form(lambda solved, _: pack_gemm(solved), _gemm_config, torch.float16),
-    "gptq": Form(lambda solved, grid: pack_autogptq(solved, grid.bits), _autogptq_config, torch.float16, least_zero=1),
+    "awq": Form(_pack_gemm, _gemm_config, torch.float16),
+    "gptq": Form(_pack_autogptq, _autogptq_config, torch.float16, least_zero=1),
 }
 
 
@@ -106,7 +115,8 @@ def press_grouped(job: Job, form: Form, grids: Mapping[str, Grid], how: Rounding
             )
         return {linear: form.pack(part, own[linear]) for linear, part in solved.items()}
 
-    press_layers(job, press, form.config(grids, how, skip), dtype, skip)
+    again = None if stream else partial(press_grouped, form=form, grids=grids, how=how, skip=skip)
+    press_layers(job, press, form.config(grids, how, skip), dtype, skip, again)
     if stream:
         stream.close()
 

@@ -39,4 +39,4 @@ def press(job: Job) -> None:
         return packed
 
     config = bytes_config(variant.symmetric_activations, left_alone(variant.skip_layers))
-    press_layers(job, press_layer, config, dtype, variant.skip_layers)
+    press_layers(job, press_layer, config, dtype, variant.skip_layers, press)

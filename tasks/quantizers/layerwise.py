@@ -7,19 +7,23 @@ its format. Layers are independent of each other.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from tasks.decoder import TensorFiles
 from tasks.errors import TaskError
+from tasks.fit import linear_shapes
 from tasks.output import write_json
 from tasks.quantizers import Job
+from tasks.quantizers.parallel import Again, press_side_by_side, processes
 from tasks.solvers import Rounded, damped
 from tasks.statistics import Input, load_statistics
 from tasks.weights import join, save
@@ -113,10 +117,13 @@ def press_layers(
     config: dict[str, Any],
     dtype: torch.dtype,
     skip: list[int],
+    again: Again | None,
 ) -> None:
     """Press every layer but those in `skip`, and write weights and config.json to `job.destination`.
 
     What `press` does not name stays, in `dtype`, as does all outside the layers. config: the `quantization_config`.
+    again: how another process does this very thing; None: one layer must follow the other. Of a job with a share its
+    layers alone are written.
     """
     files = TensorFiles(job.source)
     described = json.loads((job.source / "config.json").read_text(encoding="utf-8"))
@@ -124,11 +131,23 @@ def press_layers(
     parts.mkdir(exist_ok=True)
     prefixes = layer_prefixes(job, files)
     outside = [name for name in files if not name.startswith(tuple(prefixes))]
-    for name in outside:
+    for name in [] if job.share else outside:
         save({name: _stored(files.read(name), dtype)}, parts / f"{name}.safetensors")
-    for index, prefix in enumerate(tqdm(prefixes, desc="pressing", unit="layer")):
-        if (part := parts / f"{prefix}safetensors").exists():
-            continue  # made before an interruption
+
+    def left() -> list[int]:
+        """The layers of which nothing is there; some may have been made before an interruption."""
+        first, step = job.share or (0, 1)
+        numbers = range(first, len(prefixes), step)
+        return [index for index in numbers if not (parts / f"{prefixes[index]}safetensors").exists()]
+
+    if again and job.share is None and job.device == "cpu":
+        weights = sum(math.prod(shape) for shape in linear_shapes(job.source).values()) // len(prefixes)
+        count = processes(torch.get_num_threads(), len(left()), weights, psutil.virtual_memory().available)
+        if count > 1:
+            press_side_by_side(job, again, count, lambda: len(left()))
+    todo = left()
+    for index in tqdm(todo, desc="pressing", unit="layer", disable=not todo or job.share is not None):
+        prefix = prefixes[index]
         layer = (
             Layer(index, prefix, files.below(prefix), {}) if index in skip else read_layer(job, files, index, prefix)
         )
@@ -136,7 +155,9 @@ def press_layers(
         kept = {name: t for name, t in layer.tensors.items() if name.removesuffix(".weight") not in packed}
         done = {name: _stored(tensor, dtype) for name, tensor in kept.items()}
         done |= {f"{linear}.{end}": tensor for linear, ends in packed.items() for end, tensor in ends.items()}
-        save({prefix + name: tensor for name, tensor in done.items()}, part)
+        save({prefix + name: tensor for name, tensor in done.items()}, parts / f"{prefix}safetensors")
+    if job.share:
+        return
     join(sorted(parts.glob("*.safetensors")), job.destination)
     shutil.rmtree(parts)
     described |= {"quantization_config": config, "dtype": str(dtype).removeprefix("torch.")}

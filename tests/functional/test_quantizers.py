@@ -202,6 +202,30 @@ def test_twice_the_same_gives_the_same_bytes(
         assert checksums(tmp_path / name) == checksums(quantized(method)), name
 
 
+@pytest.mark.parametrize(
+    "method", ["gptq", *(pytest.param(method, marks=pytest.mark.slow) for method in ("int8", "awq", "auto"))]
+)
+def test_several_processes_give_the_same_bytes(
+    method: str,
+    quantized: Quantized,
+    model: Path,
+    calibration: Path,
+    statistics: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted = []
+
+    def two(*_: Any) -> int:
+        counted.append(2)
+        return 2
+
+    monkeypatch.setattr("tasks.quantizers.layerwise.processes", two)
+    quantize("v", variant(method), model, calibration, statistics, tmp_path / "out")
+    assert counted == [2]
+    assert checksums(tmp_path / "out") == checksums(quantized(method))
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("form", ["compressed-tensors", "awq", "gptq"])
 def test_any_method_goes_into_any_format(

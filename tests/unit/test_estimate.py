@@ -242,3 +242,14 @@ def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_bad_figure_of_a_machine_is_named(change: dict[str, Any], words: str) -> None:
     with pytest.raises(TaskError, match=words):
         check_machine(QUIET.model_dump() | change, "here")
+
+
+def test_layers_side_by_side_hold_their_memory_together() -> None:
+    one, two = (estimate("quantize@gptq-int4", job(LLAMA_2_7B, threads=threads)).memory or 0 for threads in (1, 2))
+    assert 1.9 < two / one <= 2
+    small = {estimate("quantize@gptq-int4", job(SMOLLM2, threads=threads)).memory for threads in (1, 2)}
+    assert len(small) == 1  # too small to be shared
+    gptq = SETTINGS.variants["gptq-int4"].model_dump(exclude_unset=True)
+    after = changed(**{"variants__gptq-int4": gptq | {"propagate": True}})  # one layer must follow the other
+    needs = [estimate("quantize@gptq-int4", job(LLAMA_2_7B, after, threads=threads)).memory for threads in (1, 2)]
+    assert needs[0] == needs[1]
