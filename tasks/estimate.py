@@ -294,7 +294,8 @@ def quantize(job: Job, variant: Variant) -> Need:
         layers = len(job.shape.layers)
         weights = sum(layer.weights for layer in job.shape.layers) // layers
         count = processes(job.machine.cores, layers, weights, job.machine.memory_gb * 1e9)
-        held += (count - 1) * (held + job.machine.base_gb * 1e9)
+        if count > 1:  # beside the one that waits for them
+            held = count * (held + job.machine.base_gb * 1e9)
     held = max(held, 2.0 * BYTES[job.settings.model.dtype] * job.shape.embedding)
     held = max(held, compare(job, work, variant))
     if isinstance(variant, AutoSettings):

@@ -53,9 +53,10 @@ class QuantizeReport:
     """metrics/quantize/V.json.
 
     bits: of a quantized weight; bits_per_weight: with scales, zero points and layers left alone, over all linear layers
-    of the decoder. tokens: of calibration. layers: each decoder layer's relative output error, given the baseline's own
-    input. linears: where precisions are mixed, each linear layer's `name`, the `chosen` one, and `costs`, the
-    divergence that each brings. identity: sha256 of base, calibration, statistics, settings and library versions.
+    of the decoder. peak_memory_bytes: of the stage's processes together. tokens: of calibration. layers: each decoder
+    layer's relative output error, given the baseline's own input. linears: where precisions are mixed, each linear
+    layer's `name`, the `chosen` one, and `costs`, the divergence that each brings. identity: sha256 of base,
+    calibration, statistics, settings and library versions.
     """
 
     variant: str

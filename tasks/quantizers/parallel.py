@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasks.device import peak_memory
+from tasks.device import current_memory, peak_memory
 from tasks.quantizers import Job
 
 Again = Callable[[Job], None]  # presses the layers of the job's share; it is pickled
@@ -73,11 +73,12 @@ def press_side_by_side(job: Job, again: Again, count: int, left: Callable[[], in
         raise MemoryError("a process that pressed layers was killed, most likely by the system for want of memory")
     if status > 0:
         raise RuntimeError(f"a process that pressed layers ended with status {status}; its own words stand above")
-    _held = sum(answers)
+    _held = current_memory() + sum(answers)
 
 
 def held_beside() -> int:
-    """The memory that the processes of the last `press_side_by_side` held at most, together, bytes; 0 without one."""
+    """The memory that the processes of the last `press_side_by_side` and this one held at most, together, bytes; 0 if
+    there was none."""
     return _held
 
 

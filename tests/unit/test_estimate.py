@@ -246,7 +246,7 @@ def test_a_bad_figure_of_a_machine_is_named(change: dict[str, Any], words: str) 
 
 def test_layers_side_by_side_hold_their_memory_together() -> None:
     one, two = (estimate("quantize@gptq-int4", job(LLAMA_2_7B, threads=threads)).memory or 0 for threads in (1, 2))
-    assert 1.9 < two / one <= 2
+    assert 2 < two / one < 2.2  # and the one that waits for them
     small = {estimate("quantize@gptq-int4", job(SMOLLM2, threads=threads)).memory for threads in (1, 2)}
     assert len(small) == 1  # too small to be shared
     gptq = SETTINGS.variants["gptq-int4"].model_dump(exclude_unset=True)
