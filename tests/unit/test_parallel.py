@@ -68,6 +68,12 @@ def sleeps(job: Job) -> None:
     time.sleep(300)
 
 
+def sleeping(folder: Path) -> list[int]:
+    """The processes that slept there and still exist."""
+    pids = [int(path.name.removeprefix("pid-")) for path in folder.glob("pid-*")]
+    return [pid for pid in pids if psutil.pid_exists(pid)]
+
+
 def test_each_has_its_share_of_the_layers_and_of_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     press_side_by_side(job(tmp_path), does, 2, lambda: 5 - len(list(tmp_path.iterdir())))
@@ -87,7 +93,7 @@ def test_what_goes_wrong_in_one_ends_all(tmp_path: Path, again: Any, kind: type[
     with pytest.raises(kind, match=words):
         press_side_by_side(job(tmp_path), again, 2, lambda: 1)
     assert time.monotonic() - started < 100
-    assert not [p for p in tmp_path.glob("pid-*") if psutil.pid_exists(int(p.name.removeprefix("pid-")))]
+    assert not sleeping(tmp_path)
 
 
 def test_nothing_is_left_of_them_when_the_stage_is_killed(tmp_path: Path) -> None:
@@ -99,10 +105,10 @@ def test_nothing_is_left_of_them_when_the_stage_is_killed(tmp_path: Path) -> Non
     (tmp_path / "work").mkdir()
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
     stage = subprocess.Popen([sys.executable, str(tmp_path / "stage.py"), str(tmp_path / "work")], env=env)
-    pids: Any = soon(lambda: found if len(found := list((tmp_path / "work").glob("pid-*"))) == 2 else None, 60)
+    assert soon(lambda: len(sleeping(tmp_path / "work")) == 2, 60)
     stage.kill()
     stage.wait()
-    assert soon(lambda: not [p for p in pids if psutil.pid_exists(int(p.name.removeprefix("pid-")))], 10)
+    assert soon(lambda: not sleeping(tmp_path / "work"), 10)
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "awq", "gptq"])
