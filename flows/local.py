@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from pathlib import Path
 
 from flows.addresses import at_work
@@ -22,6 +24,7 @@ from flows.errors import FlowError
 from flows.process import Process
 
 START_SECONDS = 120.0  # the first start creates the database
+PORTS = range(10_000, 32_768)  # below those that Linux, macOS and Windows hand out to whoever asks for any
 RESTARTS = 5  # of one run's server: then something is wrong that a restart does not mend
 
 
@@ -78,15 +81,30 @@ class Server:
 
     def wait(self) -> None:
         """Return when it answers; FlowError with the end of its log if it does not."""
+        health = f"{self._url}/health"
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self._process.alive:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self._url}/health", timeout=5):  # noqa: S310
+            with contextlib.suppress(OSError, HTTPException), urllib.request.urlopen(health, timeout=5):  # noqa: S310
                 self._watch.start()  # from now on its end is an accident, not a reason to give up
                 return
             time.sleep(0.1)
-        words = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        reason = words[-1] if words else "it gave no reason"
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        errors = [line for line in lines if "Errno" in line]  # what follows the first is what came of it
+        reason = (errors[:1] or lines[-1:] or ["it gave no reason"])[0]
         raise FlowError(f"the Prefect server did not start: {reason} (log: {self._log}); run `modelpress doctor`")
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nothing listens, and which nobody is given by chance.
+
+    A server takes ten seconds until it listens; a port that the system hands out may be another's by then.
+    FlowError where none of a hundred can be had.
+    """
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise FlowError("no port of 127.0.0.1 can be listened on; run `modelpress doctor`")
 
 
 @contextlib.contextmanager
@@ -107,14 +125,12 @@ def server(root: Path) -> Iterator[Server | None]:
             _send_the_rest()
             del os.environ["PREFECT_API_URL"]
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = root / ".modelpress/logs/prefect-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-P", "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
-    command += ["--host", "127.0.0.1", "--port", port, "--log-level", "error"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     env = {
         **os.environ,
         # what Prefect sets for its own temporary server: no UI, no schedules, no analytics

@@ -32,27 +32,29 @@ def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prefect_server(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a real Prefect server with a database of its own; flows in this process use it."""
-    from flows.local import quiet
+    from flows.local import quiet, server
 
-    harness, home = tmp_path_factory.mktemp("harness"), tmp_path_factory.mktemp("prefect")
-    shutil.copy(prefect_database, harness / "prefect-test.db")
-    shutil.copy(prefect_database, home)  # for a run that starts a server of its own
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(home))
-        patch.delenv("PREFECT_API_URL", raising=False)
-        before = dict(os.environ)
-        quiet(tmp_path_factory.mktemp("home"))
-        from prefect.settings import PREFECT_API_URL
-        from prefect.testing import utilities
-        from prefect.testing.utilities import prefect_test_harness
+    home, other = tmp_path_factory.mktemp("prefect"), tmp_path_factory.mktemp("prefect")
+    shutil.copy(prefect_database, home)
+    shutil.copy(prefect_database, other)  # for a run that starts a server of its own
+    before = dict(os.environ)
+    os.environ["PREFECT_HOME"] = str(home)
+    os.environ.pop("PREFECT_API_URL", None)
+    quiet(home)
+    from prefect.context import refresh_global_settings_context
 
-        patch.setattr(utilities, "mkdtemp", lambda: str(harness))  # where it has its database
-        with prefect_test_harness(server_startup_timeout=120):
-            url = PREFECT_API_URL.value()
-            assert url
+    with server(home) as prefect:
+        assert prefect is not None
+        prefect.wait()
+        refresh_global_settings_context()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PREFECT_HOME", str(other))
+            url = os.environ["PREFECT_API_URL"]
+            patch.delenv("PREFECT_API_URL")
             yield url
-        os.environ.clear()
-        os.environ.update(before)
+    os.environ.clear()
+    os.environ.update(before)
+    refresh_global_settings_context()
 
 
 @pytest.fixture(scope="session")

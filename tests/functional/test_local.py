@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import signal
+import socket
+import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from flows.errors import FlowError
 from flows.local import quiet, server
 
 
 def test_a_server_that_dies_is_started_again_and_ends_with_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("PREFECT_API_URL", "PREFECT_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "environ", os.environ.copy())  # what `quiet` sets stays in this test
-    quiet(tmp_path)
+    _settings(tmp_path, monkeypatch)
     with server(tmp_path) as prefect:
         assert prefect is not None
         prefect.wait()
@@ -34,6 +37,36 @@ def test_a_server_that_dies_is_started_again_and_ends_with_the_run(
         assert _answers()
     assert not second.is_running()
     assert _uvicorn() == []
+
+
+def test_who_else_listens_at_its_port_is_not_taken_for_it(
+    prefect_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _settings(tmp_path, monkeypatch)
+    shutil.copytree(prefect_database.parent, tmp_path / ".prefect")
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        threading.Thread(target=_hang_up, args=(stranger,), daemon=True).start()
+        monkeypatch.setattr("flows.local.free_port", lambda: stranger.getsockname()[1])
+        with server(tmp_path) as prefect:
+            assert prefect is not None
+            with pytest.raises(FlowError, match=r"did not start: .*address already in use"):
+                prefect.wait()
+
+
+def _settings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # what `quiet` sets stays in this test
+    quiet(home)
+
+
+def _hang_up(listener: socket.socket) -> None:
+    """Answer now nothing, now no HTTP."""
+    with suppress(OSError):
+        for answer in itertools.cycle([b"", b"hello\r\n"]):
+            with listener.accept()[0] as caller:
+                caller.recv(1000)
+                caller.sendall(answer)
 
 
 def _uvicorn() -> list[psutil.Process]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -23,6 +22,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from flows.local import free_port
 from tests.functional.toy import PROJECT, Toy
 from tests.waiting import soon
 
@@ -121,12 +121,6 @@ def served(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     assert soon(lambda: not Served(toy, process, "", ()).processes(str(toy.root)), 15)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_second_one_says_the_addresses_and_starts_nothing(served: Served) -> None:
