@@ -59,7 +59,7 @@ class Server:
     def __init__(self, start: Callable[[], Process], url: str, log: Path) -> None:
         self._start = start
         self._process = start()
-        self._url = url
+        self.url = url
         self._log = log
         self._closing = threading.Event()
         self._watch = threading.Thread(target=self._keep_alive, daemon=True)
@@ -81,7 +81,7 @@ class Server:
 
     def wait(self) -> None:
         """Return when it answers; FlowError with the end of its log if it does not."""
-        health = f"{self._url}/health"
+        health = f"{self.url}/health"
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self._process.alive:
             with contextlib.suppress(OSError, HTTPException), urllib.request.urlopen(health, timeout=5):  # noqa: S310

@@ -12,12 +12,13 @@ import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
 from flows.errors import FlowError
-from flows.local import quiet, server
+from flows.local import Server, quiet, server
 
 
 def test_a_server_that_dies_is_started_again_and_ends_with_the_run(
@@ -27,16 +28,16 @@ def test_a_server_that_dies_is_started_again_and_ends_with_the_run(
     with server(tmp_path) as prefect:
         assert prefect is not None
         prefect.wait()
-        (first,) = _uvicorn()
+        (first,) = _uvicorn(prefect)
         os.kill(first.pid, signal.SIGKILL)
         end = time.monotonic() + 60
         while not _answers() and time.monotonic() < end:
             time.sleep(0.1)
-        (second,) = _uvicorn()
+        (second,) = _uvicorn(prefect)
         assert second.pid != first.pid
         assert _answers()
     assert not second.is_running()
-    assert _uvicorn() == []
+    assert _uvicorn(prefect) == []
 
 
 def test_who_else_listens_at_its_port_is_not_taken_for_it(
@@ -69,8 +70,10 @@ def _hang_up(listener: socket.socket) -> None:
                 caller.sendall(answer)
 
 
-def _uvicorn() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.cmdline()[1:4] == ["-P", "-m", "uvicorn"]]
+def _uvicorn(at: Server) -> list[psutil.Process]:
+    port = str(urlsplit(at.url).port)
+    processes = psutil.Process().children(recursive=True)
+    return [p for p in processes if p.cmdline()[1:4] == ["-P", "-m", "uvicorn"] and port in p.cmdline()]
 
 
 def _answers() -> bool:
