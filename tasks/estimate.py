@@ -553,7 +553,7 @@ def _round_layer(work: Work, group: Group, group_size: int, clip: bool, solve: b
         # solvers/refine.py: the scales' equations, the errors before and after, slopes and their changes
         work.product(16 * weights * width)
         work.passes(weights, 16, 8)
-        work.calls(10 * width)
+        work.calls(32 * width)
         work.passes(weights, 0, 8 + BLOCK)
     if not solve:
         return

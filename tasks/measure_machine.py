@@ -6,6 +6,7 @@ python -m tasks.measure_machine [CORES]    # all of them, if not said
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -138,7 +139,7 @@ def _clock(device: str) -> Callable[[], float]:
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
-    """The shortest of several runs, after one that pays for memory and code paths: others may be at work here."""
+    """The median of several runs, after one that pays for memory and code paths: what a stage will see, not the best."""
     import torch
 
     clock = _clock(device)
@@ -152,9 +153,9 @@ def _seconds(work: Callable[[], object], device: str) -> float:
 
     once()
     times = [once() for _ in range(3)]
-    while sum(times) < 0.4:
+    while sum(times) < 0.6:
         times.append(once())
-    return min(times)
+    return statistics.median(times)
 
 
 def _process() -> tuple[float, float]:
