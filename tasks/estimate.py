@@ -210,10 +210,13 @@ def _collect_weighed(job: Job, work: Work, layer: Layer, dtype: str) -> None:
         _forward_layer(work, shape, layer, tokens, length, length, dtype)
     # but five of attention for two, and twice the passes and small operations
     work.product(6 * tokens * length * shape.attention)
+    work.passes(tokens * length * shape.heads, 0, 4)
     _between_products(work, shape, layer, tokens, length)
     _sum(job, work, layer)
     for group in layer.groups:
         work.passes(tokens * group.active * group.width, 0, 1)
+        # the squares of what comes back to each linear layer, a sequence at a time, and their sums
+        work.passes(length * group.active * sum(group.rows), tokens / length, tokens / length)
     # activations and gradients of 16 bits
     work.read(4 * tokens * shape.hidden)
 
@@ -616,8 +619,9 @@ def _forward_layer(
     arithmetic: str = "float32",
 ) -> None:
     work.product(2 * tokens * layer.active, arithmetic)
-    # queries with keys, then with values
+    # queries with keys, then with values; between the two the softmax
     work.product(4 * tokens * context * shape.attention)
+    work.passes(tokens * context * shape.heads, 0, 4)
     _between_products(work, shape, layer, tokens, batch)
     if arithmetic == "int8":
         batches = math.ceil(tokens / batch)

@@ -120,8 +120,9 @@ def _backward(decoder: Decoder, work: Path) -> None:
                 for name, read in seen.items():
                     weight = _weight(torch.as_tensor(read.square))
                     weights.setdefault(name, []).append(weight)
-                    own = sums.setdefault(name, Sums(read.readers, read.x.shape[-1], read.x.device))
-                    own.add(read.x, weight)
+                    if name not in sums:
+                        sums[name] = Sums(read.readers, read.x.shape[-1], read.x.device)
+                    sums[name].add(read.x, weight)
                 seen.clear()
         save_sums(sums, statistics_file(work, index))
         save({name: torch.cat(parts) for name, parts in weights.items()}, _file(work, "importance", index))

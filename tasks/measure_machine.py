@@ -139,7 +139,7 @@ def _clock(device: str) -> Callable[[], float]:
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
-    """The median of several runs, after one that pays for memory and code paths: what a stage will see, not the best."""
+    """The median of several runs, after one that pays for memory and code paths: what a stage will see."""
     import torch
 
     clock = _clock(device)

@@ -62,10 +62,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder language model. attention: channels of all queries together, kv: of all keys together."""
+    """A decoder language model. heads: of queries. attention: channels of all of them together, kv: of all keys."""
 
     family: str
     hidden: int
+    heads: int
     attention: int
     kv: int
     vocabulary: int
@@ -113,7 +114,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
         groups, more = _mlp(config, family, index, hidden, where)
         layers.append(Layer(attention + groups, others + more))
     tied = bool(config.get("tie_word_embeddings", False))
-    return Shape(family, hidden, query, kv, _number(config, "vocab_size", where), tied, tuple(layers))
+    return Shape(family, hidden, heads, query, kv, _number(config, "vocab_size", where), tied, tuple(layers))
 
 
 def _mlp(config: Mapping[str, Any], family: str, index: int, hidden: int, where: str) -> tuple[tuple[Group, ...], int]:
