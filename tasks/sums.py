@@ -83,9 +83,7 @@ def listening(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[
     def hear(name: str, x: Tensor) -> None:
         first = inputs.first(name, x)
         if first == name:
-            if name not in sums:
-                sums[name] = Sums([name], x.shape[-1], x.device)
-            own = sums[name]
+            own = sums.setdefault(name, Sums([name], x.shape[-1], x.device))
             weight = weights.get(name)
             own.add(x, None if weight is None else weight.flatten()[own.tokens : own.tokens + x[..., 0].numel()])
         elif name not in sums[first].readers:

@@ -35,27 +35,27 @@ STAGES = [
     *(f"{kind}@{name}" for kind in ("quantize", "export", "evaluate", "benchmark") for name in SETTINGS.variants),
     *("report", "package"),
 ]
-# two cores of an Intel Xeon without a GPU, measured when nothing else was at work
+# two cores of an Intel Xeon without a GPU, measured just before DEMO
 QUIET = check_machine(
     {
         "name": "2 cores",
         "cores": 2,
         "memory_gb": 25.3,
-        "disk_gb": 71.1,
-        "product_gflops": 246.37,
-        "half_gflops": 148.96,
-        "integer_gflops": 1030.42,
-        "factor_gflops": 77.84,
-        "memory_gbs": 92.61,
-        "fresh_gbs": 6,
-        "stream_gbs": 21.84,
-        "disk_read_gbs": 5.889,
-        "disk_write_gbs": 0.329,
-        "hash_gbs": 1.126,
-        "call_us": 2.46,
-        "layer_us": 208,
-        "start_s": 8.7,
-        "base_gb": 0.63,
+        "disk_gb": 52.8,
+        "product_gflops": 238.09,
+        "half_gflops": 142.74,
+        "integer_gflops": 1089.72,
+        "factor_gflops": 65.2,
+        "memory_gbs": 77.17,
+        "fresh_gbs": 4.73,
+        "stream_gbs": 24.93,
+        "disk_read_gbs": 6.448,
+        "disk_write_gbs": 0.731,
+        "hash_gbs": 1.137,
+        "call_us": 2.52,
+        "layer_us": 245.0,
+        "start_s": 8.2,
+        "base_gb": 0.65,
     },
     "here",
 )
@@ -123,24 +123,24 @@ def test_the_memory_of_statistics_is_what_the_stage_says_of_itself(tmp_path: Pat
     assert need.memory == pytest.approx(said + QUIET.base_gb * 1e9, abs=2e6)
 
 
-# What `make demo` took in an empty clone, on a machine like that of QUIET: seconds of the stage, DVC included; peak
-# memory; bytes of safetensors.
+# What `make demo` took in an empty clone, just after QUIET: seconds of the stage, DVC included; peak memory; bytes of
+# safetensors.
 DEMO = {
-    "statistics": (130, 1_090_994_176, 411_252_720),
-    "quantize@int8": (40, 918_134_784, 163_536_608),  # of a later run, of this variant alone
-    "quantize@gptq-int4": (60, 876_810_240, 114_029_456),
-    "quantize@awq-int4": (74, 978_812_928, 113_999_904),
-    "quantize@auto": (259, 1_470_541_824, 116_511_552),
-    "evaluate@base": (121, 1_539_903_488, 0),
-    "evaluate@int8": (138, 2_504_704_000, 0),
-    "evaluate@gptq-int4": (164, 2_348_257_280, 0),
-    "evaluate@awq-int4": (155, 2_618_638_336, 0),
-    "evaluate@auto": (153, 2_379_530_240, 0),
-    "benchmark@base": (25, 1_431_085_056, 0),
-    "benchmark@int8": (37, 2_371_719_168, 0),  # memory: of an earlier run, with the baseline beside it
-    "benchmark@gptq-int4": (12, 1_422_000_128, 0),
-    "benchmark@awq-int4": (14, 1_849_090_048, 0),
-    "benchmark@auto": (11, 1_403_486_208, 0),
+    "statistics": (140, 1_160_593_408, 412_584_736),
+    "quantize@int8": (33, 891_957_248, 163_536_608),
+    "quantize@gptq-int4": (69, 852_496_384, 114_029_456),
+    "quantize@awq-int4": (86, 979_873_792, 113_999_904),
+    "quantize@auto": (264, 1_484_394_496, 116_511_720),
+    "evaluate@base": (129, 1_543_467_008, 0),
+    "evaluate@int8": (130, 2_434_916_352, 0),
+    "evaluate@gptq-int4": (155, 2_367_049_728, 0),
+    "evaluate@awq-int4": (149, 2_502_926_336, 0),
+    "evaluate@auto": (146, 2_367_791_104, 0),
+    "benchmark@base": (23, 1_435_947_008, 0),
+    "benchmark@int8": (35, 2_371_719_168, 0),  # memory: of an earlier run, with the baseline beside it
+    "benchmark@gptq-int4": (11, 1_417_658_368, 0),
+    "benchmark@awq-int4": (14, 1_885_487_104, 0),
+    "benchmark@auto": (11, 1_409_064_960, 0),
 }
 SHORT = 30  # seconds: less than that is mostly the start of processes, of which only the library's share is estimated
 
