@@ -33,6 +33,7 @@ from tasks.statistics import needed_bytes
 SCALE_TRIALS, CLIP_TRIALS, ROWS = 20, 12, 512
 BLOCK = 64  # columns, in solvers/gptq.py
 SUMMED = 384  # rows of a Gram matrix in one product, in sums.py
+PART = 1 << 21  # numbers that are worked on together, in solvers/__init__.py
 STREAM, FINE = 256, 8  # in quantizers/sensitivity.py: tokens of a stream, and bits from which it rounds to the nearest
 STEP = 5  # calls that a decoder layer makes for a token by itself: cache, masks and the choice of the token beside it
 CACHED = 32e6  # bytes of a result up to which the C library uses memory again instead of giving it back
@@ -546,16 +547,20 @@ PRESSES: dict[type, Callable[[Work, Group, Any, Shape], None]] = {
 def _round_layer(work: Work, group: Group, group_size: int, clip: bool, solve: bool, refine: int) -> None:
     """quantizers/grouped.py: the limits of the groups, then the rounding, what makes it better, and packing."""
     weights, rows, width = group.weights, sum(group.rows), group.width
+    part = min(weights, PART)
+    parts = weights / part
     if clip:
         for _ in range(CLIP_TRIALS):
             # solvers/awq.py, search_clip: rounded, its change, blocks on the diagonal
-            work.passes(weights, 7, 8)
+            work.passes(part, 7 * parts, 8 * parts)
             work.product(2 * weights * group_size)
     work.passes(weights, 3, 6)  # stacked, on its grid, packed
     for _ in range(refine):
         # solvers/refine.py: the scales' equations, the errors before and after, slopes and their changes
         work.product(16 * weights * width)
         work.passes(weights, 16, 8)
+        times = 2 * parts * width / group_size  # what each group's integers reach, times all others
+        work.passes(part, times, times)
         work.calls(32 * width)
         work.passes(weights, 0, 8 + BLOCK)
     if not solve:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, Span, output_error, whole_span
+from tasks.solvers import Grid, Span, output_error, row_parts, whole_span
 from tasks.solvers.rtn import solve as round_to_nearest
 
 SCALE_TRIALS = 20
@@ -52,13 +52,19 @@ def search_clip(weight: Tensor, gram: Tensor, grid: Grid) -> Span:
     size = weight.shape[1] // groups
     # the blocks on the diagonal: what a group's inputs have to do with those of other groups is left out
     own = gram.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    found = [_search_clip(weight[part], own, grid) for part in row_parts(weight)]
+    return torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])
+
+
+def _search_clip(weight: Tensor, own: Tensor, grid: Grid) -> Span:
+    """Of some rows. own: [groups, size, size], of each group's inputs."""
     best = low, high = whole = whole_span(weight, grid)
     least = torch.full_like(low, torch.inf)
 
     def attempt(low: Tensor, high: Tensor) -> None:
         nonlocal best, least
-        change = round_to_nearest(weight, grid, (low, high)).weight().sub_(weight).view(-1, groups, size)
-        change = change.transpose(0, 1)
+        change = round_to_nearest(weight, grid, (low, high)).weight().sub_(weight)
+        change = change.view(-1, *own.shape[:2]).transpose(0, 1)
         error = (torch.bmm(change, own) * change).sum(-1).T
         better = error < least
         best = torch.where(better, low, best[0]), torch.where(better, high, best[1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, Rounded, one_thread, output_error
+from tasks.solvers import Grid, Rounded, one_thread, output_error, row_parts
 
 BLOCK = 64  # columns whose changes reach the rest together; changes no result beyond rounding
 CHUNK = 1 << 24  # numbers of the least squares' matrices in memory at once
@@ -43,19 +43,18 @@ def _fit_scales(weight: Tensor, gram: Tensor, solved: Rounded) -> Tensor:
     A row's weight is linear in its scales: sum over the groups g of s_g q_g, with q the integers less their zeros. The
     normal equations are sum over h of (q_g H q_h) s_h = q_g H w.
     """
-    rows, width = weight.shape
     groups = solved.scales.shape[1]
-    size = width // groups
+    size = weight.shape[1] // groups
     fitted = solved.scales.float()
-    step = max(1, CHUNK // (groups * max(groups, size)))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
+    # of all rows at once: the last bits of a long product of few rows depend on the number of threads
+    wanted = weight @ gram
+    for part in row_parts(weight, CHUNK // groups**2):
         levels = solved.integers[part].view(-1, groups, size).float() - solved.zeros[part][..., None]
         matrix = torch.empty(len(levels), groups, groups, device=weight.device)
         for group in range(groups):
             reach = levels[:, group] @ gram[group * size : (group + 1) * size]
             matrix[:, group] = (reach.view(levels.shape) * levels).sum(-1)
-        target = ((weight[part] @ gram).view(levels.shape) * levels).sum(-1)
+        target = (wanted[part].view(levels.shape) * levels).sum(-1)
         damping = DAMPING * matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + torch.finfo(matrix.dtype).tiny
         matrix.diagonal(dim1=1, dim2=2).add_(damping)
         with one_thread():

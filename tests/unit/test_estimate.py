@@ -10,7 +10,7 @@ import torch
 
 from flows.schedule import threads_of
 from tasks import estimate as plan
-from tasks import sums
+from tasks import solvers, sums
 from tasks.catalogue import local_tasks
 from tasks.decoder import Decoder
 from tasks.device import current_memory
@@ -105,6 +105,7 @@ def test_every_method_that_presses_can_be_estimated() -> None:
 def test_the_counts_are_those_of_the_solvers() -> None:
     assert (plan.SCALE_TRIALS, plan.ROWS) == (awq.SCALE_TRIALS, awq.ROWS)
     assert len(awq.CLIP_SHARES) + 4 * len(awq.CLIP_STEPS) == plan.CLIP_TRIALS
+    assert solvers.PART == plan.PART
     assert (gptq.BLOCK, sums.BLOCK) == (plan.BLOCK, plan.SUMMED)
     assert sensitivity.SEQUENCES * sensitivity.LENGTH == plan.STREAM
     assert sensitivity.FINE == plan.FINE

@@ -68,6 +68,17 @@ def test_refining_finds_the_scales_of_least_squares(weight: Tensor, inputs: Tens
     assert torch.allclose(fitted[:, 0], best, rtol=2e-3)
 
 
+def test_rows_a_few_at_a_time_give_what_all_give(weight: Tensor, gram: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def solved() -> Rounded:
+        return refine(weight, gram, grid(), rtn.solve(weight, grid(), search_clip(weight, gram, grid())), 1)
+
+    whole = solved()
+    monkeypatch.setattr("tasks.solvers.PART", 5 * weight.shape[1])
+    few = solved()
+    assert torch.equal(few.integers, whole.integers)
+    torch.testing.assert_close(few.scales, whole.scales)
+
+
 def test_refining_leaves_what_is_on_the_grid_and_channels_that_never_speak(gram: Tensor) -> None:
     way = grid()
     integers = torch.arange(WIDTH * 2, dtype=torch.uint8).view(2, WIDTH) % 16
