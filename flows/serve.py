@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -148,7 +149,7 @@ def _wait(root: Path, service: _Service, process: Process) -> None:
     while time.monotonic() < end and process.alive:
         if service.health is None:
             return
-        with contextlib.suppress(OSError), urllib.request.urlopen(service.health, timeout=5):  # noqa: S310
+        with contextlib.suppress(OSError, HTTPException), urllib.request.urlopen(service.health, timeout=5):  # noqa: S310
             return
         time.sleep(0.2)
     raise FlowError(f"{service.name} did not start: {_last_line(root, service)}")

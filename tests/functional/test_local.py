@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from flows.errors import FlowError
-from flows.local import Server, quiet, server
+from flows.local import Server, free_port, quiet, server
 
 
 def test_a_server_that_dies_is_started_again_and_ends_with_the_run(
@@ -52,6 +52,16 @@ def test_who_else_listens_at_its_port_is_not_taken_for_it(
             assert prefect is not None
             with pytest.raises(FlowError, match=r"did not start: .*address already in use"):
                 prefect.wait()
+
+
+def test_a_port_on_which_somebody_listens_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        taken = stranger.getsockname()[1]
+        monkeypatch.setattr("random.sample", lambda ports, _: [taken, *ports[:50]])
+        assert free_port() != taken
+        monkeypatch.setattr("random.sample", lambda *_: [taken])
+        with pytest.raises(FlowError, match="no port"):
+            free_port()
 
 
 def _settings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
