@@ -20,7 +20,7 @@ from typing import Any
 
 from bench.contenders import CONTENDERS, Contender
 from tasks.device import compute_device, peak_memory
-from tasks.program import PARAMS
+from tasks.program import PARAMS, set_environment
 from tasks.settings import BASE, Settings, check_settings, load_settings
 
 ROUNDS = 7  # of decoding
@@ -116,6 +116,7 @@ def changed(settings: Settings, contender: Contender) -> dict[str, Any]:
 
 def main() -> None:
     """What the command line names."""
+    set_environment()
     what, folder = sys.argv[1], Path(sys.argv[2])
     match what:
         case "statistics":

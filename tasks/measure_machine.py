@@ -22,6 +22,7 @@ import yaml
 from tasks.device import compute_device, cpu_name, processor_name
 from tasks.machine import Machine, check_machine
 from tasks.output import sha256
+from tasks.program import set_environment
 
 WIDTH, TOKENS = 2048, 512  # of the products: a model of a billion weights, one sequence
 SMALL, LARGE = 4 * 2**20, 40 * 2**20  # numbers: 16 MB, in a cache; 160 MB, which is given back to the system each time
@@ -193,6 +194,7 @@ def _files(device: str) -> dict[str, float]:
 
 def main() -> None:
     """Print the machine's figures as YAML."""
+    set_environment()
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = int(sys.argv[1]) if len(sys.argv) > 1 else here
     print(yaml.safe_dump(measure(cores).model_dump(mode="json"), sort_keys=False))

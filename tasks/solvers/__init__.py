@@ -108,8 +108,10 @@ def row_parts(weight: Tensor, most: int = PART) -> list[slice]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For factorizations of matrices: the last bits of LAPACK's results depend on the number of threads; those of
-    products do only where rows are few and sums long, some 4,000 numbers and more."""
+    """For factorizations of matrices: the last bits of LAPACK's results depend on the number of threads.
+
+    Those of products do not in a stage: set_environment in tasks/program.py.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

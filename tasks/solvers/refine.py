@@ -22,19 +22,21 @@ def refine(weight: Tensor, gram: Tensor, grid: Grid, solved: Rounded, rounds: in
     weight: [rows, width] as it should be; gram: [width, width] of its inputs. A round is both steps.
     """
     weight = weight.float()
+    error = output_error(solved.weight() - weight, gram)
     for _ in range(rounds):
-        solved = _better(
-            weight, gram, solved, Rounded(solved.integers, _fit_scales(weight, gram, solved), solved.zeros)
-        )
-        solved = _better(weight, gram, solved, _descend(weight, gram, grid, solved))
+        fitted = Rounded(solved.integers, _fit_scales(weight, gram, solved), solved.zeros)
+        solved, error = _better(weight, gram, solved, error, fitted)
+        solved, error = _better(weight, gram, solved, error, _descend(weight, gram, grid, solved))
     return solved
 
 
-def _better(weight: Tensor, gram: Tensor, old: Rounded, new: Rounded) -> Rounded:
-    """Of each row the one with the smaller error."""
-    gain = output_error(new.weight() - weight, gram) < output_error(old.weight() - weight, gram)
-    keep = gain[:, None]
-    return Rounded(torch.where(keep, new.integers, old.integers), torch.where(keep, new.scales, old.scales), old.zeros)
+def _better(weight: Tensor, gram: Tensor, old: Rounded, error: Tensor, new: Rounded) -> tuple[Rounded, Tensor]:
+    """Of each row the one with the smaller error, [rows] that of `old`; and its error."""
+    found = output_error(new.weight() - weight, gram)
+    keep = found < error
+    rows = keep[:, None]
+    integers, scales = torch.where(rows, new.integers, old.integers), torch.where(rows, new.scales, old.scales)
+    return Rounded(integers, scales, old.zeros), torch.where(keep, found, error)
 
 
 def _fit_scales(weight: Tensor, gram: Tensor, solved: Rounded) -> Tensor:
@@ -46,15 +48,13 @@ def _fit_scales(weight: Tensor, gram: Tensor, solved: Rounded) -> Tensor:
     groups = solved.scales.shape[1]
     size = weight.shape[1] // groups
     fitted = solved.scales.float()
-    # of all rows at once: the last bits of a long product of few rows depend on the number of threads
-    wanted = weight @ gram
     for part in row_parts(weight, CHUNK // groups**2):
         levels = solved.integers[part].view(-1, groups, size).float() - solved.zeros[part][..., None]
         matrix = torch.empty(len(levels), groups, groups, device=weight.device)
         for group in range(groups):
             reach = levels[:, group] @ gram[group * size : (group + 1) * size]
             matrix[:, group] = (reach.view(levels.shape) * levels).sum(-1)
-        target = (wanted[part].view(levels.shape) * levels).sum(-1)
+        target = ((weight[part] @ gram).view(levels.shape) * levels).sum(-1)
         damping = DAMPING * matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + torch.finfo(matrix.dtype).tiny
         matrix.diagonal(dim1=1, dim2=2).add_(damping)
         with one_thread():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 from safetensors import SafetensorError
@@ -70,3 +73,36 @@ def test_a_defect_keeps_its_traceback(error: Exception) -> None:
 
     with pytest.raises(type(error)):
         run_stage(work)
+
+
+# few rows and long sums, as of a wide model's activations: by default MKL splits the sums among its threads
+_PRODUCTS = """
+import hashlib, torch
+from tasks.program import run_stage
+
+def work(settings):
+    random = torch.Generator().manual_seed(0)
+    found = hashlib.sha256()
+    for rows, width, channels in [(512, 5632, 2048), (64, 8192, 512), (32, 11264, 32)]:
+        x, weight = (torch.randn(size, width, generator=random) for size in (rows, channels))
+        found.update((x @ weight.T).numpy().tobytes())
+    print(torch.get_num_threads(), found.hexdigest())
+
+run_stage(work)
+"""
+
+
+def test_a_stages_products_do_not_depend_on_the_number_of_threads() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    found = dict(
+        subprocess.run(
+            [sys.executable, "-c", _PRODUCTS],
+            env={**environment, "OMP_NUM_THREADS": threads},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        for threads in ("1", "2")
+    )
+    assert found.keys() == {"1", "2"}
+    assert len(set(found.values())) == 1
