@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tasks.device import release_memory
 from tasks.errors import TaskError
@@ -42,9 +43,9 @@ class TensorFiles:
 class Decoder:
     """Runs a model layer by layer: all sequences through one layer, then through the next.
 
-    dtype: of the activations; products: of the matrix products and their weights, the same if None. Memory: the
-    embedding at first, then one layer's weights; never the whole model. The families are those whose decoder
-    transformers calls `model.layers` (tasks/fit.py).
+    dtype: of the activations; products: of the matrix products and their weights, the same if None; attention is
+    computed in `dtype` on a CPU (_ExactAttention). Memory: the embedding at first, then one layer's weights; never the
+    whole model. The families are those whose decoder transformers calls `model.layers` (tasks/fit.py).
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: str, products: torch.dtype | None = None) -> None:
@@ -147,8 +148,38 @@ class Decoder:
             for name, tensor in self.files.below(prefix).items()
         }
 
-    def _mixed(self) -> torch.autocast:
-        return torch.autocast(self.device, self.products, enabled=self.products != self.dtype)
+    @contextmanager
+    def _mixed(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.products != self.dtype:
+                stack.enter_context(torch.autocast(self.device, self.products))
+                if self.device == "cpu":
+                    stack.enter_context(_ExactAttention(self.dtype))
+            yield
+
+
+class _ExactAttention(TorchFunctionMode):
+    """Computes attention in `dtype`, whatever autocast says.
+
+    With AMX torch chooses between two ways to multiply bfloat16 in it by the number of threads
+    (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, need_pack), and their last bits are not the same.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(self._cast, args), **{name: self._cast(value) for name, value in kwargs.items()})
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self._dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class _Recorder(nn.Module):

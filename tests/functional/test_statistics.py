@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from tasks import importance, statistics, sums, weights
@@ -164,6 +165,40 @@ def test_weights_from_bfloat16_products_are_much_the_same(tmp_path: Path, monkey
     for name, weight in exact.items():
         assert near[name].dtype == torch.float32
         assert 0 < (near[name] - weight).norm() < 0.1 * weight.norm()
+
+
+class Attended(TorchDispatchMode):
+    """Notes in which dtype attention is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if "attention" in str(func):
+            self.dtypes |= {value.dtype for value in args if isinstance(value, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_bfloat16_products_give_the_same_bytes_with_any_number_of_threads(
+    weighed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tmp_path / "model", hidden=256, heads=4)
+    tokens = torch.randint(6, 200, (2, 192), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": tokens}, tmp_path / "tokens.safetensors")
+    monkeypatch.setattr(statistics, "fast_dtype", lambda _: torch.bfloat16)
+    threads = torch.get_num_threads()
+    with Attended() as attended:
+        for count in (1, 2, 16):
+            torch.set_num_threads(count)
+            try:
+                assert collect(model, tmp_path, tmp_path / str(count), weighed).dtype == "bfloat16"
+            finally:
+                torch.set_num_threads(threads)
+    # of bfloat16's attention the last bits depend on them, with AMX; this machine may have none
+    assert attended.dtypes == {torch.float32}
+    assert checksums(tmp_path / "1") == checksums(tmp_path / "2") == checksums(tmp_path / "16")
 
 
 def test_tokens_on_which_nothing_hangs_weigh_the_same() -> None:
