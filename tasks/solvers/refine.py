@@ -21,6 +21,8 @@ def refine(weight: Tensor, gram: Tensor, grid: Grid, solved: Rounded, rounds: in
 
     weight: [rows, width] as it should be; gram: [width, width] of its inputs. A round is both steps.
     """
+    if not rounds:
+        return solved
     weight = weight.float()
     error = output_error(solved.weight() - weight, gram)
     for _ in range(rounds):
