@@ -34,7 +34,7 @@ bench: install ## Press with our solvers and with the libraries, and compare (ab
 	@$(BIN)/python -m bench
 
 drills: install ## Break runs in every way that happens, and see that nothing is lost (about 12 minutes)
-	@$(BIN)/python -m drills
+	@$(BIN)/python -m tests.drills
 
 lint: install ## Check style and formatting
 	@$(BIN)/ruff check .

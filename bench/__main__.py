@@ -22,7 +22,7 @@ from bench.contenders import CONTENDERS, Contender
 from bench.goals import DECODE, as_json, goals
 from bench.picture import picture
 from bench.table import rows, table
-from tasks.provenance import git_state, machine, versions
+from tasks.reporting.provenance import git_state, machine, versions
 
 RESULTS = Path("bench/results")
 NEEDED = (Path("models/source"), Path("data/calibration"), Path("data/raw"))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.settings import OWN
+from tasks.settings import BUILTIN
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Contender:
     @property
     def own(self) -> bool:
         """Whether it works from the statistics of one pass."""
-        return bool(self.changes["backend"] == OWN)
+        return bool(self.changes["backend"] == BUILTIN)
 
 
 def _own(**changes: Any) -> dict[str, Any]:
-    return {"backend": OWN, **changes}
+    return {"backend": BUILTIN, **changes}
 
 
 _COMPRESSOR = {"backend": "llm-compressor"}

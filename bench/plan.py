@@ -22,13 +22,13 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from tasks.estimate import Job, estimate
-from tasks.machine import check_machine
 from tasks.output import write_json, write_manifest
+from tasks.planning.estimate import PlanJob, estimate
+from tasks.planning.machine import check_machine
+from tasks.planning.shape import read_shape
 from tasks.program import PARAMS
-from tasks.provenance import versions
+from tasks.reporting.provenance import versions
 from tasks.settings import BASE, check_settings, load_settings
-from tasks.shape import read_shape
 
 RESULTS = Path("bench/results/plan.json")
 _MAKE = """
@@ -96,7 +96,7 @@ def compare(
     settings = check_settings(values)
     (folder / PARAMS).write_text(yaml.safe_dump(values), encoding="utf-8")
     shape = read_shape(json.loads((folder / "models/source/config.json").read_text(encoding="utf-8")), "the model")
-    machine = check_machine(yaml.safe_load(_python("-m", "tasks.measure_machine", "1")), "this machine")
+    machine = check_machine(yaml.safe_load(_python("-m", "tasks.planning.measure_machine", "1")), "this machine")
     found = []
     stages = ["statistics", *(f"quantize@{name}" for name in settings.variants if name != BASE)]
     for stage in stages:
@@ -106,7 +106,7 @@ def compare(
         used = _processor_seconds()
         _python("-m", f"tasks.{module}", *([name] if name else []), cwd=folder)
         seconds = _processor_seconds() - used
-        need = estimate(stage, Job(shape, settings, machine))
+        need = estimate(stage, PlanJob(shape, settings, machine))
         report = json.loads((folder / f"metrics/{stage.replace('@', '/')}.json").read_text(encoding="utf-8"))
         written = folder / (f"models/{name}" if name else "data/statistics")
         size_bytes = sum(path.stat().st_size for path in written.glob("*.safetensors"))
@@ -150,7 +150,7 @@ def _lay_out(
 
 def _tokens(folder: Path) -> tuple[int, int]:
     """Sequences of calibration, and tokens in each."""
-    from tasks.weights import read_header
+    from tasks.tensor_files import read_header
 
     shape = read_header(folder / "data/calibration/tokens.safetensors")["input_ids"].shape
     return shape[0], shape[1]

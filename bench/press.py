@@ -19,8 +19,10 @@ from statistics import median
 from typing import Any
 
 from bench.contenders import CONTENDERS, Contender
-from tasks.device import compute_device, peak_memory
-from tasks.program import PARAMS, set_environment
+from tasks.determinism import set_environment
+from tasks.device import compute_device
+from tasks.hardware import peak_memory
+from tasks.program import PARAMS
 from tasks.settings import BASE, Settings, check_settings, load_settings
 
 ROUNDS = 7  # of decoding
@@ -40,7 +42,7 @@ def press(contender: Contender, folder: Path, known: Path) -> dict[str, Any]:
     """The model in `folder`; seconds are of the pressing alone, imports and checks left out."""
     from safetensors.torch import load_file
 
-    from tasks.quantizers import Job, quantizer
+    from tasks.quantizers import QuantizeJob, quantizer
 
     variant = check_settings(changed(load_settings(PARAMS), contender)).variant(contender.variant)
     method = quantizer(variant)
@@ -52,7 +54,7 @@ def press(contender: Contender, folder: Path, known: Path) -> dict[str, Any]:
         awq.GramAwqQuantizer = AwqQuantizer  # type: ignore[misc]
     tokens = load_file(CALIBRATION / "tokens.safetensors")["input_ids"]
     started = time.monotonic()
-    method.press(Job(MODEL, tokens, known, variant, compute_device(), folder))
+    method.press(QuantizeJob(MODEL, tokens, known, variant, compute_device(), folder))
     seconds = time.monotonic() - started
     _complete(folder)
     return {"seconds": round(seconds, 1), "peak_memory_bytes": peak_memory()}
@@ -61,7 +63,7 @@ def press(contender: Contender, folder: Path, known: Path) -> dict[str, Any]:
 def quality(folder: Path, items: int) -> dict[str, Any]:
     """What evaluation finds, with `items` items of each task."""
     from tasks.evaluate import evaluate
-    from tasks.size import weight_bits
+    from tasks.model.size import weight_bits
 
     settings = load_settings(PARAMS).evaluation
     settings = settings.model_copy(update={"limit": items})

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.errors import FlowError
-from flows.local import quiet, server
-from flows.runner import CLUSTER_ENV, RUNNER_ENV, Place, RunnerName
+from flows.execution.runner import CLUSTER_ENV, RUNNER_ENV, Executor, RunnerName
+from flows.server.ephemeral import quiet, server
 
 app = typer.Typer(
     name="modelpress",
@@ -92,9 +92,9 @@ def run(
     """  # noqa: E501 - an example is one line
     root = find_root()
     quiet(root)
-    place = Place(runner, cluster)
-    from flows.checkout import exclusive
-    from flows.dvc_state import check_dvc
+    executor = Executor(runner, cluster)
+    from flows.graph.dvc_state import check_dvc
+    from flows.workspace.run_lock import exclusive
 
     with exclusive(root):  # a run that is at work must not see the change
         for change in _override(root, overrides or []):
@@ -102,7 +102,7 @@ def run(
     check_dvc(root)
     with _interruptible(), server(root) as prefect_server:
         from flows.optimize import PipelineError, optimize
-        from flows.terminal import readable_logs
+        from flows.server.console_log import readable_logs
 
         readable_logs()
         if prefect_server:
@@ -110,7 +110,7 @@ def run(
 
             prefect_server.wait()
         try:
-            optimize(str(root), jobs=jobs, timeout_minutes=timeout, runner=place.runner, cluster=place.cluster)
+            optimize(str(root), jobs=jobs, timeout_minutes=timeout, runner=executor.runner, cluster=executor.cluster)
         except PipelineError as error:
             if "report" in error.results:  # no variant passed, perhaps: the table says why
                 _show_report(root)
@@ -161,9 +161,9 @@ def plan(
     """
     root = find_root()
     quiet(root)
-    from flows.dvc_state import check_dvc
-    from flows.overrides import read_settings
-    from flows.plan import ACTIONS, read_plan, summary
+    from flows.graph.dvc_state import check_dvc
+    from flows.graph.params_file import read_settings
+    from flows.graph.plan import ACTIONS, read_plan, summary
 
     about = {"memory_gb": memory, "disk_gb": disk, "network_gbs": network}
     if model is None and (machine or measure or any(about.values())):
@@ -171,8 +171,8 @@ def plan(
     check_dvc(root)
     settings = read_settings(root / "params.yaml")
     if model is not None:
-        from flows.scale import read_model, read_or_measure, scale
-        from flows.scale_table import lines
+        from flows.planning.simulate import read_model, read_or_measure, scale
+        from flows.planning.table import lines
 
         shape = read_model(root, model)
         place = read_or_measure(root, machine, measure, about)
@@ -207,7 +207,7 @@ def serve(
     """Serve the pages: start runs from the browser, on a schedule, and look at their results. Ctrl-C stops it all."""
     root = find_root()
     quiet(root)
-    from flows.serve import serve as start
+    from flows.server.serve import serve as start
 
     with _interruptible("stopped"):
         start(root, host, port, mlflow_port, say=lambda line: print(line, flush=True))
@@ -224,7 +224,7 @@ def runs(
     """
     root = find_root()
     quiet(root)
-    from flows.workspace import remove, tags, workspaces
+    from flows.workspace.worktree import remove, tags, workspaces
 
     spaces = [space for space in workspaces(root) if not names or space.name in names]
     if unknown := set(names or ()) - {space.name for space in spaces}:
@@ -250,7 +250,7 @@ def history() -> None:
     """Compare the finished runs that MLflow remembers: what won, its size, what it keeps, and which is the champion."""
     root = find_root()
     quiet(root)
-    from flows.history import finished_runs
+    from flows.tracking.history import finished_runs
 
     found = finished_runs(root)
     if not found:
@@ -284,7 +284,7 @@ def get(
     """Fetch the package of a finished run, or the champion of those of its name, checked against its checksums."""
     root = find_root()
     quiet(root)
-    from flows.fetch import fetch_package
+    from flows.tracking.fetch import fetch_package
 
     print(fetch_package(root, what, to))
 
@@ -301,7 +301,7 @@ def doctor(
     if repair:
         _repair(root)
         return
-    from flows.doctor import examine
+    from flows.doctor.examine import examine
 
     styles = {"ok": "green", "note": "yellow", "bad": "red"}
     console, bad = Console(highlight=False, soft_wrap=True), 0
@@ -331,8 +331,8 @@ def find_root() -> Path:
 
 def _override(root: Path, overrides: list[str]) -> list[str]:
     """Write the changes that --set asks for, unless they cannot work: then params.yaml is as it was."""
-    from flows.check import MODEL, check_settings_work
-    from flows.overrides import override
+    from flows.graph.params_file import override
+    from flows.graph.preflight import MODEL, check_settings_work
 
     params = root / "params.yaml"
     before = params.read_text(encoding="utf-8") if params.exists() else ""
@@ -358,8 +358,8 @@ def _show_report(root: Path) -> None:
     if not table.is_file():
         raise FlowError("there is no report yet; `modelpress run` makes one")
     print(table.read_text(encoding="utf-8").rstrip() + "\n")
-    from flows.overrides import read_settings
-    from flows.record import tracking_uri
+    from flows.graph.params_file import read_settings
+    from flows.tracking.mlflow_run import tracking_uri
 
     package = root / "dist" / read_settings(root / "params.yaml").package.name
     for what, place in (("report", root / "report/index.html"), ("package", package)):
@@ -371,7 +371,7 @@ def _repair(root: Path) -> None:
     """Mend what can be mended; reading a large cache takes minutes, so that is shown."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from flows.repair import repair
+    from flows.doctor.repair import repair
 
     columns = (TextColumn("reading DVC's cache"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)

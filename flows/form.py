@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 from flows.errors import FlowError
-from flows.overrides import read_settings
+from flows.graph.params_file import read_settings
 from tasks.settings import BASE, Settings
 
 _HERE = Path.cwd()

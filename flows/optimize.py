@@ -11,8 +11,8 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
+from flows.execution.runner import Executor, RunnerName
 from flows.pipeline import PipelineError, bring_up_to_date
-from flows.runner import Place, RunnerName
 
 __all__ = ["PipelineError", "optimize"]
 
@@ -32,4 +32,4 @@ def optimize(
     Returns what became of each stage: unchanged, restored or executed. FlowError names all that failed.
     """
     folder = Path(root or ".").resolve()
-    return bring_up_to_date(folder, folder, jobs, timeout_minutes, Place(runner, cluster))
+    return bring_up_to_date(folder, folder, jobs, timeout_minutes, Executor(runner, cluster))

@@ -21,23 +21,23 @@ from prefect.runtime import flow_run
 from prefect.states import Crashed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.artifacts import show_result
-from flows.check import check_settings_work
-from flows.checkout import exclusive
-from flows.dvc_state import check_dvc
 from flows.errors import FlowError
-from flows.kept import recover
-from flows.once import stage_key
-from flows.overrides import read_settings
-from flows.plan import Plan, read_plan, summary
-from flows.process import stopped_on_error
-from flows.pulse import beating
-from flows.record import recorded
-from flows.runner import Place, task_runner
-from flows.schedule import doomed, startable, threads_of
-from flows.stage import stage_task
+from flows.execution.heartbeat import beating
+from flows.execution.output_backup import recover
+from flows.execution.runner import Executor, task_runner
+from flows.execution.single_flight import stage_key
+from flows.execution.stage_task import stage_task
+from flows.graph.dvc_state import check_dvc
+from flows.graph.params_file import read_settings
+from flows.graph.plan import Plan, read_plan, summary
+from flows.graph.preflight import check_settings_work
+from flows.graph.schedule import doomed, startable, threads_of
+from flows.processes.process import stopped_on_error
+from flows.tracking.mlflow_run import recorded
+from flows.tracking.prefect_artifacts import show_result
+from flows.workspace.run_lock import exclusive
 
-THREADS = Place()
+THREADS = Executor()
 PATIENCE = 15.0  # seconds that stages on a cluster get to end when a run is interrupted
 DOWNLOAD = "download"  # the stage after which the variants can be held against the model
 
@@ -51,12 +51,12 @@ class PipelineError(FlowError):
 
 
 def bring_up_to_date(
-    root: Path, home: Path, jobs: int, timeout_minutes: float | None, place: Place = THREADS
+    root: Path, home: Path, jobs: int, timeout_minutes: float | None, executor: Executor = THREADS
 ) -> dict[str, str]:
     """Run what is out of date in the checkout `root`, at most `jobs` stages at a time, inside a flow run.
 
     home: the checkout whose records and locks are used; it is `root` itself unless `root` is a private workspace.
-    place: where the stages run; on a cluster, every worker sees `root` and `home` by the same paths.
+    executor: where the stages run; on a cluster, every worker sees `root` and `home` by the same paths.
     Returns what became of each stage: unchanged, restored or executed. FlowError names all that failed.
     """
     log = get_run_logger()
@@ -70,7 +70,7 @@ def bring_up_to_date(
         check_settings_work(root, downloaded=DOWNLOAD in plan and plan[DOWNLOAD].state == "unchanged")
         timeout = 60 * timeout_minutes if timeout_minutes else None
         with recorded(root, home, plan, log, _identity()) as record:
-            results, failures = _run_stages(root, home, plan, jobs, timeout, place)
+            results, failures = _run_stages(root, home, plan, jobs, timeout, executor)
             if failures:
                 if "report" in results:  # no variant passed, perhaps: a result all the same
                     record.results(results)
@@ -82,7 +82,7 @@ def bring_up_to_date(
 
 
 def _run_stages(
-    root: Path, home: Path, plan: Plan, jobs: int, timeout: float | None, place: Place
+    root: Path, home: Path, plan: Plan, jobs: int, timeout: float | None, executor: Executor
 ) -> tuple[dict[str, str], dict[str, BaseException]]:
     """Results and errors by stage. A failed stage takes along what needs it; the others go on."""
     log = get_run_logger()
@@ -109,8 +109,8 @@ def _run_stages(
                 "unchanged": unchanged,
                 "timeout": timeout,
                 # the cores of another machine are its own matter
-                "threads": None if place.cluster else threads_of(name, jobs, cores),
-                "pulse": str(pulse) if place.elsewhere else None,
+                "threads": None if executor.cluster else threads_of(name, jobs, cores),
+                "pulse": str(pulse) if executor.elsewhere else None,
             },
             wait_for=needed,
         )
@@ -123,7 +123,7 @@ def _run_stages(
 
     with (
         ThreadPoolTaskRunner[Any]() as here,
-        task_runner(place, jobs, root) as there,
+        task_runner(executor, jobs, root) as there,
         _finished(running),
         beating(root, str(flow_run.id)) as pulse,
         stopped_on_error(),

@@ -12,17 +12,18 @@ from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows.artifacts import show_plan, show_run
 from flows.errors import FlowError
+from flows.execution.runner import RunnerName, executor_of
 from flows.form import NOW, TargetName, TaskName, VariantName, changes, check_reach
-from flows.local import quiet
-from flows.overrides import read_settings
+from flows.graph.params_file import read_settings
+from flows.graph.plan import read_plan, summary
 from flows.pipeline import bring_up_to_date
-from flows.plan import read_plan, summary
-from flows.registry import register
-from flows.remote import push
-from flows.runner import RunnerName, place_of
-from flows.workspace import Workspace, commit, fail, git, open_workspace, remove, settings_at_commit
+from flows.server.ephemeral import quiet
+from flows.tracking.prefect_artifacts import show_plan, show_run
+from flows.tracking.registry import register
+from flows.workspace.dvc_remote import push
+from flows.workspace.git import git
+from flows.workspace.worktree import Workspace, commit, fail, open_workspace, remove, settings_at_commit
 
 # what the form shows at first
 ALL_VARIANTS = list(VariantName)
@@ -65,7 +66,7 @@ def press(
         runner: What runs the stages; empty for what the worker was set up with, which is threads unless it says so.
     """
     log = get_run_logger()
-    place = place_of(runner)
+    executor = executor_of(runner)
     home = Path.cwd().resolve()
     quiet(home)
     _say_what_is_left_out(home)
@@ -95,7 +96,7 @@ def press(
     if dry_run:
         return _dry_run(space)
     try:
-        results = bring_up_to_date(space.root, home, jobs, None, place)
+        results = bring_up_to_date(space.root, home, jobs, None, executor)
         kept = commit(space)
     except Exception as error:
         fail(space, str(error) or type(error).__name__)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from tasks.device import peak_memory
+from tasks.hardware import peak_memory
+from tasks.model.size import weight_bits
 from tasks.output import write_json
 from tasks.program import one_argument, run_stage
-from tasks.runtimes import About, Runtime, load_runtime
+from tasks.runtimes import Runtime, RuntimeInfo, load_runtime
 from tasks.settings import BASE, BenchmarkSettings, Settings
-from tasks.size import weight_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ class BenchmarkReport:
     """
 
     variant: str
-    runtime: About
+    runtime: RuntimeInfo
     fast_kernel: bool
     note: str | None
     size_bytes: int
@@ -75,14 +75,14 @@ def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path, 
     runtimes = [runtime] if runtime.fast else []
     if runtimes:
         warm_up(runtime, settings)
-    peak = peak_memory(runtime.about.device)
+    peak = peak_memory(runtime.info.device)
     if runtimes and model != baseline:
         runtimes.append(load_runtime(target, baseline, settings.dtype))
         warm_up(runtimes[-1], settings)
     rounds = alternate(runtimes, settings)
     return BenchmarkReport(
         variant=name,
-        runtime=runtime.about,
+        runtime=runtime.info,
         fast_kernel=runtime.fast,
         note=runtime.note,
         size_bytes=sum(p.stat().st_size for p in model.rglob("*") if p.is_file() and p.suffix not in _ASIDE),

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks.bos import begins_with_bos
 from tasks.errors import TaskError
 from tasks.output import whole_directory, write_json
-from tasks.overlap import Match, check_overlap, find_overlap, ngrams
 from tasks.program import run_stage
 from tasks.settings import CalibrationSettings, CalibrationSource, DataSource, Settings
-from tasks.text import SEPARATOR, documents
+from tasks.text.bos import begins_with_bos
+from tasks.text.contamination import Match, check_overlap, find_overlap, ngrams
+from tasks.text.documents import SEPARATOR, documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

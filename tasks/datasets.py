@@ -20,7 +20,7 @@ from tasks.output import link_or_copy, sha256, whole_directory, write_json
 from tasks.program import run_stage
 from tasks.settings import DataSource, Settings
 from tasks.sources import fetch_file
-from tasks.text import FILES
+from tasks.text.documents import FILES
 
 
 @dataclass(frozen=True)

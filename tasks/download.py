@@ -14,15 +14,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasks import gguf
 from tasks.errors import TaskError
+from tasks.model import from_gguf
 from tasks.output import checksums, link_or_copy, whole_directory, write_json, write_text
 from tasks.program import run_stage
 from tasks.settings import ModelSettings
 from tasks.sources import Fetched, fetch_model
 from tasks.sources.choice import check_config, is_licence
 from tasks.sources.files import require_space
-from tasks.weights import BYTES, DTYPES, convert, needs_conversion, read_header
+from tasks.tensor_files import BYTES, DTYPES, convert, needs_conversion, read_header
 
 SOURCE = "source.json"
 
@@ -41,7 +41,7 @@ class SourceReport:
     revision: str | None
     pin: str | None
     dequantized_from: str | None
-    grid: gguf.Grid | None
+    grid: from_gguf.Grid | None
     licence: str | None
     dtype: str
     parameters: int
@@ -62,10 +62,10 @@ def download(settings: ModelSettings, destination: Path) -> SourceReport:
                 alone = Path(scratch) / "alone" / settings.source.rpartition("/")[2]
                 alone.parent.mkdir()
                 alone.symlink_to(fetched.file.resolve())
-                found = gguf.dequantize(alone, work, settings.dtype)
+                found = from_gguf.dequantize(alone, work, settings.dtype)
                 _place(fetched.files, work, own=fetched.own)
             else:
-                found = gguf.Quantized()
+                found = from_gguf.Quantized()
                 _place_folder(fetched, work, settings.dtype)
         _edit(work, settings.dtype)
         report = _finish(work, settings, fetched, found)
@@ -128,7 +128,7 @@ def _place(files: dict[str, Path], work: Path, *, own: bool) -> None:
             link_or_copy(path, work / name)
 
 
-def _finish(work: Path, settings: ModelSettings, fetched: Fetched, found: gguf.Quantized) -> SourceReport:
+def _finish(work: Path, settings: ModelSettings, fetched: Fetched, found: from_gguf.Quantized) -> SourceReport:
     """Add what every model folder must have, and describe the whole."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 

@@ -16,15 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tasks.bos import begins_with_bos
-from tasks.catalogue import task_manager
-from tasks.device import peak_memory
-from tasks.divergence import TextScore, measure_text, text_windows
 from tasks.errors import TaskError, TransientError
+from tasks.hardware import peak_memory
 from tasks.output import sha256, whole_directory, write_json, write_text
 from tasks.program import one_argument, run_stage
 from tasks.runtimes import Runtime, load_runtime
+from tasks.scoring.divergence import TextScore, measure_text, text_windows
+from tasks.scoring.eval_tasks import task_manager
 from tasks.settings import BASE, EvaluationSettings, Settings
+from tasks.text.bos import begins_with_bos
 
 # The metric that an item's score is, where a task offers several; else the first that is better when higher.
 METRICS = ("acc_norm", "acc", "exact_match", "f1")
@@ -99,7 +99,7 @@ def evaluate(
         mean_score=sum(score.score for score in scores.values()) / len(scores),
         texts=texts,
         seconds=round(time.monotonic() - started, 1),
-        peak_memory_bytes=peak_memory(runtime.about.device),
+        peak_memory_bytes=peak_memory(runtime.info.device),
     )
 
 
@@ -114,7 +114,7 @@ def _run_tasks(
         import httpx
         from lm_eval import simple_evaluate
 
-        from tasks.lm import RuntimeLM
+        from tasks.scoring.lm_eval_adapter import RuntimeLM
 
         datasets.disable_progress_bars()
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -191,7 +191,7 @@ def _contract(
     settings: EvaluationSettings, runtime: Runtime, model: Path, raw: Path, definition: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything that two evaluations must share to be compared."""
-    libraries = (*LIBRARIES.get(runtime.about.name, ()), "torch", "transformers", "lm-eval", "datasets")
+    libraries = (*LIBRARIES.get(runtime.info.name, ()), "torch", "transformers", "lm-eval", "datasets")
     data = json.loads((raw / "sources.json").read_text(encoding="utf-8"))
     return {
         "tasks": dict(definition),
@@ -200,9 +200,9 @@ def _contract(
         "chat_template": settings.chat_template,
         "bos": begins_with_bos(runtime.tokenizer),
         "seed": settings.seed,
-        "engine": runtime.about.name,
-        "device": runtime.about.device,
-        "dtype": runtime.about.dtype,
+        "engine": runtime.info.name,
+        "device": runtime.info.device,
+        "dtype": runtime.info.dtype,
         "texts": {text: data[text]["sha256"] for text in settings.texts},
         "text_tokens": settings.text_tokens,
         "window": settings.window,

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.checks.smoke import PROMPT, generates
 from tasks.errors import TaskError
-from tasks.model_card import model_card
 from tasks.output import MANIFEST, checksums, link_or_copy, whole_directory, write_json, write_text
 from tasks.program import run_stage
-from tasks.provenance import dvc_identity, git_state, without_folders
-from tasks.settings import OWN, Settings
-from tasks.smoke import PROMPT, generates
+from tasks.reporting.model_card import model_card
+from tasks.reporting.provenance import dvc_identity, git_state, without_folders
+from tasks.reporting.summary import read_json
+from tasks.settings import BUILTIN, Settings
 from tasks.sources.choice import small_files
-from tasks.summary import read_json
 
 SUMS = "SHA256SUMS"
 CARD, PROVENANCE = "README.md", "provenance.json"
@@ -86,7 +86,7 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
 
 def _reproducible(settings: Settings, name: str, device: str) -> str:
     """What the same work done again gives (tests/functional/test_quantizers.py)."""
-    if getattr(settings.variant(name), "backend", OWN) == OWN and device == "cpu":
+    if getattr(settings.variant(name), "backend", BUILTIN) == BUILTIN and device == "cpu":
         return "the same bytes, given the same inputs, libraries and kind of processor, with any number of threads"
     return "not promised: pressed by a library, or on a GPU"
 

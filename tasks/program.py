@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from tasks.determinism import set_environment
 from tasks.errors import MEMORY_STATUS, TRANSIENT_STATUS, TaskError, TransientError
 from tasks.settings import Settings, load_settings
 
@@ -18,24 +19,6 @@ _MEND = "free some space or mend the permissions, then run again"
 # what torch says, and the system by way of others; torch has a type for a GPU's memory alone
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory")
 _LESS = "lower calibration.samples or evaluation.batch_tokens, or use a larger machine"
-# offline and silent unless a person said otherwise: no stage calls home
-_ENVIRONMENT = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",  # while it is imported; tasks/quantizers/compressor.py chooses after that
-    # or the last bits of a product of few rows and a long sum depend on the number of threads
-    "MKL_CBWR": "AUTO,STRICT",
-}
-
-
-def set_environment() -> None:
-    """What every stage's process, and those that it starts, find in their environment, unless a person set it.
-
-    To be called before the first product: MKL reads its variable once.
-    """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
 
 
 def run_stage(work: Callable[[Settings], object]) -> None:

@@ -15,21 +15,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tasks.device import compute_device, peak_memory
+from tasks.device import compute_device
 from tasks.errors import TaskError
-from tasks.fit import check_fit
+from tasks.hardware import peak_memory
+from tasks.model.compatibility import check_fit
+from tasks.model.precisions import read_precisions
+from tasks.model.size import weight_bits
 from tasks.output import MANIFEST, link_or_copy, resumable_directory, whole_directory, write_json
-from tasks.precisions import read_precisions
 from tasks.program import one_argument, run_stage
-from tasks.quantizers import Job, quantizer
+from tasks.quantizers import QuantizeJob, quantizer
 from tasks.quantizers.parallel import held_beside
-from tasks.settings import OWN, NoneSettings, Settings, Variant
-from tasks.size import weight_bits
+from tasks.settings import BUILTIN, NoneSettings, Settings, Variant
 
 # What made the variant, by its backend.
 LIBRARIES = {
     "none": (),
-    OWN: ("torch", "transformers", "compressed-tensors"),
+    BUILTIN: ("torch", "transformers", "compressed-tensors"),
     "llm-compressor": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
     "autoawq": ("torch", "transformers", "autoawq"),
     "llama.cpp": ("gguf", "llama-cpp-python"),
@@ -87,18 +88,18 @@ def quantize(
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
     used = tokens[: getattr(variant, "samples", None)]
     started = time.monotonic()
-    key = identity(variant, [model, calibration, *([statistics] if backend == OWN else [])], libraries)
+    key = identity(variant, [model, calibration, *([statistics] if backend == BUILTIN else [])], libraries)
     # ours are written layer by layer, and go on where they were interrupted
-    place = resumable_directory(destination, key) if backend == OWN else whole_directory(destination)
+    place = resumable_directory(destination, key) if backend == BUILTIN else whole_directory(destination)
     with place as work:
-        quantizer(variant).press(Job(model, used, statistics, variant, device, work))
+        quantizer(variant).press(QuantizeJob(model, used, statistics, variant, device, work))
         gc.collect()  # the pressed model makes room
         seconds = round(time.monotonic() - started, 1)
         _add_companions(model, work)
         baseline = isinstance(variant, NoneSettings)
         errors = {}
         if not baseline and not any(work.glob("*.gguf")):  # what llama.cpp pressed is in its own types
-            from tasks.layers import layer_errors  # takes seconds to import
+            from tasks.model.layer_errors import layer_errors  # takes seconds to import
 
             errors = layer_errors(model, work, used[:2])
         bits = weight_bits(work)

@@ -11,13 +11,13 @@ from typing import Any
 
 from tasks.output import whole_directory, write_json, write_text
 from tasks.program import run_stage
-from tasks.provenance import machine, versions
-from tasks.report_heat import heat_map
-from tasks.report_page import page
-from tasks.report_plot import pareto
-from tasks.report_table import table
+from tasks.reporting.heat_map import heat_map
+from tasks.reporting.html_page import page
+from tasks.reporting.pareto_plot import pareto
+from tasks.reporting.provenance import machine, versions
+from tasks.reporting.summary import read_json, summarize
+from tasks.reporting.table import table
 from tasks.settings import Settings
-from tasks.summary import read_json, summarize
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def report(settings: Settings, metrics: Path, results: Path, source: Path, desti
     """Write summary.json, table.txt, pareto.png, index.html and, for each variant that mixes precisions,
     precisions-VARIANT.png to `destination`, all or none.
 
-    Raises TaskError as `tasks.summary.summarize` does.
+    Raises TaskError as `tasks.reporting.summary.summarize` does.
     """
     variants = list(settings.variants)
     summary: dict[str, Any] = {

@@ -20,7 +20,7 @@ from tasks.sources.address import check_data_source, check_model_checksum, check
 NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 SHA256 = r"^[0-9a-f]{64}$"
 BASE = "base"
-OWN = "modelpress"  # the backend that is our own
+BUILTIN = "modelpress"  # the backend that is our own
 Target = Literal["transformers", "onnx", "gguf"]
 TARGETS: tuple[str, ...] = get_args(Target)
 
@@ -165,9 +165,9 @@ class _Calibrated(Section):
 
     @model_validator(mode="after")
     def _statistics_are_of_all_samples(self) -> Self:
-        if self.backend == OWN and self.samples is not None:
+        if self.backend == BUILTIN and self.samples is not None:
             raise ValueError(
-                f"samples is {self.samples}, but the backend {OWN} uses the statistics of all calibration sequences; "
+                f"samples is {self.samples}, but the backend {BUILTIN} uses the statistics of all sequences; "
                 "remove samples, or set calibration.samples"
             )
         return self
@@ -175,10 +175,10 @@ class _Calibrated(Section):
     def _only(self, **values: Any) -> None:
         """ValueError where a library is asked for what only our own solvers do. values: what it does."""
         for key, value in values.items():
-            if self.backend != OWN and getattr(self, key) != value:
+            if self.backend != BUILTIN and getattr(self, key) != value:
                 found, expected = (str(v).lower() for v in (getattr(self, key), value))
                 raise ValueError(
-                    f"{key} is {found}, which {self.backend} cannot do; set {key} to {expected}, or backend to {OWN}"
+                    f"{key} is {found}, which {self.backend} cannot do; set {key} to {expected} or backend to {BUILTIN}"
                 )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import safe_open
 
 from tasks.errors import TaskError
 from tasks.output import write_json
@@ -66,7 +68,6 @@ def convert(source: Path, destination: Path, dtype: str) -> None:
     TaskError if a finite weight has no finite value in `dtype`.
     """
     import torch
-    from safetensors import safe_open
 
     wanted = DTYPES[dtype]
     new = {
@@ -102,8 +103,6 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | N
 def join(parts: Sequence[Path], destination: Path, largest: int = LARGEST) -> None:
     """Write the tensors of all `parts` to the folder `destination` as a model's weights, one in memory at a time:
     `model.safetensors`, or several files with an index where that would have more than `largest` bytes."""
-    from safetensors import safe_open
-
     found = {name: (part, entry) for part in parts for name, entry in read_header(part).items()}
     shards: list[dict[str, Entry]] = [{}]
     for name, (_, entry) in found.items():
@@ -149,3 +148,24 @@ def _header(entries: dict[str, Entry]) -> bytes:
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+class TensorFiles:
+    """The tensors of a model directory by name, read one by one."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file = {name: path for path in sorted(directory.glob("*.safetensors")) for name in read_header(path)}
+        if not self._file:
+            raise TaskError(f"{directory} holds no safetensors files; run the download stage: modelpress run")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as it is stored. KeyError if there is none of this name."""
+        with safe_open(self._file[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors whose names begin with `prefix`, by the rest of their names."""
+        return {name.removeprefix(prefix): self.read(name) for name in self if name.startswith(prefix)}

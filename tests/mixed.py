@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tasks.formats.compressed import pack_words, words_config
-from tasks.solvers import Grid, rtn
+from tasks.grid import Grid
+from tasks.solvers import rtn
 
 ALONE = "gate_proj"  # the layer that stays as it is
 GRIDS = {

@@ -19,10 +19,10 @@ from typing import Literal
 
 import psutil
 
-from flows.dvc_state import REMEDY, damage
+from flows.doctor.git_locks import stale_locks
 from flows.errors import FlowError
-from flows.git_locks import stale_locks
-from flows.overrides import read_settings
+from flows.graph.dvc_state import REMEDY, damage
+from flows.graph.params_file import read_settings
 from tasks.settings import Settings
 
 PATIENCE = 15  # seconds for the package index

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from flows.workspace import git
+from flows.workspace.git import git
 
 AGE = 10.0  # seconds after which a lock without a git is nobody's
 

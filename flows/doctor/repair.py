@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from flows.checkout import exclusive, is_held
-from flows.dvc_state import LOCK_FILE, RWLOCK, dvc_at_work, lock_file_problem, locks_problem, sound_lock_file
+from flows.doctor.cache_check import Progress, damaged_objects, links_to
+from flows.doctor.git_locks import AGE, git_at_work, locks, stale_locks
 from flows.errors import FlowError
-from flows.git_locks import AGE, git_at_work, locks, stale_locks
-from flows.kept import recover
-from flows.plan import cache_folder
-from flows.scrub import Progress, damaged_objects, links_to
-from flows.workspace import ABOUT, RUNS, git, workspaces
+from flows.execution.output_backup import recover
+from flows.graph.dvc_state import LOCK_FILE, RWLOCK, dvc_at_work, lock_file_problem, locks_problem, sound_lock_file
+from flows.graph.plan import cache_folder
+from flows.workspace.git import git
+from flows.workspace.run_lock import exclusive, is_held
+from flows.workspace.worktree import ABOUT, RUNS, workspaces
 
 ASIDE = "dvc.lock.damaged"
 OPENING = 60.0  # seconds in which a workspace without a description may be one that is just being made

@@ -1,4 +1,4 @@
-"""What a Dask worker that runs stages does at its start and end: `dask worker ADDRESS --preload flows.dask_worker`."""
+"""Set up a Dask worker that runs stages: `dask worker ADDRESS --preload flows.execution.dask_worker`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def dask_setup(_worker: Any) -> None:
     """Leave Ctrl-C to the flow, which ends the stages in order and then the workers; write readable lines."""
     # a handler, not SIG_IGN, which the stages would inherit
     signal.signal(signal.SIGINT, lambda *_: None)
-    from flows.terminal import readable_logs
+    from flows.server.console_log import readable_logs
 
     readable_logs()
 

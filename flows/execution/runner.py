@@ -33,7 +33,7 @@ class RunnerName(str, Enum):  # noqa: UP042 - a StrEnum is no drop-down in Prefe
 
 
 @dataclass(frozen=True)
-class Place:
+class Executor:
     """Where stages run. cluster: the address of one that is there; None: one is started for this run."""
 
     runner: RunnerName = RunnerName.threads
@@ -52,7 +52,7 @@ class Place:
         return self.runner is not RunnerName.threads
 
 
-def place_of(runner: RunnerName | None) -> Place:
+def executor_of(runner: RunnerName | None) -> Executor:
     """The choice of a person, or where there is none that of the environment, in which the address always stands.
 
     An address is never taken from a browser: a cluster sends back objects that run code when they are read.
@@ -64,18 +64,18 @@ def place_of(runner: RunnerName | None) -> Place:
         names = ", ".join(name.value for name in RunnerName)
         raise FlowError(f"{RUNNER_ENV} is {named}; expected one of {names}; set one of them") from None
     # the environment's cluster belongs to the environment's runner: Dask and Ray do not understand each other
-    return Place(chosen, (os.environ.get(CLUSTER_ENV) or None) if chosen.value == named else None)
+    return Executor(chosen, (os.environ.get(CLUSTER_ENV) or None) if chosen.value == named else None)
 
 
-def task_runner(place: Place, workers: int, root: Path) -> TaskRunner[Any]:
+def task_runner(executor: Executor, workers: int, root: Path) -> TaskRunner[Any]:
     """A Prefect task runner for this place; where no cluster is named, its own has `workers` processes.
 
     Nothing is started before the first stage is submitted. FlowError if the extra is not installed.
     """
-    if place.runner is RunnerName.dask:
-        return _dask(place.cluster, workers, root)
-    if place.runner is RunnerName.ray:
-        return _ray(place.cluster, workers)
+    if executor.runner is RunnerName.dask:
+        return _dask(executor.cluster, workers, root)
+    if executor.runner is RunnerName.ray:
+        return _ray(executor.cluster, workers)
     from prefect.task_runners import ThreadPoolTaskRunner
 
     return ThreadPoolTaskRunner()
@@ -99,7 +99,7 @@ def _dask(cluster: str | None, workers: int, root: Path) -> TaskRunner[Any]:
         "memory_limit": 0,  # a worker only waits for a stage, whose memory Dask does not see
         "local_directory": str(space),
         "security": True,  # whoever reaches a scheduler runs code as us: let nobody else on this machine in
-        "preload": "flows.dask_worker",
+        "preload": "flows.execution.dask_worker",
     }
     return DaskTaskRunner(cluster_kwargs=options)
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.facts import lock_stages
-from flows.plan import Stage, touches
+from flows.graph.dvc_lock import lock_stages
+from flows.graph.plan import Stage, touches
 
 LOCKS = Path(".modelpress/stages")
 

@@ -17,15 +17,15 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from prefect.states import Completed
 
-from flows.artifacts import ProgressArtifact
 from flows.errors import FlowError
-from flows.kept import kept
-from flows.memory import out_of_memory
-from flows.once import computed_once
-from flows.process import Process, Stopped, TimedOut, pause
-from flows.progress import Lines
-from flows.pulse import gone
-from flows.words import last_word, stage_environment
+from flows.execution.heartbeat import gone
+from flows.execution.log_lines import Lines
+from flows.execution.out_of_memory import out_of_memory
+from flows.execution.output_backup import kept
+from flows.execution.single_flight import computed_once
+from flows.processes.process import Process, Stopped, TimedOut, pause
+from flows.processes.run_module import last_word, stage_environment
+from flows.tracking.prefect_artifacts import ProgressArtifact
 from tasks.errors import MEMORY_STATUS, TRANSIENT_STATUS
 
 Result = Literal["unchanged", "restored", "executed"]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from flows.errors import FlowError
-from flows.programs import run_module
-from flows.words import last_word
+from flows.processes.run_module import last_word, run_module
 
 MODEL = "models/source"
 
 
 def check_settings_work(root: Path, downloaded: bool) -> None:
-    """FlowError with the reason if tasks/check.py refuses; with `downloaded`, variants are held against the model."""
-    if not (root / "tasks/check.py").is_file():
-        return
-    status, lines = run_module(root, "tasks.check", *([MODEL] if downloaded else []), own=True)
+    """FlowError with the reason if tasks/checks/preflight.py refuses.
+
+    downloaded: the model is in `models/source`, and variants are checked against it.
+    """
+    status, lines = run_module(root, "tasks.checks.preflight", *([MODEL] if downloaded else []), own=True)
     if status:
         raise FlowError(last_word(lines, status))

@@ -16,14 +16,13 @@ from typing import Any
 import yaml
 
 from flows.errors import FlowError
-from flows.programs import run_module
-from flows.schedule import Upstreams, startable, threads_of
-from flows.words import last_word
+from flows.graph.schedule import Upstreams, startable, threads_of
+from flows.processes.run_module import last_word, run_module
 from tasks.errors import TaskError
-from tasks.estimate import Job, Need, estimate
-from tasks.machine import Machine, check_machine, read_machine, write_machine
+from tasks.planning.estimate import Need, PlanJob, estimate
+from tasks.planning.machine import Machine, check_machine, read_machine, write_machine
+from tasks.planning.shape import Shape, read_shape
 from tasks.settings import Settings
-from tasks.shape import Shape, read_shape
 
 MACHINES = Path(".modelpress/machines")  # what was measured, by the host's name: a checkout may be shared
 
@@ -44,9 +43,9 @@ class Scale:
 
 
 def scale(upstreams: Upstreams, shape: Shape, settings: Settings, machine: Machine, jobs: int) -> Scale:
-    """Run the graph on paper: stages start as flows/schedule.py lets them, with the threads that it gives them."""
+    """Run the graph on paper: stages start as flows/graph/schedule.py lets them, with the threads it gives them."""
     needs = {
-        stage: estimate(stage, Job(shape, settings, machine.share(threads_of(stage, jobs, machine.cores))))
+        stage: estimate(stage, PlanJob(shape, settings, machine.share(threads_of(stage, jobs, machine.cores))))
         for stage in upstreams
     }
     begins: dict[str, float] = {}
@@ -73,7 +72,7 @@ def read_model(root: Path, model: str) -> Shape:
     alone is fetched. FlowError where there is none that a plan can be made for."""
     path = Path(model.removeprefix("path:")).expanduser()
     if model.startswith("hf:"):
-        status, lines = run_module(root, "tasks.shape", model)
+        status, lines = run_module(root, "tasks.planning.shape", model)
         if status:
             raise FlowError(last_word(lines, status))
         path = root / lines[-1]
@@ -125,13 +124,13 @@ def _still_true(kept: Path) -> bool:
 
 
 def measure(root: Path) -> Machine:
-    """This machine's figures, by tasks/measure_machine.py in a process of its own; TaskError where they are none."""
-    status, lines = run_module(root, "tasks.measure_machine")
+    """This machine's figures, measured in a process of its own; TaskError where they are none."""
+    status, lines = run_module(root, "tasks.planning.measure_machine")
     if status:
         raise FlowError(f"this machine could not be measured: {last_word(lines, status)}")
     # libraries may have spoken before
     start = next(number for number, line in enumerate(lines) if line.startswith("name: "))
-    return check_machine(yaml.safe_load("\n".join(lines[start:])), "tasks.measure_machine")
+    return check_machine(yaml.safe_load("\n".join(lines[start:])), "tasks.planning.measure_machine")
 
 
 def cores_here() -> int:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from flows.scale import Scale
-from tasks.estimate import BYTES, pressed_today
-from tasks.machine import Machine
+from flows.planning.simulate import Scale
+from tasks.planning.estimate import BYTES, pressed_today
+from tasks.planning.machine import Machine
+from tasks.planning.shape import Shape
 from tasks.settings import Settings
-from tasks.shape import Shape
 
 _UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from flows.memory import group_memory
+from flows.processes.memory import group_memory
 
 GUARD = Path(__file__).with_name("guard.py")
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 
-from flows.addresses import at_work
 from flows.errors import FlowError
-from flows.process import Process
+from flows.processes.process import Process
+from flows.server.addresses import at_work
 
 START_SECONDS = 120.0  # the first start creates the database
 PORTS = range(10_000, 32_768)  # below those that Linux, macOS and Windows hand out to whoever asks for any

@@ -18,14 +18,13 @@ from pathlib import Path
 
 import psutil
 
-from flows.addresses import Addresses, announced, at_work
-from flows.artifacts import MLFLOW_UI
 from flows.errors import FlowError
-from flows.overrides import read_settings
-from flows.process import GRACE, Process
-from flows.programs import run_module
-from flows.record import open_store
-from flows.words import stage_environment
+from flows.graph.params_file import read_settings
+from flows.processes.process import GRACE, Process
+from flows.processes.run_module import run_module, stage_environment
+from flows.server.addresses import Addresses, announced, at_work
+from flows.tracking.mlflow_run import open_store
+from flows.tracking.prefect_artifacts import MLFLOW_UI
 
 POOL = "modelpress"
 LOGS = Path(".modelpress/logs")

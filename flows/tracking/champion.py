@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import FlowError
-from flows.outputs import fetch_output
-from flows.workspace import git
+from flows.workspace.git import git
+from flows.workspace.outputs import fetch_output
 from tasks.errors import TaskError
+from tasks.reporting.verdict import judge, pair_items, retention
 from tasks.settings import GateSettings
-from tasks.verdict import judge, pair_items, retention
 
 SAME_SIZE = 0.01  # sizes that differ by less are the same
 # what the contract says of the model rather than of the questions: another model may have another tokenizer

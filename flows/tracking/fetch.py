@@ -8,10 +8,11 @@ from pathlib import Path
 import yaml
 
 from flows.errors import FlowError
-from flows.outputs import fetch_output
-from flows.overrides import read_settings
-from flows.registry import CHAMPION, champion_tag
-from flows.workspace import TAG, git, tags
+from flows.graph.params_file import read_settings
+from flows.tracking.registry import CHAMPION, champion_tag
+from flows.workspace.git import git
+from flows.workspace.outputs import fetch_output
+from flows.workspace.worktree import TAG, tags
 
 
 def package_path(home: Path, tag: str) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import FlowError
-from flows.record import GIT_TAG, PARENT_TAG, open_store, store_error, tracking_uri
-from flows.registry import CHAMPION
+from flows.tracking.mlflow_run import GIT_TAG, PARENT_TAG, open_store, store_error, tracking_uri
+from flows.tracking.registry import CHAMPION
 
 _SQLITE = "sqlite:///"
 

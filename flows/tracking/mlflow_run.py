@@ -16,8 +16,8 @@ from logging import Logger, LoggerAdapter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import facts
-from flows.plan import Plan
+from flows.graph.plan import Plan
+from flows.tracking import run_facts
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -78,7 +78,7 @@ class Record:
         if all(stage.state == "unchanged" for stage in self._plan.values()) and self._same():
             return
         name = tags.pop("name")
-        tags |= {CHECKOUT_TAG: here, "mlflow.source.name": "modelpress", **facts.git_tags(self._root)}
+        tags |= {CHECKOUT_TAG: here, "mlflow.source.name": "modelpress", **run_facts.git_tags(self._root)}
         with suppress(KeyError, OSError):
             tags["mlflow.user"] = getpass.getuser()
         self._run = self._client.create_run(self._experiment, tags=tags, run_name=name).info.run_id
@@ -90,25 +90,25 @@ class Record:
             return
         self._results(results)
         # last, so that a run with this tag holds everything
-        self._store.set_tag(self._parent, LOCK_TAG, facts.lock_hash(self._root, self._plan))
+        self._store.set_tag(self._parent, LOCK_TAG, run_facts.lock_hash(self._root, self._plan))
         self._store.set_terminated(self._parent, "FINISHED")
         self._log.info("MLflow: recorded in run %s", self._parent)
 
     def _results(self, results: Mapping[str, str]) -> None:
         run = self._parent
-        settings = facts.params(self._root)
+        settings = run_facts.params(self._root)
         settings.pop("variants", None)
-        summary = facts.read_json(self._root / "report/summary.json")
+        summary = run_facts.read_json(self._root / "report/summary.json")
         tags = {"winner": str(summary["winner"])} if "winner" in summary else {}
         executed = float(list(results.values()).count("executed"))
-        self._write(run, facts.flatten(settings), {"stages": float(len(results)), "executed": executed}, tags)
+        self._write(run, run_facts.flatten(settings), {"stages": float(len(results)), "executed": executed}, tags)
         for path in (*ARTIFACTS, "params.yaml", "dvc.lock"):
             if (self._root / path).is_file():
                 self._store.log_artifact(run, str(self._root / path))
-        for variant in facts.variant_facts(self._root):
+        for variant in run_facts.variant_facts(self._root):
             self._child(variant)
 
-    def _child(self, variant: facts.VariantFacts) -> None:
+    def _child(self, variant: run_facts.VariantFacts) -> None:
         tags = {PARENT_TAG: self._parent, "mlflow.source.name": "modelpress"}
         child = self._store.create_run(self._experiment, tags=tags, run_name=variant.name).info.run_id
         self._write(child, variant.params, variant.metrics, variant.tags)
@@ -126,7 +126,7 @@ class Record:
 
     def _same(self) -> bool:
         """Whether a finished run holds the result that dvc.lock describes now; says which."""
-        lock = facts.lock_hash(self._root, self._plan)
+        lock = run_facts.lock_hash(self._root, self._plan)
         runs = self._search(f"tags.`{LOCK_TAG}` = '{lock}' and attributes.status = 'FINISHED'")
         for run in runs:
             self._log.info("MLflow: nothing new, this result is in run %s", run.info.run_id)

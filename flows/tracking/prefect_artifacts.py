@@ -16,10 +16,10 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows.facts import read_json
-from flows.plan import ACTIONS, Plan
-from flows.record import find_run
-from flows.result import result
+from flows.graph.plan import ACTIONS, Plan
+from flows.tracking.mlflow_run import find_run
+from flows.tracking.result_markdown import result
+from flows.tracking.run_facts import read_json
 
 MLFLOW_UI = "MODELPRESS_MLFLOW_UI"  # the environment variable that holds the address of MLflow's pages
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.champion import fetch_contender, read_contender, why_not
 from flows.errors import FlowError
-from flows.facts import lock_hash, lock_stages, read_json
-from flows.overrides import read_settings
-from flows.record import GIT_TAG, Log, find_run, open_store, run_with_result, store_error, tracking_uri
+from flows.graph.dvc_lock import lock_hash, lock_stages
+from flows.graph.params_file import read_settings
+from flows.tracking.champion import fetch_contender, read_contender, why_not
+from flows.tracking.mlflow_run import GIT_TAG, Log, find_run, open_store, run_with_result, store_error, tracking_uri
+from flows.tracking.run_facts import read_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tasks.reporting.number_format import change, figure, interval, megabytes, percent, short_percent, times
 from tasks.settings import BASE
-from tasks.wording import change, figure, interval, megabytes, percent, short_percent, times
 
 Values = Mapping[str, Any]
 

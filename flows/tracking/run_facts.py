@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from flows.graph.dvc_lock import lock_stages, params
 
 # in a child of MLflow these would be hundreds of figures; the file that holds them is kept as an artifact
 _TOO_MANY = frozenset({"layers"})
@@ -25,24 +24,6 @@ class VariantFacts:
     metrics: dict[str, float]
     tags: dict[str, str]
     files: tuple[Path, ...]
-
-
-def lock_stages(root: Path) -> dict[str, Any]:
-    """The stages in dvc.lock; empty where nothing has run."""
-    path = root / "dvc.lock"
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return dict((content or {}).get("stages") or {})
-
-
-def lock_hash(root: Path, stages: Mapping[str, object]) -> str:
-    """sha256 of what dvc.lock says of `stages`, whatever the order in which they ran."""
-    locked = {name: entry for name, entry in lock_stages(root).items() if name in stages}
-    return hashlib.sha256(json.dumps(locked, sort_keys=True).encode()).hexdigest()
-
-
-def params(root: Path) -> dict[str, Any]:
-    """params.yaml as it stands."""
-    return dict(yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8")))
 
 
 def variant_facts(root: Path) -> list[VariantFacts]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from configobj import ConfigObj
 
-from flows.programs import run_module
-from flows.words import last_word
+from flows.processes.run_module import last_word, run_module
 
 CONFIG = Path(".dvc/config")
 LOCAL = Path(".dvc/config.local")  # not in git, so a worktree does not have it: credentials may be in it

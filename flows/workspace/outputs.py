@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flows.errors import FlowError
-from flows.programs import run_module
-from flows.words import last_word
+from flows.processes.run_module import last_word, run_module
 
 
 def fetch_output(home: Path, path: str, tag: str, target: Path) -> None:

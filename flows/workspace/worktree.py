@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -18,11 +17,12 @@ from pathlib import Path
 
 import yaml
 
-from flows.checkout import LOCK, is_held
 from flows.errors import FlowError
-from flows.overrides import override
-from flows.plan import cache_folder, forget_others, read_plan
-from flows.remote import share_dvc
+from flows.graph.params_file import override
+from flows.graph.plan import cache_folder, forget_others, read_plan
+from flows.workspace.dvc_remote import share_dvc
+from flows.workspace.git import git, git_says
+from flows.workspace.run_lock import LOCK, is_held
 from tasks.errors import TaskError
 from tasks.settings import Settings, check_settings
 
@@ -71,7 +71,7 @@ def open_workspace(home: Path, wanted: str, flow_run: str, changes: Iterable[str
         space = Workspace(candidate, str(home), flow_run, time.time(), tuple(changes))
         if (found := _read(space.root)) and found.flow_run == flow_run:
             return found
-        if not space.root.exists() and not _git_says(home, "tag", "--list", space.tag):
+        if not space.root.exists() and not git_says(home, "tag", "--list", space.tag):
             break
     else:
         raise FlowError(f"there is a run {name} already: {space.root}; see `modelpress runs`")
@@ -99,7 +99,7 @@ def commit(space: Workspace) -> str:
         if path.relative_to(space.root).as_posix() not in outs:
             path.unlink()
     git(space.root, "add", "--all", "--force", "--", *KEPT)
-    who = [] if _git_says(space.root, "config", "user.email") else _NOBODY
+    who = [] if git_says(space.root, "config", "user.email") else _NOBODY
     message = f"run {space.name}\n\n" + "\n".join(space.changes)
     git(space.root, *who, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "--allow-empty", "--message", message)
     git(space.root, *who, "tag", "--force", "--no-sign", space.tag)
@@ -136,28 +136,7 @@ def workspaces(home: Path) -> list[Workspace]:
 
 def tags(home: Path) -> list[str]:
     """The tags of finished runs, the newest first."""
-    return _git_says(home, "tag", "--list", f"{TAG}*", "--sort=-creatordate").splitlines()
-
-
-_UNLOCK = "wait until the git that holds it ends; if it was killed, `modelpress doctor --repair` removes it"
-
-
-def git(folder: Path, *arguments: str) -> str:
-    """What git prints; FlowError with its own reason if it fails."""
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        if lock := re.search(r"'(/.+/index\.lock)'", done.stderr):
-            raise FlowError(f"git {' '.join(arguments[:2])} failed in {folder}: {lock[1]} is in the way; {_UNLOCK}")
-        words = (done.stderr.strip() or done.stdout.strip() or "it gave no reason").splitlines()
-        raise FlowError(f"git {' '.join(arguments[:2])} failed in {folder}: {words[-1]}")
-    return done.stdout.strip()
-
-
-def _git_says(folder: Path, *arguments: str) -> str:
-    try:
-        return git(folder, *arguments)
-    except FlowError:
-        return ""
+    return git_says(home, "tag", "--list", f"{TAG}*", "--sort=-creatordate").splitlines()
 
 
 def _read(folder: Path) -> Workspace | None:

@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tasks.statistics import OUTPUT, statistics_file
-from tasks.weights import save
+from tasks.activations.store import OUTPUT, READERS, statistics_file
+from tasks.tensor_files import save
 
-READERS = "readers"
 BLOCK = 384  # rows of a Gram matrix in one product; what is left of them mirrors what is above
 
 
@@ -63,7 +62,7 @@ class Sums:
                 self._gram[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
 
     def tensors(self) -> dict[str, Tensor]:
-        """As they are stored: `gram`, `largest` and `mean` of tasks.statistics.Input."""
+        """As they are stored: `gram`, `largest` and `mean` of tasks.activations.store.Input."""
         for start in range(0, len(self._gram), BLOCK):
             end = start + BLOCK
             self._gram[end:, start:end] = self._gram[start:end, end:].T
@@ -71,7 +70,7 @@ class Sums:
 
 
 @contextmanager
-def listening(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Sums]]:
+def recording_inputs(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Sums]]:
     """Sums of what the linear layers inside `layer` read, by the first that reads it.
 
     weights: of the tokens that will pass, [sequences, length] by the first layer that reads them; where there are none,
@@ -108,7 +107,7 @@ def save_output_sums(norm: nn.Module, hidden: Sequence[Tensor], work: Path) -> N
 
 
 def save_sums(sums: Mapping[str, Sums], path: Path) -> None:
-    """A layer's sums as `tasks.statistics.load_statistics` reads them."""
+    """A layer's sums as `tasks.activations.store.load_statistics` reads them."""
     readers = json.dumps({name: one.readers for name, one in sums.items()})
     found = {f"{name}.{key}": tensor for name, one in sums.items() for key, tensor in one.tensors().items()}
     save(found, path, {READERS: readers})

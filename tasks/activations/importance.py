@@ -23,12 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tasks.statistics import PREDICTED, statistics_file
-from tasks.sums import Inputs, Sums, save_output_sums, save_sums
-from tasks.weights import save
+from tasks.activations.gram import Inputs, Sums, save_output_sums, save_sums
+from tasks.activations.memory import PREDICTED
+from tasks.activations.store import statistics_file
+from tasks.tensor_files import save
 
 if TYPE_CHECKING:
-    from tasks.decoder import Decoder
+    from tasks.model.decoder import Decoder
 
 SEED = 0  # of the words that are drawn
 KEPT = torch.bfloat16  # of activations and gradients between the layers: a weight needs no more

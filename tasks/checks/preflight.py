@@ -1,7 +1,7 @@
 """Refuse what cannot work before any work starts: unknown tasks, settings that do not fit the downloaded model.
 
-python -m tasks.check                  # the settings by themselves
-python -m tasks.check models/source    # and whether the variants fit the model there
+python -m tasks.checks.preflight                  # the settings by themselves
+python -m tasks.checks.preflight models/source    # and whether the variants fit the model there
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tasks.catalogue import check_tasks
 from tasks.exporters.gguf import check_gguf
-from tasks.fit import check_fit
+from tasks.model.compatibility import check_fit
 from tasks.program import run_stage
+from tasks.scoring.eval_tasks import check_tasks
 from tasks.settings import Settings
 
 

@@ -1,6 +1,6 @@
 """Does a bundle load in its runtime and write something that is not nonsense? One fresh process, one prompt.
 
-python -m tasks.smoke dist/name transformers float32
+python -m tasks.checks.smoke dist/name transformers float32
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def generates(bundle: Path, target: str, dtype: str) -> str:
     Raises TaskError if it does not load, writes nothing, or only repeats itself.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tasks.smoke", str(bundle.resolve()), target, dtype]
+    command = [sys.executable, "-m", "tasks.checks.smoke", str(bundle.resolve()), target, dtype]
     try:
         done = subprocess.run(
             command,
@@ -67,7 +67,7 @@ def nonsense(text: str) -> str | None:
 def main() -> None:
     """Load the bundle, generate, and print the text as one line of JSON."""
     if len(sys.argv) != 4:
-        sys.exit("usage: python -m tasks.smoke DIRECTORY TARGET DTYPE")
+        sys.exit("usage: python -m tasks.checks.smoke DIRECTORY TARGET DTYPE")
     # heavy, and needed in the new process only
     from tasks.runtimes import load_runtime
 

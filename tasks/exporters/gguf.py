@@ -21,7 +21,7 @@ def export_gguf(model: Path, destination: Path, output_layer: int) -> None:
     output_layer: bits of a pressed model's embedding and output layer, 8 or 32 (as they are). TaskError if llama.cpp
     has no such model, tokenizer or type of weights.
     """
-    from tasks.formats.gguf_model import NAME, write_gguf
+    from tasks.formats.gguf.file import NAME, write_gguf
     from tasks.runtimes.gguf import check_tokens
 
     file = model / NAME
@@ -48,9 +48,9 @@ def check_gguf(settings: Settings, model: Path | None) -> None:
 def _check_model(settings: Settings, model: Path) -> None:
     from transformers import AutoTokenizer
 
-    from tasks.fit import linear_shapes
-    from tasks.formats.gguf_model import check_family
-    from tasks.formats.gguf_vocabulary import rule_for_words
+    from tasks.formats.gguf.file import check_family
+    from tasks.formats.gguf.vocabulary import rule_for_words
+    from tasks.model.linears import linear_shapes
 
     check_family(json.loads((model / "config.json").read_text(encoding="utf-8")), str(model))
     rule_for_words(json.loads(AutoTokenizer.from_pretrained(model).backend_tokenizer.to_str()), model)

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tasks.activations.store import OUTPUT, load_statistics
 from tasks.errors import TaskError
 from tasks.formats.nbits import BYTE, Blocks, block_size, pack_blocks
 from tasks.formats.stored import StoredModel
+from tasks.grid import Grid, QuantizedWeight
 from tasks.output import write_json
-from tasks.solvers import Grid, Rounded, damped, gptq, rtn
+from tasks.solvers import damped, gptq, rtn
 from tasks.solvers.awq import search_clip
 from tasks.solvers.refine import refine
-from tasks.statistics import OUTPUT, load_statistics
 
 GRAPH, WEIGHTS, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 # accuracy_level of MatMulNBits: its inputs as they are, or rounded to 8 bits, block by block, for products of integers
@@ -199,7 +200,7 @@ class _Graph(Model):
             self._kinds[name] = kind
         return self._kinds[name]
 
-    def _solved(self, name: str) -> Rounded:
+    def _solved(self, name: str) -> QuantizedWeight:
         if name in self.stored.quantized:
             return self.stored.linear(name).solved
         bits, group = self._kind(name)
@@ -247,13 +248,15 @@ class _Graph(Model):
         self.model.graph.register_initializer(value)
 
 
-def _solve(weight: Tensor, gram: Tensor, grid: Grid) -> Rounded:
+def _solve(weight: Tensor, gram: Tensor, grid: Grid) -> QuantizedWeight:
     """The output layer on its grid."""
     parts = []
     for rows in tqdm(weight.split(ROWS), desc="output layer"):
-        solved = gptq.solve(rows, gram, grid, act_order=True, span=search_clip(rows, gram, grid))
+        solved = gptq.solve(rows, gram, grid, act_order=True, clip_range=search_clip(rows, gram, grid))
         parts.append(refine(rows, gram, grid, solved, REFINE))
-    return Rounded(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Rounded)))
+    return QuantizedWeight(
+        *(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(QuantizedWeight))
+    )
 
 
 def _stem(node: str) -> str:

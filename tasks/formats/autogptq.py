@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, Rounded
+from tasks.grid import Grid, QuantizedWeight
 
 WORD = 32
 GPTQMODEL = "gptqmodel:0.9.0"
 
 
-def pack_autogptq(solved: Rounded, bits: int) -> dict[str, Tensor]:
+def pack_autogptq(solved: QuantizedWeight, bits: int) -> dict[str, Tensor]:
     """The tensors of a layer, by the end of their names. ValueError if a zero point is 0."""
     if not solved.zeros.all():
         raise ValueError("a zero point is 0, which this layout cannot hold; solve on a grid with least_zero=1")
@@ -33,9 +33,9 @@ def pack_autogptq(solved: Rounded, bits: int) -> dict[str, Tensor]:
     }
 
 
-def unpack_autogptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int) -> Rounded:
+def unpack_autogptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int) -> QuantizedWeight:
     """What `pack_autogptq` packed."""
-    return Rounded(
+    return QuantizedWeight(
         _unpack(qweight, bits).T.contiguous(), scales.T.contiguous(), _unpack(qzeros.T, bits).contiguous() + 1
     )
 

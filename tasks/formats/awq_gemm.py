@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, Rounded
+from tasks.grid import Grid, QuantizedWeight
 
 BITS = 4
 # where the columns 0..7 stand in a word, lowest four bits first
 _PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 
 
-def pack_gemm(solved: Rounded) -> dict[str, Tensor]:
+def pack_gemm(solved: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of a layer, by the end of their names."""
     return {
         "qweight": pack(solved.integers.T),
@@ -28,9 +28,9 @@ def pack_gemm(solved: Rounded) -> dict[str, Tensor]:
     }
 
 
-def unpack_gemm(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Rounded:
+def unpack_gemm(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> QuantizedWeight:
     """What `pack_gemm` packed."""
-    return Rounded(unpack(qweight).T.contiguous(), scales.T.contiguous(), unpack(qzeros).T.contiguous())
+    return QuantizedWeight(unpack(qweight).T.contiguous(), scales.T.contiguous(), unpack(qzeros).T.contiguous())
 
 
 def gemm_config(grid: Grid, skip: Sequence[int] = ()) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor
 
-from tasks.solvers import Grid, Rounded
+from tasks.grid import Grid, QuantizedWeight
 
 
-def pack_words(solved: Rounded, grid: Grid) -> dict[str, Tensor]:
+def pack_words(solved: QuantizedWeight, grid: Grid) -> dict[str, Tensor]:
     """weight_packed int32 [rows, width * bits / 32], weight_scale [rows, groups], weight_shape, weight_zero_point."""
     middle = 2 ** (grid.bits - 1)
     tensors = {
@@ -34,7 +34,7 @@ def pack_words(solved: Rounded, grid: Grid) -> dict[str, Tensor]:
     return tensors
 
 
-def unpack_words(tensors: Mapping[str, Tensor]) -> tuple[Rounded, int]:
+def unpack_words(tensors: Mapping[str, Tensor]) -> tuple[QuantizedWeight, int]:
     """What `pack_words` packed, and its bits."""
     rows, width = tensors["weight_shape"].tolist()
     scales = tensors["weight_scale"]
@@ -47,17 +47,17 @@ def unpack_words(tensors: Mapping[str, Tensor]) -> tuple[Rounded, int]:
         zeros = _unsigned(unpack_from_int32(packed, bits, torch.Size(scales.shape), packed_dim=0), middle)
     else:
         zeros = torch.full(scales.shape, middle, dtype=torch.uint8)
-    return Rounded(_unsigned(integers, middle), scales, zeros), bits
+    return QuantizedWeight(_unsigned(integers, middle), scales, zeros), bits
 
 
-def pack_bytes(solved: Rounded) -> dict[str, Tensor]:
+def pack_bytes(solved: QuantizedWeight) -> dict[str, Tensor]:
     """weight int8 [rows, width], weight_scale float32 [rows, 1]; the zero lies in the middle."""
     return {"weight": _signed(solved.integers, 128), "weight_scale": solved.scales.float()}
 
 
-def unpack_bytes(weight: Tensor, weight_scale: Tensor) -> Rounded:
+def unpack_bytes(weight: Tensor, weight_scale: Tensor) -> QuantizedWeight:
     """What `pack_bytes` packed."""
-    return Rounded(_unsigned(weight, 128), weight_scale, torch.full(weight_scale.shape, 128, dtype=torch.uint8))
+    return QuantizedWeight(_unsigned(weight, 128), weight_scale, torch.full(weight_scale.shape, 128, dtype=torch.uint8))
 
 
 def _signed(integers: Tensor, middle: int) -> Tensor:

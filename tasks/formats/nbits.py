@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tasks.errors import TaskError
-from tasks.solvers import Rounded
+from tasks.grid import QuantizedWeight
 
 BYTE = 8
 SMALLEST, LARGEST = 16, 64  # of the blocks that divide, 64 is the fastest to decode with, at 4 bits and at 8
@@ -43,7 +43,7 @@ def block_size(name: str, group: int) -> int:
     return size
 
 
-def pack_blocks(solved: Rounded, bits: int, size: int) -> Blocks:
+def pack_blocks(solved: QuantizedWeight, bits: int, size: int) -> Blocks:
     """The weight in blocks of `size`, which must divide its groups."""
     rows, width = solved.integers.shape
     repeat = width // solved.scales.shape[1] // size

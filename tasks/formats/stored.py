@@ -11,12 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tasks.decoder import TensorFiles
 from tasks.errors import TaskError
 from tasks.formats.autogptq import unpack_autogptq
 from tasks.formats.awq_gemm import unpack_gemm
 from tasks.formats.compressed import unpack_bytes, unpack_words
-from tasks.solvers import Rounded
+from tasks.grid import QuantizedWeight
+from tasks.tensor_files import TensorFiles
 
 # what a quantized linear layer consists of, by the end of its tensors' names; the first tells the format
 WORDS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
@@ -28,7 +28,7 @@ COLUMNS = ("qweight", "qzeros", "scales", "g_idx")
 class StoredLinear:
     """A linear layer as it was solved. bits: of an integer."""
 
-    solved: Rounded
+    solved: QuantizedWeight
     bits: int
 
 

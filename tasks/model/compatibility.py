@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.errors import TaskError
-from tasks.settings import OWN, AutoSettings, AwqSettings, GptqSettings, NoneSettings, Variant
+from tasks.model.family import ARCHITECTURES
+from tasks.model.linears import linear_shapes
+from tasks.settings import BUILTIN, AutoSettings, AwqSettings, GptqSettings, NoneSettings, Variant
 
 if TYPE_CHECKING:
-    from tasks.solvers import Grid
+    from tasks.grid import Grid
 
-# The families whose layers the methods know how to smooth and scale.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 PACKED = {"awq": 32, "gptq": 8}  # rows of a layer that these formats pack together
 UNEVEN = "compressed-tensors"  # the format in which layers may differ
@@ -55,11 +54,11 @@ def check_fit(name: str, variant: Variant, model: Path) -> None:
 
 def _check_groups(name: str, variant: GptqSettings | AwqSettings, shapes: Mapping[str, tuple[int, int]]) -> None:
     size = variant.group_size
-    uneven = variant.backend == OWN and variant.format == UNEVEN
+    uneven = variant.backend == BUILTIN and variant.format == UNEVEN
     for layer, (rows, width) in shapes.items():
         if width % size and not (uneven and (_grid(variant.bits, size).fitted(width).group_size or 0) >= SMALLEST):
             fitting = [g for g in GROUP_SIZES if all(w % g == 0 for _, w in shapes.values())]
-            advice = f"; or set format to {UNEVEN}, in which layers may differ" if variant.backend == OWN else ""
+            advice = f"; or set format to {UNEVEN}, in which layers may differ" if variant.backend == BUILTIN else ""
             raise TaskError(
                 f"variants.{name}.group_size is {size}, which does not divide the width {width} of {layer}; "
                 f"sizes that divide every layer: {', '.join(map(str, fitting)) or 'none'}" + ("" if uneven else advice)
@@ -98,7 +97,7 @@ def _check_candidates(name: str, variant: AutoSettings, shapes: Mapping[str, tup
 def _grid(bits: int, size: int) -> Grid:
     import torch
 
-    from tasks.solvers import Grid
+    from tasks.grid import Grid
 
     return Grid(bits, size, symmetric=bits == 8, dtype=torch.float16)
 
@@ -116,21 +115,6 @@ def _check_grid(found: str, bits: int, size: int, symmetric: bool, model: Path) 
             f"groups of {grid['group_size']}: the result would be exactly the baseline and prove nothing; "
             f"use a group size above {grid['group_size']}, or a model in full precision"
         )
-
-
-def linear_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """(rows, width) of every linear layer inside the decoder layers, by name, from the files' heads alone."""
-    shapes = {}
-    for file in sorted(model.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            head = json.loads(stream.read(length))
-        for name, tensor in head.items():
-            if ".layers." in name and name.endswith(".weight") and len(tensor["shape"]) == 2:
-                shapes[name.removesuffix(".weight")] = (tensor["shape"][0], tensor["shape"][1])
-    if not shapes:
-        raise TaskError(f"{model} holds no decoder layers in safetensors files; run the download stage")
-    return shapes
 
 
 def _json(path: Path) -> dict[str, Any]:

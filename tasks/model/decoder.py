@@ -8,36 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tasks.device import release_memory
-from tasks.errors import TaskError
-from tasks.weights import read_header
+from tasks.hardware import release_memory
+from tasks.tensor_files import TensorFiles
 
 LARGE = 1 << 26  # bytes of a layer's weights; of smaller ones little is kept, and to ask for it again takes longer
-
-
-class TensorFiles:
-    """The tensors of a model directory by name, read one by one."""
-
-    def __init__(self, directory: Path) -> None:
-        self._file = {name: path for path in sorted(directory.glob("*.safetensors")) for name in read_header(path)}
-        if not self._file:
-            raise TaskError(f"{directory} holds no safetensors files; run the download stage: modelpress run")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file)
-
-    def read(self, name: str) -> Tensor:
-        """The tensor as it is stored. KeyError if there is none of this name."""
-        with safe_open(self._file[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    def below(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors whose names begin with `prefix`, by the rest of their names."""
-        return {name.removeprefix(prefix): self.read(name) for name in self if name.startswith(prefix)}
 
 
 class Decoder:
@@ -45,7 +22,7 @@ class Decoder:
 
     dtype: of the activations; products: of the matrix products and their weights, the same if None; attention is
     computed in `dtype` on a CPU (_ExactAttention). Memory: the embedding at first, then one layer's weights; never the
-    whole model. The families are those whose decoder transformers calls `model.layers` (tasks/fit.py).
+    whole model. The families are those whose decoder transformers calls `model.layers` (tasks/model/compatibility.py).
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: str, products: torch.dtype | None = None) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.errors import TaskError
-from tasks.formats import words
 from tasks.sources.files import require_space
-from tasks.weights import BYTES, DTYPES
+from tasks.tensor_files import BYTES, DTYPES
+from tasks.text import pretokenizer_rules
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -125,7 +125,10 @@ def _splitter(reader: GGUFReader, name: str) -> PreTokenizer | None:
             return Sequence([Digits(individual_digits=True), gpt2])
         case "llama-bpe" | "llama3":
             return Sequence(
-                [Split(Regex(words.LLAMA3), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+                [
+                    Split(Regex(pretokenizer_rules.LLAMA3), "isolated"),
+                    ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
             )
         case None | "gpt-2" | "gpt2" | "default":
             return gpt2
@@ -137,7 +140,7 @@ def _splitter(reader: GGUFReader, name: str) -> PreTokenizer | None:
 
 
 def _mend(tokenizer: Any, reader: GGUFReader, splitter: PreTokenizer | None) -> None:
-    """Set what transformers 5.17 gets wrong: the last token of a text, padding, and the rule for words."""
+    """Set what transformers 5.17 gets wrong: the last token of a text, padding, and the rule for pretokenizer_rules."""
     from tokenizers import decoders, processors
 
     for key, name in {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}.items():

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tasks.decoder import Decoder
+from tasks.activation_rounding import Activations
 from tasks.device import compute_device
 from tasks.formats.stored import StoredModel
-from tasks.runtimes.w8a8 import Activations
+from tasks.model.decoder import Decoder
 
 
 def layer_errors(model: Path, pressed: Path, tokens: Tensor) -> dict[str, float]:

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.fit import ARCHITECTURES
-from tasks.machine import Machine
+from tasks.activations.memory import needed_bytes
+from tasks.model.family import ARCHITECTURES
+from tasks.planning.machine import Machine
+from tasks.planning.shape import Group, Layer, Shape
 from tasks.quantizers.parallel import processes
 from tasks.settings import (
     BASE,
-    OWN,
+    BUILTIN,
     AutoSettings,
     AwqSettings,
     GptqSettings,
@@ -26,8 +28,6 @@ from tasks.settings import (
     Settings,
     Variant,
 )
-from tasks.shape import Group, Layer, Shape
-from tasks.statistics import needed_bytes
 
 # what solvers/awq.py tries, and on how many rows the scales
 SCALE_TRIALS, CLIP_TRIALS, ROWS = 20, 12, 512
@@ -63,7 +63,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlanJob:
     """What is planned: a model under settings, on what a stage has of a machine (`Machine.share`)."""
 
     shape: Shape
@@ -117,7 +117,7 @@ class Work:
         self.seconds += bytes_ / self.machine.hash_gbs / 1e9
 
 
-def estimate(stage: str, job: Job) -> Need:
+def estimate(stage: str, job: PlanJob) -> Need:
     """What `stage` of dvc.yaml takes, its process' start and DVC's checksums included."""
     kind, _, name = stage.partition("@")
     variant = job.settings.variants.get(name or BASE, NoneSettings(method="none"))
@@ -143,14 +143,14 @@ def estimate(stage: str, job: Job) -> Need:
 
 
 def pressed_today(shape: Shape) -> bool:
-    """Whether the methods know the model's layers (tasks/fit.py); where not, a plan says what they would take."""
+    """Whether the methods know the model's layers; where not, a plan says what they would take."""
     return shape.family in ARCHITECTURES
 
 
 # -- the stages ------------------------------------------------------------------------------------------------------
 
 
-def download(job: Job) -> Need:
+def download(job: PlanJob) -> Need:
     """tasks/download.py: fetch, checksum as promised, in the manifest and in the report, and by DVC."""
     work = Work(job.machine)
     network = job.machine.network_gbs
@@ -161,7 +161,7 @@ def download(job: Job) -> Need:
     return _started(job, work, disk=job.model_bytes, note=note)
 
 
-def statistics(job: Job) -> Need:
+def statistics(job: PlanJob) -> Need:
     """tasks/statistics.py: every layer once over all tokens; Gram matrices, magnitudes."""
     # where bfloat16 is the faster one, the processor multiplies it natively (`fast_dtype`)
     dtype = "bfloat16" if job.machine.half_gflops > job.machine.product_gflops else "float32"
@@ -200,9 +200,9 @@ def statistics(job: Job) -> Need:
     return _started(job, work, memory=needed, disk=disk, scratch=scratch)
 
 
-def _collect_weighed(job: Job, work: Work, layer: Layer, dtype: str) -> None:
-    """tasks/importance.py: a layer forward; on the way back forward once more and backward, with the sums. dtype: of
-    the products."""
+def _collect_weighed(job: PlanJob, work: Work, layer: Layer, dtype: str) -> None:
+    """activations/importance.py: a layer forward; on the way back forward once more and backward, with the sums. dtype:
+    of the products."""
     shape, tokens, length = job.shape, job.tokens, job.settings.calibration.sequence_length
     for _ in range(2):
         _load_layer(job, work, layer)
@@ -222,8 +222,8 @@ def _collect_weighed(job: Job, work: Work, layer: Layer, dtype: str) -> None:
     work.read(4 * tokens * shape.hidden)
 
 
-def _predict(job: Job, work: Work, dtype: str) -> None:
-    """tasks/importance.py: all predictions, a word drawn from each, and the gradient. dtype: of the products."""
+def _predict(job: PlanJob, work: Work, dtype: str) -> None:
+    """activations/importance.py: all predictions, a word drawn from each, and the gradient. dtype: of the products."""
     shape, tokens = job.shape, job.tokens
     _output_layer(work, shape, tokens, dtype)
     work.product(2 * tokens * shape.embedding, dtype)
@@ -231,7 +231,7 @@ def _predict(job: Job, work: Work, dtype: str) -> None:
     work.passes(tokens * shape.vocabulary, 2, 4)
 
 
-def _collect(job: Job, work: Work, layer: Layer, dtype: str = "float32") -> None:
+def _collect(job: PlanJob, work: Work, layer: Layer, dtype: str = "float32") -> None:
     """A layer once over all tokens, with the sums of what it reads (`listening`). dtype: of the layer's products."""
     tokens, length = job.tokens, job.settings.calibration.sequence_length
     _load_layer(job, work, layer)
@@ -239,13 +239,13 @@ def _collect(job: Job, work: Work, layer: Layer, dtype: str = "float32") -> None
     _sum(job, work, layer)
 
 
-def _sum(job: Job, work: Work, layer: Layer) -> None:
-    """tasks/sums.py, for all distinct inputs of a layer."""
+def _sum(job: PlanJob, work: Work, layer: Layer) -> None:
+    """tasks/activations/gram.py, for all distinct inputs of a layer."""
     for group in layer.groups:
         _sum_input(job, work, group.width, group.active, group.copies)
 
 
-def _sum_input(job: Job, work: Work, width: int, active: float = 1.0, copies: int = 1) -> None:
+def _sum_input(job: PlanJob, work: Work, width: int, active: float = 1.0, copies: int = 1) -> None:
     """`Sums` of `copies` inputs, `active` of which read a token."""
     length = job.settings.calibration.sequence_length
     sequences = job.tokens / length
@@ -257,12 +257,12 @@ def _sum_input(job: Job, work: Work, width: int, active: float = 1.0, copies: in
     work.passes(length * active * width, 0, 4 * sequences)
 
 
-def quantize(job: Job, variant: Variant) -> Need:
+def quantize(job: PlanJob, variant: Variant) -> Need:
     """tasks/quantize.py: press layer by layer (quantizers/layerwise.py), join the parts, compare with the baseline."""
     work = Work(job.machine)
     if isinstance(variant, NoneSettings):
         return _started(job, work)
-    if variant.backend != OWN:
+    if variant.backend != BUILTIN:
         return Need(None, None, variant_bytes(job, variant), note=f"not estimated for the backend {variant.backend}")
     press = PRESSES[type(variant)]
     length = job.settings.calibration.sequence_length
@@ -307,7 +307,7 @@ def quantize(job: Job, variant: Variant) -> Need:
     return _started(job, work, memory=held, disk=disk, scratch=disk)
 
 
-def _diverge(job: Job, work: Work) -> float:
+def _diverge(job: PlanJob, work: Work) -> float:
     """quantizers/sensitivity.py: what all streams foretell, against the baseline's; returns the bytes that it holds."""
     shape, streams = job.shape, sum(map(_linears, job.shape.layers))
     _output_layer(work, shape, STREAM * streams, "float32")
@@ -318,7 +318,7 @@ def _diverge(job: Job, work: Work) -> float:
     return 4.0 * (2 * streams * STREAM * shape.hidden + words)
 
 
-def export(job: Job, variant: Variant) -> Need:
+def export(job: PlanJob, variant: Variant) -> Need:
     """tasks/export.py: links and checksums of what is there. A target that writes files of its own adds them here."""
     if job.settings.target != "transformers":
         return Need(None, None, note=f"not estimated for the target {job.settings.target}")
@@ -327,7 +327,7 @@ def export(job: Job, variant: Variant) -> Need:
     return _started(job, work)
 
 
-def evaluate(job: Job, variant: Variant) -> Need:
+def evaluate(job: PlanJob, variant: Variant) -> Need:
     """tasks/evaluate.py: items of all tasks, then the texts, beside the baseline from which divergence is taken."""
     settings, shape = job.settings.evaluation, job.shape
     dtype = settings.dtype
@@ -351,7 +351,7 @@ def evaluate(job: Job, variant: Variant) -> Need:
         _output_layer(work, shape, texts, dtype)
     if not base:
         _load_model(job, work, NoneSettings(method="none"))
-        # the divergence, a few rows at a time: _divergence in tasks/divergence.py, and two searches for the largest
+        # the divergence, a few rows at a time: _divergence in scoring/divergence.py, and two searches for the largest
         rows = 32
         for _ in range(texts // rows):
             work.passes(rows * shape.vocabulary, 5, 4)
@@ -365,7 +365,7 @@ def evaluate(job: Job, variant: Variant) -> Need:
     return _started(job, work, memory=held, note=note)
 
 
-def benchmark(job: Job, variant: Variant) -> Need:
+def benchmark(job: PlanJob, variant: Variant) -> Need:
     """tasks/benchmark.py: load; where the runtime has a kernel for the format, prompts and answers of a few tokens, by
     turns with the baseline's."""
     settings, none = job.settings.benchmark, NoneSettings(method="none")
@@ -383,7 +383,7 @@ def benchmark(job: Job, variant: Variant) -> Need:
     return _started(job, work, memory=memory)
 
 
-def _answers(job: Job, work: Work, arithmetic: str) -> None:
+def _answers(job: PlanJob, work: Work, arithmetic: str) -> None:
     """The prompts and answers of a benchmark, and those before it that do not count."""
     settings, shape = job.settings.benchmark, job.shape
     prompt = settings.batch_size * settings.prompt_tokens
@@ -396,7 +396,7 @@ def _answers(job: Job, work: Work, arithmetic: str) -> None:
     work.seconds += steps * (streamed / job.machine.stream_gbs / 1e9 + calls)
 
 
-def package(job: Job) -> Need:
+def package(job: PlanJob) -> Need:
     """tasks/package.py: link the winner, which is not known yet: the largest counts; checksums, and try it."""
     work = Work(job.machine)
     pressed = [v for v in job.settings.variants.values() if not isinstance(v, NoneSettings)]
@@ -416,7 +416,7 @@ def statistics_bytes(shape: Shape) -> int:
     return sum(4 * (width**2 + 2 * width) for width in widths)
 
 
-def variant_bytes(job: Job, variant: Variant) -> float:
+def variant_bytes(job: PlanJob, variant: Variant) -> float:
     """The variant's weights on disk: pressed layers with their scales and zero points (tasks/formats/), all else in the
     model's precision, or the format's."""
     shape, own = job.shape, BYTES[job.settings.model.dtype]
@@ -464,7 +464,7 @@ def _groups(width: int, size: int) -> int:
     return width // size
 
 
-def _embedding_bytes(job: Job) -> int:
+def _embedding_bytes(job: PlanJob) -> int:
     return BYTES[job.settings.model.dtype] * job.shape.embedding
 
 
@@ -480,7 +480,7 @@ def _pressing_bytes(layer: Layer, variant: Variant) -> float:
     return weights + grams + factors + solved
 
 
-def _loading_bytes(job: Job, variant: Variant, dtype: str) -> float:
+def _loading_bytes(job: PlanJob, variant: Variant, dtype: str) -> float:
     """The most that a runtime holds while it loads a model, and after: the weights as they will be computed with beside
     the file; those of AutoAWQ's and AutoGPTQ's formats twice (runtimes/dense.py)."""
     weights = BYTES[dtype] * job.shape.parameters
@@ -578,8 +578,8 @@ def _round_layer(work: Work, group: Group, group_size: int, clip: bool, solve: b
         work.passes((width - block * BLOCK) * rows, 0, 1)
 
 
-def compare(job: Job, work: Work, variant: Variant) -> float:
-    """tasks/layers.py: a layer as it was and as it is, over two sequences; returns the bytes that it holds."""
+def compare(job: PlanJob, work: Work, variant: Variant) -> float:
+    """model/layer_errors.py: a layer as it was and as it is, over two sequences; returns the bytes that it holds."""
     shape, length = job.shape, job.settings.calibration.sequence_length
     tokens = min(2, job.settings.calibration.samples) * length
     _load_model(job, work, variant)
@@ -594,13 +594,13 @@ def _linears(layer: Layer) -> int:
     return sum(group.copies * len(group.rows) for group in layer.groups)
 
 
-def _load_layer(job: Job, work: Work, layer: Layer) -> None:
+def _load_layer(job: PlanJob, work: Work, layer: Layer) -> None:
     """From the file into float32."""
     work.read(BYTES[job.settings.model.dtype] * layer.parameters)
     work.passes(layer.parameters, 1, 0)
 
 
-def _load_model(job: Job, work: Work, variant: Variant) -> None:
+def _load_model(job: PlanJob, work: Work, variant: Variant) -> None:
     """All of it into a runtime: read, converted; a pressed one is dequantized."""
     work.read(variant_bytes(job, variant))
     # tasks/formats/stored.py, and what compressed-tensors does in its place: 4-bit words are taken apart first
@@ -658,7 +658,7 @@ def _arithmetic(variant: Variant, dtype: str, machine: Machine) -> str:
 
 
 def _started(
-    job: Job,
+    job: PlanJob,
     work: Work,
     *,
     memory: float = 0.0,

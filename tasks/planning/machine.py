@@ -1,4 +1,4 @@
-"""What a machine can do, as a plan needs it: measured by tasks/measure_machine.py, or given in a YAML file.
+"""What a machine can do, as a plan needs it: measured by tasks/planning/measure_machine.py, or given in a YAML file.
 
 name: a server, from its data sheet
 source: given

@@ -1,6 +1,6 @@
 """Measure what this machine can do, for `modelpress plan --model`: half a minute, on operations like the stages' own.
 
-python -m tasks.measure_machine [CORES]    # all of them, if not said
+python -m tasks.planning.measure_machine [CORES]    # all of them, if not said
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any
 import psutil
 import yaml
 
-from tasks.device import compute_device, cpu_name, processor_name
-from tasks.machine import Machine, check_machine
+from tasks.determinism import set_environment
+from tasks.device import compute_device
+from tasks.hardware import cpu_name, processor_name
 from tasks.output import sha256
-from tasks.program import set_environment
+from tasks.planning.machine import Machine, check_machine
 
 WIDTH, TOKENS = 2048, 512  # of the products: a model of a billion weights, one sequence
 SMALL, LARGE = 4 * 2**20, 40 * 2**20  # numbers: 16 MB, in a cache; 160 MB, which is given back to the system each time
@@ -31,7 +32,8 @@ QUIET = 15  # percent of the cores that others may use
 BUSY = ", while others were at work on {:.0f}% of the cores: measure again when it is quiet"
 # what any stage needs, and how long and how much that took
 _STAGE = """
-import tasks.lm, tasks.quantizers.awq, tasks.quantizers.gptq, tasks.runtimes.transformers, lm_eval, datasets
+import tasks.scoring.lm_eval_adapter, tasks.quantizers.awq, tasks.quantizers.gptq, tasks.runtimes.transformers
+import lm_eval, datasets
 import transformers.models.llama.modeling_llama, psutil, time
 print(psutil.Process().memory_info().rss, time.process_time())
 """

@@ -2,7 +2,7 @@
 
 Pure arithmetic: needs no weights and no model library, so that a model can be planned for before it is fetched.
 
-python -m tasks.shape hf:organisation/name@revision    # fetches its config.json alone, and says where that is
+python -m tasks.planning.shape hf:organisation/name@revision    # fetches its config.json alone, and says where that is
 """
 
 from __future__ import annotations

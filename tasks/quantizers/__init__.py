@@ -2,7 +2,7 @@
 
 A method's module is named after it (`variants.V.method` in params.yaml) and offers
 
-    press(job: Job) -> None
+    press(job: QuantizeJob) -> None
 
 which writes a complete model directory (safetensors, config.json with its quantization_config) to
 `job.destination`, an empty directory. It need not care for tokenizer and licence files, nor for whole-or-not-at-all:
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from tasks.settings import OWN, Variant
+from tasks.settings import BUILTIN, Variant
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -26,7 +26,7 @@ BACKENDS = ("llm-compressor", "autoawq")  # the libraries that offer methods of 
 
 
 @dataclass(frozen=True)
-class Job:
+class QuantizeJob:
     """One model to press.
 
     source: directory of the model, safetensors. tokens: int64 [samples, sequence_length], the calibration text.
@@ -55,11 +55,11 @@ class Job:
 class Quantizer(Protocol):
     """What a method's module offers."""
 
-    def press(self, job: Job) -> None:
+    def press(self, job: QuantizeJob) -> None:
         """Write the pressed model to `job.destination`."""
 
 
 def quantizer(variant: Variant) -> Quantizer:
     """The module of the variant's method; one that we and a library offer is the one that `backend` says."""
-    other = getattr(variant, "backend", OWN) in BACKENDS
+    other = getattr(variant, "backend", BUILTIN) in BACKENDS
     return cast(Quantizer, importlib.import_module(f"tasks.quantizers.{'libraries.' if other else ''}{variant.method}"))

@@ -14,20 +14,20 @@ from dataclasses import replace
 import torch
 
 from tasks.errors import TaskError
-from tasks.fit import linear_shapes
-from tasks.precisions import write_precisions
-from tasks.quantizers import Job
+from tasks.grid import Grid
+from tasks.model.linears import linear_shapes
+from tasks.model.precisions import write_precisions
+from tasks.quantizers import QuantizeJob
 from tasks.quantizers.grouped import FORMS, press_grouped
 from tasks.quantizers.sensitivity import STATE, TRIAL, Sensitivity, measure
 from tasks.settings import AutoSettings
-from tasks.solvers import Grid
 from tasks.solvers.allocate import Cost, least_error, least_size
 
 # scales of float16 have three more bits than those of bfloat16, which costs a tenth less of the perplexity lost
 FORM = replace(FORMS["compressed-tensors"], dtype=torch.float16)
 
 
-def press(job: Job) -> None:
+def press(job: QuantizeJob) -> None:
     """Measure every layer at every candidate, choose, and press. TaskError if no choice keeps what is asked for."""
     variant = job.variant
     assert isinstance(variant, AutoSettings)  # the method named this module

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from tasks.quantizers import Job
+from tasks.quantizers import QuantizeJob
 from tasks.quantizers.grouped import FORMS, Rounding, press_grouped, uniform
 from tasks.settings import AwqSettings
 
 DAMPING = 0.05  # where GPTQ does the rounding
 
 
-def press(job: Job) -> None:
+def press(job: QuantizeJob) -> None:
     """Search scales and clips layer by layer on the Gram matrices, and round."""
     variant = job.variant
     assert isinstance(variant, AwqSettings)  # the method named this module

@@ -12,18 +12,18 @@ from typing import Any
 import gguf
 import torch
 
+from tasks.activations.store import load_statistics
 from tasks.errors import TaskError
-from tasks.formats.gguf_model import FAMILIES, NAME, write_gguf
-from tasks.quantizers import Job
+from tasks.formats.gguf.file import FAMILIES, NAME, write_gguf
+from tasks.quantizers import QuantizeJob
 from tasks.settings import GgufSettings
-from tasks.statistics import load_statistics
 
 
-def press(job: Job) -> None:
+def press(job: QuantizeJob) -> None:
     """Write the model in its own precision, and let llama.cpp round that."""
     import llama_cpp
 
-    from tasks.runtimes.gguf import LOG
+    from tasks.formats.gguf.llama_log import LOG
 
     variant = job.variant
     assert isinstance(variant, GgufSettings)  # the method named this module
@@ -43,7 +43,7 @@ def press(job: Job) -> None:
     whole.unlink()
 
 
-def _importance(job: Job) -> Any:
+def _importance(job: QuantizeJob) -> Any:
     """Each layer's mean square of its inputs by llama.cpp's names, ended by an empty entry."""
     import llama_cpp
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tasks.quantizers import Job
+from tasks.quantizers import QuantizeJob
 from tasks.quantizers.grouped import FORMS, Rounding, press_grouped, uniform
 from tasks.settings import GptqSettings
 
 
-def press(job: Job) -> None:
+def press(job: QuantizeJob) -> None:
     """Solve every layer on the Gram matrices of its inputs."""
     variant = job.variant
     assert isinstance(variant, GptqSettings)  # the method named this module

@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.fit import linear_shapes
 from tasks.formats.autogptq import autogptq_config, pack_autogptq
 from tasks.formats.awq_gemm import gemm_config, pack_gemm
 from tasks.formats.compressed import pack_words, words_config
-from tasks.quantizers import Job
+from tasks.grid import ClipRange, Grid, QuantizedWeight
+from tasks.model.family import UNCLIPPED
+from tasks.model.linears import linear_shapes
+from tasks.quantizers import QuantizeJob
 from tasks.quantizers.layerwise import Layer, left_alone, press_layers
-from tasks.quantizers.propagation import Stream
-from tasks.solvers import Grid, Rounded, Span, gptq, rtn
+from tasks.quantizers.propagation import PropagatedActivations
+from tasks.solvers import gptq, rtn
 from tasks.solvers.awq import search_clip, search_scale
 from tasks.solvers.refine import refine
-
-# queries and keys meet in a product, where clipping does harm that the error of one of them does not show (AutoAWQ)
-UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Form:
     """A format on disk. dtype: of scales and of what is not quantized (None: the model's own); least_zero: as in Grid;
     pack, config: as in tasks/formats, config from the grids, the way of rounding and the decoder layers left alone."""
 
-    pack: Callable[[Rounded, Grid], dict[str, Tensor]]
+    pack: Callable[[QuantizedWeight, Grid], dict[str, Tensor]]
     config: Callable[[Mapping[str, Grid], Rounding, list[int]], dict[str, Any]]
     dtype: torch.dtype | None = None
     least_zero: int = 0
@@ -59,11 +58,11 @@ def _words_config(grids: Mapping[str, Grid], how: Rounding, skip: list[int]) -> 
     return words_config(grids, how.gptq and how.act_order, left_alone(skip))
 
 
-def _pack_gemm(solved: Rounded, _: Grid) -> dict[str, Tensor]:
+def _pack_gemm(solved: QuantizedWeight, _: Grid) -> dict[str, Tensor]:
     return pack_gemm(solved)
 
 
-def _pack_autogptq(solved: Rounded, grid: Grid) -> dict[str, Tensor]:
+def _pack_autogptq(solved: QuantizedWeight, grid: Grid) -> dict[str, Tensor]:
     return pack_autogptq(solved, grid.bits)
 
 
@@ -76,7 +75,7 @@ def _autogptq_config(grids: Mapping[str, Grid], how: Rounding, _: list[int]) -> 
 
 
 def _one(grids: Mapping[str, Grid]) -> Grid:
-    """The grid of a format that knows only one (tasks/fit.py sees to it)."""
+    """The grid of a format that knows only one (tasks/model/compatibility.py sees to it)."""
     (grid,) = set(grids.values())
     return grid
 
@@ -89,17 +88,17 @@ FORMS = {
 }
 
 
-def uniform(job: Job, grid: Grid, skip: list[int]) -> dict[str, Grid]:
+def uniform(job: QuantizeJob, grid: Grid, skip: list[int]) -> dict[str, Grid]:
     """One grid for every linear layer outside the decoder layers in `skip`, in smaller groups where they must be."""
     inside = tuple(f".layers.{index}." for index in skip)
     shapes = linear_shapes(job.source)
     return {name: grid.fitted(width) for name, (_, width) in shapes.items() if not any(part in name for part in inside)}
 
 
-def press_grouped(job: Job, form: Form, grids: Mapping[str, Grid], how: Rounding, skip: list[int]) -> None:
+def press_grouped(job: QuantizeJob, form: Form, grids: Mapping[str, Grid], how: Rounding, skip: list[int]) -> None:
     """Solve every layer on the statistics of its inputs, and write the model. grids: by linear layer."""
     dtype = form.dtype or job.dtype
-    stream = Stream(job) if how.propagate else None
+    stream = PropagatedActivations(job) if how.propagate else None
 
     def press(layer: Layer) -> dict[str, dict[str, Tensor]]:
         if stream:
@@ -131,23 +130,23 @@ def scale_channels(layer: Layer, grids: Mapping[str, Grid], dtype: torch.dtype) 
         layer.scale_input(source, linears, factor, dtype)
 
 
-def solve_layer(layer: Layer, grids: Mapping[str, Grid], how: Rounding) -> dict[str, Rounded]:
+def solve_layer(layer: Layer, grids: Mapping[str, Grid], how: Rounding) -> dict[str, QuantizedWeight]:
     """The solution of each layer in `grids`; those that read the same input and share a grid are solved as one."""
-    found: dict[str, Rounded] = {}
+    found: dict[str, QuantizedWeight] = {}
     for readers, known in layer.readers():
         for grid in dict.fromkeys(grids[name] for name in readers if name in grids):
             linears = [name for name in readers if grids.get(name) == grid]
             weight = layer.stacked(linears)
-            span = _span(layer, linears, weight, known.gram, grid) if how.clip else None
+            clip_range = _clip_range(layer, linears, weight, known.gram, grid) if how.clip else None
             if how.gptq:
-                solved = gptq.solve(weight, known.gram, grid, act_order=how.act_order, span=span)
+                solved = gptq.solve(weight, known.gram, grid, act_order=how.act_order, clip_range=clip_range)
             else:
-                solved = rtn.solve(weight, grid, span)
+                solved = rtn.solve(weight, grid, clip_range)
             found |= layer.split(refine(weight, known.gram, grid, solved, how.refine), linears)
     return found
 
 
-def _span(layer: Layer, linears: list[str], weight: Tensor, gram: Tensor, grid: Grid) -> Span:
+def _clip_range(layer: Layer, linears: list[str], weight: Tensor, gram: Tensor, grid: Grid) -> ClipRange:
     low, high = search_clip(weight, gram, grid)
     free = torch.cat([torch.full((len(layer.weight(name)), 1), name in UNCLIPPED) for name in linears]).to(low.device)
     return low.masked_fill(free, -torch.inf), high.masked_fill(free, torch.inf)

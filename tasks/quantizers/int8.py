@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tasks.formats.compressed import bytes_config, pack_bytes
-from tasks.quantizers import Job
+from tasks.quantizers import QuantizeJob
 from tasks.quantizers.layerwise import Layer, left_alone, press_layers
 from tasks.settings import Int8Settings
 from tasks.solvers import gptq, rtn
@@ -17,7 +17,7 @@ from tasks.solvers.smoothquant import INT8, smooth
 DAMPING = 0.3  # of GPTQ: errors this small are soon those of the calibration text alone
 
 
-def press(job: Job) -> None:
+def press(job: QuantizeJob) -> None:
     """Move the activations' outliers into the weights, then round the weights to 8 bits."""
     variant = job.variant
     assert isinstance(variant, Int8Settings)  # the method named this module

@@ -18,23 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tasks.decoder import TensorFiles
+from tasks.activations.store import Input, load_statistics
 from tasks.errors import TaskError
-from tasks.fit import linear_shapes
+from tasks.grid import QuantizedWeight
+from tasks.model.family import SOURCES
+from tasks.model.linears import linear_shapes
 from tasks.output import write_json
-from tasks.quantizers import Job
+from tasks.quantizers import QuantizeJob
 from tasks.quantizers.parallel import Again, press_side_by_side, processes
-from tasks.solvers import Rounded, damped
-from tasks.statistics import Input, load_statistics
-from tasks.weights import join, save
-
-# what can take over a factor for each channel, and the layers that read it
-SOURCES = {
-    "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
-    "self_attn.v_proj": ["self_attn.o_proj"],
-    "mlp.up_proj": ["mlp.down_proj"],
-}
+from tasks.solvers import damped
+from tasks.tensor_files import TensorFiles, join, save
 
 
 @dataclass
@@ -63,12 +56,12 @@ class Layer:
         """The weights of layers that read the same input, as one: what they make of it does not matter to a solver."""
         return torch.cat([self.weight(name) for name in linears])
 
-    def split(self, solved: Rounded, linears: list[str]) -> Iterator[tuple[str, Rounded]]:
+    def split(self, solved: QuantizedWeight, linears: list[str]) -> Iterator[tuple[str, QuantizedWeight]]:
         """The solution of `stacked` for each of the layers."""
         start = 0
         for name in linears:
             rows = slice(start, start + len(self.weight(name)))
-            yield name, Rounded(solved.integers[rows], solved.scales[rows], solved.zeros[rows])
+            yield name, QuantizedWeight(solved.integers[rows], solved.scales[rows], solved.zeros[rows])
             start = rows.stop
 
     def scalable(self) -> Iterator[tuple[str, list[str]]]:
@@ -112,7 +105,7 @@ Press = Callable[[Layer], Mapping[str, Mapping[str, Tensor]]]
 
 
 def press_layers(
-    job: Job,
+    job: QuantizeJob,
     press: Press,
     config: dict[str, Any],
     dtype: torch.dtype,
@@ -164,7 +157,7 @@ def press_layers(
     write_json(job.destination / "config.json", described)
 
 
-def layer_prefixes(job: Job, files: TensorFiles) -> list[str]:
+def layer_prefixes(job: QuantizeJob, files: TensorFiles) -> list[str]:
     """What the names of each decoder layer's tensors begin with."""
     config = json.loads((job.source / "config.json").read_text(encoding="utf-8"))
     name = next(name for name in files if ".layers." in name)
@@ -172,7 +165,7 @@ def layer_prefixes(job: Job, files: TensorFiles) -> list[str]:
     return [f"{start}{index}." for index in range(config["num_hidden_layers"])]
 
 
-def read_layer(job: Job, files: TensorFiles, index: int, prefix: str) -> Layer:
+def read_layer(job: QuantizeJob, files: TensorFiles, index: int, prefix: str) -> Layer:
     """A layer with what is known of its inputs."""
     tensors = {name: tensor.to(job.device, torch.float32) for name, tensor in files.below(prefix).items()}
     return Layer(index, prefix, tensors, load_statistics(job.statistics, index, job.device))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tasks.output import link_or_copy
-from tasks.quantizers import Job
+from tasks.quantizers import QuantizeJob
 
 
-def press(job: Job) -> None:
+def press(job: QuantizeJob) -> None:
     """Link the model's weights and configuration to `job.destination`."""
     for file in sorted(job.source.glob("*.safetensors*")):
         link_or_copy(file, job.destination / file.name)

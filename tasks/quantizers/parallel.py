@@ -18,10 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasks.device import current_memory, peak_memory
-from tasks.quantizers import Job
+from tasks.hardware import current_memory, peak_memory
+from tasks.quantizers import QuantizeJob
 
-Again = Callable[[Job], None]  # presses the layers of the job's share; it is pickled
+Again = Callable[[QuantizeJob], None]  # presses the layers of the job's share; it is pickled
 WORTH = 100_000_000  # weights for a process: it starts in the time in which a sixth of them is pressed
 PROCESS = 600_000_000  # bytes that it holds by itself
 FOR_A_WEIGHT = 40  # bytes, of a layer in work: 0.9 GB were measured for 3.5 million weights, 2.4 for 50 million
@@ -38,7 +38,7 @@ def processes(threads: int, layers: int, weights: int, memory: float) -> int:
     return max(1, min(threads, layers, layers * weights // WORTH, room))
 
 
-def press_side_by_side(job: Job, again: Again, count: int, left: Callable[[], int]) -> None:
+def press_side_by_side(job: QuantizeJob, again: Again, count: int, left: Callable[[], int]) -> None:
     """Let `count` processes call `again`, each with a share of the layers. left: how many are not there yet.
 
     Raises what one of them raised, and MemoryError where one was killed; the others are ended.
@@ -82,7 +82,7 @@ def held_beside() -> int:
     return _held
 
 
-def _press(again: Again, job: Job, threads: int, said: SimpleQueue[Any]) -> None:
+def _press(again: Again, job: QuantizeJob, threads: int, said: SimpleQueue[Any]) -> None:
     """In a process of its own: press the share; say how much memory it took, or what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that waits ends this one
     if sys.platform == "linux":

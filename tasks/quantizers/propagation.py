@@ -13,24 +13,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tasks.decoder import Decoder
-from tasks.importance import load_importance
-from tasks.quantizers import Job
-from tasks.statistics import Input
-from tasks.sums import listening
-from tasks.weights import save
+from tasks.activations.gram import recording_inputs
+from tasks.activations.importance import load_importance
+from tasks.activations.store import Input
+from tasks.model.decoder import Decoder
+from tasks.quantizers import QuantizeJob
+from tasks.tensor_files import save
 
 HIDDEN = "hidden"
 
 
-class Stream:
+class PropagatedActivations:
     """The calibration text on its way through the pressed model, in front of a layer.
 
     It is kept in the job's destination, so that an interrupted run goes on there: in front of a layer until that is
     written, and behind it as well.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: QuantizeJob) -> None:
         self._job = job
         self._decoder = Decoder(job.source, torch.float32, job.device)
         self._embedded = self._decoder.embed(list(job.tokens.split(1)))
@@ -38,7 +38,7 @@ class Stream:
     def inputs(self, index: int) -> dict[str, Input]:
         """What is known of the input of each linear layer in layer `index`, as `load_statistics` tells."""
         weights = load_importance(self._job.statistics, index, self._job.device)
-        with self._decoder.layer(index) as layer, listening(layer, weights) as sums:
+        with self._decoder.layer(index) as layer, recording_inputs(layer, weights) as sums:
             for batch in self._before(index):
                 self._decoder.run(index, layer, batch)
         found: dict[str, Input] = {}

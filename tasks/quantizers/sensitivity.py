@@ -18,12 +18,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tasks.decoder import Decoder
-from tasks.quantizers import Job
+from tasks.grid import Grid
+from tasks.model.decoder import Decoder
+from tasks.quantizers import QuantizeJob
 from tasks.quantizers.grouped import Rounding, solve_layer
 from tasks.quantizers.layerwise import read_layer
-from tasks.solvers import Grid, output_error
-from tasks.weights import save
+from tasks.solvers import output_error
+from tasks.tensor_files import save
 
 SEQUENCES, LENGTH = 4, 64  # of the calibration text, that the streams are of; half as many twice as long say less
 STATE, HIDDEN, FOUND = "measured.part.safetensors", "hidden", "found"
@@ -47,7 +48,7 @@ class Sensitivity:
         return {label: self.divergence * error / coarsest for label, error in self.errors.items()}
 
 
-def measure(job: Job, candidates: Mapping[str, Grid]) -> dict[str, Sensitivity]:
+def measure(job: QuantizeJob, candidates: Mapping[str, Grid]) -> dict[str, Sensitivity]:
     """By the whole names of all linear layers. A run that was interrupted goes on at its layer.
 
     Memory beside a layer and its statistics: a stream of `SEQUENCES` x `LENGTH` x channels for each linear layer.

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from tasks.report_plot import DARK, LIGHT
+from tasks.reporting.pareto_plot import DARK, LIGHT
 
 PLACE = re.compile(r"\.layers\.(\d+)\.(.+)$")
 ROW, EDGE = 0.2, 1.1  # inches: of a kind of layer, and of what is around the panels
@@ -23,7 +23,7 @@ ROW, EDGE = 0.2, 1.1  # inches: of a kind of layer, and of what is around the pa
 def heat_map(linears: Sequence[Mapping[str, Any]], dark: bool = False) -> bytes:
     """A PNG with a panel for each precision: a row for each kind of linear layer, a column for each decoder layer.
 
-    linears: `name`, `chosen` and `costs` of each (tasks/precisions.py). A dot marks what was chosen.
+    linears: `name`, `chosen` and `costs` of each (tasks/model/precisions.py). A dot marks what was chosen.
     """
     colours = DARK if dark else LIGHT
     cells = {(int(found[1]), found[2]): one for one in linears if (found := PLACE.search(one["name"]))}

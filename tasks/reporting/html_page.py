@@ -6,9 +6,9 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.render import render
-from tasks.report_table import method_line, winner_line
-from tasks.wording import words
+from tasks.reporting.number_format import words
+from tasks.reporting.render import render
+from tasks.reporting.table import method_line, winner_line
 
 WORST = 8  # layers of each variant that are drawn; all of them are in the folded table
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from tasks.provenance import without_folders
-from tasks.render import render
+from tasks.reporting.provenance import without_folders
+from tasks.reporting.render import render
 from tasks.settings import Settings
 from tasks.sources.choice import is_licence
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox, IdentityTransform
 
-from tasks.wording import megabytes, percent, short_percent
+from tasks.reporting.number_format import megabytes, percent, short_percent
 
 # after M. Okabe and K. Ito's colours, which colour-blind people can tell apart; the shapes differ as well
 KINDS = ("pass", "fail", "inconclusive", "baseline")

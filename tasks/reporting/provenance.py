@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import yaml
 
-from tasks.device import cpu_name
+from tasks.hardware import cpu_name
 
 # what can change a number; the rest of the environment is in the lock file
 LIBRARIES = (

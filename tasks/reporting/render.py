@@ -1,4 +1,4 @@
-"""Fill a template of tasks/templates in; numbers are worded by tasks.wording."""
+"""Fill a template of tasks/reporting/templates in; numbers are worded by tasks.reporting.number_format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from tasks import wording
+from tasks.reporting import number_format
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERS = ("change", "figure", "interval", "megabytes", "percent", "short_percent", "times", "words")
@@ -23,5 +23,5 @@ def render(template: str, *, escape: bool, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {name: getattr(wording, name) for name in FILTERS}
+    environment.filters |= {name: getattr(number_format, name) for name in FILTERS}
     return environment.get_template(template).render(values)

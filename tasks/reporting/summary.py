@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import TaskError
+from tasks.reporting.number_format import percent
+from tasks.reporting.verdict import SEED, Pairs, flips, judge, pair_items, retention
 from tasks.settings import BASE, GateSettings
-from tasks.verdict import SEED, Pairs, flips, judge, pair_items, retention
-from tasks.wording import percent
 
 GGUF_BLOCK = 32  # weights that share a scale in llama.cpp's types
 FEW_ITEMS = 100  # below this a percentile interval promises more than it holds

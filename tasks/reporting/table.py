@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tasks.wording import change, figure, interval, megabytes, percent, short_percent, times, words
+from tasks.reporting.number_format import change, figure, interval, megabytes, percent, short_percent, times, words
 
 WIDTH = 120
 COLUMNS_FOR_TEXTS = 2  # more texts than this share one column

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tasks.errors import TaskError
-from tasks.wording import percent_beside, short_percent
+from tasks.reporting.number_format import percent_beside, short_percent
 
 SEED = 20130
 MANY_ITEMS = 20_000  # few tasks have as many items: to ask for more would be no practical answer
@@ -179,7 +179,7 @@ def _more_items(result: Retention, gate: float) -> float | None:
 
 
 def _two_digits(value: float) -> int:
-    """Rounded up to two significant digits: an estimate should look like one."""
+    """QuantizedWeight up to two significant digits: an estimate should look like one."""
     unit = 10 ** max(0, math.floor(math.log10(value)) - 1)
     return math.ceil(value / unit) * unit
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class About:
+class RuntimeInfo:
     """What a figure was measured in."""
 
     name: str
@@ -49,7 +49,7 @@ class Runtime(Protocol):
     dequantized weights, the results are exact, and a speed would say nothing about the format: `note` says so.
     """
 
-    about: About
+    info: RuntimeInfo
     fast: bool
     note: str | None
     tokenizer: PreTrainedTokenizerBase

@@ -6,7 +6,6 @@ bits for BF16 and F16. So `dtype` is what it keeps keys and values in; the sums 
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tasks.device import cpu_name, processor_name
 from tasks.errors import TaskError
-from tasks.runtimes import About, Question, Score
+from tasks.formats.gguf.llama_log import LOG
+from tasks.hardware import cpu_name, processor_name
+from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.runtimes.batches import batches
 
 if TYPE_CHECKING:
@@ -31,37 +31,12 @@ if TYPE_CHECKING:
 SEQUENCES = 64  # that llama.cpp keeps apart at once: what a batch of questions may branch into
 _CACHE = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers of these types
 _LEAST = 512  # tokens that there is room for
-_ERROR, _SAME = 4, 5  # levels of its log: an error, and the rest of the line before
 
 # letters, digits, spaces, signs and scripts on which the rules for words differ; all rules must read it as they are
 PROBE = (
     "I'VE been told he's 33, 3333 or 1234567 years old!!  Is it so?\n\n\n   def f(x):\n\t\treturn x**2 # ok\r\n"
     "Das Übermaß – нещо на Български, 我想在apple工作1314151天～ ៛ 🦙🦙 ...end.  "
 )
-
-
-class _Log:
-    """What llama.cpp says: kept, so that an error can be told in its own words."""
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-        self._last = 0
-        self.callback = llama_cpp.llama_log_callback(self._hear)  # must live as long as llama.cpp may call it
-
-    def _hear(self, level: int, text: bytes, _: Any) -> None:
-        self._last = self._last if level == _SAME else level
-        if self._last == _ERROR:
-            self.errors.append(text.decode(errors="replace").strip())
-
-    def listen(self) -> None:
-        self.errors.clear()
-        llama_cpp.llama_log_set(self.callback, ctypes.c_void_p(0))
-
-    def said(self) -> str:
-        return "; ".join(error for error in self.errors if error) or "it said nothing"
-
-
-LOG = _Log()
 
 
 @dataclass(frozen=True)
@@ -89,7 +64,7 @@ class GgufRuntime:
         self._free: Any = None
         self._room = (0, 0)  # tokens and sequences
         on_gpu = bool(llama_cpp.llama_supports_gpu_offload())
-        self.about = About(
+        self.info = RuntimeInfo(
             "llama-cpp-python",
             llama_cpp.__version__,
             "cuda" if on_gpu else "cpu",

@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tasks.device import cpu_name
 from tasks.errors import TaskError
-from tasks.runtimes import About, Question, Score
+from tasks.hardware import cpu_name
+from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.runtimes.batches import batches
 
 GRAPH, CONFIG = "model.onnx", "genai_config.json"
@@ -51,7 +51,7 @@ class OnnxRuntime:
         self._threads = torch.get_num_threads()
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
         version = f"{onnxruntime_genai.__version__} (onnxruntime {onnxruntime.__version__})"
-        self.about = About("onnxruntime-genai", version, "cpu", ARITHMETIC, self._threads, cpu_name())
+        self.info = RuntimeInfo("onnxruntime-genai", version, "cpu", ARITHMETIC, self._threads, cpu_name())
         self.fast = True
         self.note: str | None = None
         self._head: int = _json(directory / CONFIG)["model"]["decoder"]["head_size"]

@@ -25,8 +25,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tasks.device import compute_device, processor_name
-from tasks.runtimes import About, Question, Score
+from tasks.device import compute_device
+from tasks.hardware import processor_name
+from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.runtimes.batches import batches
 from tasks.runtimes.dense import load_dense
 from tasks.runtimes.w8a8 import use_integers
@@ -42,7 +43,7 @@ class TransformersRuntime:
         method = config.get("quantization_config", {}).get("quant_method")
         self.model: Any = _load(directory, getattr(torch, dtype), method).to(device).eval()
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
-        self.about = About(
+        self.info = RuntimeInfo(
             "transformers", transformers.__version__, device, dtype, torch.get_num_threads(), processor_name()
         )
         integers = device == "cpu" and use_integers(self.model)

@@ -11,35 +11,9 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy, QuantizationType
 from torch import Tensor, nn
 
+from tasks.activation_rounding import HIGHEST, LOWEST, Activations
+
 _BITS = 8
-_LOW, _HIGH = -128, 127
-_TINY = torch.finfo(torch.float32).eps  # compressed-tensors' scale of a token that is all zeros
-
-
-class Activations:
-    """Quantizes what linear layers read; layers that read the same tensor one after another share the work."""
-
-    def __init__(self, symmetric: bool) -> None:
-        self.symmetric = symmetric
-        self._last: tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]] | None = None
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """float [..., channels] -> int8 [tokens, channels], scales [tokens, 1], zero points [tokens, 1] or None."""
-        if self._last is None or self._last[0] is not x:
-            self._last = (x, self._quantize(x.flatten(0, -2).float()))
-        return self._last[1]
-
-    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # six times as fast as aminmax
-        if self.symmetric:
-            scale = torch.maximum(-low, high).div_((_HIGH - _LOW) / 2)
-            scale = scale.masked_fill_(scale == 0, _TINY)
-            return (x / scale).round_().clamp_(_LOW, _HIGH).to(torch.int8), scale, None
-        low, high = low.clamp_(max=0), high.clamp_(min=0)  # zero must be on the grid
-        scale = (high - low).div_(_HIGH - _LOW)
-        scale = scale.masked_fill_(scale == 0, _TINY)
-        zero = (_LOW - low / scale).round_().clamp_(_LOW, _HIGH)
-        return (x / scale).add_(zero).round_().clamp_(_LOW, _HIGH).to(torch.int8), scale, zero
 
 
 class Int8Linear(nn.Module):
@@ -106,7 +80,7 @@ def _fits(scheme: QuantizationScheme) -> bool:
 
 def _exact() -> bool:
     """Whether the product of the largest integers is right here; where pairs are summed in 16 bits, it is not."""
-    for low, high in ((_LOW, _LOW), (_LOW, _HIGH), (_HIGH, _HIGH)):
+    for low, high in ((LOWEST, LOWEST), (LOWEST, HIGHEST), (HIGHEST, HIGHEST)):
         a = torch.full((32, 64), low, dtype=torch.int8)
         b = torch.full((64, 32), high, dtype=torch.int8)
         if not torch._int_mm(a, b).eq(64 * low * high).all():

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks.bos import begins_with_bos
 from tasks.errors import TaskError
 from tasks.settings import DataSource
-from tasks.text import SEPARATOR, documents
+from tasks.text.bos import begins_with_bos
+from tasks.text.documents import SEPARATOR, documents
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, Span, output_error, row_parts, whole_span
+from tasks.grid import ClipRange, Grid, full_range
+from tasks.solvers import output_error, row_parts
 from tasks.solvers.rtn import solve as round_to_nearest
 
 SCALE_TRIALS = 20
@@ -43,8 +44,8 @@ def _importance(weight: Tensor, grid: Grid) -> Tensor:
     return (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).view(weight.shape).mean(0)
 
 
-def search_clip(weight: Tensor, gram: Tensor, grid: Grid) -> Span:
-    """What to span of each group, for the least error of its output.
+def search_clip(weight: Tensor, gram: Tensor, grid: Grid) -> ClipRange:
+    """What to clip_range of each group, for the least error of its output.
 
     Tried are shares of the largest magnitude, as in the paper, and then each end by itself, moved a little.
     """
@@ -56,9 +57,9 @@ def search_clip(weight: Tensor, gram: Tensor, grid: Grid) -> Span:
     return torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])
 
 
-def _search_clip(weight: Tensor, own: Tensor, grid: Grid) -> Span:
+def _search_clip(weight: Tensor, own: Tensor, grid: Grid) -> ClipRange:
     """Of some rows. own: [groups, size, size], of each group's inputs."""
-    best = low, high = whole = whole_span(weight, grid)
+    best = low, high = whole = full_range(weight, grid)
     least = torch.full_like(low, torch.inf)
 
     def attempt(low: Tensor, high: Tensor) -> None:

@@ -8,20 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, Rounded, Span, fit_grid, one_thread
+from tasks.grid import ClipRange, Grid, QuantizedWeight, fit_grid
+from tasks.solvers import one_thread
 
 BLOCK = 64  # columns whose errors reach the rest of the weight together; changes no result beyond rounding
 
 
 def solve(
-    weight: Tensor, gram: Tensor, grid: Grid, *, act_order: bool, damping: float = 0.0, span: Span | None = None
-) -> Rounded:
+    weight: Tensor,
+    gram: Tensor,
+    grid: Grid,
+    *,
+    act_order: bool,
+    damping: float = 0.0,
+    clip_range: ClipRange | None = None,
+) -> QuantizedWeight:
     """Round `weight` [rows, width], whose inputs have the Gram matrix `gram` [width, width].
 
     act_order: the columns with the largest activations first, on the grid of the weight as it was ("static").
-    damping: share of the Gram matrix' mean diagonal that is added to it. span: as in `fit_grid`.
+    damping: share of the Gram matrix' mean diagonal that is added to it. clip_range: as in `fit_grid`.
     """
-    scales, zeros = fit_grid(weight, grid, span)
+    scales, zeros = fit_grid(weight, grid, clip_range)
     width = weight.shape[1]
     diagonal = gram.diagonal()
     dead = diagonal == 0
@@ -44,7 +51,7 @@ def solve(
         rest[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(width, device=order.device)
-    return Rounded(integers[back].T.contiguous().to(torch.uint8), scales, zeros)
+    return QuantizedWeight(integers[back].T.contiguous().to(torch.uint8), scales, zeros)
 
 
 def _inverse_factor(gram: Tensor, dead: Tensor, damping: float, order: Tensor) -> Tensor:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, Rounded, one_thread, output_error, row_parts
+from tasks.grid import Grid, QuantizedWeight
+from tasks.solvers import one_thread, output_error, row_parts
 
 BLOCK = 64  # columns whose changes reach the rest together; changes no result beyond rounding
 CHUNK = 1 << 24  # numbers of the least squares' matrices in memory at once
 DAMPING = 1e-4  # of the least squares, towards the scales as they are: share of the mean diagonal
 
 
-def refine(weight: Tensor, gram: Tensor, grid: Grid, solved: Rounded, rounds: int) -> Rounded:
+def refine(weight: Tensor, gram: Tensor, grid: Grid, solved: QuantizedWeight, rounds: int) -> QuantizedWeight:
     """`solved`, or what is better: no row's error grows.
 
     weight: [rows, width] as it should be; gram: [width, width] of its inputs. A round is both steps.
@@ -26,22 +27,24 @@ def refine(weight: Tensor, gram: Tensor, grid: Grid, solved: Rounded, rounds: in
     weight = weight.float()
     error = output_error(solved.weight() - weight, gram)
     for _ in range(rounds):
-        fitted = Rounded(solved.integers, _fit_scales(weight, gram, solved), solved.zeros)
+        fitted = QuantizedWeight(solved.integers, _fit_scales(weight, gram, solved), solved.zeros)
         solved, error = _better(weight, gram, solved, error, fitted)
         solved, error = _better(weight, gram, solved, error, _descend(weight, gram, grid, solved))
     return solved
 
 
-def _better(weight: Tensor, gram: Tensor, old: Rounded, error: Tensor, new: Rounded) -> tuple[Rounded, Tensor]:
+def _better(
+    weight: Tensor, gram: Tensor, old: QuantizedWeight, error: Tensor, new: QuantizedWeight
+) -> tuple[QuantizedWeight, Tensor]:
     """Of each row the one with the smaller error, [rows] that of `old`; and its error."""
     found = output_error(new.weight() - weight, gram)
     keep = found < error
     rows = keep[:, None]
     integers, scales = torch.where(rows, new.integers, old.integers), torch.where(rows, new.scales, old.scales)
-    return Rounded(integers, scales, old.zeros), torch.where(keep, found, error)
+    return QuantizedWeight(integers, scales, old.zeros), torch.where(keep, found, error)
 
 
-def _fit_scales(weight: Tensor, gram: Tensor, solved: Rounded) -> Tensor:
+def _fit_scales(weight: Tensor, gram: Tensor, solved: QuantizedWeight) -> Tensor:
     """The scales with the least error for these integers, [rows, groups] in the dtype of the old ones.
 
     A row's weight is linear in its scales: sum over the groups g of s_g q_g, with q the integers less their zeros. The
@@ -66,7 +69,7 @@ def _fit_scales(weight: Tensor, gram: Tensor, solved: Rounded) -> Tensor:
     return torch.where(fitted > 0, fitted, solved.scales)
 
 
-def _descend(weight: Tensor, gram: Tensor, grid: Grid, solved: Rounded) -> Rounded:
+def _descend(weight: Tensor, gram: Tensor, grid: Grid, solved: QuantizedWeight) -> QuantizedWeight:
     """Column by column, the integer that is best while all others stay as they are."""
     size = weight.shape[1] // solved.scales.shape[1]
     # a column is a row in memory
@@ -88,4 +91,4 @@ def _descend(weight: Tensor, gram: Tensor, grid: Grid, solved: Rounded) -> Round
         # the block's own slope is up to date
         step = change[start:end] - before
         slope[end:].addmm_(gram[end:, start:end], step)
-    return Rounded(integers.T.contiguous().to(torch.uint8), solved.scales, solved.zeros)
+    return QuantizedWeight(integers.T.contiguous().to(torch.uint8), solved.scales, solved.zeros)

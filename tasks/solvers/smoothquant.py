@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid
+from tasks.grid import Grid
 
 # a scale for each row; integers from -128 to 127 are 0 to 255 here
 INT8 = Grid(bits=8, group_size=None, symmetric=True, dtype=torch.float32)

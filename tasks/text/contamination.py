@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.errors import TaskError
 from tasks.settings import DataSource, Overlap
-from tasks.text import records, words
+from tasks.text.documents import records, words
 
 NAMED = 10  # items that a message or report names; the count is complete
 

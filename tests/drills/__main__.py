@@ -1,6 +1,6 @@
-"""`python -m drills`: break runs of a toy pipeline in every way that happens, and say what came back.
+"""`python -m tests.drills`: break runs of a toy pipeline in every way that happens, and say what came back.
 
-python -m drills --only flow --only cache --rounds 3 --seed 7
+python -m tests.drills --only flow --only cache --rounds 3 --seed 7
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from drills import away, damage, disk, kills, service
-from drills import toy as pipeline
-from drills.processes import below, strike
-from drills.yard import Tally, Yard
+from tests.drills import away, damage, disk, kills, service
+from tests.drills import toy as pipeline
+from tests.drills.processes import below, strike
+from tests.drills.yard import Tally, Yard
 from tests.waiting import halted
 
 DRILLS: dict[str, Callable[[Yard], Tally]] = {
@@ -74,7 +74,7 @@ def main(
 
 
 def _hold(base: Path, chosen: list[str], rounds: int, seed: int) -> list[Tally]:
-    from flows.local import quiet, server
+    from flows.server.ephemeral import quiet, server
 
     home = base / "server"
     home.mkdir()
@@ -117,7 +117,7 @@ def _end_all(root: Path) -> None:
 
 
 def _dice(seed: int, name: str) -> random.Random:
-    return random.Random(f"{seed} {name}")  # noqa: S311 - to be thrown again, not to be secret
+    return random.Random(f"{seed} {name}")
 
 
 def _timed(yard: Yard) -> Tally:

@@ -10,9 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from drills import toy as pipeline
-from drills.processes import PATIENCE
-from drills.yard import Tally, Yard, last_line
+from tests.drills import toy as pipeline
+from tests.drills.processes import PATIENCE
+from tests.drills.yard import Tally, Yard, last_line
 from tests.functional.toy import PROJECT
 from tests.hub import FakeHub, Repository, running_hub
 from tests.waiting import soon
@@ -65,7 +65,7 @@ def hub_away(yard: Yard) -> Tally:
     for number in range(yard.rounds):
         folder = yard.root / f"hub-{number}"
         folder.mkdir(parents=True)
-        content = random.Random(number).randbytes(SIZE)  # noqa: S311 - bytes to be compared, no secret
+        content = random.Random(number).randbytes(SIZE)
         tally.count += 1
         losses = len(tally.lost)
         with running_hub() as hub:

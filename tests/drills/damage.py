@@ -9,8 +9,8 @@ import json
 import os
 from pathlib import Path
 
-from drills import toy as pipeline
-from drills.yard import Tally, Yard
+from tests.drills import toy as pipeline
+from tests.drills.yard import Tally, Yard
 from tests.functional.toy import Toy
 
 
@@ -85,7 +85,7 @@ def _turn_a_bit(path: Path, position: int) -> None:
 
 
 def _whole(path: Path) -> bool:
-    from flows.scrub import damaged_objects
+    from flows.doctor.cache_check import damaged_objects
 
     cache = path.parents[3]
     return path.exists() and damaged_objects(cache, lambda read, total: None) == []

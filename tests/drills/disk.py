@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from drills import toy as pipeline
-from drills.processes import orphans
-from drills.yard import Tally, Yard, last_line
+from tests.drills import toy as pipeline
+from tests.drills.processes import orphans
+from tests.drills.yard import Tally, Yard, last_line
 from tests.functional.toy import STAGES, Toy
 
 ROOM_MB = 64  # of the small file system

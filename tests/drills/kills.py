@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import psutil
 
-from drills import toy as pipeline
-from drills.processes import PATIENCE, family, is_dvc, is_server, is_stage, orphans, strike
-from drills.yard import SECONDS, Tally, Yard, finish
+from tests.drills import toy as pipeline
+from tests.drills.processes import PATIENCE, family, is_dvc, is_server, is_stage, orphans, strike
+from tests.drills.yard import SECONDS, Tally, Yard, finish
 from tests.functional.toy import STAGES, Toy
 from tests.waiting import soon
 
@@ -91,6 +91,6 @@ def _require_whole(toy: Toy, tally: Tally, stage: str, before: dict[str, str]) -
 
 def _unfinished(toy: Toy) -> list[str]:
     """The stages that DVC still has to do."""
-    from flows.plan import read_plan
+    from flows.graph.plan import read_plan
 
     return [name for name, planned in read_plan(toy.root).items() if planned.state == "changed"]

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
-from drills import toy as pipeline
-from drills.away import closed_port
-from drills.processes import PATIENCE, family, orphans, strike
-from drills.yard import Tally, Yard, last_line
-from flows.process import Process
+from flows.processes.process import Process
+from tests.drills import toy as pipeline
+from tests.drills.away import closed_port
+from tests.drills.processes import PATIENCE, family, orphans, strike
+from tests.drills.yard import Tally, Yard, last_line
 from tests.functional.toy import STAGES, Toy, cli_command, cli_env
 from tests.waiting import soon
 
@@ -134,6 +134,6 @@ def _state(api: str, run: str) -> str:
 
 def _ask(api: str, path: str, body: dict[str, Any] | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{api}{path}", data, {"Content-Type": "application/json"})  # noqa: S310
-    with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310 - this machine's own server
+    request = urllib.request.Request(f"{api}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         return json.loads(answer.read())

@@ -7,8 +7,8 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from drills import toy as pipeline
-from drills.processes import PATIENCE, orphans
+from tests.drills import toy as pipeline
+from tests.drills.processes import PATIENCE, orphans
 from tests.functional.toy import Toy, cli_command, cli_env
 from tests.waiting import halted
 

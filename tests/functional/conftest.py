@@ -32,7 +32,7 @@ def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prefect_server(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a real Prefect server with a database of its own; flows in this process use it."""
-    from flows.local import quiet, server
+    from flows.server.ephemeral import quiet, server
 
     home, other = tmp_path_factory.mktemp("prefect"), tmp_path_factory.mktemp("prefect")
     shutil.copy(prefect_database, home)

@@ -208,7 +208,16 @@ def cluster(tmp_path: Path, prefect_server: str) -> Iterator[str]:
     common = ["--scheduler-file", str(file), "--no-dashboard"]
     words = [
         ["scheduler", "--host", "127.0.0.1", "--port", "0", *common],
-        ["worker", "--nthreads", "1", "--preload", "flows.dask_worker", "--local-directory", str(tmp_path), *common],
+        [
+            "worker",
+            "--nthreads",
+            "1",
+            "--preload",
+            "flows.execution.dask_worker",
+            "--local-directory",
+            str(tmp_path),
+            *common,
+        ],
     ]
     processes = [
         subprocess.Popen([sys.executable, "-m", "dask", *line], cwd=tmp_path, env=cli_env(), start_new_session=True)

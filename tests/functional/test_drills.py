@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from drills.processes import below
+from tests.drills.processes import below
 from tests.functional.toy import PROJECT
 from tests.waiting import soon
 
@@ -19,7 +19,7 @@ from tests.waiting import soon
 @pytest.mark.slow
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupt_leaves_no_process_folder_or_disk(tmp_path: Path, sign: int, status: int) -> None:
-    command = [sys.executable, "-m", "drills", "--only", "disk", "--only", "hub"]
+    command = [sys.executable, "-m", "tests.drills", "--only", "disk", "--only", "hub"]
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     drills = subprocess.Popen(command, cwd=PROJECT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

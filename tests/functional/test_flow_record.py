@@ -10,8 +10,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from flows.plan import read_plan
-from flows.record import recorded
+from flows.graph.plan import read_plan
+from flows.tracking.mlflow_run import recorded
 from tests.functional.toy import VARIANTS, Toy
 
 LOG = logging.getLogger("test")

@@ -9,12 +9,12 @@ import signal
 import pytest
 from prefect import task
 
-from flows import stage as stage_module
-from flows.checkout import exclusive
 from flows.errors import FlowError
+from flows.execution import stage_task as stage_module
+from flows.execution.stage_task import OutOfMemoryError, StageError, TransientStageError, stage_task
+from flows.graph.plan import read_plan
 from flows.optimize import PipelineError
-from flows.plan import read_plan
-from flows.stage import OutOfMemoryError, StageError, TransientStageError, stage_task
+from flows.workspace.run_lock import exclusive
 from tests.functional.toy import STAGES, VARIANTS, Toy
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from tasks.benchmark import benchmark
 from tasks.errors import TaskError
 from tasks.export import export
-from tasks.fit import ARCHITECTURES
+from tasks.model.family import ARCHITECTURES
 from tasks.output import whole_directory, write_manifest
 from tasks.quantize import quantize
 from tasks.runtimes import Question, load_runtime
@@ -115,7 +115,7 @@ def test_it_scores_and_writes_as_transformers_does(model: Path, base: Path) -> N
     assert torch.equal(ours.generate_ids(ids, 9), theirs.generate_ids(ids, 9))
     assert torch.equal(ours.generate_ids(ids[:, :2], 3), theirs.generate_ids(ids[:, :2], 3))
     assert ours.generate("Ada repairs the", 12) == theirs.generate("Ada repairs the", 12) != ""
-    assert (ours.about.dtype, ours.about.threads, ours.fast) == ("float32", torch.get_num_threads(), True)
+    assert (ours.info.dtype, ours.info.threads, ours.fast) == ("float32", torch.get_num_threads(), True)
 
 
 def test_more_continuations_than_sequences_are_asked_in_parts(model: Path, base: Path) -> None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from flows.errors import FlowError
-from flows.local import Server, free_port, quiet, server
+from flows.server.ephemeral import Server, free_port, quiet, server
 
 
 def test_a_server_that_dies_is_started_again_and_ends_with_the_run(
@@ -47,7 +47,7 @@ def test_who_else_listens_at_its_port_is_not_taken_for_it(
     shutil.copytree(prefect_database.parent, tmp_path / ".prefect")
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         threading.Thread(target=_hang_up, args=(stranger,), daemon=True).start()
-        monkeypatch.setattr("flows.local.free_port", lambda: stranger.getsockname()[1])
+        monkeypatch.setattr("flows.server.ephemeral.free_port", lambda: stranger.getsockname()[1])
         with server(tmp_path) as prefect:
             assert prefect is not None
             with pytest.raises(FlowError, match=r"did not start: .*address already in use"):

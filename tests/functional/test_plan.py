@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flows.scale import measure
-from tasks.estimate import Job, estimate
-from tasks.machine import read_machine, write_machine
+from flows.planning.simulate import measure
 from tasks.output import write_manifest
+from tasks.planning.estimate import PlanJob, estimate
+from tasks.planning.machine import read_machine, write_machine
+from tasks.planning.shape import read_shape
 from tasks.quantize import quantize
 from tasks.settings import check_settings
-from tasks.shape import read_shape
 from tasks.statistics import collect
 from tests.functional.toy import PROJECT, Toy
 from tests.tiny import tiny_model
@@ -73,7 +73,7 @@ def test_the_stages_write_what_is_estimated(tmp_path: Path) -> None:
     values["calibration"] |= {"samples": 4, "sequence_length": 32}
     settings = check_settings(values)
     shape = read_shape(json.loads((model / "config.json").read_text()), "here")
-    job = Job(shape, settings, QUIET)
+    job = PlanJob(shape, settings, QUIET)
     report = collect(model, tmp_path / "calibration", tmp_path / "statistics", importance=True)
     assert report.bytes == pytest.approx(estimate("statistics", job).disk, rel=0.01)
     for name in ("int8", "gptq-int4", "awq-int4"):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from flows.errors import FlowError
-from flows.workspace import workspaces
+from flows.workspace.worktree import workspaces
 from tests.functional.toy import STAGES, Toy, cli_env
 
 

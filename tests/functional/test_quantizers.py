@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tasks.errors import TaskError
-from tasks.fit import ARCHITECTURES
 from tasks.formats.stored import StoredModel
+from tasks.model.family import ARCHITECTURES
 from tasks.output import checksums, whole_directory
 from tasks.quantize import quantize
-from tasks.quantizers import Job
+from tasks.quantizers import QuantizeJob
 from tasks.quantizers.libraries import awq
 from tasks.runtimes import load_runtime
 from tasks.runtimes.dense import load_dense
@@ -142,7 +142,7 @@ def test_ours_is_as_good_as_the_library(
 @pytest.mark.parametrize("method", METHODS)
 def test_only_what_has_a_kernel_calls_itself_fast(method: str, quantized: Quantized) -> None:
     runtime = load_runtime("transformers", quantized(method), "float32")
-    assert runtime.fast == (method == "int8" and runtime.about.device == "cpu")
+    assert runtime.fast == (method == "int8" and runtime.info.device == "cpu")
     assert runtime.fast == (runtime.note is None)
 
 
@@ -376,7 +376,7 @@ def test_autoawq_as_published_destroys_the_model_on_a_cpu_and_ours_does_not(
         shutil.copytree(uneven, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
         # published, the clip search only takes layers of a multiple of 64 rows; the defect is in the scale search
         settings = variant("awq", clip=False, **LIBRARY["awq"])
-        awq.press(Job(uneven, tokens, tmp_path, settings, "cpu", tmp_path / name))
+        awq.press(QuantizeJob(uneven, tokens, tmp_path, settings, "cpu", tmp_path / name))
         return perplexity(tmp_path / name)
 
     ours = awq.GramAwqQuantizer
@@ -414,7 +414,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(model: Path, calibr
 def test_a_failure_in_the_middle_leaves_what_was_there(
     model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(job: Job) -> None:
+    def fail(job: QuantizeJob) -> None:
         (job.destination / "half.safetensors").write_bytes(b"x")
         raise OSError(28, "No space left on device")
 

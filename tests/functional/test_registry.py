@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from flows.history import finished_runs
+from flows.tracking.history import finished_runs
 from tests.functional.test_press import press
 from tests.functional.toy import Toy
 

@@ -117,7 +117,7 @@ def test_a_push_that_fails_is_told_and_the_run_is_kept(
 
 
 def test_a_workspace_knows_the_remote_and_what_only_this_machine_knows_of_it(toy: Toy, tmp_path: Path) -> None:
-    from flows.remote import share_dvc
+    from flows.workspace.dvc_remote import share_dvc
 
     toy.dvc("remote", "add", "--default", "share", BUCKET)
     toy.dvc("remote", "add", "disk", "../disk")

@@ -56,7 +56,7 @@ def test_damaged_objects_and_the_links_to_them_are_made_again(toy: Toy, prefect_
 
 
 def test_damage_is_not_mended_while_a_run_is_at_work(toy: Toy) -> None:
-    from flows.checkout import exclusive
+    from flows.workspace.run_lock import exclusive
 
     toy.write("dvc.lock", "")
     with exclusive(toy.root):

@@ -10,15 +10,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from tasks.decoder import Decoder
+from tasks.grid import Grid
+from tasks.model.decoder import Decoder
 from tasks.output import whole_directory
-from tasks.quantizers import Job
+from tasks.quantizers import QuantizeJob
 from tasks.quantizers import sensitivity as module
 from tasks.quantizers.grouped import solve_layer
 from tasks.quantizers.layerwise import Layer, read_layer
 from tasks.quantizers.sensitivity import LENGTH, SEQUENCES, STATE, TRIAL, Sensitivity, measure
 from tasks.settings import AutoSettings
-from tasks.solvers import Grid, gptq, output_error
+from tasks.solvers import gptq, output_error
 from tasks.statistics import collect
 from tests.tiny import Corpus
 
@@ -26,7 +27,7 @@ GRIDS = {"4@32": Grid(4, 32, False, torch.float16), "8@64": Grid(8, 64, True, to
 
 
 @pytest.fixture(scope="module")
-def made(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def made(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> QuantizeJob:
     """A job with statistics; its destination is empty."""
     from safetensors.torch import save_file
 
@@ -39,15 +40,15 @@ def made(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) 
         save_file({"input_ids": tokens}, work / "tokens.safetensors")
     collect(folder / "source", folder / "calibration", folder / "statistics", importance=True)
     variant = AutoSettings.model_validate(yaml.safe_load(Path("params.yaml").read_text())["variants"]["auto"])
-    return Job(folder / "source", tokens, folder / "statistics", variant, "cpu", folder / "out")
+    return QuantizeJob(folder / "source", tokens, folder / "statistics", variant, "cpu", folder / "out")
 
 
 @pytest.fixture
-def job(made: Job, tmp_path: Path) -> Job:
-    return Job(made.source, made.tokens, made.statistics, made.variant, made.device, tmp_path)
+def job(made: QuantizeJob, tmp_path: Path) -> QuantizeJob:
+    return QuantizeJob(made.source, made.tokens, made.statistics, made.variant, made.device, tmp_path)
 
 
-def test_the_divergence_is_that_of_the_whole_model(job: Job) -> None:
+def test_the_divergence_is_that_of_the_whole_model(job: QuantizeJob) -> None:
     found = measure(job, GRIDS)
     model: Any = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32)
     assert len(found) == 14
@@ -79,7 +80,7 @@ def test_costs_fall_as_the_errors_do() -> None:
     assert Sensitivity({"4@64": 0.0}, 0.0).costs() == {"4@64": 0.0}
 
 
-def test_an_interrupted_run_goes_on_at_its_layer(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on_at_its_layer(job: QuantizeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = measure(job, GRIDS)
     (job.destination / STATE).unlink()
     solved = []

@@ -22,7 +22,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from flows.local import free_port
+from flows.server.ephemeral import free_port
 from tests.functional.toy import PROJECT, Toy
 from tests.waiting import soon
 

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from tasks import importance, statistics, sums, weights
-from tasks.decoder import Decoder
+from tasks import statistics, tensor_files
+from tasks.activations import gram, importance
+from tasks.activations.importance import load_importance
+from tasks.activations.store import load_statistics
 from tasks.errors import TaskError
-from tasks.fit import ARCHITECTURES
-from tasks.importance import load_importance
+from tasks.model.decoder import Decoder
+from tasks.model.family import ARCHITECTURES
 from tasks.output import checksums, resumable_directory
-from tasks.statistics import collect, load_statistics
-from tasks.weights import join
+from tasks.statistics import collect
+from tasks.tensor_files import join
 from tests.tiny import tiny_model
 
 TOKENS = torch.randint(6, 200, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -213,7 +215,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path, saved: int, mo
     save_file({"input_ids": TOKENS}, tmp_path / "calibration/tokens.safetensors")
     collect(model, tmp_path / "calibration", tmp_path / "at-once", importance=True)
     files: list[str] = []
-    real = weights.save
+    real = tensor_files.save
 
     def save(tensors: dict[str, Tensor], path: Path, *more: Any) -> None:
         if len(files) == saved:
@@ -222,7 +224,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path, saved: int, mo
         files.append(path.name)
         real(tensors, path, *more)
 
-    for module in (importance, sums):
+    for module in (importance, gram):
         monkeypatch.setattr(module, "save", save)
     with pytest.raises(KeyboardInterrupt):
         collect(model, tmp_path / "calibration", tmp_path / "out", importance=True)

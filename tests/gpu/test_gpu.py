@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks import statistics
-from tasks.device import compute_device, peak_memory, processor_name
+from tasks.activations.store import load_statistics
+from tasks.device import compute_device
+from tasks.hardware import peak_memory, processor_name
 from tasks.output import checksums
-from tasks.quantizers import Job, quantizer
+from tasks.quantizers import QuantizeJob, quantizer
 from tasks.runtimes import load_runtime, transformers
 from tasks.settings import Variant, load_settings
-from tasks.statistics import collect, load_statistics
+from tasks.statistics import collect
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -104,7 +106,9 @@ def test_the_same_statistics_twice(llama: Path, calibration: Path, tmp_path: Pat
 def _press(llama: Path, calibration: Path, variant: Variant, destination: Path) -> Path:
     destination.mkdir()
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
-    quantizer(variant).press(Job(llama, tokens, destination.parent / "statistics", variant, "cuda", destination))
+    quantizer(variant).press(
+        QuantizeJob(llama, tokens, destination.parent / "statistics", variant, "cuda", destination)
+    )
     for file in llama.glob("tokenizer*"):
         (destination / file.name).write_bytes(file.read_bytes())
     return destination

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tasks.benchmark
 from tasks.benchmark import BenchmarkReport, benchmark
-from tasks.runtimes import About
+from tasks.runtimes import RuntimeInfo
 from tasks.settings import BenchmarkSettings
 
 SETTINGS = BenchmarkSettings(dtype="float32", prompt_tokens=10, new_tokens=5, batch_size=2, repeats=3)
@@ -41,8 +41,8 @@ class Machine:
             self.now += lap * self.slower[name] * (PROMPT + TOKEN * (new_tokens - 1))
             return torch.cat([ids, ids[:, :1].repeat(1, new_tokens)], 1)
 
-        about = About("engine", "1", "cpu", "float32", 2, "processor")
-        return SimpleNamespace(generate_ids=generate, fast=self.fast, note=None, about=about, tokenizer=range(100))
+        about = RuntimeInfo("engine", "1", "cpu", "float32", 2, "processor")
+        return SimpleNamespace(generate_ids=generate, fast=self.fast, note=None, info=about, tokenizer=range(100))
 
     def peak(self, _device: str) -> int:
         self.done.append("memory")

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from tasks.calibrate import calibrate, shares
 from tasks.errors import TaskError
 from tasks.output import checksums
-from tasks.overlap import check_overlap, find_overlap, ngrams
 from tasks.settings import CalibrationSettings, DataSource, Overlap
+from tasks.text.contamination import check_overlap, find_overlap, ngrams
 from tests.tiny import Corpus
 
 LENGTH = 32

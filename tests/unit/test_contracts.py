@@ -13,8 +13,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from tasks.catalogue import local_tasks
 from tasks.quantize import LIBRARIES
+from tasks.scoring.eval_tasks import local_tasks
 from tasks.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,8 @@ import psutil
 import pytest
 import torch
 
-from tasks.device import fast_dtype, release_memory
+from tasks.device import fast_dtype
+from tasks.hardware import release_memory
 
 
 @pytest.mark.parametrize(

@@ -8,21 +8,23 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from flows.schedule import threads_of
-from tasks import estimate as plan
-from tasks import solvers, sums
-from tasks.catalogue import local_tasks
-from tasks.decoder import Decoder
-from tasks.device import current_memory
+from flows.graph.schedule import threads_of
+from tasks import solvers
+from tasks.activations import gram
 from tasks.errors import TaskError
-from tasks.estimate import Job, estimate, linear_bytes, statistics_bytes, variant_bytes
 from tasks.formats.awq_gemm import pack_gemm
 from tasks.formats.compressed import pack_bytes, pack_words
-from tasks.machine import Machine, check_machine, read_machine, write_machine
+from tasks.grid import Grid
+from tasks.hardware import current_memory
+from tasks.model.decoder import Decoder
+from tasks.planning import estimate as plan
+from tasks.planning.estimate import PlanJob, estimate, linear_bytes, statistics_bytes, variant_bytes
+from tasks.planning.machine import Machine, check_machine, read_machine, write_machine
+from tasks.planning.shape import Shape, read_shape
 from tasks.quantizers import sensitivity
+from tasks.scoring.eval_tasks import local_tasks
 from tasks.settings import GgufSettings, NoneSettings, Settings, Variant, check_settings, load_settings
-from tasks.shape import Shape, read_shape
-from tasks.solvers import Grid, awq, gptq, rtn
+from tasks.solvers import awq, gptq, rtn
 from tasks.solvers.smoothquant import INT8
 from tasks.statistics import estimate_bytes
 from tests.tiny import tiny_model
@@ -70,8 +72,8 @@ SMOLLM2 = LLAMA_2_7B | {
 }
 
 
-def job(config: dict[str, Any], settings: Settings = SETTINGS, machine: Machine = QUIET, threads: int = 1) -> Job:
-    return Job(read_shape(config, "here"), settings, machine.share(threads))
+def job(config: dict[str, Any], settings: Settings = SETTINGS, machine: Machine = QUIET, threads: int = 1) -> PlanJob:
+    return PlanJob(read_shape(config, "here"), settings, machine.share(threads))
 
 
 def changed(**changes: Any) -> Settings:
@@ -106,7 +108,7 @@ def test_the_counts_are_those_of_the_solvers() -> None:
     assert (plan.SCALE_TRIALS, plan.ROWS) == (awq.SCALE_TRIALS, awq.ROWS)
     assert len(awq.CLIP_SHARES) + 4 * len(awq.CLIP_STEPS) == plan.CLIP_TRIALS
     assert solvers.PART == plan.PART
-    assert (gptq.BLOCK, sums.BLOCK) == (plan.BLOCK, plan.SUMMED)
+    assert (gptq.BLOCK, gram.BLOCK) == (plan.BLOCK, plan.SUMMED)
     assert sensitivity.SEQUENCES * sensitivity.LENGTH == plan.STREAM
     assert sensitivity.FINE == plan.FINE
     assert set(plan.ITEMS) == set(local_tasks(ROOT / "evals"))

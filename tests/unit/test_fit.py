@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from tasks.errors import TaskError
-from tasks.fit import check_fit, linear_shapes
+from tasks.model.compatibility import check_fit
+from tasks.model.linears import linear_shapes
 from tasks.settings import AutoSettings, AwqSettings, GptqSettings
 
 VARIANTS = yaml.safe_load(Path("params.yaml").read_text())["variants"]

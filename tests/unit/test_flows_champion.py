@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flows.champion import Contender, why_not
+from flows.tracking.champion import Contender, why_not
 from tasks.settings import GateSettings
 
 GATE = GateSettings(four_bit=0.95, eight_bit=0.98, confidence=0.95, resamples=1000)

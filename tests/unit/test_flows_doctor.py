@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.doctor import Finding, examine
-from flows.dvc_state import check_dvc, damage
+from flows.doctor.examine import Finding, examine
 from flows.errors import FlowError
-from flows.overrides import override
+from flows.graph.dvc_state import check_dvc, damage
+from flows.graph.params_file import override
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from flows.facts import flatten, git_tags, lock_hash, numbers, variant_facts
+from flows.graph.dvc_lock import lock_hash
+from flows.tracking.run_facts import flatten, git_tags, numbers, variant_facts
 
 
 def test_settings_become_dotted_names() -> None:

@@ -14,8 +14,14 @@ HEAVY = {"torch", "transformers", "llmcompressor", "compressed_tensors", "awq", 
 CONDUCTORS = {"prefect", "dvc", "mlflow", "flows"}
 # pure modules without a model library
 SHARED = {
-    *("tasks.settings", "tasks.errors", "tasks.verdict", "tasks.catalogue", "tasks.wording"),
-    *("tasks.estimate", "tasks.machine", "tasks.shape"),
+    *(
+        "tasks.settings",
+        "tasks.errors",
+        "tasks.reporting.verdict",
+        "tasks.scoring.eval_tasks",
+        "tasks.reporting.number_format",
+    ),
+    *("tasks.planning.estimate", "tasks.planning.machine", "tasks.planning.shape"),
 }
 
 
@@ -52,7 +58,7 @@ def test_only_the_plan_and_the_overrides_read_dvc_from_inside() -> None:
 
 
 def test_the_flow_loads_no_model_library_by_way_of_others() -> None:
-    ours = "flows.optimize, flows.press, flows.doctor, flows.cli"
+    ours = "flows.optimize, flows.press, flows.doctor.examine, flows.cli"
     code = f"import {ours}, sys; sys.exit(', '.join({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert done.stderr.strip() == ""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.kept import KEPT, kept, recover
+from flows.execution.output_backup import KEPT, kept, recover
 
 
 def _model(root: Path, text: str) -> None:
@@ -84,7 +84,7 @@ def test_a_copy_that_was_not_finished_is_never_put_back(tmp_path: Path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr("flows.kept.os.replace", fail)  # killed after linking, before the copy counts
+        patch.setattr("flows.execution.output_backup.os.replace", fail)  # killed after linking, before the copy counts
         kept(tmp_path, "stage@a", OUTS).__enter__()
     _remove(tmp_path)
     assert recover(tmp_path) == []

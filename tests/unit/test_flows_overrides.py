@@ -9,7 +9,7 @@ import yaml
 
 from flows.cli import run
 from flows.errors import FlowError
-from flows.overrides import override, read_settings
+from flows.graph.params_file import override, read_settings
 
 PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.process import Process, Stopped, TimedOut, stopped_on_error
+from flows.processes.process import Process, Stopped, TimedOut, stopped_on_error
 
 # a command with a child of its own that does not heed SIGTERM
 STUBBORN = """
@@ -40,7 +40,7 @@ def test_output_comes_as_it_is_written_and_the_status_at_the_end(tmp_path: Path)
 
 
 def test_too_long_is_told_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.process.GRACE", 0.5)
+    monkeypatch.setattr("flows.processes.process.GRACE", 0.5)
     pids: list[int] = []
     timed_out = False
     with _process(STUBBORN, tmp_path) as process:
@@ -70,7 +70,7 @@ def test_a_killed_owner_takes_the_whole_group_along(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 from pathlib import Path
-from flows.process import Process
+from flows.processes.process import Process
 with Process([sys.executable, "-c", {STUBBORN!r}], Path("."), dict(os.environ)) as process:
     for chunk in process.chunks():
         print(chunk.decode(), flush=True)
@@ -105,7 +105,7 @@ child.wait()
     code = f"""
 import fcntl, os, sys
 from pathlib import Path
-from flows.process import Process
+from flows.processes.process import Process
 lock = open("lock", "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
 with Process([sys.executable, "-c", {command!r}], Path("."), dict(os.environ), keep=[lock.fileno()]) as process:

@@ -4,7 +4,7 @@ import io
 
 from tqdm import tqdm
 
-from flows.progress import Lines
+from flows.execution.log_lines import Lines
 
 
 class Clock:

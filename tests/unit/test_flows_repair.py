@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from flows import git_locks
-from flows.checkout import exclusive
-from flows.doctor import Finding, examine
+from flows.doctor import git_locks
+from flows.doctor.cache_check import damaged_objects, links_to
+from flows.doctor.examine import Finding, examine
+from flows.doctor.repair import OPENING, repair
 from flows.errors import FlowError
-from flows.repair import OPENING, repair
-from flows.scrub import damaged_objects, links_to
-from flows.workspace import git
+from flows.workspace.git import git
+from flows.workspace.run_lock import exclusive
 from tests.waiting import soon
 
 LOCK = "schema: '2.0'\nstages:\n  a:\n    cmd: x\n    outs:\n    - path: models/a\n      md5: 00\n"

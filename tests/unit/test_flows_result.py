@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from flows.result import result
-from tasks.summary import summarize
+from flows.tracking.result_markdown import result
+from tasks.reporting.summary import summarize
 from tests.unit.measured import GATE, made_up
 
 VARIANTS: dict[str, dict[str, Any]] = {

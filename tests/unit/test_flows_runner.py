@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from flows import pulse
 from flows.errors import FlowError
-from flows.pulse import LOOKS, beating, gone
-from flows.runner import CLUSTER_ENV, RUNNER_ENV, Place, RunnerName, place_of, task_runner
+from flows.execution import heartbeat
+from flows.execution.heartbeat import LOOKS, beating, gone
+from flows.execution.runner import CLUSTER_ENV, RUNNER_ENV, Executor, RunnerName, executor_of, task_runner
 
 
 @pytest.fixture(autouse=True)
@@ -20,21 +20,21 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert place_of(None) == Place()
+    assert executor_of(None) == Executor()
     monkeypatch.setenv(RUNNER_ENV, "dask")
     monkeypatch.setenv(CLUSTER_ENV, "tcp://scheduler:8786")
-    assert place_of(None) == Place(RunnerName.dask, "tcp://scheduler:8786")
+    assert executor_of(None) == Executor(RunnerName.dask, "tcp://scheduler:8786")
     # the address is of a Dask cluster
-    assert place_of(RunnerName.ray) == Place(RunnerName.ray)
-    assert place_of(RunnerName.threads) == Place()
+    assert executor_of(RunnerName.ray) == Executor(RunnerName.ray)
+    assert executor_of(RunnerName.threads) == Executor()
 
 
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FlowError, match=r"found the cluster tcp://x with the runner threads.*--runner dask"):
-        Place(cluster="tcp://x")
+        Executor(cluster="tcp://x")
     monkeypatch.setenv(RUNNER_ENV, "slurm")
     with pytest.raises(FlowError, match="MODELPRESS_RUNNER is slurm; expected one of threads, dask, ray"):
-        place_of(None)
+        executor_of(None)
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,11 @@ def test_a_missing_extra_is_said_with_what_to_run(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(FlowError, match=rf"pip install 'modelpress\[{runner.value}\]'"):
-        task_runner(Place(runner), 2, tmp_path)
+        task_runner(Executor(runner), 2, tmp_path)
 
 
 def test_the_pulse_is_felt_while_the_body_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "LOOK", 0.0)
+    monkeypatch.setattr(heartbeat, "LOOK", 0.0)
     with beating(tmp_path, "run") as path:
         is_gone = gone(path)
         assert not is_gone()
@@ -57,7 +57,7 @@ def test_the_pulse_is_felt_while_the_body_runs(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_pulse_that_stands_still_is_gone_after_many_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "LOOK", 0.0)
+    monkeypatch.setattr(heartbeat, "LOOK", 0.0)
     path = tmp_path / "run"
     path.write_text("7")
     is_gone = gone(path)
@@ -68,8 +68,8 @@ def test_a_pulse_that_stands_still_is_gone_after_many_looks(tmp_path: Path, monk
 
 
 def test_a_new_run_ends_what_a_killed_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "LOOK", 0.0)
-    left = tmp_path / pulse.PULSES / "killed"
+    monkeypatch.setattr(heartbeat, "LOOK", 0.0)
+    left = tmp_path / heartbeat.PULSES / "killed"
     left.parent.mkdir(parents=True)
     left.write_text("7")
     with beating(tmp_path, "run"):

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows import scale as scales
 from flows.errors import FlowError
-from flows.scale import Scale, read_model, read_or_measure, scale
-from flows.scale_table import duration, lines
-from flows.schedule import runs_alone
-from tasks.machine import Machine, check_machine, read_machine, write_machine
-from tasks.shape import read_shape
+from flows.graph.schedule import runs_alone
+from flows.planning import simulate as scales
+from flows.planning.simulate import Scale, read_model, read_or_measure, scale
+from flows.planning.table import duration, lines
+from tasks.planning.machine import Machine, check_machine, read_machine, write_machine
+from tasks.planning.shape import read_shape
 from tests.unit.test_estimate import QUIET, SETTINGS, SMOLLM2
 from tests.unit.test_shape import LLAMA_2_7B, MIXTRAL_8X7B
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from flows.schedule import doomed, startable, threads_of
+from flows.graph.schedule import doomed, startable, threads_of
 
 GRAPH = {
     "download": (),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flows.words import last_word, stage_environment
+from flows.processes.run_module import last_word, stage_environment
 
 
 @pytest.mark.parametrize(

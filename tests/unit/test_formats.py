@@ -18,15 +18,15 @@ from tasks.formats.compressed import (
     unpack_words,
     words_config,
 )
-from tasks.solvers import Grid, Rounded
+from tasks.grid import Grid, QuantizedWeight
 
 ROWS, WIDTH, GROUP = 64, 128, 32
 
 
-def solved(bits: int = 4, group: int = GROUP) -> Rounded:
+def solved(bits: int = 4, group: int = GROUP) -> QuantizedWeight:
     random = torch.Generator().manual_seed(0)
     groups = WIDTH // group
-    return Rounded(
+    return QuantizedWeight(
         torch.randint(0, 2**bits, (ROWS, WIDTH), generator=random, dtype=torch.uint8),
         torch.rand(ROWS, groups, generator=random).half() + 0.5,
         torch.randint(0, 2**bits, (ROWS, groups), generator=random, dtype=torch.uint8),
@@ -55,7 +55,7 @@ def test_bytes_hold_every_integer() -> None:
     assert packed["weight_scale"].dtype == torch.float32
 
 
-def same(one: Rounded, other: Rounded) -> bool:
+def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
     pairs = ((one.integers, other.integers), (one.scales.float(), other.scales.float()), (one.zeros, other.zeros))
     return all(torch.equal(a, b) for a, b in pairs)
 
@@ -65,10 +65,10 @@ def same(one: Rounded, other: Rounded) -> bool:
 def test_what_is_read_back_is_what_was_solved(bits: int, symmetric: bool) -> None:
     one = solved(bits)
     if symmetric:
-        one = Rounded(one.integers, one.scales, torch.full_like(one.zeros, 2 ** (bits - 1)))
+        one = QuantizedWeight(one.integers, one.scales, torch.full_like(one.zeros, 2 ** (bits - 1)))
     found, width = unpack_words(pack_words(one, Grid(bits, GROUP, symmetric, torch.float16)))
     assert (width, same(found, one)) == (bits, True)
-    shifted = Rounded(one.integers, one.scales, one.zeros.clamp(min=1))
+    shifted = QuantizedWeight(one.integers, one.scales, one.zeros.clamp(min=1))
     packed = pack_autogptq(shifted, bits)
     assert packed["qweight"].shape == (WIDTH * bits // 32, ROWS)
     assert packed["qzeros"].shape == (WIDTH // GROUP, ROWS * bits // 32)
@@ -77,7 +77,7 @@ def test_what_is_read_back_is_what_was_solved(bits: int, symmetric: bool) -> Non
 
 def test_what_is_read_back_of_bytes_and_gemm_is_what_was_solved() -> None:
     row = solved(bits=8, group=WIDTH)
-    row = Rounded(row.integers, row.scales, torch.full_like(row.zeros, 128))
+    row = QuantizedWeight(row.integers, row.scales, torch.full_like(row.zeros, 128))
     packed = pack_bytes(row)
     assert same(unpack_bytes(packed["weight"], packed["weight_scale"]), row)
     one = solved()

@@ -18,24 +18,24 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tasks.errors import TaskError
 from tasks.exporters.gguf import check_gguf
-from tasks.formats import words
-from tasks.formats.gguf_blocks import block_type, pack_blocks
-from tasks.formats.gguf_model import _llama3_factors, check_family, write_gguf
-from tasks.formats.gguf_vocabulary import rule_for_words
+from tasks.formats.gguf.blocks import block_type, pack_blocks
+from tasks.formats.gguf.file import _llama3_factors, check_family, write_gguf
+from tasks.formats.gguf.vocabulary import rule_for_words
 from tasks.formats.stored import StoredModel
+from tasks.grid import QuantizedWeight
+from tasks.reporting.summary import _flattered
 from tasks.runtimes.transformers import TransformersRuntime
 from tasks.settings import check_settings, load_settings
-from tasks.solvers import Rounded
-from tasks.summary import _flattered
+from tasks.text import pretokenizer_rules
 from tests.mixed import GRIDS, mixed_model
 
 ROWS, WIDTH = 6, 128
 
 
-def solved(bits: int, group: int, middle: bool) -> Rounded:
+def solved(bits: int, group: int, middle: bool) -> QuantizedWeight:
     numbers = torch.Generator().manual_seed(bits)
     groups = WIDTH // group
-    return Rounded(
+    return QuantizedWeight(
         torch.randint(2**bits, (ROWS, WIDTH), generator=numbers, dtype=torch.uint8),
         (torch.rand(ROWS, groups, generator=numbers) / 50 + 1e-3).half(),
         torch.full((ROWS, groups), 2 ** (bits - 1), dtype=torch.uint8)
@@ -44,7 +44,7 @@ def solved(bits: int, group: int, middle: bool) -> Rounded:
     )
 
 
-def read_back(one: Rounded, kind: Type) -> Tensor:
+def read_back(one: QuantizedWeight, kind: Type) -> Tensor:
     return torch.from_numpy(gguf.quants.dequantize(pack_blocks(one, kind), kind))
 
 
@@ -86,13 +86,13 @@ def test_eight_bits_with_zeros_of_their_own_are_rounded_anew() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(shape: tuple[int, int], groups: int, bits: int, message: str) -> None:
-    one = Rounded(torch.zeros(shape, dtype=torch.uint8), torch.ones(4, groups), torch.zeros(4, groups).byte())
+    one = QuantizedWeight(torch.zeros(shape, dtype=torch.uint8), torch.ones(4, groups), torch.zeros(4, groups).byte())
     with pytest.raises(TaskError, match=f"model.layers.0.mlp.up_proj has {message}"):
         block_type("model.layers.0.mlp.up_proj", one, bits)
 
 
 def test_a_scale_beyond_float16_is_refused() -> None:
-    one = Rounded(torch.zeros(1, 32, dtype=torch.uint8), torch.tensor([[1e6]]), torch.full((1, 1), 8).byte())
+    one = QuantizedWeight(torch.zeros(1, 32, dtype=torch.uint8), torch.tensor([[1e6]]), torch.full((1, 1), 8).byte())
     with pytest.raises(TaskError, match="1e\\+06, too large"):
         pack_blocks(one, Type.Q4_0)
 
@@ -205,8 +205,8 @@ GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
     [
         (bpe(steps=[GPT2]), "gpt-2"),
         (bpe(steps=[pre_tokenizers.Digits(individual_digits=True), GPT2]), "smollm"),
-        (bpe(steps=split(words.LLAMA3)), "llama-bpe"),
-        (bpe(steps=split(words.QWEN2), normalizer=normalizers.NFC()), "qwen2"),
+        (bpe(steps=split(pretokenizer_rules.LLAMA3)), "llama-bpe"),
+        (bpe(steps=split(pretokenizer_rules.QWEN2), normalizer=normalizers.NFC()), "qwen2"),
         (bpe(byte_fallback=True, normalizer=normalizers.Prepend("\u2581")), None),
     ],
 )

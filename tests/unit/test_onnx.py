@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tasks.activations.store import load_statistics
 from tasks.errors import TaskError
 from tasks.export import export
 from tasks.exporters.onnx import FLOATS, GRAPH, INTEGERS, WEIGHTS, export_onnx
@@ -23,13 +24,14 @@ from tasks.formats.awq_gemm import gemm_config, pack_gemm
 from tasks.formats.compressed import bytes_config, pack_bytes, pack_words, words_config
 from tasks.formats.nbits import block_size, pack_bits, pack_blocks
 from tasks.formats.stored import StoredModel
-from tasks.lm import RuntimeLM
+from tasks.grid import Grid, QuantizedWeight, fit_grid, round_to_grid
 from tasks.output import write_manifest
 from tasks.runtimes import Question, load_runtime
 from tasks.runtimes.onnx import OnnxRuntime
+from tasks.scoring.lm_eval_adapter import RuntimeLM
 from tasks.settings import OnnxSettings
-from tasks.solvers import Grid, Rounded, fit_grid, output_error, round_to_grid, rtn
-from tasks.statistics import collect, load_statistics
+from tasks.solvers import output_error, rtn
+from tasks.statistics import collect
 from tests.tiny import NO_STATISTICS, tiny_model
 
 IDS = torch.tensor([[5, 9, 30, 31, 32, 40, 41, 100, 7, 8, 300, 12], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
@@ -253,7 +255,7 @@ def output_weight(graph: Path) -> Tensor:
     packed, scales, zeros = (parts[f"lm_head.MatMulNBits.{end}"] for end in ("qweight", "scales", "qzeros"))
     rows, blocks = scales.shape
     integers, zeros = (torch.stack([each & 15, each >> 4], -1).view(rows, -1) for each in (packed, zeros))
-    return Rounded(integers, scales, zeros[:, :blocks]).weight()
+    return QuantizedWeight(integers, scales, zeros[:, :blocks]).weight()
 
 
 def test_a_solved_output_layer_needs_statistics(words: Path, tmp_path: Path) -> None:
@@ -293,7 +295,7 @@ class TestBlocks:
     @pytest.mark.parametrize("bits", [4, 8])
     def test_a_group_of_several_blocks_stands_at_each(self, bits: int) -> None:
         random = torch.Generator().manual_seed(0)
-        solved = Rounded(
+        solved = QuantizedWeight(
             torch.randint(0, 2**bits, (4, 192), generator=random, dtype=torch.uint8),
             torch.rand(4, 3, generator=random).half(),
             torch.randint(0, 2**bits, (4, 3), generator=random, dtype=torch.uint8),
@@ -301,7 +303,7 @@ class TestBlocks:
         blocks = pack_blocks(solved, bits, 16)
         assert blocks.integers.shape == (4, 12, 16 * bits // 8)
         assert torch.equal(blocks.scales, solved.scales.float().repeat_interleave(4, 1))
-        each = Rounded(solved.integers, blocks.scales, solved.zeros.repeat_interleave(4, 1))
+        each = QuantizedWeight(solved.integers, blocks.scales, solved.zeros.repeat_interleave(4, 1))
         assert torch.equal(each.weight(), solved.weight())
         assert torch.equal(blocks.zeros, pack_bits(each.zeros, bits))
 
@@ -366,8 +368,8 @@ class TestRuntime:
         assert model.generate_until([Instance("generate_until", {}, ("Anna", options), 0)])[0]
 
     def test_it_says_what_it_computes_with(self, runtime: OnnxRuntime) -> None:
-        assert (runtime.about.name, runtime.about.device) == ("onnxruntime-genai", "cpu")
-        assert runtime.about.threads == torch.get_num_threads()
+        assert (runtime.info.name, runtime.info.device) == ("onnxruntime-genai", "cpu")
+        assert runtime.info.threads == torch.get_num_threads()
         assert runtime.fast
 
     def test_another_precision_and_another_kind_of_directory_are_refused(

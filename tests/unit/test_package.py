@@ -16,14 +16,14 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from tasks import smoke
+from tasks.checks import smoke
 from tasks.errors import TaskError
 from tasks.export import export
-from tasks.model_card import base_model
 from tasks.output import checksums, sha256, whole_directory, write_json, write_manifest
 from tasks.package import Inputs, Package, package
-from tasks.provenance import dvc_identity, git_state, machine, versions, without_folders
 from tasks.report import report
+from tasks.reporting.model_card import base_model
+from tasks.reporting.provenance import dvc_identity, git_state, machine, versions, without_folders
 from tasks.settings import Settings, check_settings
 from tests.tiny import NO_STATISTICS, tiny_model
 from tests.unit.measured import GATE, made_up

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tasks.errors import TaskError
-from tasks.quantizers import Job
+from tasks.quantizers import QuantizeJob
 from tasks.quantizers.parallel import held_beside, press_side_by_side, processes
 from tests.waiting import soon
 
@@ -43,27 +43,27 @@ def test_there_are_as_many_as_have_a_core_work_and_memory(
     assert processes(threads, layers, weights, memory) == expected
 
 
-def job(folder: Path) -> Job:
-    return Job(folder, torch.zeros(1, 1), folder, cast("Any", None), "cpu", folder)
+def job(folder: Path) -> QuantizeJob:
+    return QuantizeJob(folder, torch.zeros(1, 1), folder, cast("Any", None), "cpu", folder)
 
 
-def does(job: Job) -> None:
+def does(job: QuantizeJob) -> None:
     assert job.share
     for number in range(job.share[0], 5, job.share[1]):
         (job.destination / f"layer-{number}").write_text(f"{os.getpid()} {torch.get_num_threads()}")
 
 
-def refuses(job: Job) -> None:
+def refuses(job: QuantizeJob) -> None:
     if job.share == (1, 2):
         raise TaskError("found 3, expected 4")
     sleeps(job)
 
 
-def dies(job: Job) -> None:
+def dies(job: QuantizeJob) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def sleeps(job: Job) -> None:
+def sleeps(job: QuantizeJob) -> None:
     (job.destination / f"pid-{os.getpid()}").touch()
     time.sleep(300)
 

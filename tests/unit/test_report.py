@@ -16,12 +16,12 @@ from PIL import Image
 
 from tasks.errors import TaskError
 from tasks.report import Report, report
-from tasks.report_heat import heat_map
-from tasks.report_page import flat
-from tasks.report_plot import free_place, front, pareto
-from tasks.report_table import WIDTH, table
+from tasks.reporting.heat_map import heat_map
+from tasks.reporting.html_page import flat
+from tasks.reporting.pareto_plot import free_place, front, pareto
+from tasks.reporting.summary import summarize, winner
+from tasks.reporting.table import WIDTH, table
 from tasks.settings import Settings, load_settings
-from tasks.summary import summarize, winner
 from tests.unit.measured import GATE, made_up
 
 VARIANTS: dict[str, dict[str, Any]] = {

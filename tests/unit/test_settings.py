@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.catalogue import check_tasks
 from tasks.errors import TaskError
+from tasks.scoring.eval_tasks import check_tasks
 from tasks.settings import check_settings, load_settings
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tasks.errors import TaskError
-from tasks.fit import ARCHITECTURES
-from tasks.shape import DENSE, EXPERTS, read_shape
+from tasks.model.family import ARCHITECTURES
+from tasks.planning.shape import DENSE, EXPERTS, read_shape
 
 LLAMA_2_7B = {
     "model_type": "llama",

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.solvers import Grid, Rounded, awq, fit_grid, gptq, output_error, round_to_grid, rtn
+from tasks.grid import Grid, QuantizedWeight, fit_grid, round_to_grid
+from tasks.solvers import awq, gptq, output_error, rtn
 from tasks.solvers.awq import search_clip, search_scale
 from tasks.solvers.refine import _fit_scales, refine
 from tasks.solvers.smoothquant import INT8, smooth
@@ -39,7 +40,7 @@ def weight() -> Tensor:
     return found
 
 
-def cost(solved: Rounded, weight: Tensor, gram: Tensor) -> float:
+def cost(solved: QuantizedWeight, weight: Tensor, gram: Tensor) -> float:
     return float(output_error(solved.weight() - weight, gram).sum())
 
 
@@ -69,7 +70,7 @@ def test_refining_finds_the_scales_of_least_squares(weight: Tensor, inputs: Tens
 
 
 def test_rows_a_few_at_a_time_give_what_all_give(weight: Tensor, gram: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def solved() -> Rounded:
+    def solved() -> QuantizedWeight:
         return refine(weight, gram, grid(), rtn.solve(weight, grid(), search_clip(weight, gram, grid())), 1)
 
     whole = solved()
@@ -83,7 +84,7 @@ def test_refining_leaves_what_is_on_the_grid_and_channels_that_never_speak(gram:
     way = grid()
     integers = torch.arange(WIDTH * 2, dtype=torch.uint8).view(2, WIDTH) % 16
     scales = torch.full((2, way.groups(WIDTH)), 0.5)
-    exact = Rounded(integers, scales, torch.full_like(scales, 3, dtype=torch.uint8))
+    exact = QuantizedWeight(integers, scales, torch.full_like(scales, 3, dtype=torch.uint8))
     silent = gram.clone()
     silent[7], silent[:, 7] = 0, 0
     found = refine(exact.weight(), silent, way, exact, 2)
@@ -120,7 +121,7 @@ def test_a_weight_on_the_grid_stays(symmetric: bool, group: int | None) -> None:
     integers = torch.arange(WIDTH * 2, dtype=torch.uint8).view(2, WIDTH) % 16
     scales = torch.full((2, way.groups(WIDTH)), 0.5)
     zeros = torch.full_like(scales, 8 if symmetric else 3, dtype=torch.uint8)
-    weight = Rounded(integers, scales, zeros).weight()
+    weight = QuantizedWeight(integers, scales, zeros).weight()
     if symmetric:
         assert torch.equal(round_to_grid(weight, scales, zeros, way).weight(), weight)
     else:
@@ -187,11 +188,11 @@ def test_awq_scales_and_clips_cost_less_than_none(weight: Tensor, inputs: Tensor
     scaled_gram = gram / scale[:, None] / scale
     scaled = cost(rtn.solve(weight * scale, grid()), weight * scale, scaled_gram)
     assert scaled < 0.95 * plain
-    span = search_clip(weight * scale, scaled_gram, grid())
+    clip_range = search_clip(weight * scale, scaled_gram, grid())
     grouped = (weight * scale).view(ROWS, -1, GROUP)
-    assert (span[0] >= grouped.amin(-1)).all()
-    assert (span[1] <= grouped.amax(-1)).all()
-    both = gptq.solve(weight * scale, scaled_gram, grid(), act_order=True, damping=0.01, span=span)
+    assert (clip_range[0] >= grouped.amin(-1)).all()
+    assert (clip_range[1] <= grouped.amax(-1)).all()
+    both = gptq.solve(weight * scale, scaled_gram, grid(), act_order=True, damping=0.01, clip_range=clip_range)
     alone = gptq.solve(weight, gram, grid(), act_order=True, damping=0.01)
     assert cost(both, weight * scale, scaled_gram) < cost(alone, weight, gram)
 

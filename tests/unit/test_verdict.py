@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tasks.errors import TaskError
-from tasks.verdict import (
+from tasks.reporting.verdict import (
     Retention,
     TaskRetention,
     flips,
@@ -113,7 +113,7 @@ class TestRetention:
     def test_chunks_do_not_change_the_result(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pairs = {"t": simulated(70, 0.5, 0.2, 7)}
         whole = retention(pairs, 0.95, 300)
-        monkeypatch.setattr("tasks.verdict.CHUNK_BYTES", 8 * 70 * 11)
+        monkeypatch.setattr("tasks.reporting.verdict.CHUNK_BYTES", 8 * 70 * 11)
         assert retention(pairs, 0.95, 300) == whole
 
     def test_it_is_fast_enough(self) -> None:

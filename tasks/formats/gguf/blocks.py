@@ -16,7 +16,7 @@ from gguf import quants
 from torch import Tensor
 
 from tasks.errors import TaskError
-from tasks.solvers import Rounded
+from tasks.grid import QuantizedWeight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,7 +25,7 @@ BLOCK = 32
 FLOATS = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
 
 
-def block_type(name: str, solved: Rounded, bits: int) -> Type:
+def block_type(name: str, solved: QuantizedWeight, bits: int) -> Type:
     """The type whose blocks hold the layer `name`; TaskError, naming what would fit, if none does.
 
     8 bits with zero points elsewhere than in the middle have no type: they are rounded anew, to Q8_0.
@@ -46,7 +46,7 @@ def block_type(name: str, solved: Rounded, bits: int) -> Type:
             raise TaskError(f"{name} has {bits}-bit weights, which GGUF has no type for; it has them for 4 and 8 bits")
 
 
-def pack_blocks(solved: Rounded, kind: Type) -> NDArray[np.uint8]:
+def pack_blocks(solved: QuantizedWeight, kind: Type) -> NDArray[np.uint8]:
     """The layer as blocks of `kind`: uint8 [rows, bytes]. TaskError if a scale is too large for float16."""
     if kind == Type.Q8_0 and not bool((solved.zeros == 128).all()):
         return round_blocks(solved.weight())
@@ -78,7 +78,7 @@ def plain(tensor: Tensor) -> NDArray[np.uint8]:
     return data
 
 
-def _each_block(values: Tensor, solved: Rounded) -> Tensor:
+def _each_block(values: Tensor, solved: QuantizedWeight) -> Tensor:
     """[rows, groups] -> [rows, blocks]."""
     blocks = solved.integers.shape[1] // BLOCK
     return values.repeat_interleave(blocks // values.shape[1], dim=1)

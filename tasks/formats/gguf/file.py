@@ -1,6 +1,6 @@
 """A whole model as one GGUF file: its weights as they are stored, its configuration and its tokenizer.
 
-Layers are written as they were solved (tasks/formats/gguf_blocks.py), one in memory at a time. The metadata is what
+Layers are written as they were solved (tasks/formats/gguf/blocks.py), one in memory at a time. The metadata is what
 llama.cpp's own converter writes (https://github.com/ggml-org/llama.cpp/tree/master/conversion).
 """
 
@@ -21,8 +21,8 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from tasks.errors import TaskError
-from tasks.formats.gguf_blocks import BLOCK, FLOATS, block_type, pack_blocks, plain, round_blocks
-from tasks.formats.gguf_vocabulary import add_vocabulary
+from tasks.formats.gguf.blocks import BLOCK, FLOATS, block_type, pack_blocks, plain, round_blocks
+from tasks.formats.gguf.vocabulary import add_vocabulary
 from tasks.formats.stored import StoredModel
 from tasks.output import write_json
 

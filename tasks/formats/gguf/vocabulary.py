@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF describes it: tokens, their kinds, merges, and how llama.cpp cuts text into words.
+"""A tokenizer as GGUF describes it: tokens, their kinds, merges, and how llama.cpp cuts text into pretokenizer_rules.
 
 Two kinds of tokenizer are known: byte-level BPE whose rule for words is one of `_rules()`, and BPE in the way of
 SentencePiece (Llama 2, Mistral). The names and rules are llama.cpp's (src/llama-vocab.cpp).
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from gguf import TokenType
 
-from tasks.bos import begins_with_bos
 from tasks.errors import TaskError
-from tasks.formats import words
+from tasks.text import pretokenizer_rules
+from tasks.text.bos import begins_with_bos
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -85,8 +85,8 @@ def _rules() -> dict[str, list[tuple[Any, ...]]]:
     return {
         "gpt-2": [("ByteLevel", True)],
         "smollm": [("Digits", True), ("ByteLevel", True)],
-        "llama-bpe": [("Split", words.LLAMA3), ("ByteLevel", False)],
-        "qwen2": [("Split", words.QWEN2), ("ByteLevel", False)],
+        "llama-bpe": [("Split", pretokenizer_rules.LLAMA3), ("ByteLevel", False)],
+        "qwen2": [("Split", pretokenizer_rules.QWEN2), ("ByteLevel", False)],
     }
 
 

@@ -23,7 +23,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from tasks.quantizers import Job
+from tasks.quantizers import QuantizeJob
 from tasks.settings import AwqSettings
 
 with warnings.catch_warnings(record=True):  # autoawq tells of its age; the versions are pinned and tested here
@@ -106,7 +106,7 @@ def _gram(x: Tensor) -> Tensor:
     return total
 
 
-def press(job: Job) -> None:
+def press(job: QuantizeJob) -> None:
     """Search scales and clips block by block on the calibration tokens, round, and write AutoAWQ's GEMM format."""
     variant = job.variant
     assert isinstance(variant, AwqSettings)  # the method named this module

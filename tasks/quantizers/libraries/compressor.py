@@ -15,7 +15,7 @@ import transformers
 from datasets import Dataset
 from loguru import logger
 
-from tasks.quantizers import Job
+from tasks.quantizers import QuantizeJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BATCH = 4
 
 
-def press_with_recipe(job: Job, recipe: list[Any], pipeline: str, keep_scales: bool) -> None:
+def press_with_recipe(job: QuantizeJob, recipe: list[Any], pipeline: str, keep_scales: bool) -> None:
     """Apply llm-compressor's `recipe` to the model and write it in compressed-tensors format.
 
     pipeline: "sequential" (layer by layer, each sees the layers before it quantized) or "basic" (one pass).

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from llmcompressor.modifiers.gptq import GPTQModifier
 
-from tasks.quantizers import Job
+from tasks.quantizers import QuantizeJob
 from tasks.quantizers.layerwise import left_alone
 from tasks.quantizers.libraries.compressor import press_with_recipe
 from tasks.settings import GptqSettings
 
 
-def press(job: Job) -> None:
+def press(job: QuantizeJob) -> None:
     """Solve layer by layer on the calibration tokens, each layer seeing the ones before it quantized."""
     variant = job.variant
     assert isinstance(variant, GptqSettings)  # the method named this module

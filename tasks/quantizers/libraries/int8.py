@@ -7,13 +7,13 @@ from typing import Any
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-from tasks.quantizers import Job
+from tasks.quantizers import QuantizeJob
 from tasks.quantizers.layerwise import left_alone
 from tasks.quantizers.libraries.compressor import press_with_recipe
 from tasks.settings import Int8Settings
 
 
-def press(job: Job) -> None:
+def press(job: QuantizeJob) -> None:
     """Move the activations' outliers into the weights, then round the weights to 8 bits."""
     variant = job.variant
     assert isinstance(variant, Int8Settings)  # the method named this module

@@ -1,0 +1,26 @@
+"""What to say of a stage that ran out of memory."""
+
+from __future__ import annotations
+
+from flows.processes.memory import machine_memory
+from tasks.settings import BASE
+
+_LOWER = {
+    "quantize": "calibration.samples",
+    "calibrate": "calibration.samples",
+    "statistics": "calibration.samples",
+    "evaluate": "evaluation.batch_tokens",
+    "benchmark": "benchmark.batch_size",
+}
+
+
+def out_of_memory(stage: str, what: str, peak: int) -> str:
+    """One line on a stage that ran out of memory: `what` happened, its peak (bytes), and what to lower."""
+    kind = stage.partition("@")[0]
+    # the baseline is copied, whatever the calibration
+    setting = None if stage == f"quantize@{BASE}" else _LOWER.get(kind)
+    lower = f"lower {setting} in params.yaml, or " if setting else ""
+    return (
+        f"{stage}: {what}; it was seen to hold {peak / 1e9:.1f} GB, and there are {machine_memory() / 1e9:.1f} GB; "
+        f"{lower}run one stage at a time (--jobs 1)"
+    )

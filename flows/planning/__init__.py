@@ -1,0 +1,1 @@
+"""What a run would take, simulated over the graph."""

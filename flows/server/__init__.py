@@ -1,0 +1,1 @@
+"""Prefect's server and pages on this machine."""

@@ -1,0 +1,1 @@
+"""Checkouts, git and DVC around a run."""

@@ -1,0 +1,1 @@
+"""What each layer reads: Gram matrices, magnitudes, the weights of tokens."""

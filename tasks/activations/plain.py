@@ -1,0 +1,51 @@
+"""One forward pass over the calibration tokens, all of the same weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from tasks.activations.store import statistics_file
+from tasks.tensor_files import save
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tasks.model.decoder import Decoder
+
+STATE, DONE = "state.safetensors", "done"  # what the next layer reads, while there is one
+
+
+def collect_plain(decoder: Decoder, tokens: Tensor, work: Path) -> None:
+    """Every layer once over all tokens, one sequence at a time: it stays in a CPU's cache."""
+    import torch
+
+    from tasks.activations.gram import recording_inputs, save_output_sums, save_sums
+
+    hidden = decoder.embed(list(tokens.split(1)))
+    state = work / STATE
+    first = _resume(state, hidden)
+    bar = tqdm(range(first, len(decoder)), desc="statistics", unit="layer", initial=first, total=len(decoder))
+    for index in bar:
+        with decoder.layer(index) as layer, recording_inputs(layer, {}) as sums:
+            hidden = [decoder.run(index, layer, rows) for rows in hidden]
+        save_sums(sums, statistics_file(work, index))
+        save({"hidden": torch.cat(hidden)}, state, {DONE: str(index + 1)})
+    save_output_sums(decoder.norm(), hidden, work)
+    state.unlink()
+
+
+def _resume(state: Path, hidden: list[Tensor]) -> int:
+    """The layer to go on with; `hidden` becomes what it reads."""
+    from safetensors import safe_open
+
+    if not state.exists():
+        return 0
+    with safe_open(state, framework="pt") as file:
+        done = int(file.metadata()[DONE])
+        rows = file.get_tensor("hidden").to(hidden[0].device)
+    hidden[:] = rows.split(1)
+    print(f"going on at layer {done}", flush=True)
+    return done

@@ -1,0 +1,52 @@
+"""Statistics of the layers' inputs, as the statistics stage leaves them in files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.errors import TaskError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OUTPUT = "lm_head"  # the output layer, by its name in transformers
+
+
+@dataclass(frozen=True)
+class Input:
+    """What is known of a linear layer's inputs X, over all calibration tokens.
+
+    gram: X^T X, float32 [channels, channels], its tokens weighed if that was asked for. largest, mean: of the
+    magnitudes, float32 [channels].
+    """
+
+    gram: Tensor
+    largest: Tensor
+    mean: Tensor
+
+
+def statistics_file(directory: Path, layer: int | None) -> Path:
+    """Where the statistics of decoder layer `layer` are kept; None: those of the output layer."""
+    return directory / (f"{OUTPUT}.safetensors" if layer is None else f"layers.{layer}.safetensors")
+
+
+def load_statistics(directory: Path, layer: int | None, device: str) -> dict[str, Input]:
+    """What is known of the input of each linear layer in decoder layer `layer`, by its name there; layers that read the
+    same input have the same object. layer: None for the output layer, `OUTPUT`. TaskError if there are none."""
+    from safetensors import safe_open
+
+    path = statistics_file(directory, layer)
+    if not path.is_file():
+        raise TaskError(f"{path} is not there; run the statistics stage first: modelpress run")
+    found: dict[str, Input] = {}
+    with safe_open(path, framework="pt", device=device) as file:
+        for first, readers in json.loads(file.metadata()[READERS]).items():
+            known = Input(*(file.get_tensor(f"{first}.{key}") for key in ("gram", "largest", "mean")))
+            found |= dict.fromkeys(readers, known)
+    return found
+
+
+READERS = "readers"

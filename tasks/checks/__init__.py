@@ -1,0 +1,1 @@
+"""Checks before any work starts, and of the finished bundle."""

@@ -1,0 +1,1 @@
+"""The model itself: its layers, linear layers, size, and what fits it."""

@@ -1,0 +1,1 @@
+"""What a stage would take, by counting its work."""

@@ -1,0 +1,1 @@
+"""From metrics to verdicts, tables, plots, pages and cards."""
