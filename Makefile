@@ -7,7 +7,7 @@ PACKAGES := $(VENV)/.packages
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages gguf demo ui test test-all bench drills lint types lock clean
+.PHONY: help install gguf demo ui test test-all bench drills lint types lock clean
 .DELETE_ON_ERROR:
 
 help: ## List what can be made
@@ -15,6 +15,7 @@ help: ## List what can be made
 
 install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
 
+.PHONY: packages
 packages: $(PACKAGES) ## Create .venv without this project: the part of `make install` that takes long
 
 gguf: install ## Add llama.cpp, for the target gguf (compiled for this machine in 5 to 10 minutes; needs cmake and a C++ compiler)
@@ -55,7 +56,7 @@ lock: install ## Resolve pyproject.toml anew into requirements.lock
 
 clean: ## Remove the environment and tools' caches; models, results and records stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
-	find flows tasks evals bench tests -name __pycache__ -type d -exec rm -rf {} +
+	find flows tasks evals drills bench tests -name __pycache__ -type d -exec rm -rf {} +
 
 # each stamp is written last, so an installation that was interrupted is done again
 $(STAMP): $(PACKAGES) pyproject.toml
