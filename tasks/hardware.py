@@ -54,3 +54,10 @@ def peak_memory(device: str | None = None) -> int:
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory() -> int:
+    """TEMPORARY until libs branch lands."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -24,7 +24,7 @@ from tasks.planning.shape import Shape, read_shape
 from tasks.quantizers import sensitivity
 from tasks.scoring.eval_tasks import local_tasks
 from tasks.settings import GgufSettings, NoneSettings, Settings, Variant, check_settings, load_settings
-from tasks.solvers import awq, gptq, rtn
+from tasks.solvers import awq, gptq
 from tasks.solvers.smoothquant import INT8
 from tasks.statistics import estimate_bytes
 from tests.tiny import tiny_model
@@ -90,11 +90,11 @@ def changed(**changes: Any) -> Settings:
 def test_a_pressed_layer_has_the_bytes_that_its_packer_writes(name: str, shape: tuple[int, int]) -> None:
     variant, weight = SETTINGS.variants[name], torch.randn(shape)
     if name == "int8":
-        tensors = pack_bytes(rtn.solve(weight, INT8))
+        tensors = pack_bytes(INT8.round(weight))
     else:
         dtype = torch.float16 if name == "awq-int4" else torch.bfloat16
         grid = Grid(4, 64, symmetric=False, dtype=dtype)
-        solved = rtn.solve(weight, grid)
+        solved = grid.round(weight)
         tensors = pack_gemm(solved) if name == "awq-int4" else pack_words(solved, grid)
     assert linear_bytes(*shape, variant, scale=2) == sum(t.numel() * t.element_size() for t in tensors.values())
 
