@@ -32,7 +32,7 @@ QUIET = 15  # percent of the cores that others may use
 BUSY = ", while others were at work on {:.0f}% of the cores: measure again when it is quiet"
 # what any stage needs, and how long and how much that took
 _STAGE = """
-import tasks.scoring.lm_eval_adapter, tasks.quantizers.awq, tasks.quantizers.gptq, tasks.runtimes.transformers
+import tasks.scoring.lm_eval_adapter, tasks.quantizers.builtin, tasks.runtimes.transformers
 import lm_eval, datasets
 import transformers.models.llama.modeling_llama, psutil, time
 print(psutil.Process().memory_info().rss, time.process_time())
