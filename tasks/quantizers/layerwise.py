@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from tasks.activations.store import Input, load_statistics
 from tasks.errors import TaskError
 from tasks.grid import QuantizedWeight
+from tasks.hardware import available_memory
 from tasks.model.family import SOURCES
 from tasks.model.linears import linear_shapes
 from tasks.output import write_json
@@ -135,7 +135,7 @@ def press_layers(
 
     if again and job.share is None and job.device == "cpu":
         weights = sum(math.prod(shape) for shape in linear_shapes(job.source).values()) // len(prefixes)
-        count = processes(torch.get_num_threads(), len(left()), weights, psutil.virtual_memory().available)
+        count = processes(torch.get_num_threads(), len(left()), weights, available_memory())
         if count > 1:
             press_side_by_side(job, again, count, lambda: len(left()))
     todo = left()
