@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import textalloc
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -183,7 +184,7 @@ def _labels(
     """Name every point where its name covers no other name, no point and none of `lines`."""
     names = [_label(name, row) for name, row in rows.items()]
     inks = [colours[row["verdict"] or "baseline"] for row in rows.values()]
-    x, y = zip(*(points[name] for name in rows), strict=True)
+    x, y = np.array([points[name] for name in rows]).T
     textalloc.allocate(
         axes,
         x,
@@ -191,7 +192,7 @@ def _labels(
         names,
         x_scatter=x,
         y_scatter=y,
-        scatter_sizes=[MARKER_PIXELS] * len(names),
+        scatter_sizes=[MARKER_PIXELS] * len(names),  # type: ignore[list-item]  # numbers, whatever it is annotated as
         x_lines=[[x for x, _ in line] for line in lines],
         y_lines=[[y for _, y in line] for line in lines],
         textsize=FONT_SIZE,
