@@ -42,7 +42,7 @@ deps: install ## Write the code that each stage depends on into dvc.yaml, from t
 lint: install ## Check style, formatting and the layers of the code
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 types: install ## Check types
 	@$(BIN)/mypy
@@ -55,7 +55,7 @@ lock: install ## Resolve pyproject.toml anew into requirements.lock
 	sed -i -e 's/^\(torch==[^+ ]*\)+[a-z0-9.]*/\1/' -e '/^pip==/{N;d}' requirements.lock
 
 clean: ## Remove the environment and tools' caches; models, results and records stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache *.egg-info
 	find flows tasks evals bench tools tests -name __pycache__ -type d -exec rm -rf {} +
 
 # the stamp is written last, so an installation that was interrupted is done again
