@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PACKAGES := $(VENV)/.packages
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -13,6 +14,9 @@ help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
+
+.PHONY: packages
+packages: $(PACKAGES) ## Create .venv without this project: the part of `make install` that takes long
 
 gguf: install ## Add llama.cpp, for the target gguf (compiled for this machine in 5 to 10 minutes; needs cmake and a C++ compiler)
 	@$(BIN)/pip install -qq --constraint requirements.lock --editable '.[gguf]'
@@ -58,8 +62,12 @@ clean: ## Remove the environment and tools' caches; models, results and records 
 	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache *.egg-info
 	find flows tasks evals bench tools tests -name __pycache__ -type d -exec rm -rf {} +
 
-# the stamp is written last, so an installation that was interrupted is done again
-$(STAMP): requirements.lock pyproject.toml
+# each stamp is written last, so an installation that was interrupted is done again
+$(STAMP): $(PACKAGES) pyproject.toml
+	@$(BIN)/pip install -qq --no-deps --editable .
+	@touch $@
+
+$(PACKAGES): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "error: found $$($(PYTHON) --version 2>&1), but Python 3.11 or newer is needed; install it, or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
@@ -67,5 +75,4 @@ $(STAMP): requirements.lock pyproject.toml
 	@echo "installing into $(VENV) (about 3 GB, a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --requirement requirements.lock
-	@$(BIN)/pip install -qq --no-deps --editable .
 	@touch $@

@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def body(stage: dict[str, Any]) -> dict[str, Any]:
-    return stage.get("do", stage)
+    return dict(stage.get("do", stage))
 
 
 def paths(values: list[Any]) -> Iterator[str]:
