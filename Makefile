@@ -7,7 +7,7 @@ PACKAGES := $(VENV)/.packages
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install gguf demo ui test test-all bench drills lint types lock clean
+.PHONY: help install gguf demo ui test test-all bench drills deps lint types lock clean
 .DELETE_ON_ERROR:
 
 help: ## List what can be made
@@ -40,9 +40,13 @@ bench: install ## Press with our solvers and with the libraries, and compare (ab
 drills: install ## Break runs in every way that happens, and see that nothing is lost (about 12 minutes)
 	@$(BIN)/python -m tests.drills
 
-lint: install ## Check style and formatting
+deps: install ## Write the code that each stage depends on into dvc.yaml, from the imports
+	@$(BIN)/python -m tools.deps
+
+lint: install ## Check style, formatting and the layers of the code
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo
 
 types: install ## Check types
 	@$(BIN)/mypy
@@ -55,8 +59,8 @@ lock: install ## Resolve pyproject.toml anew into requirements.lock
 	sed -i -e 's/^\(torch==[^+ ]*\)+[a-z0-9.]*/\1/' -e '/^pip==/{N;d}' requirements.lock
 
 clean: ## Remove the environment and tools' caches; models, results and records stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
-	find flows tasks evals drills bench tests -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache *.egg-info
+	find flows tasks evals bench tools tests -name __pycache__ -type d -exec rm -rf {} +
 
 # each stamp is written last, so an installation that was interrupted is done again
 $(STAMP): $(PACKAGES) pyproject.toml

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LOWEST, HIGHEST = -128, 127
 _TINY = torch.finfo(torch.float32).eps  # compressed-tensors' scale of a token that is all zeros
@@ -33,3 +36,28 @@ class Activations:
         scale = scale.masked_fill_(scale == 0, _TINY)
         zero = (LOWEST - low / scale).round_().clamp_(LOWEST, HIGHEST)
         return (x / scale).add_(zero).round_().clamp_(LOWEST, HIGHEST).to(torch.int8), scale, zero
+
+
+@contextmanager
+def rounded_inputs(layer: nn.Module, symmetric: Mapping[str, bool]) -> Iterator[None]:
+    """Let linear layers inside `layer`, by their names there, read their inputs rounded and as floats again."""
+    ways = {way: Activations(way) for way in set(symmetric.values())}
+
+    def rewrite(way: Activations, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        (x,) = arguments
+        return (dequantized(way, x),)
+
+    modules = dict(layer.named_modules())
+    handles = [
+        modules[name].register_forward_pre_hook(lambda _, arguments, way=ways[own]: rewrite(way, arguments))
+        for name, own in symmetric.items()
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def dequantized(rounding: Activations, x: Tensor) -> Tensor:
+    """`x` float [..., channels] to the nearest of its tokens' integers, as floats again."""
+    integers, scale, zero = rounding(x)
+    return ((integers - (0 if zero is None else zero)) * scale).view(x.shape)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.errors import TaskError
+from tasks.exporters import load_exporter
 from tasks.output import MANIFEST, link_or_copy, whole_directory
 from tasks.program import one_argument, run_stage
-from tasks.settings import TARGETS, GgufTarget, OnnxSettings, Settings
+from tasks.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -25,29 +26,15 @@ class ExportReport:
     bytes: int
 
 
-def export(
-    model: Path, target: str, asked: OnnxSettings | GgufTarget, statistics: Path, destination: Path
-) -> ExportReport:
-    """Write the model in the form of `target`; TaskError if the model is not there or the target is unknown.
-
-    asked: what the target asks besides; `transformers` asks nothing. statistics: of the model that it was made of.
-    """
-    if target not in TARGETS:
-        raise TaskError(f"no exporter for the target {target!r}; there are: {', '.join(TARGETS)}")
+def export(model: Path, target: str, destination: Path) -> ExportReport:
+    """Write the model in the form of `target`; TaskError if the model is not there or the target is unknown."""
+    exporter = load_exporter(target)
     if not (model / MANIFEST).exists():
         raise TaskError(f"{model} is not there or not whole; run the quantize stage first: modelpress run")
     with whole_directory(destination) as work:
+        exporter.export(model, work)
         files = sorted(p for p in model.rglob("*") if p.is_file() and p.name != MANIFEST)
-        match target:  # the exporters take seconds to import
-            case "onnx":
-                from tasks.exporters.onnx import export_onnx
-
-                export_onnx(model, work, asked.output_layer, statistics)
-            case "gguf":
-                from tasks.exporters.gguf import export_gguf
-
-                export_gguf(model, work, asked.output_layer)
-        if target != "transformers":
+        if any(work.iterdir()):  # the weights are in another form
             files = [p for p in files if not p.match("*.safetensors*") and not (work / p.relative_to(model)).exists()]
         for file in files:
             link_or_copy(file, work / file.relative_to(model))
@@ -61,9 +48,7 @@ def main() -> None:
 
     def work(settings: Settings) -> None:
         settings.variant(name)
-        asked = settings.gguf if settings.target == "gguf" else settings.onnx
-        statistics = Path("data/statistics")
-        report = export(Path("models") / name, settings.target, asked, statistics, Path("exports") / name)
+        report = export(Path("models") / name, settings.target, Path("exports") / name)
         print(f"{name}: {report.files} files, {report.bytes / 1e6:.1f} MB for {settings.target}")
 
     run_stage(work)

@@ -27,6 +27,11 @@ class Grid:
         """The largest integer; the smallest is 0."""
         return int(2**self.bits - 1)
 
+    @property
+    def middle(self) -> int:
+        """The zero of a symmetric grid."""
+        return int(2 ** (self.bits - 1))
+
     def groups(self, width: int) -> int:
         """How many groups a row of `width` inputs has."""
         return width // (self.group_size or width)
@@ -39,9 +44,43 @@ class Grid:
         return replace(self, group_size=size)
 
     def bits_per_weight(self, width: int) -> float:
-        """What a weight takes on disk, its share of scales and zeros counted."""
+        """Bits that a weight takes on disk, its share of scales and zeros counted."""
         group = (torch.finfo(self.dtype).bits + (0 if self.symmetric else self.bits)) * self.groups(width)
         return self.bits + group / width
+
+    def full_range(self, weight: Tensor) -> ClipRange:
+        """The ends of each group of `weight` [rows, width], with zero, which must be on the grid, between them."""
+        grouped = weight.float().view(len(weight), self.groups(weight.shape[1]), -1)
+        return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+
+    def fit(self, weight: Tensor, clip_range: ClipRange | None = None) -> tuple[Tensor, Tensor]:
+        """Scales and zeros that cover each group of `weight` [rows, width]: [rows, groups] in `dtype`, and uint8.
+
+        clip_range: to be no wider than this; what is beyond will be clipped.
+        """
+        low, high = self.full_range(weight)
+        if clip_range:
+            low, high = low.maximum(clip_range[0]), high.minimum(clip_range[1])
+        scale = 2 * torch.maximum(-low, high) / self.top if self.symmetric else (high - low) / self.top
+        # rounded as it is stored, so that all that follows computes with what will be loaded
+        scale = scale.clamp(min=torch.finfo(self.dtype).tiny).to(self.dtype)
+        if self.symmetric:
+            return scale, torch.full_like(scale, self.middle, dtype=torch.uint8)
+        return scale, (-low / scale.float()).round().clamp(self.least_zero, self.top).to(torch.uint8)
+
+    def nearest(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The integers, as floats, of the numbers nearest to `values`; float32 all, shapes that broadcast."""
+        return (values / scale).round_().add_(zero).clamp_(0, self.top)
+
+    def round_with(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> QuantizedWeight:
+        """Every weight of [rows, width] to the nearest number of its group's grid."""
+        grouped = weight.float().view(len(weight), scales.shape[1], -1)
+        integers = self.nearest(grouped, scales[..., None].float(), zeros[..., None])
+        return QuantizedWeight(integers.to(torch.uint8).view(weight.shape), scales, zeros)
+
+    def round(self, weight: Tensor, clip_range: ClipRange | None = None) -> QuantizedWeight:
+        """`weight` [rows, width] to the nearest of the grid that covers each of its groups; clip_range: as in `fit`."""
+        return self.round_with(weight, *self.fit(weight, clip_range))
 
 
 @dataclass(frozen=True)
@@ -53,37 +92,28 @@ class QuantizedWeight:
     scales: Tensor
     zeros: Tensor
 
+    @property
+    def group_size(self) -> int:
+        """How many weights of a row share a scale."""
+        return self.integers.shape[1] // self.scales.shape[1]
+
     def weight(self) -> Tensor:
         """The weight that they stand for, float32 [rows, width]."""
         rows, width = self.integers.shape
         grouped = self.integers.view(rows, self.scales.shape[1], -1).float()
         return ((grouped - self.zeros[..., None]) * self.scales[..., None].float()).view(rows, width)
 
-
-def full_range(weight: Tensor, grid: Grid) -> ClipRange:
-    """The ends of each group of `weight` [rows, width], with zero, which must be on the grid, between them."""
-    grouped = weight.float().view(len(weight), grid.groups(weight.shape[1]), -1)
-    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    def rows(self, part: slice) -> QuantizedWeight:
+        """Some of its rows."""
+        return QuantizedWeight(self.integers[part], self.scales[part], self.zeros[part])
 
 
-def fit_grid(weight: Tensor, grid: Grid, clip_range: ClipRange | None = None) -> tuple[Tensor, Tensor]:
-    """Scales and zeros that cover each group of `weight` [rows, width]: [rows, groups] in the grid's dtype, and uint8.
+@dataclass(frozen=True)
+class Precision:
+    """Of a linear layer: the grid of its weight, and how its input is rounded to 8 bits, token by token.
 
-    clip_range: to be no wider than this; what is beyond will be clipped.
+    symmetric_activations: of that rounding; None: the input stays as it is.
     """
-    low, high = full_range(weight, grid)
-    if clip_range:
-        low, high = low.maximum(clip_range[0]), high.minimum(clip_range[1])
-    scale = 2 * torch.maximum(-low, high) / grid.top if grid.symmetric else (high - low) / grid.top
-    # rounded as it is stored, so that all that follows computes with what will be loaded
-    scale = scale.clamp(min=torch.finfo(grid.dtype).tiny).to(grid.dtype)
-    if grid.symmetric:
-        return scale, torch.full_like(scale, 2 ** (grid.bits - 1), dtype=torch.uint8)
-    return scale, (-low / scale.float()).round().clamp(grid.least_zero, grid.top).to(torch.uint8)
 
-
-def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> QuantizedWeight:
-    """Every weight of [rows, width] to the nearest number of its group's grid."""
-    grouped = weight.float().view(len(weight), scales.shape[1], -1)
-    integers = (grouped / scales[..., None].float()).round_().add_(zeros[..., None]).clamp_(0, grid.top)
-    return QuantizedWeight(integers.to(torch.uint8).view(weight.shape), scales, zeros)
+    grid: Grid
+    symmetric_activations: bool | None = None

@@ -23,9 +23,10 @@ from tasks.model.precisions import read_precisions
 from tasks.model.size import weight_bits
 from tasks.output import MANIFEST, link_or_copy, resumable_directory, whole_directory, write_json
 from tasks.program import one_argument, run_stage
-from tasks.quantizers import QuantizeJob, quantizer
+from tasks.quantizers import QuantizeJob, press
 from tasks.quantizers.parallel import held_beside
-from tasks.settings import BUILTIN, NoneSettings, Settings, Variant
+from tasks.settings import BUILTIN, Settings, VariantSettings
+from tasks.tensor_files import OUTPUT
 
 # What made the variant, by its backend.
 LIBRARIES = {
@@ -53,18 +54,24 @@ COMPANIONS = (
 class QuantizeReport:
     """metrics/quantize/V.json.
 
-    bits: of a quantized weight; bits_per_weight: with scales, zero points and layers left alone, over all linear layers
-    of the decoder. peak_memory_bytes: of the stage's processes together. tokens: of calibration. layers: each decoder
-    layer's relative output error, given the baseline's own input. linears: where precisions are mixed, each linear
-    layer's `name`, the `chosen` one, and `costs`, the divergence that each brings. identity: sha256 of base,
-    calibration, statistics, settings and library versions.
+    recipe: the axes in words, as in `AWQ scaling, clipping, GPTQ`. bits: of a quantized weight; bits_per_weight: with
+    scales, zero points and layers left alone, over all linear layers of the decoder. output_layer: its precision;
+    output_layer_error: of the logits, relative; None where it stays as it is. peak_memory_bytes: of the stage's
+    processes together. tokens: of calibration. layers: each decoder layer's relative output error, given the baseline's
+    own input. linears: of the scheme mixed, each linear layer's `name`, the `chosen` precision, and `costs`, the
+    divergence that each candidate brings. identity: sha256 of base, calibration, statistics, settings and library
+    versions.
     """
 
     variant: str
-    method: str
+    scheme: str
+    recipe: str
+    format: str
     backend: str
     bits: int | None
     bits_per_weight: float | None
+    output_layer: str | None
+    output_layer_error: float | None
     seconds: float
     peak_memory_bytes: int
     device: str
@@ -76,27 +83,27 @@ class QuantizeReport:
 
 
 def quantize(
-    name: str, variant: Variant, model: Path, calibration: Path, statistics: Path, destination: Path
+    name: str, variant: VariantSettings, model: Path, calibration: Path, statistics: Path, destination: Path
 ) -> QuantizeReport:
     """Make the variant and write its model directory. TaskError if its settings do not fit the model."""
     from safetensors.torch import load_file
 
     check_fit(name, variant, model)
     device = compute_device()
-    backend = getattr(variant, "backend", "none")
+    backend = "none" if variant.is_baseline else variant.backend
     libraries = {library: version(library) for library in LIBRARIES[backend]}
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
-    used = tokens[: getattr(variant, "samples", None)]
+    used = tokens[: variant.samples]
     started = time.monotonic()
     key = identity(variant, [model, calibration, *([statistics] if backend == BUILTIN else [])], libraries)
     # ours are written layer by layer, and go on where they were interrupted
     place = resumable_directory(destination, key) if backend == BUILTIN else whole_directory(destination)
     with place as work:
-        quantizer(variant).press(QuantizeJob(model, used, statistics, variant, device, work))
+        press(QuantizeJob(model, used, statistics, variant, device, work))
         gc.collect()  # the pressed model makes room
         seconds = round(time.monotonic() - started, 1)
         _add_companions(model, work)
-        baseline = isinstance(variant, NoneSettings)
+        baseline = variant.is_baseline
         errors = {}
         if not baseline and not any(work.glob("*.gguf")):  # what llama.cpp pressed is in its own types
             from tasks.model.layer_errors import layer_errors  # takes seconds to import
@@ -106,10 +113,14 @@ def quantize(
         linears = read_precisions(work)
     return QuantizeReport(
         variant=name,
-        method=variant.method,
+        scheme=variant.scheme,
+        recipe=variant.recipe,
+        format="" if baseline else variant.format,
         backend=backend,
-        bits=None if isinstance(variant, NoneSettings) else variant.bits,
+        bits=variant.bits,
         bits_per_weight=bits,
+        output_layer=variant.output_layer,
+        output_layer_error=errors.pop(OUTPUT, None),
         seconds=seconds,
         peak_memory_bytes=max(peak_memory(), held_beside()),
         device=device,
@@ -121,7 +132,7 @@ def quantize(
     )
 
 
-def identity(variant: Variant, inputs: Sequence[Path], libraries: dict[str, str]) -> str:
+def identity(variant: VariantSettings, inputs: Sequence[Path], libraries: dict[str, str]) -> str:
     """What makes a variant this one and no other: sha256 of the bytes it is made from, of settings and the versions
     of the libraries. TaskError if an input is not whole."""
     parts = [json.dumps(variant.model_dump(), sort_keys=True), json.dumps(libraries, sort_keys=True)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -15,6 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks.errors import TaskError
+from tasks.old_words import new_words
+from tasks.schemes import LLAMA_CPP, MIXED, NAMES, NONE, SCHEMES, Scheme, parse_precision
 from tasks.sources.address import check_data_source, check_model_checksum, check_model_source
 
 NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
@@ -150,176 +153,281 @@ class EvaluationSettings(Section):
         return value
 
 
-class NoneSettings(Section):
-    """The baseline: the model as it came, in `model.dtype`."""
-
-    method: Literal["none"]
-
-
-class _Calibrated(Section):
-    """What the methods share. backend: our own solvers on the model's statistics, or a library. samples: how many of
-    the calibration sequences a library sees (None: all); the statistics are of all of them."""
-
-    backend: str
-    samples: Annotated[int, Field(ge=1)] | None = None
-
-    @model_validator(mode="after")
-    def _statistics_are_of_all_samples(self) -> Self:
-        if self.backend == BUILTIN and self.samples is not None:
-            raise ValueError(
-                f"samples is {self.samples}, but the backend {BUILTIN} uses the statistics of all sequences; "
-                "remove samples, or set calibration.samples"
-            )
-        return self
-
-    def _only(self, **values: Any) -> None:
-        """ValueError where a library is asked for what only our own solvers do. values: what it does."""
-        for key, value in values.items():
-            if self.backend != BUILTIN and getattr(self, key) != value:
-                found, expected = (str(v).lower() for v in (getattr(self, key), value))
-                raise ValueError(
-                    f"{key} is {found}, which {self.backend} cannot do; set {key} to {expected} or backend to {BUILTIN}"
-                )
-
-
-# rounds of least squares on the scales and of coordinate descent on the integers, after the rounding
-Refine = Annotated[int, Field(ge=0, le=20)]
-Format = Literal["compressed-tensors", "awq", "gptq"]
-
-
-class Int8Settings(_Calibrated):
-    """W8A8: 8-bit weights per output channel, 8-bit activations per token, after SmoothQuant (arXiv 2211.10438)."""
-
-    method: Literal["int8"]
-    backend: Literal["modelpress", "llm-compressor"]
-    skip_layers: list[Annotated[int, Field(ge=0)]] = []
-    smoothing: Annotated[float, Field(ge=0, le=1, strict=False)]
-    rounding: Literal["nearest", "gptq"]
-    symmetric_activations: bool
-
-    @model_validator(mode="after")
-    def _a_library_does_it_its_own_way(self) -> Self:
-        self._only(rounding="nearest")
-        return self
-
-    @property
-    def bits(self) -> int:
-        """Bits of a quantized weight."""
-        return 8
+Bits = Annotated[float, Field(gt=2, le=16, strict=False)]
+FORMATS = ("compressed-tensors", "awq", "gptq", "gguf")
+BACKENDS = (BUILTIN, "llm-compressor", "autoawq", "llama.cpp")
+COARSE = 4  # bits; with as few, little is made of the calibration text's correlations, with more still less
+DAMPING = {True: 0.05, False: 0.3}  # of the Gram matrix, by whether weights are that coarse
+# what a library does, by key: the values that it can be asked for
+ABILITIES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "llm-compressor": {
+        "scheme": ("W8A8", "W8A16", "W4A16", "W4A16_ASYM"),
+        "scaling": ("none", "smoothquant"),
+        "clip": (False,),
+        "refine": (0,),
+        "propagate": (False,),
+        "scale_dtype": (None,),
+        "output_layer": (None,),
+        "embedding": (None,),
+        "format": ("compressed-tensors",),
+        "imatrix": (False,),
+    },
+    "autoawq": {
+        "scheme": ("W4A16_ASYM",),
+        "scaling": ("awq",),
+        "rounding": ("nearest",),
+        "act_order": ("static",),
+        "damping": (None,),
+        "refine": (0,),
+        "propagate": (False,),
+        "scale_dtype": (None, "float16"),
+        "skip_layers": ([],),
+        "output_layer": (None,),
+        "embedding": (None,),
+        "format": ("awq",),
+        "imatrix": (False,),
+    },
+    "llama.cpp": {
+        "scheme": tuple(LLAMA_CPP),
+        "scaling": ("none",),
+        "clip": (False,),
+        "rounding": ("nearest",),
+        "act_order": ("static",),
+        "damping": (None,),
+        "refine": (0,),
+        "propagate": (False,),
+        "scale_dtype": (None,),
+        "skip_layers": ([],),
+        "output_layer": (None,),
+        "embedding": (None,),
+        "samples": (None,),
+        "format": ("gguf",),
+    },
+}
 
 
-class GptqSettings(_Calibrated):
-    """GPTQ (arXiv 2210.17323), 4-bit weights in groups along the input."""
+class VariantSettings(Section):
+    """One way to press the model: what numbers (`scheme`), and how a weight gets there (the other axes).
 
-    method: Literal["gptq"]
-    backend: Literal["modelpress", "llm-compressor"]
-    skip_layers: list[Annotated[int, Field(ge=0)]] = []
-    bits: Literal[4]
-    group_size: Annotated[int, Field(ge=8, le=1024)]
-    symmetric: bool
-    act_order: Literal["static", "none"]
-    damping: Annotated[float, Field(gt=0, lt=1)]
-    clip: bool
-    refine: Refine
-    propagate: bool
-    format: Format
-
-    @model_validator(mode="after")
-    def _a_library_does_it_its_own_way(self) -> Self:
-        self._only(clip=False, refine=0, propagate=False, format="compressed-tensors")
-        return self
-
-
-class AwqSettings(_Calibrated):
-    """AWQ (arXiv 2306.00978), 4-bit weights in groups along the input."""
-
-    method: Literal["awq"]
-    backend: Literal["modelpress", "autoawq"]
-    bits: Literal[4]
-    group_size: Annotated[int, Field(ge=8, le=1024)]
-    clip: bool
-    rounding: Literal["nearest", "gptq"]
-    refine: Refine
-    propagate: bool
-    format: Format
-
-    @model_validator(mode="after")
-    def _a_library_does_it_its_own_way(self) -> Self:
-        self._only(rounding="nearest", refine=0, propagate=False, format="awq")
-        return self
-
-
-class AutoSettings(_Calibrated):
-    """Mixed precision: bits and groups of each linear layer, chosen for the least error in a given size.
-
-    The budget is one of two. bits_per_weight: over all linear layers of the decoder, scales and zero points counted;
-    retention: of a token's likelihood, exp(-divergence), as it is expected from the calibration text. candidates:
-    BITS@GROUP_SIZE. fused: layers that an engine makes one of, such as q, k and v, share theirs.
+    scheme: one of compressed-tensors' presets (tasks/schemes.py); none: the model as it came; mixed: a scheme for each
+    linear layer, one of `candidates`; or a mixture that llama.cpp's own quantizer makes.
+    group_size, symmetric_activations: override the scheme's. scale_dtype: of scales and of all that is not quantized;
+    None: the model's own, or what the format asks for.
+    scaling: of channels before rounding; smoothing: how much of it, for smoothquant. clip: search for the groups'
+    limits. rounding, act_order, damping: GPTQ's order of columns and the share of its matrix' diagonal that is added.
+    refine: rounds of least squares on the scales and of coordinate descent on the integers. propagate: solve each layer
+    on its inputs as they are once the layers before it are pressed. skip_layers: decoder layers left alone.
+    output_layer, embedding: their precisions; None: as they are. Where a model ties the two, output_layer is both's.
+    candidates, one of bits_per_weight (scales and zero points counted) and retention (of a token's likelihood, as
+    expected from the calibration text), and fused (layers that an engine joins, such as q, k and v, share theirs): of
+    the scheme mixed.
+    samples: calibration sequences that a library sees; None: all. imatrix: llama.cpp weighs each weight by the mean
+    square of its input.
     """
 
-    method: Literal["auto"]
-    backend: Literal["modelpress"]
-    bits_per_weight: Annotated[float, Field(gt=2, le=16, strict=False)] | None = None
+    scheme: Literal[NAMES]  # type: ignore[valid-type]
+    group_size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    symmetric_activations: bool | None = None
+    scale_dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    candidates: Annotated[list[str], Field(min_length=2)] | None = None
+    bits_per_weight: Bits | None = None
     retention: Annotated[float, Field(gt=0, lt=1)] | None = None
-    candidates: Annotated[list[Annotated[str, Field(pattern=r"^[48]@[0-9]+$")]], Field(min_length=2)]
-    fused: bool
-    refine: Refine
-    propagate: bool
+    fused: bool | None = None
+    scaling: Literal["none", "awq", "smoothquant"] = "none"
+    smoothing: Annotated[float, Field(ge=0, le=1, strict=False)] | None = None
+    clip: bool = False
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    act_order: Literal["static", "none"] = "static"
+    damping: Annotated[float, Field(gt=0, lt=1)] | None = None
+    refine: Annotated[int, Field(ge=0, le=20)] = 0
+    propagate: bool = False
+    skip_layers: list[Annotated[int, Field(ge=0)]] = []
+    output_layer: str | None = None
+    embedding: str | None = None
+    format: Literal[FORMATS] = "compressed-tensors"  # type: ignore[valid-type]
+    backend: Literal[BACKENDS] = BUILTIN  # type: ignore[valid-type]
+    samples: Annotated[int, Field(ge=1)] | None = None
+    imatrix: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_library_has_one_format(cls, values: Any) -> Any:
+        """llama.cpp's schemes name their backend, and some backends their format."""
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        if filled.get("scheme") in LLAMA_CPP:
+            filled.setdefault("backend", "llama.cpp")
+        formats = ABILITIES.get(str(filled.get("backend")), {}).get("format", ())
+        if len(formats) == 1:
+            filled.setdefault("format", formats[0])
+        return filled
+
+    @field_validator("candidates")
+    @classmethod
+    def _each_is_a_precision(cls, value: list[str] | None) -> list[str] | None:
+        for one in value or ():
+            parse_precision(one)
+        if value and (twice := sorted({one for one in value if value.count(one) > 1})):
+            raise ValueError(f"names {', '.join(twice)} more than once")
+        return value
+
+    @field_validator("output_layer", "embedding")
+    @classmethod
+    def _is_a_weight_only_precision(cls, value: str | None) -> str | None:
+        precision = None if value is None else parse_precision(value)
+        if value is not None and (precision is None or not precision.weight_only):
+            raise ValueError("is for weights alone: write W8A16@64 or W4A16_ASYM@32, or leave it out")
+        return value
 
     @model_validator(mode="after")
-    def _one_budget(self) -> Self:
+    def _keys_fit_the_scheme(self) -> Self:
+        if self.scheme == NONE and (given := sorted(self.model_fields_set - {"scheme"})):
+            raise ValueError(f"scheme is none, the model as it came, so {given[0]} says nothing; remove it")
+        mixed = self.scheme == MIXED
+        for key in ("candidates", "bits_per_weight", "retention", "fused"):
+            if not mixed and getattr(self, key) is not None:
+                raise ValueError(f"{key} is for the scheme mixed, but scheme is {self.scheme}; remove it")
+        if self.group_size is not None and (self.scheme not in SCHEMES or not self._preset.weight_only):
+            raise ValueError(
+                f"group_size is {self.group_size}, but "
+                + (
+                    "the scheme mixed has one for each candidate, as in W4A16_ASYM@64"
+                    if mixed
+                    else f"{self.scheme} has no groups of its own"
+                )
+                + "; remove it"
+            )
+        if self.symmetric_activations is not None and not self._rounds_activations:
+            raise ValueError(f"symmetric_activations is set, but {self.scheme} rounds no activations; remove it")
+        if (self.smoothing is None) == self._smooths:
+            raise ValueError(
+                "smoothing is missing: how much of the difficulty moves to the weights, such as 0.5"
+                if self._smooths
+                else "smoothing is set, but nothing is smoothed; set scaling to smoothquant or remove it"
+            )
+        if mixed:
+            self._check_mixed()
+        return self
+
+    def _check_mixed(self) -> None:
+        if self.candidates is None:
+            raise ValueError("candidates are missing: the precisions to choose from, such as [W4A16_ASYM@64, W8A8]")
         if (self.bits_per_weight is None) == (self.retention is None):
             raise ValueError("needs one budget: bits_per_weight, such as 4.5, or retention, such as 0.9")
+        if self.fused is None:
+            raise ValueError("fused is missing: true where the engine joins q, k and v, as vLLM does, else false")
+        if self.format != "compressed-tensors":
+            raise ValueError(
+                f"format is {self.format}, which knows one scheme for all layers; set format to compressed-tensors"
+            )
+
+    @model_validator(mode="after")
+    def _backend_can(self) -> Self:
+        if self.backend == BUILTIN:
+            if self.scheme in LLAMA_CPP:
+                raise ValueError(f"scheme is {self.scheme}, which llama.cpp alone makes; set backend to llama.cpp")
+            if self.format == "gguf":
+                raise ValueError("format is gguf, which is written by the target gguf from any other; remove format")
+            if self.imatrix:
+                raise ValueError("imatrix is for llama.cpp's schemes; remove it")
+            if self.samples is not None:
+                raise ValueError(
+                    f"samples is {self.samples}, but the backend {BUILTIN} uses the statistics of all sequences; "
+                    "remove samples, or set calibration.samples"
+                )
+            return self
+        for key, values in ABILITIES[self.backend].items():
+            if (found := getattr(self, key)) not in values:
+                can = " or ".join(_word(value) for value in values)
+                raise ValueError(
+                    f"{key} is {_word(found)}, which {self.backend} cannot do; set {key} to {can} or backend to "
+                    f"{BUILTIN}"
+                )
         return self
 
     @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """(bits, group size) of each candidate."""
-        found = (one.partition("@") for one in self.candidates)
-        return [(int(bits), int(size)) for bits, _, size in found]
+    def is_baseline(self) -> bool:
+        """Whether the model stays as it came."""
+        return bool(self.scheme == NONE)
 
     @property
-    def bits(self) -> int:
-        """Of a weight, as the gate counts them: the fewest that one may get."""
-        return min(bits for bits, _ in self.pairs)
-
-
-class GgufSettings(Section):
-    """llama.cpp's own quantizer, for the target gguf alone. type: its name for the mixture of types that it chooses for
-    the layers. importance: weigh each weight by its inputs' mean square, from our statistics."""
-
-    method: Literal["gguf"]
-    type: Literal["Q4_K_M", "Q5_K_M", "Q6_K"]
-    importance: bool
+    def precision(self) -> Scheme:
+        """The scheme of all linear layers, with what overrides it; KeyError for none, mixed and llama.cpp's."""
+        return self._overridden(self._preset)
 
     @property
-    def backend(self) -> str:
-        """Who presses."""
-        return "llama.cpp"
+    def precisions(self) -> dict[str, Scheme | None]:
+        """The candidates of the scheme mixed by their names; None: left as it is."""
+        found = {text: parse_precision(text) for text in self.candidates or ()}
+        return {text: one and self._overridden(one) for text, one in found.items()}
 
     @property
-    def bits(self) -> int:
-        """Bits of most weights."""
-        return int(self.type[1])
+    def group_sizes(self) -> list[tuple[str, int]]:
+        """The settings that say how many weights share a scale, and what they say."""
+        keys = {
+            "candidates": self.candidates or (),
+            "output_layer": (self.output_layer,),
+            "embedding": (self.embedding,),
+        }
+        found = [(key, parse_precision(text)) for key, texts in keys.items() for text in texts if text]
+        if self.scheme in SCHEMES:
+            found.append(("group_size", self.precision))
+        return [(key, one.group_size) for key, one in found if one and one.group_size]
+
+    @property
+    def bits(self) -> int | None:
+        """Of a weight, as the gate counts them: the fewest that one may get; None for the baseline."""
+        if self.scheme in LLAMA_CPP:
+            return LLAMA_CPP[self.scheme]
+        if self.scheme == MIXED:
+            return min((one.bits for one in self.precisions.values() if one), default=None)
+        return None if self.is_baseline else self.precision.bits
+
+    @property
+    def damping_share(self) -> float:
+        """`damping`, or what suits the bits."""
+        return DAMPING[(self.bits or COARSE) <= COARSE] if self.damping is None else self.damping
+
+    @property
+    def recipe(self) -> str:
+        """The axes in words, as in `AWQ scaling, clipping, GPTQ`; nothing for the baseline."""
+        words = {
+            {"awq": "AWQ scaling", "smoothquant": "SmoothQuant", "none": ""}[self.scaling]: True,
+            "clipping": self.clip,
+            "GPTQ" if self.rounding == "gptq" else "rounding to nearest": self.backend != "llama.cpp",
+            "refinement": self.refine,
+            "propagated errors": self.propagate,
+            "importance matrix": self.imatrix,
+        }
+        return "" if self.is_baseline else ", ".join(word for word, used in words.items() if word and used)
+
+    @property
+    def _preset(self) -> Scheme:
+        return SCHEMES[self.scheme]
+
+    @property
+    def _rounds_activations(self) -> bool:
+        if self.scheme == MIXED:
+            return any(one and not one.weight_only for one in map(parse_precision, self.candidates or ()))
+        return self.scheme in SCHEMES and not self._preset.weight_only
+
+    @property
+    def _smooths(self) -> bool:
+        """Whether SmoothQuant is used: of a mixture, on what rounds activations."""
+        return self.scaling == "smoothquant" or (
+            self.scheme == MIXED and self.scaling != "none" and self._rounds_activations
+        )
+
+    def _overridden(self, scheme: Scheme) -> Scheme:
+        if not scheme.weight_only and self.symmetric_activations is not None:
+            scheme = replace(scheme, symmetric_activations=self.symmetric_activations)
+        return scheme if self.group_size is None else replace(scheme, group_size=self.group_size)
 
 
-Variant = Annotated[
-    NoneSettings | Int8Settings | GptqSettings | AwqSettings | AutoSettings | GgufSettings,
-    Field(discriminator="method"),
-]
-
-
-class OnnxSettings(Section):
-    """What the target `onnx` asks. output_layer: bits of the output layer and the embedding of a pressed model, which
-    the methods leave alone; 32: as they are. Those of the baseline stay as they are."""
-
-    output_layer: Literal[32, 8, 4]
-
-
-class GgufTarget(Section):
-    """What the target `gguf` asks; see `OnnxSettings`."""
-
-    output_layer: Literal[32, 8]
+def _word(value: Any) -> str:
+    """As it stands in YAML."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class BenchmarkSettings(Section):
@@ -353,10 +461,8 @@ class Settings(Section):
     model: ModelSettings
     calibration: CalibrationSettings
     statistics: StatisticsSettings
-    variants: dict[Name, Variant]
+    variants: dict[Name, VariantSettings]
     target: Target
-    onnx: OnnxSettings
-    gguf: GgufTarget
     evaluation: EvaluationSettings
     benchmark: BenchmarkSettings
     gate: GateSettings
@@ -364,14 +470,13 @@ class Settings(Section):
 
     @field_validator("variants")
     @classmethod
-    def _baseline_and_distinct_variants(cls, value: dict[str, Variant]) -> dict[str, Variant]:
-        if not isinstance(value.get(BASE), NoneSettings):
-            raise ValueError(f"must hold the baseline: add `{BASE}: {{method: none}}`")
+    def _baseline_and_distinct_variants(cls, value: dict[str, VariantSettings]) -> dict[str, VariantSettings]:
+        if BASE not in value or not value[BASE].is_baseline:
+            raise ValueError(f"must hold the baseline: add `{BASE}: {{scheme: none}}`")
         if len(value) < 2:
             raise ValueError(
                 "holds nothing to compare with the baseline; add a variant, such as "
-                "`int8: {method: int8, backend: modelpress, smoothing: 0.5, rounding: gptq, "
-                "symmetric_activations: false}`"
+                "`int8: {scheme: W8A8, scaling: smoothquant, smoothing: 0.5, rounding: gptq}`"
             )
         seen: dict[str, str] = {}
         for name, variant in value.items():
@@ -405,7 +510,7 @@ class Settings(Section):
     @model_validator(mode="after")
     def _samples_exist(self) -> Settings:
         for name, variant in self.variants.items():
-            wanted = getattr(variant, "samples", None)
+            wanted = variant.samples
             if wanted is not None and wanted > self.calibration.samples:
                 raise ValueError(
                     f"variants.{name}.samples is {wanted}, but calibration.samples is only "
@@ -414,12 +519,12 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
-    def _method_fits_target(self) -> Settings:
+    def _scheme_fits_target(self) -> Settings:
         for name, variant in self.variants.items():
-            if isinstance(variant, GgufSettings) and self.target != "gguf":
+            if variant.format == "gguf" and self.target != "gguf":
                 raise ValueError(
-                    f"variants.{name}.method is gguf, which only the target gguf can run, but target is {self.target}; "
-                    "set target to gguf, or remove the variant"
+                    f"variants.{name}.scheme is {variant.scheme}, which only the target gguf can run, but target is "
+                    f"{self.target}; set target to gguf, or remove the variant"
                 )
         return self
 
@@ -433,7 +538,7 @@ class Settings(Section):
                 )
         return self
 
-    def variant(self, name: str) -> Variant:
+    def variant(self, name: str) -> VariantSettings:
         """The settings of the variant `name`; TaskError if there is none."""
         if name not in self.variants:
             raise TaskError(f"no variant {name!r} in params.yaml; there are: {', '.join(self.variants)}")
@@ -459,29 +564,23 @@ def check_settings(values: Any, origin: str = "params.yaml") -> Settings:
     """Turn plain values into Settings; TaskError naming each field, its value and what is expected there."""
     if not isinstance(values, Mapping):
         raise TaskError(f"{origin} holds {type(values).__name__}, expected a mapping of sections")
+    if old := new_words(values):
+        raise TaskError(f"{origin} is in the words of an earlier version; write instead:\n" + "\n".join(old))
     try:
         return Settings.model_validate(dict(values))
     except ValidationError as error:
         raise TaskError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from error
 
 
-_METHODS = ("none", "int8", "gptq", "awq", "auto", "gguf")
-
-
 def _explain(error: Any) -> str:
     """One finding of pydantic, in a person's words."""
     parts = [str(p) for p in error["loc"]]
-    # the discriminator of a union stands in the location, but not in the file
-    if len(parts) > 2 and parts[0] == "variants" and parts[2] in _METHODS:
-        del parts[2]
     where = ".".join(p for p in parts if p != "[key]")
     match error["type"]:
         case "extra_forbidden":
             return f"{where} is no setting (found {_short(error['input'])}); remove it or mend the spelling"
         case "missing":
             return f"{where} is missing"
-        case "union_tag_invalid" | "union_tag_not_found":
-            return f"{where}.method must be one of {', '.join(_METHODS)} (found {_short(error['input'])})"
         case "value_error":
             # where the finding is about a whole section, its value would only repeat the file
             return f"{where + ': ' if where else ''}{error['ctx']['error']}"

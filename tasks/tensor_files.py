@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # torch's names: safetensors' names
 LARGEST = 5 * 10**9  # bytes of a file, where a model's weights are written
+OUTPUT, EMBEDDING = "lm_head", "model.embed_tokens"  # outside the decoder layers, by their names in transformers
 BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 
 
@@ -155,12 +156,24 @@ class TensorFiles:
     """The tensors of a model directory by name, read one by one."""
 
     def __init__(self, directory: Path) -> None:
-        self._file = {name: path for path in sorted(directory.glob("*.safetensors")) for name in read_header(path)}
+        self._file: dict[str, Path] = {}
+        self._entry: dict[str, Entry] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            header = read_header(path)
+            self._entry |= header
+            self._file |= dict.fromkeys(header, path)
         if not self._file:
             raise TaskError(f"{directory} holds no safetensors files; run the download stage: modelpress run")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file
+
+    def entry(self, name: str) -> Entry:
+        """Type, shape and size of a tensor, without reading it. KeyError if there is none of this name."""
+        return self._entry[name]
 
     def read(self, name: str) -> Tensor:
         """The tensor as it is stored. KeyError if there is none of this name."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tasks.formats.compressed import pack_words, words_config
 from tasks.grid import Grid
-from tasks.solvers import rtn
 
 ALONE = "gate_proj"  # the layer that stays as it is
 GRIDS = {
@@ -32,7 +31,7 @@ def mixed_model(model: Path, directory: Path) -> Path:
     for name, tensor in load_file(model / "model.safetensors").items():
         stem = name.removesuffix(".weight")
         grid = GRIDS.get(stem.rpartition(".")[2])
-        packed = pack_words(rtn.solve(tensor, grid), grid) if grid else {"weight": tensor}
+        packed = pack_words(grid.round(tensor), grid) if grid else {"weight": tensor}
         tensors |= {f"{stem}.{end}": value.contiguous() for end, value in packed.items()}
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     described: dict[str, Any] = {}

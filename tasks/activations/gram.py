@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tasks.activations.store import OUTPUT, READERS, statistics_file
-from tasks.tensor_files import save
+from tasks.activations.store import READERS, statistics_file
+from tasks.tensor_files import OUTPUT, save
 
 BLOCK = 384  # rows of a Gram matrix in one product; what is left of them mirrors what is above
 

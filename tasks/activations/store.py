@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.errors import TaskError
+from tasks.tensor_files import OUTPUT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-OUTPUT = "lm_head"  # the output layer, by its name in transformers
+READERS = "readers"  # key in a file's metadata: the linear layers that read each input
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,3 @@ def load_statistics(directory: Path, layer: int | None, device: str) -> dict[str
             known = Input(*(file.get_tensor(f"{first}.{key}") for key in ("gram", "largest", "mean")))
             found |= dict.fromkeys(readers, known)
     return found
-
-
-READERS = "readers"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tasks.exporters.gguf import check_gguf
+from tasks.exporters import load_exporter
 from tasks.model.compatibility import check_fit
 from tasks.program import run_stage
 from tasks.scoring.eval_tasks import check_tasks
@@ -19,8 +19,7 @@ from tasks.settings import Settings
 def check(settings: Settings, model: Path | None, evals: Path) -> None:
     """TaskError for the first thing that cannot work. `model` None: it is not downloaded yet."""
     check_tasks(settings.evaluation.tasks, evals)
-    if settings.target == "gguf":
-        check_gguf(settings, model)
+    load_exporter(settings.target).check(settings, model)
     if model is not None:
         for name, variant in settings.variants.items():
             check_fit(name, variant, model)

@@ -10,39 +10,39 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tasks.errors import TaskError
-from tasks.settings import AwqSettings, GptqSettings, NoneSettings, Settings
+from tasks.settings import Settings
 
 BLOCK = 32  # weights that share a scale
 
 
-def export_gguf(model: Path, destination: Path, output_layer: int) -> None:
-    """Write model.gguf and config.json of the model to `destination`; nothing if llama.cpp's own quantizer has made it.
+class GgufExporter:
+    """See the protocol `Exporter`."""
 
-    output_layer: bits of a pressed model's embedding and output layer, 8 or 32 (as they are). TaskError if llama.cpp
-    has no such model, tokenizer or type of weights.
-    """
-    from tasks.formats.gguf.file import NAME, write_gguf
-    from tasks.runtimes.gguf import check_tokens
+    def check(self, settings: Settings, model: Path | None) -> None:
+        """See `Exporter`."""
+        if find_spec("llama_cpp") is None:
+            raise TaskError("target is gguf, but llama.cpp is not installed here; add it with: make gguf")
+        for name, variant in settings.variants.items():
+            for key, size in variant.group_sizes:
+                if size % BLOCK:
+                    raise TaskError(
+                        f"variants.{name}.{key} has groups of {size}, but GGUF has a scale for each {BLOCK} weights; "
+                        f"sizes that fit the target gguf: {BLOCK} and its multiples"
+                    )
+        if model is not None:
+            _check_model(settings, model)
 
-    file = model / NAME
-    if not file.exists():
-        write_gguf(model, destination, output_layer)
-        file = destination / NAME
-    check_tokens(file, model)
+    def export(self, model: Path, destination: Path) -> None:
+        """Write model.gguf and config.json; nothing where llama.cpp's own quantizer has made the file. TaskError if
+        llama.cpp has no such model, tokenizer or type of weights."""
+        from tasks.formats.gguf.file import NAME, write_gguf
+        from tasks.runtimes.gguf import check_tokens
 
-
-def check_gguf(settings: Settings, model: Path | None) -> None:
-    """Refuse before work starts: no llama.cpp, and what does not fit into GGUF of the downloaded `model`, if it is."""
-    if find_spec("llama_cpp") is None:
-        raise TaskError("target is gguf, but llama.cpp is not installed here; add it with: make gguf")
-    for name, variant in settings.variants.items():
-        if isinstance(variant, GptqSettings | AwqSettings) and variant.group_size % BLOCK:
-            raise TaskError(
-                f"variants.{name}.group_size is {variant.group_size}, but GGUF has a scale for each {BLOCK} weights; "
-                f"sizes that fit the target gguf: {BLOCK} and its multiples"
-            )
-    if model is not None:
-        _check_model(settings, model)
+        file = model / NAME
+        if not file.exists():
+            write_gguf(model, destination)
+            file = destination / NAME
+        check_tokens(file, model)
 
 
 def _check_model(settings: Settings, model: Path) -> None:
@@ -54,7 +54,7 @@ def _check_model(settings: Settings, model: Path) -> None:
 
     check_family(json.loads((model / "config.json").read_text(encoding="utf-8")), str(model))
     rule_for_words(json.loads(AutoTokenizer.from_pretrained(model).backend_tokenizer.to_str()), model)
-    if all(isinstance(variant, NoneSettings) for variant in settings.variants.values()):
+    if all(variant.is_baseline for variant in settings.variants.values()):
         return
     for layer, (_, width) in linear_shapes(model).items():
         if width % BLOCK:

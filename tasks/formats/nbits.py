@@ -60,3 +60,17 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     for place in range(each):
         packed |= values[..., place] << (place * bits)
     return packed
+
+
+def unpack_blocks(packed: Blocks, bits: int) -> QuantizedWeight:
+    """What `pack_blocks` packed, in groups of one block."""
+    rows, blocks, _ = packed.integers.shape
+    return QuantizedWeight(
+        unpack_bits(packed.integers.view(rows, -1), bits), packed.scales, unpack_bits(packed.zeros, bits)[:, :blocks]
+    )
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, bytes] -> [rows, bytes * 8 / bits], from the lowest bits up."""
+    places = torch.arange(0, BYTE, bits, device=packed.device)
+    return ((packed[..., None] >> places) & (2**bits - 1)).to(torch.uint8).flatten(1)

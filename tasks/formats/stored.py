@@ -1,35 +1,16 @@
-"""A pressed model, read back from whichever of our formats it was written in.
-
-What a layer was solved to is the same thing in all of them: integers, scales and zero points, bit for bit.
-"""
+"""A pressed model, read back from whichever format of a model directory it was written in."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
 from pathlib import Path
 
 from torch import Tensor
 
 from tasks.errors import TaskError
-from tasks.formats.autogptq import unpack_autogptq
-from tasks.formats.awq_gemm import unpack_gemm
-from tasks.formats.compressed import unpack_bytes, unpack_words
-from tasks.grid import QuantizedWeight
+from tasks.formats import Format, StoredLinear, load_format
 from tasks.tensor_files import TensorFiles
-
-# what a quantized linear layer consists of, by the end of its tensors' names; the first tells the format
-WORDS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-BYTES = ("weight_scale", "weight")
-COLUMNS = ("qweight", "qzeros", "scales", "g_idx")
-
-
-@dataclass(frozen=True)
-class StoredLinear:
-    """A linear layer as it was solved. bits: of an integer."""
-
-    solved: QuantizedWeight
-    bits: int
 
 
 class StoredModel:
@@ -43,54 +24,65 @@ class StoredModel:
         self._files = TensorFiles(directory)
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         self._config = config.get("quantization_config") or {}
-        self._method = self._config.get("quant_method")
-        self._check(directory)
-        names = set(self._files)
-        first = {"qweight", "weight_packed"}
-        stems = {stem for stem, _, end in (name.rpartition(".") for name in names) if end in first}
-        stems |= {name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")}
-        parts = {f"{stem}.{end}" for stem in stems for end in (*WORDS, *BYTES, *COLUMNS)}
-        self.quantized = [stem for name in self._files if (stem := name.rpartition(".")[0]) in stems]
-        self.quantized = list(dict.fromkeys(self.quantized))
+        self._format = self._read_format(directory)
+        # a linear layer is quantized where it has more than a weight and a bias
+        ends = {"weight_packed", "weight_scale", "qweight"} if self._format else set()
+        stems = {stem for stem, _, end in (name.rpartition(".") for name in self._files) if end in ends}
+        parts = {f"{stem}.{end}" for stem in stems for end in (self._format.parts if self._format else ())}
+        named = (name.rpartition(".")[0] for name in self._files)
+        self.quantized = list(dict.fromkeys(stem for stem in named if stem in stems))
         self.dense = [name for name in self._files if name not in parts]
 
     def linear(self, name: str) -> StoredLinear:
         """One of `quantized`."""
+        assert self._format is not None  # or nothing would be in `quantized`
         tensors = {end: self._files.read(f"{name}.{end}") for end in self._ends(name)}
-        if "weight_packed" in tensors:
-            return StoredLinear(*unpack_words(tensors))
-        if "weight" in tensors:
-            return StoredLinear(unpack_bytes(tensors["weight"], tensors["weight_scale"]), 8)
-        if self._method == "awq":
-            return StoredLinear(unpack_gemm(tensors["qweight"], tensors["qzeros"], tensors["scales"]), 4)
-        bits = self._config["bits"]
-        return StoredLinear(unpack_autogptq(tensors["qweight"], tensors["qzeros"], tensors["scales"], bits), bits)
+        return self._format.unpack(name, tensors, self._config)
 
     def tensor(self, name: str) -> Tensor:
         """One of `dense`."""
         return self._files.read(name)
 
-    @property
-    def symmetric_activations(self) -> bool | None:
-        """How what the quantized layers read is rounded, to 8 bits for each token; None: it is not."""
-        groups = self._config.get("config_groups", {}).values()
-        inputs = [group["input_activations"] for group in groups]
-        return next((bool(found["symmetric"]) for found in inputs if found), None)
+    def weights(self, name: str) -> Tensor:
+        """The weight of a linear layer or an embedding, quantized or not: float32 [rows, width]."""
+        if name in self.quantized:
+            return self.linear(name).weight.weight()
+        return self.tensor(f"{name}.weight").float()
+
+    def bits_per_weight(self) -> float | None:
+        """Bits that a weight of the decoder's linear layers takes on disk: scales, zero points and layers left alone
+        counted. None where there are no decoder layers."""
+        bits = weights = 0
+        for name in self.quantized:
+            if ".layers." in name:
+                sizes = {end: self._files.entry(f"{name}.{end}").shape for end in self._ends(name)}
+                assert self._format is not None
+                weights += math.prod(
+                    self._format.shape(sizes, lambda end, name=name: self._files.read(f"{name}.{end}"))
+                )
+                bits += sum(
+                    8 * self._files.entry(f"{name}.{end}").bytes for end, shape in sizes.items() if len(shape) > 1
+                )
+        for name in self.dense:
+            entry = self._files.entry(name)
+            if ".layers." in name and len(entry.shape) > 1:
+                weights += entry.count
+                bits += 8 * entry.bytes
+        return round(bits / weights, 3) if weights else None
+
+    def _part(self, name: str, end: str) -> Tensor:
+        return self._files.read(f"{name}.{end}")
 
     def _ends(self, name: str) -> list[str]:
-        return [end for end in (*WORDS, "weight", *COLUMNS) if f"{name}.{end}" in self._files]
+        assert self._format is not None
+        return [end for end in self._format.parts if f"{name}.{end}" in self._files]
 
-    def _check(self, directory: Path) -> None:
-        if self._method == "awq":
-            found = self._config.get("bits"), str(self._config.get("version", "gemm")).lower()
-            if found != (4, "gemm"):
-                raise TaskError(
-                    f"{directory} is AWQ with bits={found[0]}, version={found[1]}; "
-                    "4 bits in GEMM layout can be loaded; quantize it again so"
-                )
-        elif self._method == "gptq" and self._config.get("desc_act"):
-            raise TaskError(f"{directory} is GPTQ with desc_act=true; groups in their own order can be loaded")
-        elif self._method not in (None, "compressed-tensors", "gptq"):
-            raise TaskError(
-                f"{directory} is quantized by {self._method!r}; compressed-tensors, awq and gptq can be loaded"
-            )
+    def _read_format(self, directory: Path) -> Format | None:
+        method = self._config.get("quant_method")
+        if method is None:
+            return None
+        if method not in ("compressed-tensors", "awq", "gptq"):
+            raise TaskError(f"{directory} is quantized by {method!r}; compressed-tensors, awq and gptq can be loaded")
+        found = load_format(method)
+        found.check_config(self._config, str(directory))
+        return found

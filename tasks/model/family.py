@@ -15,3 +15,6 @@ SOURCES = {
 
 # queries and keys meet in a product, where clipping does harm that the error of one of them does not show (AutoAWQ)
 UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
+
+# linear layers that engines such as vLLM make one of
+FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}

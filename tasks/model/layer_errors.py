@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tasks.activation_rounding import Activations
+from tasks.activation_rounding import rounded_inputs
 from tasks.device import compute_device
 from tasks.formats.stored import StoredModel
 from tasks.model.decoder import Decoder
+from tasks.tensor_files import OUTPUT
 
 
 def layer_errors(model: Path, pressed: Path, tokens: Tensor) -> dict[str, float]:
@@ -20,7 +19,7 @@ def layer_errors(model: Path, pressed: Path, tokens: Tensor) -> dict[str, float]
 
     tokens: int64 [sequences, length]. The error of layer f pressed to g is |g(x) - f(x)| / |f(x) - x|, over all tokens:
     no layer is blamed for the ones before it, and methods that rescale inside a layer compare with those that do not.
-    One layer of each model is in memory at a time.
+    The output layer's, where it is quantized, is that of the logits. One layer of each model is in memory at a time.
     """
     device = compute_device()
     base = Decoder(model, torch.float32, device)
@@ -28,42 +27,42 @@ def layer_errors(model: Path, pressed: Path, tokens: Tensor) -> dict[str, float]
     hidden = base.embed(list(tokens.split(1)))
     found = {}
     for index in range(len(base)):
-        twin_state = _dense(stored, base.layer_prefix(index))
+        twin_state, rounding = _dense(stored, base.layer_prefix(index))
         with base.layer(index) as layer:
             outputs = [base.run(index, layer, batch) for batch in hidden]
             layer.load_state_dict({name: tensor.to(device) for name, tensor in twin_state.items()}, assign=True)
-            with _rounded_inputs(layer, stored, base.layer_prefix(index)):
+            with rounded_inputs(layer, rounding):
                 twins = [base.run(index, layer, batch) for batch in hidden]
         error = sum((twin - out).double().pow(2).sum().item() for twin, out in zip(twins, outputs, strict=True))
         size = sum((out - before).double().pow(2).sum().item() for out, before in zip(outputs, hidden, strict=True))
         found[f"layers.{index}"] = round((error / size) ** 0.5, 6) if size else 0.0
         hidden = outputs
+    if OUTPUT in stored.quantized:
+        found[OUTPUT] = _output_error(base, stored, hidden)
     return found
 
 
-def _dense(stored: StoredModel, prefix: str) -> dict[str, Tensor]:
-    """A layer's tensors as numbers, float32, by the rest of their names."""
+def _output_error(base: Decoder, stored: StoredModel, hidden: list[Tensor]) -> float:
+    """Of the logits, relative, where the output layer alone is quantized."""
+    twin = stored.weights(OUTPUT).to(base.device)
+    error = size = 0.0
+    norm = base.norm()
+    with base.head() as head:
+        for batch in hidden:
+            logits = head(batch)
+            error += (nn.functional.linear(norm(batch), twin) - logits).double().square().sum().item()
+            size += logits.double().square().sum().item()
+    return round((error / size) ** 0.5, 6)
+
+
+def _dense(stored: StoredModel, prefix: str) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    """A layer's tensors as numbers, float32, by the rest of their names; and, of linear layers that round their inputs,
+    whether they do so symmetrically."""
     dense = {name: stored.tensor(name).float() for name in stored.dense if name.startswith(prefix)}
-    linears = (name for name in stored.quantized if name.startswith(prefix))
-    dense |= {f"{name}.weight": stored.linear(name).solved.weight() for name in linears}
-    return {name.removeprefix(prefix): tensor for name, tensor in dense.items()}
-
-
-@contextmanager
-def _rounded_inputs(layer: nn.Module, stored: StoredModel, prefix: str) -> Iterator[None]:
-    """Linear layers read what the pressed model's read: rounded where it rounds activations."""
-    symmetric = stored.symmetric_activations
-    rounded = Activations(bool(symmetric))
-
-    def rewrite(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
-        (x,) = arguments
-        integers, scale, zero = rounded(x)
-        return (((integers - (0 if zero is None else zero)) * scale).view(x.shape),)
-
-    linears = [] if symmetric is None else stored.quantized
-    inside = dict(layer.named_modules())
-    own = [inside[name.removeprefix(prefix)] for name in linears if name.startswith(prefix)]
-    handles = [module.register_forward_pre_hook(rewrite) for module in own]
-    yield
-    for handle in handles:
-        handle.remove()
+    rounding = {}
+    for name in (name for name in stored.quantized if name.startswith(prefix)):
+        linear = stored.linear(name)
+        dense[f"{name}.weight"] = linear.weight.weight()
+        if linear.precision.symmetric_activations is not None:
+            rounding[name.removeprefix(prefix)] = linear.precision.symmetric_activations
+    return {name.removeprefix(prefix): tensor for name, tensor in dense.items()}, rounding

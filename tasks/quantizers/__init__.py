@@ -1,28 +1,17 @@
-"""The methods that press a model, one module each, behind one small protocol.
-
-A method's module is named after it (`variants.V.method` in params.yaml) and offers
-
-    press(job: QuantizeJob) -> None
-
-which writes a complete model directory (safetensors, config.json with its quantization_config) to
-`job.destination`, an empty directory. It need not care for tokenizer and licence files, nor for whole-or-not-at-all:
-tasks/quantize.py does.
-"""
+"""From a variant's settings to a written model: our own quantizer (builtin.py), or a library that does the same."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
-from tasks.settings import BUILTIN, Variant
+from tasks.errors import TaskError
+from tasks.settings import BUILTIN, VariantSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
-
-BACKENDS = ("llm-compressor", "autoawq")  # the libraries that offer methods of ours as well
 
 
 @dataclass(frozen=True)
@@ -30,18 +19,15 @@ class QuantizeJob:
     """One model to press.
 
     source: directory of the model, safetensors. tokens: int64 [samples, sequence_length], the calibration text.
-    statistics: what the statistics stage left. device: "cpu" or "cuda". destination: an empty directory.
-    share: (k, n) for every n-th decoder layer from the k-th on, of which the rest of the model is left to another
-    process (parallel.py); None for all.
+    statistics: directory that the statistics stage wrote. device: "cpu" or "cuda". destination: an empty directory.
     """
 
     source: Path
     tokens: Tensor
     statistics: Path
-    variant: Variant
+    variant: VariantSettings
     device: str
     destination: Path
-    share: tuple[int, int] | None = None
 
     @property
     def dtype(self) -> dtype:
@@ -52,14 +38,33 @@ class QuantizeJob:
         return cast("dtype", getattr(torch, config["dtype"]))
 
 
-class Quantizer(Protocol):
-    """What a method's module offers."""
+def press(job: QuantizeJob) -> None:
+    """Write a complete model directory (weights, config.json with its quantization_config) to `job.destination`.
 
-    def press(self, job: QuantizeJob) -> None:
-        """Write the pressed model to `job.destination`."""
+    Tokenizer and licence files, and writing whole or not at all, are the stage's work (tasks/quantize.py).
+    """
+    variant = job.variant
+    if variant.is_baseline:
+        from tasks.quantizers.baseline import link_model
 
+        link_model(job)
+        return
+    match variant.backend:
+        case "modelpress":
+            from tasks.quantizers.builtin import press_model
 
-def quantizer(variant: Variant) -> Quantizer:
-    """The module of the variant's method; one that we and a library offer is the one that `backend` says."""
-    other = getattr(variant, "backend", BUILTIN) in BACKENDS
-    return cast(Quantizer, importlib.import_module(f"tasks.quantizers.{'libraries.' if other else ''}{variant.method}"))
+            press_model(job)
+        case "llm-compressor":
+            from tasks.quantizers.libraries.llm_compressor import press_with_llm_compressor
+
+            press_with_llm_compressor(job)
+        case "autoawq":
+            from tasks.quantizers.libraries.autoawq import press_with_autoawq
+
+            press_with_autoawq(job)
+        case "llama.cpp":
+            from tasks.quantizers.libraries.llama_cpp import press_with_llama_cpp
+
+            press_with_llama_cpp(job)
+        case _:
+            raise TaskError(f"no backend {variant.backend!r}; {BUILTIN} is always there")

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tasks.activation_rounding import rounded_inputs
 from tasks.activations.gram import recording_inputs
 from tasks.activations.importance import load_importance
 from tasks.activations.store import Input
+from tasks.grid import Precision
 from tasks.model.decoder import Decoder
 from tasks.quantizers import QuantizeJob
 from tasks.tensor_files import save
@@ -46,10 +48,20 @@ class PropagatedActivations:
             found |= dict.fromkeys(one.readers, Input(**one.tensors()))
         return found
 
-    def advance(self, index: int, tensors: Mapping[str, Tensor] | None) -> None:
-        """Go on through layer `index`, its tensors by the end of their names; None: as they are in the source."""
+    def advance(
+        self, index: int, tensors: Mapping[str, Tensor] | None, precisions: Mapping[str, Precision] | None = None
+    ) -> None:
+        """Go on through layer `index`, its tensors by the end of their names; None: as they are in the source.
+
+        precisions: of its linear layers, for those that round their inputs.
+        """
         hidden = self._before(index)
-        with self._decoder.layer(index) as layer:
+        rounding = {
+            name: one.symmetric_activations
+            for name, one in (precisions or {}).items()
+            if one.symmetric_activations is not None
+        }
+        with self._decoder.layer(index) as layer, rounded_inputs(layer, rounding):
             if tensors is not None:
                 layer.load_state_dict(dict(tensors), assign=True)
             after = torch.cat([self._decoder.run(index, layer, batch) for batch in hidden])

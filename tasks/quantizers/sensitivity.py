@@ -18,11 +18,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tasks.grid import Grid
+from tasks.activation_rounding import Activations, dequantized
+from tasks.grid import Precision
 from tasks.model.decoder import Decoder
 from tasks.quantizers import QuantizeJob
-from tasks.quantizers.grouped import Rounding, solve_layer
-from tasks.quantizers.layerwise import read_layer
+from tasks.quantizers.layer import Layer, read_layer
+from tasks.quantizers.solve import Recipe, round_layer, scale_channels
 from tasks.solvers import output_error
 from tasks.tensor_files import save
 
@@ -31,7 +32,7 @@ STATE, HIDDEN, FOUND = "measured.part.safetensors", "hidden", "found"
 DAMPING = 0.05
 FINE = 8  # bits with which so little is lost that the way of rounding does not matter
 # the plainest way that tells the precisions apart
-TRIAL = Rounding(scale=False, clip=False, gptq=True, act_order=True, damping=DAMPING, refine=0, propagate=False)
+TRIAL = Recipe(rounding="gptq", damping=DAMPING)
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ class Sensitivity:
         return {label: self.divergence * error / coarsest for label, error in self.errors.items()}
 
 
-def measure(job: QuantizeJob, candidates: Mapping[str, Grid]) -> dict[str, Sensitivity]:
-    """By the whole names of all linear layers. A run that was interrupted goes on at its layer.
+def measure(job: QuantizeJob, candidates: Mapping[str, Precision | None]) -> dict[str, Sensitivity]:
+    """By the whole names of all linear layers; a candidate of None leaves a layer as it is.
 
-    Memory beside a layer and its statistics: a stream of `SEQUENCES` x `LENGTH` x channels for each linear layer.
+    A run that was interrupted goes on at its layer. Memory beside a layer and its statistics: a stream of `SEQUENCES` x
+    `LENGTH` x channels for each linear layer.
     """
     decoder = Decoder(job.source, torch.float32, job.device)
     hidden = decoder.embed([job.tokens[:SEQUENCES, :LENGTH]])[0]
@@ -62,25 +64,23 @@ def measure(job: QuantizeJob, candidates: Mapping[str, Grid]) -> dict[str, Sensi
     for index in bar:
         prefix = decoder.layer_prefix(index)
         known = read_layer(job, decoder.files, index, prefix)
-        known.damp(DAMPING)
-        rounded: dict[str, Tensor] = {}
-        for label, grid in candidates.items():
-            fitting = {name: grid for name in known.inputs if grid.fitted(known.weight(name).shape[1]) == grid}
-            how = replace(TRIAL, gptq=grid.bits < FINE)
-            for name, solved in solve_layer(known, fitting, how).items():
-                weight, gram = known.weight(name), known.inputs[name].gram
-                new = solved.weight()
-                error = (output_error(new - weight, gram).sum() / output_error(weight, gram).sum()).item()
-                own = errors.setdefault(prefix + name, {})
-                if error > max(own.values(), default=-1.0):
-                    rounded[name] = new
-                own[label] = error
+        for linears, _ in list(known.readers()):
+            known.damp(linears, DAMPING)
         with decoder.layer(index) as layer:
             streams = {name: decoder.run(index, layer, stream) for name, stream in streams.items()}
-            for name, weight in rounded.items():
+            with _recorded_inputs(layer, list(known.inputs)) as inputs:
+                after = decoder.run(index, layer, hidden)
+            coarsest: dict[str, Tensor] = {}
+            for label, precision in candidates.items():
+                for name, (error, weight) in _trial(known, precision, inputs, job.variant.smoothing).items():
+                    own = errors.setdefault(prefix + name, {})
+                    if error > max(own.values(), default=-1.0):
+                        coarsest[name] = weight
+                    own[label] = error
+            for name, weight in coarsest.items():
                 with _swapped(layer.get_submodule(name), weight):
                     streams[prefix + name] = decoder.run(index, layer, hidden)
-            hidden = decoder.run(index, layer, hidden)
+            hidden = after
         save({HIDDEN: hidden, **streams}, state, {FOUND: json.dumps(errors)})
     found = {}
     with decoder.head() as head:
@@ -89,6 +89,54 @@ def measure(job: QuantizeJob, candidates: Mapping[str, Grid]) -> dict[str, Sensi
         for name, stream in tqdm(streams.items(), desc="divergence", unit="layer"):
             found[name] = Sensitivity(errors[name], _divergence(baseline, share, head(stream).log_softmax(-1)))
     return found
+
+
+def _trial(
+    known: Layer, precision: Precision | None, inputs: Mapping[str, Tensor], smoothing: float | None
+) -> dict[str, tuple[float, Tensor]]:
+    """The error of each linear layer whose width the precision's groups divide, and its weight with it.
+
+    inputs: of some tokens, on which the rounding of activations is tried, smoothed as it will be.
+    """
+    if precision is None:
+        return {name: (0.0, known.weight(name)) for name in known.inputs}
+    grid = precision.grid
+    fitting = {name: precision for name in known.inputs if grid.fitted(known.weight(name).shape[1]) == grid}
+    recipe = replace(TRIAL, rounding="gptq" if grid.bits < FINE else "nearest", smoothing=smoothing)
+    layer = Layer(known.index, known.prefix, dict(known.tensors), known.inputs)
+    rounds_activations = precision.symmetric_activations is not None
+    if rounds_activations and smoothing is not None:
+        scale_channels(layer, fitting, recipe, torch.float32)
+    found = {}
+    for name, solved in round_layer(layer, fitting, recipe).items():
+        weight, gram, new = layer.weight(name), layer.inputs[name].gram, solved.weight()
+        error = (output_error(new - weight, gram).sum() / output_error(weight, gram).sum()).item()
+        factor = known.inputs[name].mean / layer.inputs[name].mean if rounds_activations else None
+        if factor is not None:
+            factor = torch.where(factor.isfinite(), factor, 1)
+            x = inputs[name] / factor
+            change = dequantized(Activations(bool(precision.symmetric_activations)), x) - x
+            error += ((change @ weight.T).square().sum() / (x @ weight.T).square().sum()).item()
+            new = new / factor
+        found[name] = error, new
+    return found
+
+
+@contextmanager
+def _recorded_inputs(layer: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """What the linear layers `names` read in the last pass, [..., channels]."""
+    inputs: dict[str, Tensor] = {}
+
+    def record(name: str, x: Tensor) -> None:
+        inputs[name] = x
+
+    handles = [
+        layer.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]))
+        for name in names
+    ]
+    yield inputs
+    for handle in handles:
+        handle.remove()
 
 
 def _resume(state: Path, device: str) -> tuple[int, dict[str, dict[str, float]], dict[str, Tensor]]:

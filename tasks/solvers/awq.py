@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.grid import ClipRange, Grid, full_range
+from tasks.grid import ClipRange, Grid
 from tasks.solvers import output_error, row_parts
-from tasks.solvers.rtn import solve as round_to_nearest
 
 SCALE_TRIALS = 20
 ROWS = 512  # at most as many, but more than half, tell the trials apart as well as all do, in a fraction of the time
@@ -31,7 +30,7 @@ def search_scale(weight: Tensor, gram: Tensor, mean: Tensor, grid: Grid) -> Tens
         ratio = trial / SCALE_TRIALS
         scale = (mean.pow(ratio) / (importance.pow(1 - ratio) + 1e-4)).clamp(min=1e-4)
         scale /= (scale.max() * scale.min()).sqrt()
-        change = round_to_nearest(weight * scale, grid).weight().div_(scale).sub_(weight)
+        change = grid.round(weight * scale).weight().div_(scale).sub_(weight)
         error = output_error(change, gram).sum().item()
         if error < least:
             best, least = scale, error
@@ -59,12 +58,12 @@ def search_clip(weight: Tensor, gram: Tensor, grid: Grid) -> ClipRange:
 
 def _search_clip(weight: Tensor, own: Tensor, grid: Grid) -> ClipRange:
     """Of some rows. own: [groups, size, size], of each group's inputs."""
-    best = low, high = whole = full_range(weight, grid)
+    best = low, high = whole = grid.full_range(weight)
     least = torch.full_like(low, torch.inf)
 
     def attempt(low: Tensor, high: Tensor) -> None:
         nonlocal best, least
-        change = round_to_nearest(weight, grid, (low, high)).weight().sub_(weight)
+        change = grid.round(weight, (low, high)).weight().sub_(weight)
         change = change.view(-1, *own.shape[:2]).transpose(0, 1)
         error = (torch.bmm(change, own) * change).sum(-1).T
         better = error < least

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.grid import ClipRange, Grid, QuantizedWeight, fit_grid
+from tasks.grid import ClipRange, Grid, QuantizedWeight
 from tasks.solvers import one_thread
 
 BLOCK = 64  # columns whose errors reach the rest of the weight together; changes no result beyond rounding
@@ -28,7 +28,7 @@ def solve(
     act_order: the columns with the largest activations first, on the grid of the weight as it was ("static").
     damping: share of the Gram matrix' mean diagonal that is added to it. clip_range: as in `fit_grid`.
     """
-    scales, zeros = fit_grid(weight, grid, clip_range)
+    scales, zeros = grid.fit(weight, clip_range)
     width = weight.shape[1]
     diagonal = gram.diagonal()
     dead = diagonal == 0
@@ -44,7 +44,7 @@ def solve(
         errors = torch.empty_like(block)
         for i in range(end - start):
             column, s, z = block[i], scale[start + i], zero[start + i]
-            rounded = (column / s).round_().add_(z).clamp_(0, grid.top)
+            rounded = grid.nearest(column, s, z)
             integers[start + i] = rounded
             errors[i] = (column - (rounded - z).mul_(s)).div_(local[i, i])
             block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)

@@ -84,7 +84,7 @@ def _descend(weight: Tensor, gram: Tensor, grid: Grid, solved: QuantizedWeight) 
         before = change[start:end].clone()
         for j in range(start, end):
             best = target[j] + change[j] - slope[j] / curve[j]
-            integers[j] = (best / scale[j]).round_().add_(zero[j]).clamp_(0, grid.top)
+            integers[j] = grid.nearest(best, scale[j], zero[j])
             moved = (integers[j] - zero[j]).mul_(scale[j]).sub_(target[j]).sub_(change[j])
             change[j] += moved
             slope[start:end].addr_(gram[start:end, j], moved)

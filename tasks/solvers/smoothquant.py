@@ -12,11 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.grid import Grid
-
-# a scale for each row; integers from -128 to 127 are 0 to 255 here
-INT8 = Grid(bits=8, group_size=None, symmetric=True, dtype=torch.float32)
-
 
 def smooth(weight: Tensor, gram: Tensor, largest: Tensor, strength: float) -> Tensor:
     """The factor for each input channel, float32 [width]: the weight is to be multiplied by it, its input divided.

@@ -24,13 +24,13 @@ from tasks.formats.awq_gemm import gemm_config, pack_gemm
 from tasks.formats.compressed import bytes_config, pack_bytes, pack_words, words_config
 from tasks.formats.nbits import block_size, pack_bits, pack_blocks
 from tasks.formats.stored import StoredModel
-from tasks.grid import Grid, QuantizedWeight, fit_grid, round_to_grid
+from tasks.grid import Grid, QuantizedWeight
 from tasks.output import write_manifest
 from tasks.runtimes import Question, load_runtime
 from tasks.runtimes.onnx import OnnxRuntime
 from tasks.scoring.lm_eval_adapter import RuntimeLM
 from tasks.settings import OnnxSettings
-from tasks.solvers import output_error, rtn
+from tasks.solvers import output_error
 from tasks.statistics import collect
 from tests.tiny import NO_STATISTICS, tiny_model
 
@@ -218,7 +218,7 @@ def test_output_layer_and_embedding_are_rounded_to_8_bits(
     model: Path = request.getfixturevalue(kind)
     tensors = load_file(model / "model.safetensors")
     rounded = {
-        n: rtn.solve(tensors[n], Grid(8, 64, False, torch.float32)).weight()
+        n: Grid(8, 64, False, torch.float32).round(tensors[n]).weight()
         for n in (EMBEDDING, OUTPUT)
         if n in tensors
     }
@@ -238,14 +238,14 @@ def test_in_4_bits_the_output_layer_is_solved(
     weight = tensors[OUTPUT if kind == "untied" else EMBEDDING].float()
     solved = output_weight(tmp_path / "onnx" / GRAPH)
     changed = (
-        {OUTPUT: solved, EMBEDDING: rtn.solve(tensors[EMBEDDING], grid).weight()}
+        {OUTPUT: solved, EMBEDDING: grid.round(tensors[EMBEDDING]).weight()}
         if kind == "untied"
         else {EMBEDDING: solved}
     )
     assert distance(found, logprobs(model, changed)) < EXACT
     assert distance(found, logprobs(model)) > 10 * EXACT
     gram = load_statistics(statistics, None, "cpu")["lm_head"].gram
-    error, other = (output_error(each - weight, gram).sum() for each in (solved, rtn.solve(weight, grid).weight()))
+    error, other = (output_error(each - weight, gram).sum() for each in (solved, grid.round(weight).weight()))
     assert 0 < error < 0.7 * other
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.grid import Grid, QuantizedWeight, fit_grid, round_to_grid
-from tasks.solvers import awq, gptq, output_error, rtn
+from tasks.grid import Grid, QuantizedWeight
+from tasks.solvers import awq, gptq, output_error
 from tasks.solvers.awq import search_clip, search_scale
 from tasks.solvers.refine import _fit_scales, refine
 from tasks.solvers.smoothquant import INT8, smooth
@@ -48,7 +48,7 @@ def cost(solved: QuantizedWeight, weight: Tensor, gram: Tensor) -> float:
 @pytest.mark.parametrize("group", [GROUP, None])
 def test_refining_lessens_every_rows_error(weight: Tensor, gram: Tensor, symmetric: bool, group: int | None) -> None:
     way = grid(symmetric=symmetric, group=group)
-    for solved in (rtn.solve(weight, way), gptq.solve(weight, gram, way, act_order=True, damping=0.01)):
+    for solved in (way.round(weight), gptq.solve(weight, gram, way, act_order=True, damping=0.01)):
         before = output_error(solved.weight() - weight, gram)
         once, thrice = (refine(weight, gram, way, solved, rounds) for rounds in (1, 3))
         errors = [output_error(one.weight() - weight, gram) for one in (once, thrice)]
@@ -61,7 +61,7 @@ def test_refining_lessens_every_rows_error(weight: Tensor, gram: Tensor, symmetr
 
 
 def test_refining_finds_the_scales_of_least_squares(weight: Tensor, inputs: Tensor, gram: Tensor) -> None:
-    solved = rtn.solve(weight, grid(group=None))
+    solved = grid(group=None).round(weight)
     levels = solved.integers.float() - solved.zeros
     fitted = _fit_scales(weight, gram, solved)
     outputs, wanted = inputs @ levels.T, inputs @ weight.T
@@ -71,7 +71,7 @@ def test_refining_finds_the_scales_of_least_squares(weight: Tensor, inputs: Tens
 
 def test_rows_a_few_at_a_time_give_what_all_give(weight: Tensor, gram: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     def solved() -> QuantizedWeight:
-        return refine(weight, gram, grid(), rtn.solve(weight, grid(), search_clip(weight, gram, grid())), 1)
+        return refine(weight, gram, grid(), grid().round(weight, search_clip(weight, gram, grid())), 1)
 
     whole = solved()
     monkeypatch.setattr("tasks.solvers.PART", 5 * weight.shape[1])
@@ -104,13 +104,13 @@ def test_a_grid_shrinks_its_groups_until_they_divide_and_counts_its_bits() -> No
 def test_zeros_stay_where_a_format_has_a_place_for_them() -> None:
     weight = torch.linspace(1, 2, GROUP)[None]
     way = Grid(4, GROUP, False, torch.float32, least_zero=1)
-    solved = rtn.solve(weight, way)
+    solved = way.round(weight)
     assert solved.zeros.tolist() == [[1]]
     assert (solved.weight() - weight).abs().max() < 0.2
 
 
 def test_the_gram_matrix_tells_the_error_of_the_output(inputs: Tensor, gram: Tensor, weight: Tensor) -> None:
-    change = rtn.solve(weight, grid()).weight() - weight
+    change = grid().round(weight).weight() - weight
     assert torch.allclose(output_error(change, gram), (inputs @ change.T).pow(2).sum(0), rtol=1e-4)
 
 
@@ -125,14 +125,14 @@ def test_a_weight_on_the_grid_stays(symmetric: bool, group: int | None) -> None:
     if symmetric:
         assert torch.equal(round_to_grid(weight, scales, zeros, way).weight(), weight)
     else:
-        solved = rtn.solve(weight, way)
+        solved = way.round(weight)
         assert torch.equal(solved.weight(), weight)
         assert torch.equal(solved.zeros, zeros)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_no_weight_moves_by_more_than_half_a_step(weight: Tensor, symmetric: bool) -> None:
-    solved = rtn.solve(weight, grid(symmetric=symmetric))
+    solved = grid(symmetric=symmetric).round(weight)
     step = solved.scales.repeat_interleave(GROUP, 1)
     # symmetric: the largest on one side may lie half a step beyond the last number
     assert ((solved.weight() - weight).abs() <= step * 0.501).all()
@@ -143,7 +143,7 @@ def test_groups_of_one_sign_and_of_zeros_have_a_zero_and_a_scale() -> None:
     scales, zeros = fit_grid(weight, grid())
     assert zeros.flatten().tolist() == [0, 0, 15]
     assert (scales > 0).all()
-    assert torch.equal(rtn.solve(weight, grid()).weight()[1], torch.zeros(GROUP))
+    assert torch.equal(grid().round(weight).weight()[1], torch.zeros(GROUP))
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -153,7 +153,7 @@ def test_gptq_is_what_its_definition_says(act_order: bool, symmetric: bool, weig
     way, damping = grid(symmetric=symmetric), 0.01
     matrix = gram.double() + damping * gram.diagonal().mean().double() * torch.eye(WIDTH).double()
     order = gram.diagonal().argsort(descending=True) if act_order else torch.arange(WIDTH)
-    scales, zeros = fit_grid(weight, way)
+    scales, zeros = way.fit(weight)
     rest, expected = weight.double().clone(), torch.zeros(ROWS, WIDTH).double()
     for place, column in enumerate(order.tolist()):
         left = order[place:]
@@ -169,7 +169,7 @@ def test_gptq_is_what_its_definition_says(act_order: bool, symmetric: bool, weig
 
 def test_gptq_beats_rounding_and_stacking_changes_nothing(weight: Tensor, gram: Tensor) -> None:
     together = gptq.solve(weight, gram, grid(), act_order=True, damping=0.01)
-    assert cost(together, weight, gram) < 0.6 * cost(rtn.solve(weight, grid()), weight, gram)
+    assert cost(together, weight, gram) < 0.6 * cost(grid().round(weight), weight, gram)
     parts = [gptq.solve(part, gram, grid(), act_order=True, damping=0.01) for part in weight.split(16)]
     assert torch.equal(together.integers, torch.cat([part.integers for part in parts]))
 
@@ -183,10 +183,10 @@ def test_gptq_takes_inputs_that_never_occur(weight: Tensor, inputs: Tensor) -> N
 
 
 def test_awq_scales_and_clips_cost_less_than_none(weight: Tensor, inputs: Tensor, gram: Tensor) -> None:
-    plain = cost(rtn.solve(weight, grid()), weight, gram)
+    plain = cost(grid().round(weight), weight, gram)
     scale = search_scale(weight, gram, inputs.abs().mean(0), grid())
     scaled_gram = gram / scale[:, None] / scale
-    scaled = cost(rtn.solve(weight * scale, grid()), weight * scale, scaled_gram)
+    scaled = cost(grid().round(weight * scale), weight * scale, scaled_gram)
     assert scaled < 0.95 * plain
     clip_range = search_clip(weight * scale, scaled_gram, grid())
     grouped = (weight * scale).view(ROWS, -1, GROUP)
@@ -205,7 +205,7 @@ def test_awq_tells_the_trials_apart_by_some_of_many_rows(
 
     def found() -> float:
         scale = search_scale(many, gram, inputs.abs().mean(0), grid())
-        return cost(rtn.solve(many * scale, grid()), many * scale, gram / scale[:, None] / scale)
+        return cost(grid().round(many * scale), many * scale, gram / scale[:, None] / scale)
 
     some = found()
     monkeypatch.setattr(awq, "ROWS", len(many))
@@ -218,8 +218,8 @@ def test_clips_lessen_the_error_of_each_group(weight: Tensor, gram: Tensor) -> N
     for number in range(WIDTH // GROUP):
         part = slice(number * GROUP, (number + 1) * GROUP)
         own = gram[part, part]
-        clipped = rtn.solve(weight[:, part], grid(), (low[:, number, None], high[:, number, None]))
-        plain = output_error(rtn.solve(weight[:, part], grid()).weight() - weight[:, part], own)
+        clipped = grid().round(weight[:, part], (low[:, number, None], high[:, number, None]))
+        plain = output_error(grid().round(weight[:, part]).weight() - weight[:, part], own)
         assert (output_error(clipped.weight() - weight[:, part], own) <= plain * 1.0001).all()
 
 
@@ -228,7 +228,7 @@ def test_clips_move_each_end_of_a_group_by_itself(weight: Tensor, gram: Tensor) 
     own = gram * torch.block_diag(*[torch.ones(GROUP, GROUP)] * (WIDTH // GROUP))
 
     def error(low: Tensor, high: Tensor) -> Tensor:
-        return output_error(rtn.solve(lopsided, grid(), (low, high)).weight() - lopsided, own)
+        return output_error(grid().round(lopsided, (low, high)).weight() - lopsided, own)
 
     largest = lopsided.abs().view(ROWS, -1, GROUP).amax(-1)
     even = torch.stack([error(-share * largest, share * largest) for share in awq.CLIP_SHARES]).amin(0)
@@ -262,7 +262,7 @@ def test_smoothing_by_half_is_best_for_weights_and_inputs_in_8_bits(
         moved, known = weight * factor, inputs / factor
         step = known.abs().amax(1, keepdim=True) / 127
         rounded = (known / step).round() * step
-        return float((rounded @ rtn.solve(moved, INT8).weight().T - inputs @ weight.T).square().sum())
+        return float((rounded @ INT8.round(moved).weight().T - inputs @ weight.T).square().sum())
 
     best = error(smooth(weight, gram, largest, 0.5))
     for strength in (0.0, 0.2, 0.8, 1.0):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf import quants
 from torch import Tensor
 
 from tasks.errors import TaskError
@@ -26,10 +25,7 @@ FLOATS = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type
 
 
 def block_type(name: str, solved: QuantizedWeight, bits: int) -> Type:
-    """The type whose blocks hold the layer `name`; TaskError, naming what would fit, if none does.
-
-    8 bits with zero points elsewhere than in the middle have no type: they are rounded anew, to Q8_0.
-    """
+    """The type whose blocks hold the layer `name`; TaskError, naming what would fit, if none does."""
     width, groups = solved.integers.shape[1], solved.scales.shape[1]
     if width % BLOCK or (groups > 1 and width // groups % BLOCK):
         raise TaskError(
@@ -38,8 +34,13 @@ def block_type(name: str, solved: QuantizedWeight, bits: int) -> Type:
             "or use another target"
         )
     match bits:
-        case 8:
+        case 8 if bool((solved.zeros == 128).all()):
             return Type.Q8_0
+        case 8:
+            raise TaskError(
+                f"{name} has 8-bit weights with zero points, which GGUF has no type for; use a symmetric scheme, "
+                "such as W8A16"
+            )
         case 4:
             return Type.Q4_0 if bool((solved.zeros == 8).all()) else Type.Q4_1
         case _:
@@ -48,8 +49,6 @@ def block_type(name: str, solved: QuantizedWeight, bits: int) -> Type:
 
 def pack_blocks(solved: QuantizedWeight, kind: Type) -> NDArray[np.uint8]:
     """The layer as blocks of `kind`: uint8 [rows, bytes]. TaskError if a scale is too large for float16."""
-    if kind == Type.Q8_0 and not bool((solved.zeros == 128).all()):
-        return round_blocks(solved.weight())
     d = _each_block(solved.scales.float(), solved).to(torch.float16)
     if not d.isfinite().all():
         raise TaskError(f"a scale is {solved.scales.abs().max().item():.3g}, too large for GGUF's float16")
@@ -66,10 +65,20 @@ def pack_blocks(solved: QuantizedWeight, kind: Type) -> NDArray[np.uint8]:
     return torch.cat(parts, -1).flatten(1).numpy()
 
 
-def round_blocks(weight: Tensor) -> NDArray[np.uint8]:
-    """A weight [rows, width] rounded to the nearest of Q8_0: uint8 [rows, bytes]."""
-    packed: NDArray[np.uint8] = quants.quantize(np.ascontiguousarray(weight.float().numpy()), Type.Q8_0)
-    return packed
+def unpack_blocks(packed: NDArray[np.uint8], kind: Type, width: int) -> QuantizedWeight:
+    """What `pack_blocks` packed, in groups of one block; zero points of Q4_1, which holds minima, to the nearest."""
+    rows = len(packed)
+    blocks = torch.from_numpy(np.array(packed)).view(rows, width // BLOCK, -1)
+    d = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+    if kind == Type.Q8_0:
+        q = blocks[..., 2:].view(torch.int8).to(torch.int16) + 128
+        return QuantizedWeight(q.to(torch.uint8).reshape(rows, width), d, torch.full(d.shape, 128, dtype=torch.uint8))
+    halves = blocks[..., 2 if kind == Type.Q4_0 else 4 :]
+    q = torch.cat([halves & 15, halves >> 4], -1).reshape(rows, width)
+    if kind == Type.Q4_0:
+        return QuantizedWeight(q, d, torch.full(d.shape, 8, dtype=torch.uint8))
+    m = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
+    return QuantizedWeight(q, d, (-m.float() / d.float()).round().clamp(0, 15).to(torch.uint8))
 
 
 def plain(tensor: Tensor) -> NDArray[np.uint8]:

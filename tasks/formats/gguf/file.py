@@ -21,10 +21,11 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from tasks.errors import TaskError
-from tasks.formats.gguf.blocks import BLOCK, FLOATS, block_type, pack_blocks, plain, round_blocks
+from tasks.formats.gguf.blocks import FLOATS, block_type, pack_blocks, plain
 from tasks.formats.gguf.vocabulary import add_vocabulary
 from tasks.formats.stored import StoredModel
 from tasks.output import write_json
+from tasks.tensor_files import EMBEDDING, OUTPUT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,7 +46,6 @@ _FILE_TYPES = {
     Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     Type.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
 }
-_VOCABULARY = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,15 @@ class _Part:
     read: Callable[[], NDArray[np.uint8]]
 
 
-def write_gguf(model: Path, destination: Path, output_layer: int) -> None:
+def write_gguf(model: Path, destination: Path) -> None:
     """Write the model of the directory `model` to the folder `destination`: model.gguf, and a config.json that says
-    nothing of a quantization.
-
-    output_layer: bits of the embedding and the output layer, 8 (Q8_0) or 32 (as they are); those of a model that is
-    not quantized stay as they are. TaskError if llama.cpp has no such model, tokenizer, or type of weights.
+    nothing of a quantization. TaskError if llama.cpp has no such model, tokenizer, or type of weights.
     """
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     stored = StoredModel(model)
     check_family(config, str(model))
     arch = FAMILIES[config["model_type"]]
-    parts = _parts(stored, config, arch, output_layer if stored.quantized else 32)
+    parts = _parts(stored, config, arch)
     writer = gguf.GGUFWriter(destination / NAME, gguf.MODEL_ARCH_NAMES[arch])
     _add_configuration(writer, config)
     weights: Counter[Type] = Counter()
@@ -103,43 +100,41 @@ def check_family(config: dict[str, Any], where: str) -> None:
         raise TaskError(f"{where} has hidden_act {config['hidden_act']!r}; llama.cpp's {family} has silu alone")
 
 
-def _parts(stored: StoredModel, config: dict[str, Any], arch: gguf.MODEL_ARCH, output_layer: int) -> list[_Part]:
+def _parts(stored: StoredModel, config: dict[str, Any], arch: gguf.MODEL_ARCH) -> list[_Part]:
     """Every tensor of the file, in the order of the model's files."""
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    tied = bool(config.get("tie_word_embeddings"))
     parts = []
     for name in stored.dense:
         # the rotary table is computed, and a tied output layer is the embedding
-        if "rotary_emb" in name or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
+        if "rotary_emb" in name or (name == f"{OUTPUT}.weight" and tied):
             continue
-        parts.append(_dense(stored, name, _name(names, name), _order(name, config), output_layer))
+        parts.append(_dense(stored, name, _name(names, name), _order(name, config)))
     for name in stored.quantized:
         linear = stored.linear(name)
-        kind = block_type(name, linear.solved, linear.bits)
+        kind = block_type(name, linear.weight, linear.precision.grid.bits)
         order = _order(name, config)
 
         def read(name: str = name, kind: Type = kind, order: Tensor | None = order) -> NDArray[np.uint8]:
-            return _rows(pack_blocks(stored.linear(name).solved, kind), order)
+            return _rows(pack_blocks(stored.linear(name).weight, kind), order)
 
-        shape = tuple(linear.solved.integers.shape)
-        parts.append(_Part(_name(names, f"{name}.weight"), shape, kind, read))
+        shape = tuple(linear.weight.integers.shape)
+        own = EMBEDDING if name == OUTPUT and tied else name
+        parts.append(_Part(_name(names, f"{own}.weight"), shape, kind, read))
     if _rope(config)["rope_type"] == "llama3":
         factors = _llama3_factors(config)
         parts.append(_Part("rope_freqs.weight", tuple(factors.shape), Type.F32, lambda: plain(factors)))
     return parts
 
 
-def _dense(stored: StoredModel, name: str, own: str, order: Tensor | None, output_layer: int) -> _Part:
+def _dense(stored: StoredModel, name: str, own: str, order: Tensor | None) -> _Part:
     tensor = stored.tensor(name)
     shape = tuple(tensor.shape)
     # llama.cpp wants vectors in float32, which holds all others
     kind = FLOATS[tensor.dtype] if len(shape) > 1 else Type.F32
-    if output_layer == 8 and name.split(".")[-2] in _VOCABULARY and shape[1] % BLOCK == 0:
-        kind = Type.Q8_0
 
     def read() -> NDArray[np.uint8]:
         tensor = stored.tensor(name)
-        if kind == Type.Q8_0:
-            return round_blocks(tensor)
         return _rows(plain(tensor.float() if kind == Type.F32 else tensor), order)
 
     return _Part(own, shape, kind, read)

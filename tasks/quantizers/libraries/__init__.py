@@ -1,1 +1,1 @@
-"""The methods as llm-compressor and autoawq do them: selectable, and what our own are measured against."""
+"""The same work by libraries (`backend` in params.yaml): what our own quantizer is measured against."""

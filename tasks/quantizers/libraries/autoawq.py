@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from tasks.quantizers import QuantizeJob
-from tasks.settings import AwqSettings
 
 with warnings.catch_warnings(record=True):  # autoawq tells of its age; the versions are pinned and tested here
     from awq import AutoAWQForCausalLM
@@ -106,10 +105,9 @@ def _gram(x: Tensor) -> Tensor:
     return total
 
 
-def press(job: QuantizeJob) -> None:
+def press_with_autoawq(job: QuantizeJob) -> None:
     """Search scales and clips block by block on the calibration tokens, round, and write AutoAWQ's GEMM format."""
     variant = job.variant
-    assert isinstance(variant, AwqSettings)  # the method named this module
     keep_freed_memory()
     cpu = job.device == "cpu"
     transformers.utils.logging.disable_progress_bar()
@@ -126,8 +124,8 @@ def press(job: QuantizeJob) -> None:
         AutoTokenizer.from_pretrained(job.source),
         quant_config={
             "zero_point": True,
-            "q_group_size": variant.group_size,
-            "w_bit": variant.bits,
+            "q_group_size": variant.precision.group_size,
+            "w_bit": variant.precision.bits,
             "version": "GEMM",
         },
         calib_data=job.tokens.tolist(),

@@ -16,30 +16,28 @@ from tasks.activations.store import load_statistics
 from tasks.errors import TaskError
 from tasks.formats.gguf.file import FAMILIES, NAME, write_gguf
 from tasks.quantizers import QuantizeJob
-from tasks.settings import GgufSettings
 
 
-def press(job: QuantizeJob) -> None:
+def press_with_llama_cpp(job: QuantizeJob) -> None:
     """Write the model in its own precision, and let llama.cpp round that."""
     import llama_cpp
 
     from tasks.formats.gguf.llama_log import LOG
 
     variant = job.variant
-    assert isinstance(variant, GgufSettings)  # the method named this module
-    write_gguf(job.source, job.destination, 32)
+    write_gguf(job.source, job.destination)
     whole = (job.destination / NAME).rename(job.destination / "whole.part")
     parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant.type}")
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant.scheme}")
     parameters.nthread = torch.get_num_threads()
-    if variant.importance:
+    if variant.imatrix:
         parameters.imatrix = _importance(job)
     LOG.listen()
     status = llama_cpp.llama_model_quantize(
         str(whole).encode(), str(job.destination / NAME).encode(), ctypes.byref(parameters)
     )
     if status:
-        raise TaskError(f"llama.cpp could not make {variant.type} of {job.source}: {LOG.said()}")
+        raise TaskError(f"llama.cpp could not make {variant.scheme} of {job.source}: {LOG.said()}")
     whole.unlink()
 
 

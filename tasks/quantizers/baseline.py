@@ -6,7 +6,7 @@ from tasks.output import link_or_copy
 from tasks.quantizers import QuantizeJob
 
 
-def press(job: QuantizeJob) -> None:
+def link_model(job: QuantizeJob) -> None:
     """Link the model's weights and configuration to `job.destination`."""
     for file in sorted(job.source.glob("*.safetensors*")):
         link_or_copy(file, job.destination / file.name)

@@ -1,4 +1,4 @@
-"""The target `onnx`: a directory for ONNX Runtime GenAI, with the weights that were solved, bit for bit.
+"""The graph and the weights of the target `onnx`: those that were solved, bit for bit.
 
 The graph is what onnxruntime-genai's model builder makes of the architecture in float32, attention and all. Its
 products with weights are ours: MatMulNBits where the model holds integers, whatever their bits and groups are, MatMul
@@ -21,57 +21,37 @@ import onnx_ir
 import torch
 from onnxruntime_genai.models.builders import LlamaModel, MistralModel, Model, Qwen3Model, QwenModel
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tasks.activations.store import OUTPUT, load_statistics
 from tasks.errors import TaskError
 from tasks.formats.nbits import BYTE, Blocks, block_size, pack_blocks
 from tasks.formats.stored import StoredModel
-from tasks.grid import Grid, QuantizedWeight
 from tasks.output import write_json
-from tasks.solvers import damped, gptq, rtn
-from tasks.solvers.awq import search_clip
-from tasks.solvers.refine import refine
+from tasks.tensor_files import EMBEDDING, OUTPUT
 
 GRAPH, WEIGHTS, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 # accuracy_level of MatMulNBits: its inputs as they are, or rounded to 8 bits, block by block, for products of integers
 FLOATS, INTEGERS = 0, 4
 UNQUANTIZED = 32
-FEW = 4  # bits of the output layer with which rounding to the nearest would cost the model 10%; then it is solved
-FEW_GROUP, DAMPING, REFINE = 32, 0.05, 1  # as it is solved then: weights that share a scale; as in params.yaml
-ROWS = 1 << 14  # of the output layer in memory at once
 
 _BUILDERS = {"llama": LlamaModel, "mistral": MistralModel, "qwen2": QwenModel, "qwen3": Qwen3Model}
 _FLOAT, _BYTES = onnx_ir.DataType.FLOAT, onnx_ir.DataType.UINT8
 _DOMAIN = "com.microsoft"
-_EMBEDDING = "model.embed_tokens"
 
 
-def export_onnx(
-    model: Path, destination: Path, output_layer: int, statistics: Path, accuracy_level: int = INTEGERS
-) -> None:
+def export_onnx(model: Path, destination: Path, accuracy_level: int = INTEGERS) -> None:
     """Write the graph of a pressed or unpressed model, its weights, genai_config.json and config.json.
 
-    output_layer: bits of a pressed model's output layer and embedding; 32: as they are. 8: to the nearest. 4: the
-    output layer by GPTQ, on the `statistics` of its inputs; the embedding has the same integers if the model ties them,
-    else to the nearest. TaskError if the builder has no graph for the family, or if tensors or statistics are missing.
+    TaskError if tensors are missing.
     """
     config: Any = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    if config.model_type not in _BUILDERS:
-        raise TaskError(
-            f"{model} is of type {config.model_type!r}, for which no ONNX graph is made; there are: "
-            f"{', '.join(_BUILDERS)}"
-        )
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the builder knows other formats than ours
     stored = StoredModel(model)
     make = type("Graph", (_Graph, _BUILDERS[config.model_type]), {})
     # the builder says a line a layer
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(io.StringIO()):
-        graph = make(
-            config, stored, output_layer if stored.quantized else UNQUANTIZED, statistics, accuracy_level, cache
-        )
+        graph = make(config, stored, accuracy_level, cache)
         graph.make_model(str(model))
         graph.model.graph.sort()
         onnx_ir.save(graph.model, destination / GRAPH, external_data=WEIGHTS, size_threshold_bytes=0)
@@ -88,21 +68,18 @@ class _Graph(Model):
         self,
         config: Any,
         stored: StoredModel,
-        output_layer: int,
-        statistics: Path,
         accuracy_level: int,
         cache: str,
     ) -> None:
         self.config = config
         self.stored = stored
-        self.output_layer = output_layer
-        self.statistics = statistics
         self.accuracy_level = accuracy_level
         self.tied = bool(config.tie_word_embeddings)
         self._names: dict[nn.Module, str] = {}
         self._kinds: dict[str, tuple[int, int]] = {}
         self._packed: tuple[list[str], Blocks] | None = None
-        options = {"hf_token": False, "shared_embeddings": self.tied and output_layer == UNQUANTIZED}
+        shared = self.tied and OUTPUT not in stored.quantized
+        options = {"hf_token": False, "shared_embeddings": shared}
         super().__init__(config, _FLOAT, _FLOAT, "cpu", cache, options)
 
     def load_weights(self, input_path: str) -> nn.Module:
@@ -115,7 +92,7 @@ class _Graph(Model):
         missing, unexpected = model.load_state_dict(small, strict=False, assign=True)
         there = {*self.stored.dense, *(f"{name}.weight" for name in self.stored.quantized)}
         if self.tied:
-            there.add(f"{OUTPUT}.weight")
+            there |= {f"{OUTPUT}.weight", f"{EMBEDDING}.weight"}
         lacking = sorted(set(missing) - there)
         if lacking or unexpected:
             raise TaskError(
@@ -143,17 +120,18 @@ class _Graph(Model):
 
     def make_embedding_lookup(self, embedding: Tensor, basename: str, lm_head: nn.Module) -> str:
         """The rows of the embedding; of the output layer's integers where the two share them."""
-        if self.output_layer == UNQUANTIZED:
+        source = self._source(EMBEDDING)
+        if source not in self.stored.quantized:
             if self.tied:
                 return str(super().make_embedding_lookup(embedding, basename, lm_head))
-            weight = f"{_EMBEDDING}.weight"
-            self._initializer(weight, _FLOAT, embedding.shape, lambda: self._floats([_EMBEDDING]))
+            weight = f"{EMBEDDING}.weight"
+            self._initializer(weight, _FLOAT, embedding.shape, lambda: self._floats([EMBEDDING]))
             node, inputs, options = "Gather", [weight, "input_ids"], {}
         else:
-            bits, size = self._kind(_EMBEDDING)
-            stem = f"{OUTPUT}.MatMulNBits" if self.tied else f"{_EMBEDDING}.GatherBlockQuantized"
+            bits, size = self._kind(source)
+            stem = f"{OUTPUT}.MatMulNBits" if self.tied else f"{EMBEDDING}.GatherBlockQuantized"
             if not self.tied:
-                self._blocks(stem, [_EMBEDDING], bits, size)
+                self._blocks(stem, [EMBEDDING], bits, size)
             # the lookup wants the bytes of a row in one piece
             flat = [self.vocab_size, self.hidden_size * bits // BYTE]
             shape = f"/model/constants/INT64/[{flat[0]}, {flat[1]}]"
@@ -178,7 +156,7 @@ class _Graph(Model):
             self._initializer(inputs[1], _FLOAT, [width, rows], lambda: self._floats(names).T)
         else:
             node = f"{basename}NBits"
-            size = min(block_size(name, self._kind(name)[1]) for name in names)
+            size = min(self._kind(name)[1] for name in names)
             inputs = [root_input, *self._blocks(_stem(node), names, bits, size)]
             options = {"domain": _DOMAIN, "accuracy_level": self.accuracy_level, "K": width, "N": rows}
             options |= {"bits": bits, "block_size": size}
@@ -188,33 +166,24 @@ class _Graph(Model):
         return node
 
     def _kind(self, name: str) -> tuple[int, int]:
-        """Bits of a layer's weights, and how many of them share a scale."""
+        """Bits of a layer's weights, and how many of them share a block."""
         if name not in self._kinds:
             kind = (UNQUANTIZED, 0)
             if name in self.stored.quantized:
                 found = self.stored.linear(name)
-                kind = found.bits, found.solved.integers.shape[1] // found.solved.scales.shape[1]
-            elif name in (OUTPUT, _EMBEDDING) and self.output_layer != UNQUANTIZED:
-                size = block_size(name, self.hidden_size)
-                kind = self.output_layer, min(size, FEW_GROUP) if self.output_layer == FEW else size
+                kind = found.precision.grid.bits, block_size(name, found.weight.group_size)
             self._kinds[name] = kind
         return self._kinds[name]
 
-    def _solved(self, name: str) -> QuantizedWeight:
-        if name in self.stored.quantized:
-            return self.stored.linear(name).solved
-        bits, group = self._kind(name)
-        weight = self._floats([name])
-        grid = Grid(bits=bits, group_size=group, symmetric=False, dtype=torch.float32)
-        if name == _EMBEDDING or bits != FEW:
-            return rtn.solve(weight, grid)
-        gram = load_statistics(self.statistics, None, "cpu")[OUTPUT].gram
-        return _solve(weight, damped(gram, DAMPING), grid)
+    def _source(self, name: str) -> str:
+        """The layer that holds the weight of `name`: of a tied pair, the quantized one, else the embedding."""
+        if self.tied and name in (OUTPUT, EMBEDDING):
+            return OUTPUT if OUTPUT in self.stored.quantized else EMBEDDING
+        return name
 
     def _floats(self, names: list[str]) -> Tensor:
         """Their weights one below the other, float32 [rows, width]."""
-        stored = [_EMBEDDING if name == OUTPUT and self.tied else name for name in names]
-        return torch.cat([self.stored.tensor(f"{name}.weight").float() for name in stored])
+        return torch.cat([self.stored.tensor(f"{self._source(name)}.weight").float() for name in names])
 
     def _blocks(self, stem: str, names: list[str], bits: int, size: int) -> list[str]:
         """The three initializers of a quantized weight, by name."""
@@ -232,7 +201,7 @@ class _Graph(Model):
     def _part(self, part: str, names: list[str], bits: int, size: int) -> Tensor:
         """One tensor of `Blocks`, for layers one below the other. Asked for three times in a row, once for each."""
         if self._packed is None or self._packed[0] != names:
-            blocks = [pack_blocks(self._solved(name), bits, size) for name in names]
+            blocks = [pack_blocks(self.stored.linear(name).weight, bits, size) for name in names]
             joined = (torch.cat([getattr(one, field.name) for one in blocks]) for field in fields(Blocks))
             self._packed = names, Blocks(*joined)
         found: Tensor = getattr(self._packed[1], part)
@@ -246,17 +215,6 @@ class _Graph(Model):
             lambda: onnx_ir.tensor(read().contiguous().numpy(), name=name), dtype, sizes, name=name
         )
         self.model.graph.register_initializer(value)
-
-
-def _solve(weight: Tensor, gram: Tensor, grid: Grid) -> QuantizedWeight:
-    """The output layer on its grid."""
-    parts = []
-    for rows in tqdm(weight.split(ROWS), desc="output layer"):
-        solved = gptq.solve(rows, gram, grid, act_order=True, clip_range=search_clip(rows, gram, grid))
-        parts.append(refine(rows, gram, grid, solved, REFINE))
-    return QuantizedWeight(
-        *(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(QuantizedWeight))
-    )
 
 
 def _stem(node: str) -> str:

@@ -1,0 +1,1 @@
+"""The target `onnx`: a directory for ONNX Runtime GenAI."""

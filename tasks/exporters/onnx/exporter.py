@@ -1,0 +1,44 @@
+"""What the target `onnx` can take, and its export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tasks.errors import TaskError
+from tasks.settings import Settings
+
+BLOCK = 16  # weights, at least, that share a scale
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # for which a graph is made (graph.py)
+
+
+class OnnxExporter:
+    """See the protocol `Exporter`."""
+
+    def check(self, settings: Settings, model: Path | None) -> None:
+        """See `Exporter`."""
+        for name, variant in settings.variants.items():
+            for key, size in variant.group_sizes:
+                if size % BLOCK:
+                    raise TaskError(
+                        f"variants.{name}.{key} has groups of {size}, but ONNX Runtime has a scale for each {BLOCK}, "
+                        f"32 or 64 weights; sizes that fit the target onnx: {BLOCK} and its multiples"
+                    )
+        if model is not None:
+            check_family(model)
+
+    def export(self, model: Path, destination: Path) -> None:
+        """See `Exporter`."""
+        from tasks.exporters.onnx.graph import export_onnx  # takes seconds to import
+
+        check_family(model)
+        export_onnx(model, destination)
+
+
+def check_family(model: Path) -> None:
+    """TaskError if no graph is made for the model's family."""
+    family = json.loads((model / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if family not in FAMILIES:
+        raise TaskError(
+            f"{model} is of type {family!r}, for which no ONNX graph is made; there are: {', '.join(FAMILIES)}"
+        )

@@ -1,0 +1,43 @@
+"""The target `transformers`: the pressed model as it is, for Transformers and vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tasks.errors import TaskError
+from tasks.settings import Settings
+from tasks.tensor_files import EMBEDDING, OUTPUT, TensorFiles
+
+
+class TransformersExporter:
+    """See the protocol `Exporter`."""
+
+    def check(self, settings: Settings, model: Path | None) -> None:
+        """See `Exporter`."""
+        for name, variant in settings.variants.items():
+            if variant.embedding:
+                raise TaskError(
+                    f"variants.{name}.embedding is {variant.embedding}, but the target transformers looks up "
+                    "embeddings in full precision; remove it, or set target to onnx or gguf"
+                )
+            if variant.output_layer and model is not None and f"{OUTPUT}.weight" not in TensorFiles(model):
+                raise TaskError(f"variants.{name}.output_layer is {variant.output_layer}, but {_TIED}")
+
+    def export(self, model: Path, destination: Path) -> None:
+        """See `Exporter`. Nothing is written: the stage links all files."""
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        quantized = {name.rpartition(".")[0] for name in TensorFiles(model) if not name.endswith((".weight", ".bias"))}
+        if OUTPUT in quantized and config.get("tie_word_embeddings"):
+            raise TaskError(f"the output layer of {model} is quantized, but {_TIED}")
+        if EMBEDDING in quantized:
+            raise TaskError(
+                f"the embedding of {model} is quantized, but the target transformers looks up embeddings in full "
+                "precision; set target to onnx or gguf"
+            )
+
+
+_TIED = (
+    "the model ties the output layer to the embedding, and the target transformers cannot hold the two apart; "
+    "leave output_layer out, or set target to onnx or gguf"
+)

@@ -1,0 +1,99 @@
+"""AutoAWQ's GEMM layout: 4-bit weights in groups with zero points, columns of the output interleaved in a word.
+
+Source: AutoAWQ, awq/modules/linear/gemm.py. `qweight` int32 [width, rows / 8], eight 4-bit columns in a word in the
+order 0 2 4 6 1 3 5 7; `qzeros` int32 [groups, rows / 8], packed alike; `scales` float16 [groups, rows].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks.errors import TaskError
+from tasks.formats import Layout, StoredLinear, check_groups, check_rows, check_uniform, float16_alone
+from tasks.grid import Grid, Precision, QuantizedWeight
+from tasks.schemes import Scheme
+
+BITS = 4
+ROWS = 32  # of a layer that are packed together
+# where the columns 0..7 stand in a word, lowest four bits first
+_PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+
+
+class Awq:
+    """See the protocol `Format`."""
+
+    native = False
+    parts = ("qweight", "qzeros", "scales")
+
+    def scale_dtype(self, model: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+        """See `Format`."""
+        return float16_alone("awq", asked)
+
+    def grid(self, scheme: Scheme, scales: torch.dtype) -> Grid:
+        """See `Format`."""
+        return Grid(scheme.bits, scheme.group_size, scheme.symmetric, scales)
+
+    def check(self, layout: Layout) -> None:
+        """See `Format`."""
+        check_uniform(layout, "awq", (BITS,))
+        check_groups(layout, "; or set format to compressed-tensors, in which layers may differ")
+        check_rows(layout, ROWS, "awq")
+
+    def pack(self, weight: QuantizedWeight, precision: Precision) -> dict[str, Tensor]:
+        """See `Format`."""
+        return {
+            "qweight": pack_columns(weight.integers.T),
+            "qzeros": pack_columns(weight.zeros.T),
+            "scales": weight.scales.T.to(torch.float16).contiguous(),
+        }
+
+    def describe(self, layout: Layout) -> dict[str, Any]:
+        """What AutoAWQ writes into config.json."""
+        grid = layout.only_precision().grid
+        # what readers take for the beginning of a name, a pattern or a part of a name
+        skipped = [f"model.layers.{i}.{part}" for i in layout.skip_layers for part in ("self_attn", "mlp")]
+        return {
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "modules_to_not_convert": skipped or None,
+            "quant_method": "awq",
+            "version": "gemm",
+            "zero_point": True,
+        }
+
+    def check_config(self, config: Mapping[str, Any], where: str) -> None:
+        """See `Format`."""
+        found = config.get("bits"), str(config.get("version", "gemm")).lower()
+        if found != (BITS, "gemm"):
+            raise TaskError(
+                f"{where} is AWQ with bits={found[0]}, version={found[1]}; "
+                "4 bits in GEMM layout can be loaded; quantize it again so"
+            )
+
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> StoredLinear:
+        """See `Format`."""
+        integers, zeros = (unpack_columns(tensors[part]).T.contiguous() for part in ("qweight", "qzeros"))
+        weight = QuantizedWeight(integers, tensors["scales"].T.contiguous(), zeros)
+        return StoredLinear(weight, Precision(Grid(BITS, weight.group_size, False, torch.float16)))
+
+    def shape(self, sizes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]) -> tuple[int, int]:
+        """See `Format`."""
+        width, words = sizes["qweight"]
+        return words * len(_PLACES), width
+
+
+def pack_columns(values: Tensor) -> Tensor:
+    """uint8 [rows, columns] -> int32 [rows, columns / 8]."""
+    columns = values.reshape(len(values), -1, len(_PLACES)).to(torch.int64)
+    word = (columns << (_PLACES.to(values.device) * BITS)).sum(-1)
+    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+
+
+def unpack_columns(packed: Tensor) -> Tensor:
+    """int32 [rows, columns / 8] -> uint8 [rows, columns], the columns in their own order."""
+    words = packed[:, :, None] >> (_PLACES.to(packed.device) * BITS)
+    return (words & (2**BITS - 1)).to(torch.uint8).flatten(1)

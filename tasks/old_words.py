@@ -1,0 +1,86 @@
+"""params.yaml as it was before variants had a scheme: what each old key is called now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# a method's name in a variant: the axes that it stands for today
+_METHODS: dict[str, dict[str, Any]] = {
+    "none": {"scheme": "none"},
+    "int8": {"scheme": "W8A8", "scaling": "smoothquant"},
+    "gptq": {"scheme": "W4A16", "rounding": "gptq"},
+    "awq": {"scheme": "W4A16_ASYM", "scaling": "awq"},
+    "auto": {
+        "scheme": "mixed",
+        "scaling": "awq",
+        "clip": True,
+        "rounding": "gptq",
+        "damping": 0.05,
+        "scale_dtype": "float16",
+    },
+    "gguf": {},
+}
+_GONE = ("method", "bits", "symmetric", "type", "importance")  # part of the scheme, or renamed below
+_DEFAULTS = {"backend": "modelpress", "format": "compressed-tensors", "act_order": "static", "propagate": False}
+_OUTPUT = {8: "W8A16@64", 4: "W4A16_ASYM@32"}
+
+
+def new_words(values: Mapping[str, Any]) -> list[str]:
+    """A line for each part of params.yaml that is in old words, with the new ones; nothing where all are new."""
+    lines = []
+    variants = values.get("variants")
+    for name, variant in (variants if isinstance(variants, Mapping) else {}).items():
+        if isinstance(variant, Mapping) and "method" in variant:
+            lines.append(f"variants.{name}: {_flow(new_variant(variant))}")
+    for section in ("onnx", "gguf"):
+        asked = values.get(section)
+        if isinstance(asked, Mapping) and "output_layer" in asked:
+            precision = _OUTPUT.get(asked["output_layer"])
+            instead = f"output_layer: {precision}" if precision else "no output_layer, which leaves it as it is,"
+            lines.append(
+                f"{section}.output_layer is a setting of each variant: remove the section, and write {instead}"
+            )
+    return lines
+
+
+def new_variant(old: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant's settings in new words; keys that no earlier version had stay as they are.
+
+    Also of an old variant in a record, whose every value may be text.
+    """
+    method = str(old["method"])
+    new = dict(_METHODS.get(method, {"scheme": method}))
+    if method == "gguf":
+        new = {"scheme": old.get("type")} | ({"imatrix": True} if _true(old.get("importance")) else {})
+    if method == "gptq" and not _true(old.get("symmetric")):
+        new["scheme"] = "W4A16_ASYM"
+    for key, value in old.items():
+        if key not in _GONE and (key not in _DEFAULTS or value != _DEFAULTS[key]):
+            new[key] = value
+    if method == "auto" and isinstance(old.get("candidates"), list):
+        new["candidates"] = [_precision(str(one)) for one in old["candidates"]]
+    if method == "awq" and old.get("rounding") == "nearest":
+        del new["rounding"]
+    return new
+
+
+def _precision(old: str) -> str:
+    """4@64 -> W4A16_ASYM@64; 8 bits were symmetric."""
+    bits, _, size = old.partition("@")
+    return f"{'W8A16' if bits == '8' else f'W{bits}A16_ASYM'}@{size}"
+
+
+def _true(value: Any) -> bool:
+    return str(value).lower() == "true"
+
+
+def _flow(values: Mapping[str, Any]) -> str:
+    """As a line of YAML."""
+    return "{" + ", ".join(f"{key}: {_word(value)}" for key, value in values.items()) + "}"
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_word(one) for one in value) + "]"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

@@ -1,0 +1,107 @@
+"""Our own quantizer: for every scheme, scaling, rounding and format, layer by layer on the model's statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tasks.formats import load_format
+from tasks.grid import Precision
+from tasks.hardware import available_memory
+from tasks.model.layout import model_layout, outer_precisions, outer_tensor, scale_dtype, uniform_precisions
+from tasks.model.linears import linear_shapes
+from tasks.quantizers import QuantizeJob
+from tasks.quantizers.layer import Layer, read_layer
+from tasks.quantizers.layerwise import Parts
+from tasks.quantizers.mixed import choose_precisions
+from tasks.quantizers.output_layer import solve_outer
+from tasks.quantizers.parallel import press_side_by_side, processes
+from tasks.quantizers.propagation import PropagatedActivations
+from tasks.quantizers.solve import Recipe, solve_layer
+from tasks.schemes import MIXED
+
+
+def press_model(job: QuantizeJob) -> None:
+    """Solve every layer on the statistics of its inputs and write the model; TaskError if the format cannot hold it."""
+    variant = job.variant
+    form = load_format(variant.format)
+    mixed = variant.scheme == MIXED
+    precisions = choose_precisions(job) if mixed else uniform_precisions(variant, job.source)
+    layout = model_layout(variant, job.source, precisions)
+    form.check(layout)
+    parts = Parts(job, form, scale_dtype(variant, job.source))
+    _press_outside(job, parts)
+    if variant.propagate:
+        _press_in_order(job, parts, precisions)
+    else:
+        _press_apart(job, parts, precisions)
+    parts.finish(form.describe(layout))
+
+
+def _press_outside(job: QuantizeJob, parts: Parts) -> None:
+    """What is not in the decoder layers."""
+    outer = outer_precisions(job.variant, job.source)
+    for name, precision in outer.items():
+        weight = solve_outer(job, parts.files, name, precision, Recipe.of(job.variant))
+        parts.write_linear(name, weight, precision)
+    solved = {f"{outer_tensor(name, parts.files)}.weight" for name in outer}
+    parts.write_dense(name for name in parts.outside() if name not in solved)
+
+
+def _press_apart(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision]) -> None:
+    """Layers one after another, or several at a time where that is worth it."""
+    press_layer = partial(_press_layer, job, precisions)
+    todo = parts.missing()
+    if job.device == "cpu" and todo:
+        weights = sum(rows * width for rows, width in linear_shapes(job.source).values()) // len(parts.prefixes)
+        count = processes(torch.get_num_threads(), len(todo), weights, available_memory())
+        if count > 1:
+            press_side_by_side(press_layer, todo, count)
+            return
+    for index in tqdm(todo, desc="pressing", unit="layer", disable=not todo):
+        press_layer(index)
+
+
+def _press_layer(job: QuantizeJob, precisions: Mapping[str, Precision], index: int) -> None:
+    """One layer by itself; in a process of its own, as well."""
+    parts = Parts(job, load_format(job.variant.format), scale_dtype(job.variant, job.source))
+    layer = _read(job, parts, index)
+    own = _own(layer, precisions)
+    solved = solve_layer(layer, own, Recipe.of(job.variant), parts.dtype) if own else {}
+    parts.write_layer(layer, solved, own)
+
+
+def _press_in_order(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision]) -> None:
+    """Layer after layer, each on its inputs as the layers before it, pressed, leave them."""
+    stream = PropagatedActivations(job)
+    todo = parts.missing()
+    for index in tqdm(todo, desc="pressing", unit="layer", disable=not todo):
+        layer = _read(job, parts, index)
+        own = _own(layer, precisions)
+        if own:
+            layer.inputs = stream.inputs(index)
+            solved = solve_layer(layer, own, Recipe.of(job.variant), parts.dtype)
+            dense: dict[str, Tensor] = {f"{name}.weight": weight.weight() for name, weight in solved.items()}
+            stream.advance(index, layer.tensors | dense, own)
+        else:
+            solved = {}
+        parts.write_layer(layer, solved, own)
+    stream.close()
+
+
+def _read(job: QuantizeJob, parts: Parts, index: int) -> Layer:
+    """A layer; of one that is skipped, the weights as they are stored, and nothing of its inputs."""
+    prefix = parts.prefixes[index]
+    if index in job.variant.skip_layers:
+        return Layer(index, prefix, parts.files.below(prefix), {})
+    return read_layer(job, parts.files, index, prefix)
+
+
+def _own(layer: Layer, precisions: Mapping[str, Precision]) -> dict[str, Precision]:
+    """Those of a layer's linear layers, by the ends of their names."""
+    whole = {name: layer.prefix + name for name in layer.inputs}
+    return {name: precisions[full] for name, full in whole.items() if full in precisions}

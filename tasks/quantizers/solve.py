@@ -1,0 +1,127 @@
+"""A decoder layer's weights onto their grids: scaled, clipped, rounded and refined, as the recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tasks.grid import ClipRange, Grid, Precision, QuantizedWeight
+from tasks.model.family import UNCLIPPED
+from tasks.quantizers.layer import Layer
+from tasks.settings import COARSE, DAMPING, VariantSettings
+from tasks.solvers import gptq
+from tasks.solvers.awq import search_clip, search_scale
+from tasks.solvers.refine import refine
+from tasks.solvers.smoothquant import smooth
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a weight gets onto its grid: the axes of a variant by their names in params.yaml.
+
+    damping: None: by the bits of what reads the input.
+    """
+
+    scaling: str = "none"
+    smoothing: float | None = None
+    clip: bool = False
+    rounding: str = "nearest"
+    act_order: bool = True
+    damping: float | None = None
+    refine: int = 0
+    propagate: bool = False
+
+    @classmethod
+    def of(cls, variant: VariantSettings) -> Recipe:
+        """The variant's."""
+        return cls(
+            scaling=variant.scaling,
+            smoothing=variant.smoothing,
+            clip=variant.clip,
+            rounding=variant.rounding,
+            act_order=variant.act_order == "static",
+            damping=variant.damping,
+            refine=variant.refine,
+            propagate=variant.propagate,
+        )
+
+    def damping_of(self, precisions: list[Precision]) -> float:
+        """The share of the diagonal that is added to the Gram matrix of an input with such readers."""
+        if self.damping is not None:
+            return self.damping
+        return DAMPING[min(precision.grid.bits for precision in precisions) <= COARSE]
+
+
+def solve_layer(
+    layer: Layer, precisions: Mapping[str, Precision], recipe: Recipe, dtype: torch.dtype
+) -> dict[str, QuantizedWeight]:
+    """The solution of each linear layer in `precisions`, by the end of its name; `layer` is scaled on the way.
+
+    dtype: in which norms are stored. AWQ and GPTQ see damped Gram matrices; SmoothQuant needs none, so where it scales,
+    GPTQ alone damps.
+    """
+    if recipe.rounding == "gptq" or recipe.scaling == "awq":
+        for linears, _ in list(layer.readers()):
+            own = [precisions[name] for name in linears if name in precisions]
+            if own and not _smoothed(linears, precisions, recipe):
+                layer.damp(linears, recipe.damping_of(own))
+    if recipe.scaling != "none":
+        scale_channels(layer, precisions, recipe, dtype)
+    return round_layer(layer, precisions, recipe)
+
+
+def scale_channels(layer: Layer, precisions: Mapping[str, Precision], recipe: Recipe, dtype: torch.dtype) -> None:
+    """Scale each input that something can take over a factor for, as suits the coarsest grid that reads it."""
+    for source, linears in layer.scalable():
+        own = [precisions[name].grid for name in linears if name in precisions]
+        if not own:
+            continue
+        known, weight = layer.inputs[linears[0]], layer.stacked(linears)
+        if _smoothed(linears, precisions, recipe):
+            assert recipe.smoothing is not None  # the settings see to it
+            factor = smooth(weight, known.gram, known.largest, recipe.smoothing)
+        else:
+            grid = min(own, key=lambda grid: grid.bits_per_weight(len(known.mean)))
+            factor = search_scale(weight, known.gram, known.mean, grid)
+        layer.scale_input(source, linears, factor, dtype)
+
+
+def round_layer(layer: Layer, precisions: Mapping[str, Precision], recipe: Recipe) -> dict[str, QuantizedWeight]:
+    """The solution of each layer in `precisions`; those that read the same input and share a grid are solved as one."""
+    found: dict[str, QuantizedWeight] = {}
+    for readers, known in layer.readers():
+        smoothed = _smoothed(readers, precisions, recipe)
+        for grid in dict.fromkeys(precisions[name].grid for name in readers if name in precisions):
+            linears = [name for name in readers if name in precisions and precisions[name].grid == grid]
+            weight = layer.stacked(linears)
+            clip = _clip_range(layer, linears, weight, known.gram, grid) if recipe.clip else None
+            damping = recipe.damping_of([precisions[name] for name in linears]) if smoothed else 0.0
+            found |= layer.split(round_weight(weight, known.gram, grid, recipe, clip, damping), linears)
+    return found
+
+
+def round_weight(
+    weight: Tensor, gram: Tensor, grid: Grid, recipe: Recipe, clip: ClipRange | None, damping: float
+) -> QuantizedWeight:
+    """`weight` [rows, width] on its grid; gram: [width, width] of its inputs; damping: that is still to be added."""
+    if recipe.rounding == "gptq":
+        solved = gptq.solve(weight, gram, grid, act_order=recipe.act_order, damping=damping, clip_range=clip)
+    else:
+        solved = grid.round(weight, clip)
+    return refine(weight, gram, grid, solved, recipe.refine)
+
+
+def _smoothed(linears: list[str], precisions: Mapping[str, Precision], recipe: Recipe) -> bool:
+    """Whether SmoothQuant scales the input of `linears`: where that was asked for, or all of them round it."""
+    own = [precisions[name] for name in linears if name in precisions]
+    rounded = bool(own) and all(precision.symmetric_activations is not None for precision in own)
+    return recipe.scaling == "smoothquant" or (recipe.smoothing is not None and rounded)
+
+
+def _clip_range(layer: Layer, linears: list[str], weight: Tensor, gram: Tensor, grid: Grid) -> ClipRange:
+    low, high = search_clip(weight, gram, grid)
+    free = torch.cat([torch.full((len(layer.weight(name)), 1), name in UNCLIPPED) for name in linears]).to(low.device)
+    return low.masked_fill(free, -torch.inf), high.masked_fill(free, torch.inf)
