@@ -21,6 +21,7 @@ SHARED = {
         "tasks.reporting.verdict",
         "tasks.scoring.eval_tasks",
         "tasks.reporting.number_format",
+        "tasks.reporting.columns",
     ),
     *("tasks.planning.estimate", "tasks.planning.machine", "tasks.planning.shape"),
 }
