@@ -1,7 +1,9 @@
 """A model or a data file on a model hub: a revision resolved to its commit, downloads resumed and checked.
 
-The hub library's own download starts a file anew after an interruption, so the bytes are kept here, in
-`downloads/hub/`, under the checksum that the hub gives for them.
+The hub library resumes a broken connection within one call alone: it deletes what it has when it gives up, leaves it
+behind when it is killed, and checks sizes but no checksums (tests/functional/test_hub.py shows both). So listing,
+addresses, errors and the transfer itself are the library's, and the bytes are kept here, in `downloads/hub/`, under the
+checksum that the hub gives for them.
 """
 
 from __future__ import annotations
