@@ -130,11 +130,9 @@ def _digest(path: Path, like: str) -> str:
     """The checksum of the file, of the kind that `like` is."""
     if len(like) == 64:
         return sha256(path)
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    header = b"blob %d\0" % path.stat().st_size
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.sha1(header, usedforsecurity=False)).hexdigest()
 
 
 def _endpoint() -> str:
