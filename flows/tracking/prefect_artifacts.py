@@ -20,6 +20,7 @@ from flows.graph.plan import ACTIONS, Plan
 from flows.tracking.mlflow_run import find_run
 from flows.tracking.result_markdown import result
 from flows.tracking.run_facts import read_json
+from tasks.old_words import new_record
 
 MLFLOW_UI = "MODELPRESS_MLFLOW_UI"  # the environment variable that holds the address of MLflow's pages
 
@@ -79,6 +80,7 @@ def _row(name: str, variant: dict[str, Any]) -> dict[str, Any]:
     size = variant.get("size_bytes")
     return {
         "variant": name,
+        "scheme": new_record(variant).get("scheme"),
         "MB": round(size / 1e6) if size else None,
         "retention %": _percent(retention.get("mean")),
         "from": _percent(retention.get("low")),

@@ -17,6 +17,7 @@ SHARED = {
     *(
         "tasks.settings",
         "tasks.errors",
+        "tasks.old_words",
         "tasks.reporting.verdict",
         "tasks.scoring.eval_tasks",
         "tasks.reporting.number_format",

@@ -199,8 +199,15 @@ class TestCard:
         assert card.data.tags == ["quantized", "W4A16_ASYM", "4-bit", "compressed-tensors", "modelpress"]
         quantization = card.data.to_dict()["quantization"]
         assert quantization == {
-            **{"scheme": "W4A16_ASYM", "group_size": 64, "clip": True, "rounding": "gptq", "refine": 1},
-            **{"backend": "modelpress", "format": "compressed-tensors", "bits": 4, "bits_per_weight": 4.31},
+            "scheme": "W4A16_ASYM",
+            "group_size": 64,
+            "clip": True,
+            "rounding": "gptq",
+            "refine": 1,
+            "backend": "modelpress",
+            "format": "compressed-tensors",
+            "bits": 4,
+            "bits_per_weight": 4.31,
         }
 
     def test_it_says_how_the_model_was_made(self, work: Workplace) -> None:
