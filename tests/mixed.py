@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tasks.formats.compressed import pack_words, words_config
 from torch import Tensor
 
-from tasks.formats.compressed import pack_words, words_config
 from tasks.grid import Grid
 
 ALONE = "gate_proj"  # the layer that stays as it is

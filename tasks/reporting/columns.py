@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tasks.reporting.labels import recipe
+from tasks.old_words import new_record
 from tasks.reporting.number_format import change, figure, interval, megabytes, percent, short_percent, times
 
 Values = Mapping[str, Any]
@@ -101,8 +101,13 @@ def legend(summary: Values) -> str:
 
 
 def _name(name: str, row: Values) -> Cell:
-    bits = row.get("bits") and row.get("bits_per_weight")
-    return Cell(name, remark=recipe(row) + (f", {figure(bits)} bits a weight" if bits else ""))
+    if not row.get("bits"):
+        return Cell(name, remark="baseline")
+    made = new_record(row)
+    scheme = ": ".join(word for word in (made.get("scheme"), made.get("recipe")) if word)
+    bits = f"{figure(row['bits_per_weight'])} bits a weight" if row.get("bits_per_weight") else ""
+    outer = f"output layer {made['output_layer']}" if made.get("output_layer") else ""
+    return Cell(name, remark=", ".join(word for word in (scheme, bits, outer) if word))
 
 
 def _speed(row: Values) -> Cell:
