@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from torch import Tensor
 from tasks.errors import TaskError
 from tasks.formats import Layout, StoredLinear, check_groups, check_rows, check_uniform, float16_alone
 from tasks.grid import Grid, Precision, QuantizedWeight
-from tasks.schemes import Scheme
+
+if TYPE_CHECKING:
+    from tasks.schemes import Scheme
 
 WORD = 32
 GPTQMODEL = "gptqmodel:0.9.0"
