@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from tasks.companion_files import is_licence
+from tasks.reporting.labels import by_llama_cpp, recipe
 from tasks.reporting.provenance import without_folders
 from tasks.reporting.render import render
 from tasks.settings import Settings
@@ -37,6 +38,8 @@ def model_card(summary: Mapping[str, Any], settings: Settings, files: Iterable[s
         summary=summary,
         name=name,
         row=row,
+        recipe=recipe(row),
+        by_llama_cpp=by_llama_cpp(row),
         base=summary["variants"][summary["baseline"]],
         base_model=base_model(summary["model"]["source"]),
         settings=without_folders(settings.model_dump(mode="json")),
@@ -71,7 +74,7 @@ def _front_matter(summary: Mapping[str, Any], settings: Settings, quant_method: 
         "base_model_relation": "quantized",
         "library_name": settings.target,
         "pipeline_tag": "text-generation",
-        "tags": ["quantized", row["method"], f"{row['bits']}-bit", quant_method, "modelpress"],
+        "tags": ["quantized", recipe(row), f"{row['bits']}-bit", quant_method, "modelpress"],
         "quantization": {
             **settings.variant(name).model_dump(mode="json", exclude={"samples", "skip_layers"}),
             "bits": row["bits"],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import TaskError
+from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.number_format import percent
 from tasks.reporting.verdict import SEED, Pairs, flips, judge, pair_items, retention
 from tasks.settings import BASE, GateSettings
@@ -179,7 +180,7 @@ def _read_lines(path: Path, stage: str) -> list[dict[str, Any]]:
 
 def _flattered(model: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Of variants by llama.cpp's quantizer: its groups are those of a model that was dequantized from GGUF's blocks."""
-    names = [name for name, row in rows.items() if row["method"] == "gguf"]
+    names = [name for name, row in rows.items() if by_llama_cpp(row)]
     if not names or (model.get("grid") or {}).get("group_size") != GGUF_BLOCK:
         return []
     return [
