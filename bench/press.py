@@ -77,7 +77,8 @@ def quality(folder: Path, items: int) -> dict[str, Any]:
 def decode(known: Path, names: Sequence[str]) -> dict[str, Any]:
     """How fast ONNX Runtime GenAI writes with the contenders' variants, the baseline in float32 beside them.
 
-    They are pressed once more, with an output layer of 8 bits (`DECODING`). Alternating; tokens a second: medians; ratio: median of those to the baseline's of the same round.
+    They are pressed once more, with an output layer of 8 bits (`DECODING`). Alternating; tokens a second: medians;
+    ratio: median of those to the baseline's of the same round.
     """
     from tasks.benchmark import alternate, warm_up
     from tasks.exporters.onnx.graph import export_onnx

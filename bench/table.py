@@ -11,7 +11,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Row:
-    """One contender. seconds: median of the pressing; shared: of the pass that all variants of our own quantizer share, 0 for others.
+    """One contender. seconds: median of the pressing; shared: of the pass that all of our own share, 0 for others.
 
     bits_per_weight: scales and zero points counted. perplexity: by text, and its change against the baseline's. kl:
     nats a token, mean over the texts. retention: share of the baseline's mean score over the tasks; None: not measured.

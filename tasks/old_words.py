@@ -12,8 +12,12 @@ _METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"scheme": "W4A16", "rounding": "gptq"},
     "awq": {"scheme": "W4A16_ASYM", "scaling": "awq"},
     "auto": {
-        **{"scheme": "mixed", "scaling": "awq", "clip": True, "rounding": "gptq"},
-        **{"damping": 0.05, "scale_dtype": "float16"},
+        "scheme": "mixed",
+        "scaling": "awq",
+        "clip": True,
+        "rounding": "gptq",
+        "damping": 0.05,
+        "scale_dtype": "float16",
     },
     "gguf": {},
 }

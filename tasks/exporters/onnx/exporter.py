@@ -21,8 +21,8 @@ class OnnxExporter:
             for key, size in variant.group_sizes:
                 if size % BLOCK:
                     raise TaskError(
-                        f"variants.{name}.{key} has groups of {size}, but ONNX Runtime has a scale for each {BLOCK}, 32 "
-                        f"or 64 weights; sizes that fit the target onnx: {BLOCK} and its multiples"
+                        f"variants.{name}.{key} has groups of {size}, but ONNX Runtime has a scale for each {BLOCK}, "
+                        f"32 or 64 weights; sizes that fit the target onnx: {BLOCK} and its multiples"
                     )
         if model is not None:
             check_family(model)
