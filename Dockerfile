@@ -14,12 +14,13 @@ RUN mkdir /workspace && chown press:press /opt/modelpress /workspace
 USER press
 
 # what changes seldom comes first, so that a change of the code does not install 3 GB anew
-COPY --chown=press:press Makefile pyproject.toml requirements.lock README.md ./
-COPY --chown=press:press flows flows
-COPY --chown=press:press tasks tasks
-COPY --chown=press:press evals evals
-RUN make install && rm -rf /home/press/.cache
+COPY --chown=press:press Makefile requirements.lock ./
+RUN make packages && rm -rf /home/press/.cache
 COPY --chown=press:press . .
+# a build has no git to take the version from: docker build --build-arg VERSION=1.2.3; without it, 0.0.0
+ARG VERSION
+ARG SETUPTOOLS_SCM_PRETEND_VERSION_FOR_MODELPRESS=$VERSION
+RUN make install && rm -rf /home/press/.cache
 
 ENV PATH=/opt/modelpress/.venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \

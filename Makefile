@@ -3,16 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PACKAGES := $(VENV)/.packages
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install gguf demo ui test test-all bench drills lint types lock clean
+.PHONY: help install gguf demo ui test test-all bench drills deps lint types lock clean
 .DELETE_ON_ERROR:
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
+
+.PHONY: packages
+packages: $(PACKAGES) ## Create .venv without this project: the part of `make install` that takes long
 
 gguf: install ## Add llama.cpp, for the target gguf (compiled for this machine in 5 to 10 minutes; needs cmake and a C++ compiler)
 	@$(BIN)/pip install -qq --constraint requirements.lock --editable '.[gguf]'
@@ -36,9 +40,13 @@ bench: install ## Press with our solvers and with the libraries, and compare (ab
 drills: install ## Break runs in every way that happens, and see that nothing is lost (about 12 minutes)
 	@$(BIN)/python -m tests.drills
 
-lint: install ## Check style and formatting
+deps: install ## Write the code that each stage depends on into dvc.yaml, from the imports
+	@$(BIN)/python -m tools.deps
+
+lint: install ## Check style, formatting and the layers of the code
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo
 
 types: install ## Check types
 	@$(BIN)/mypy
@@ -51,11 +59,15 @@ lock: install ## Resolve pyproject.toml anew into requirements.lock
 	sed -i -e 's/^\(torch==[^+ ]*\)+[a-z0-9.]*/\1/' -e '/^pip==/{N;d}' requirements.lock
 
 clean: ## Remove the environment and tools' caches; models, results and records stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
-	find flows tasks evals drills bench tests -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache *.egg-info
+	find flows tasks evals bench tools tests -name __pycache__ -type d -exec rm -rf {} +
 
-# the stamp is written last, so an installation that was interrupted is done again
-$(STAMP): requirements.lock pyproject.toml
+# each stamp is written last, so an installation that was interrupted is done again
+$(STAMP): $(PACKAGES) pyproject.toml
+	@$(BIN)/pip install -qq --no-deps --editable .
+	@touch $@
+
+$(PACKAGES): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "error: found $$($(PYTHON) --version 2>&1), but Python 3.11 or newer is needed; install it, or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
@@ -63,5 +75,4 @@ $(STAMP): requirements.lock pyproject.toml
 	@echo "installing into $(VENV) (about 3 GB, a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --requirement requirements.lock
-	@$(BIN)/pip install -qq --no-deps --editable .
 	@touch $@

@@ -171,13 +171,13 @@ def plan(
     check_dvc(root)
     settings = read_settings(root / "params.yaml")
     if model is not None:
-        from flows.planning.simulate import read_model, read_or_measure, scale
+        from flows.planning.simulate import read_model, read_or_measure, simulate
         from flows.planning.table import lines
 
         shape = read_model(root, model)
-        place = read_or_measure(root, machine, measure, about)
+        here = read_or_measure(root, machine, measure, about)
         graph = {name: stage.upstreams for name, stage in read_plan(root).items()}
-        for part in lines(scale(graph, shape, settings, place, jobs), shape, settings, place, jobs):
+        for part in lines(simulate(graph, shape, settings, here, jobs), shape, settings, here, jobs):
             Console(soft_wrap=not isinstance(part, Table), highlight=False).print(part)
         return
     stages = read_plan(root)

@@ -14,13 +14,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tasks.companion_files import is_licence
 from tasks.errors import TaskError
 from tasks.model import from_gguf
 from tasks.output import checksums, link_or_copy, whole_directory, write_json, write_text
 from tasks.program import run_stage
 from tasks.settings import ModelSettings
 from tasks.sources import Fetched, fetch_model
-from tasks.sources.choice import check_config, is_licence
+from tasks.sources.choice import check_config
 from tasks.sources.files import require_space
 from tasks.tensor_files import BYTES, DTYPES, convert, needs_conversion, read_header
 

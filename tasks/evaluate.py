@@ -28,12 +28,6 @@ from tasks.text.bos import begins_with_bos
 
 # The metric that an item's score is, where a task offers several; else the first that is better when higher.
 METRICS = ("acc_norm", "acc", "exact_match", "f1")
-# What computes, by the engine's name.
-LIBRARIES = {
-    "transformers": ("compressed-tensors",),
-    "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime"),
-    "llama-cpp-python": ("llama-cpp-python",),
-}
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
 
@@ -191,7 +185,7 @@ def _contract(
     settings: EvaluationSettings, runtime: Runtime, model: Path, raw: Path, definition: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything that two evaluations must share to be compared."""
-    libraries = (*LIBRARIES.get(runtime.info.name, ()), "torch", "transformers", "lm-eval", "datasets")
+    libraries = (*runtime.libraries, "torch", "transformers", "lm-eval", "datasets")
     data = json.loads((raw / "sources.json").read_text(encoding="utf-8"))
     return {
         "tasks": dict(definition),

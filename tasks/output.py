@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tasks.errors import TaskError
+
 MANIFEST = "manifest.json"
+CODE = Path(__file__).parent  # tasks/: the code of all stages
 
 
 @contextmanager
@@ -41,11 +44,14 @@ def resumable_directory(destination: Path, key: str) -> Iterator[Path]:
 
     key: of all that decides what is written, but for the code of the stages, which is seen to here; what was begun
     under another key is thrown away. The body must write each file whole or not at all, and tells by their existence
-    what is done.
+    what is done. TaskError if that code is not where it should be.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    code = "".join(sha256(path) for path in sorted(Path(__file__).parent.rglob("*.py")))
-    scratch = destination.parent / f".{destination.name}.{hashlib.sha256((key + code).encode()).hexdigest()[:16]}.part"
+    code = [sha256(path) for path in sorted(CODE.rglob("*.py"))]
+    if not code:
+        raise TaskError(f"{CODE} holds no Python files, so whether the code has changed cannot be told; install anew")
+    digest = hashlib.sha256("".join([key, *code]).encode()).hexdigest()[:16]
+    scratch = destination.parent / f".{destination.name}.{digest}.part"
     for other in destination.parent.glob(f".{destination.name}.*.part"):
         if other != scratch:
             shutil.rmtree(other, ignore_errors=True)

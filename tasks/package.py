@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.checks.smoke import PROMPT, generates
+from tasks.companion_files import small_files
 from tasks.errors import TaskError
 from tasks.output import MANIFEST, checksums, link_or_copy, whole_directory, write_json, write_text
 from tasks.program import run_stage
@@ -18,7 +19,6 @@ from tasks.reporting.model_card import model_card
 from tasks.reporting.provenance import dvc_identity, git_state, without_folders
 from tasks.reporting.summary import read_json
 from tasks.settings import BUILTIN, Settings
-from tasks.sources.choice import small_files
 
 SUMS = "SHA256SUMS"
 CARD, PROVENANCE = "README.md", "provenance.json"

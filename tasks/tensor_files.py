@@ -78,10 +78,10 @@ def convert(source: Path, destination: Path, dtype: str) -> None:
     with safe_open(source, framework="pt") as file:
 
         def read(name: str) -> Tensor:
-            tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name)
             if new[name].dtype != wanted:
                 return tensor
-            converted = tensor.to(getattr(torch, dtype))
+            converted = tensor.to(dtype=getattr(torch, dtype))
             if tensor.isfinite().all() and not converted.isfinite().all():
                 raise TaskError(
                     f"{name} has weights up to {tensor.abs().max().item():.3g}, too large for {dtype}; "
@@ -113,7 +113,8 @@ def join(parts: Sequence[Path], destination: Path, largest: int = LARGEST) -> No
 
     def read(name: str) -> Tensor:
         with safe_open(found[name][0], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
@@ -177,7 +178,8 @@ class TensorFiles:
     def read(self, name: str) -> Tensor:
         """The tensor as it is stored. KeyError if there is none of this name."""
         with safe_open(self._file[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
     def below(self, prefix: str) -> dict[str, Tensor]:
         """All tensors whose names begin with `prefix`, by the rest of their names."""

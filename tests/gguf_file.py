@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -57,7 +58,7 @@ def write_gguf(path: Path, model: Path, kind: str = "Q4_1", *, words: str = "smo
     return path
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict, words: str) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], words: str) -> None:
     vocabulary = tokenizer["model"]["vocab"]
     special = {t["content"] for t in tokenizer["added_tokens"]}
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)

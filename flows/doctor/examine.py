@@ -17,12 +17,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from flows.doctor.git_locks import stale_locks
 from flows.errors import FlowError
 from flows.graph.dvc_state import REMEDY, damage
 from flows.graph.params_file import read_settings
+from tasks.hardware import available_memory
 from tasks.settings import Settings
 
 PATIENCE = 15  # seconds for the package index
@@ -44,7 +43,7 @@ def examine(root: Path) -> Iterator[Finding]:
     """Findings about this machine and the project in `root`, the quick ones first."""
     yield from _versions(root)
     yield _device()
-    yield _room("memory", psutil.virtual_memory().available / 1e9, MEMORY_GB, "close other programs, or lower --jobs")
+    yield _room("memory", available_memory() / 1e9, MEMORY_GB, "close other programs, or lower --jobs")
     yield _room("disk", shutil.disk_usage(root).free / 1e9, DISK_GB, "free some space, or move the project")
     yield _writable(root)
     yield from _repository(root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flows.processes.memory import machine_memory
+from tasks.hardware import total_memory
 from tasks.settings import BASE
 
 _LOWER = {
@@ -21,6 +21,6 @@ def out_of_memory(stage: str, what: str, peak: int) -> str:
     setting = None if stage == f"quantize@{BASE}" else _LOWER.get(kind)
     lower = f"lower {setting} in params.yaml, or " if setting else ""
     return (
-        f"{stage}: {what}; it was seen to hold {peak / 1e9:.1f} GB, and there are {machine_memory() / 1e9:.1f} GB; "
+        f"{stage}: {what}; it was seen to hold {peak / 1e9:.1f} GB, and there are {total_memory() / 1e9:.1f} GB; "
         f"{lower}run one stage at a time (--jobs 1)"
     )

@@ -111,9 +111,9 @@ def _ray(cluster: str | None, workers: int) -> TaskRunner[Any]:
     except ImportError as error:
         raise _missing("ray", error) from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if cluster:
-        return RayTaskRunner(address=cluster)
-    return RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
+    where = {"address": cluster} if cluster else {"init_kwargs": {"num_cpus": workers, "include_dashboard": False}}
+    runner: TaskRunner[Any] = RayTaskRunner(**where)
+    return runner
 
 
 def _missing(extra: str, error: ImportError) -> FlowError:

@@ -5,16 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from flows.errors import FlowError
-from flows.processes.run_module import last_word, run_module
+from flows.processes.run_module import error_line, run_module
 
 MODEL = "models/source"
+PROGRAM = "tasks.checks.preflight"
+FILE = Path("tasks/checks/preflight.py")
 
 
 def check_settings_work(root: Path, downloaded: bool) -> None:
-    """FlowError with the reason if tasks/checks/preflight.py refuses.
+    """FlowError with the reason if the checkout's tasks/checks/preflight.py refuses, or is not there.
 
     downloaded: the model is in `models/source`, and variants are checked against it.
     """
-    status, lines = run_module(root, "tasks.checks.preflight", *([MODEL] if downloaded else []), own=True)
+    if not (root / FILE).is_file():
+        raise FlowError(
+            f"{root} has no {FILE}, which checks the settings before any work starts; run in a whole checkout of the "
+            f"project, or restore the file: git checkout -- {FILE}"
+        )
+    status, lines = run_module(root, PROGRAM, *([MODEL] if downloaded else []), own=True)
     if status:
-        raise FlowError(last_word(lines, status))
+        raise FlowError(error_line(lines, status))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from flows.errors import FlowError
 from flows.processes.memory import group_memory
 
 GUARD = Path(__file__).with_name("guard.py")
@@ -51,6 +52,8 @@ class Process:
         output: int = subprocess.PIPE,
         keep: Collection[int] = (),
     ) -> None:
+        if not GUARD.is_file():
+            raise FlowError(f"{GUARD} is missing, without which a stage could outlive its run; install modelpress anew")
         self._stop = threading.Event()
         self._looked = 0.0
         self._peak = 0

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-_OURS = Path(__file__).parents[1]  # flows/
+OURS = Path(__file__).parents[1]  # flows/
 
 
 class _Format(logging.Formatter):
@@ -21,7 +21,7 @@ class _Format(logging.Formatter):
 
 def _worth_reading(record: logging.LogRecord) -> bool:
     """Our own lines, and warnings of others; how a run failed is said once, by the command line."""
-    if _OURS in Path(record.pathname).parents:
+    if OURS in Path(record.pathname).parents:
         return record.levelno >= logging.INFO
     engine = record.name.startswith(("prefect.flow_runs", "prefect.task_runs", "prefect._internal"))
     return record.levelno >= logging.WARNING and not engine

@@ -16,6 +16,7 @@ from logging import Logger, LoggerAdapter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.graph import dvc_lock
 from flows.graph.plan import Plan
 from flows.tracking import run_facts
 
@@ -90,13 +91,13 @@ class Record:
             return
         self._results(results)
         # last, so that a run with this tag holds everything
-        self._store.set_tag(self._parent, LOCK_TAG, run_facts.lock_hash(self._root, self._plan))
+        self._store.set_tag(self._parent, LOCK_TAG, dvc_lock.lock_hash(self._root, self._plan))
         self._store.set_terminated(self._parent, "FINISHED")
         self._log.info("MLflow: recorded in run %s", self._parent)
 
     def _results(self, results: Mapping[str, str]) -> None:
         run = self._parent
-        settings = run_facts.params(self._root)
+        settings = dvc_lock.params(self._root)
         settings.pop("variants", None)
         summary = run_facts.read_json(self._root / "report/summary.json")
         tags = {"winner": str(summary["winner"])} if "winner" in summary else {}
@@ -126,7 +127,7 @@ class Record:
 
     def _same(self) -> bool:
         """Whether a finished run holds the result that dvc.lock describes now; says which."""
-        lock = run_facts.lock_hash(self._root, self._plan)
+        lock = dvc_lock.lock_hash(self._root, self._plan)
         runs = self._search(f"tags.`{LOCK_TAG}` = '{lock}' and attributes.status = 'FINISHED'")
         for run in runs:
             self._log.info("MLflow: nothing new, this result is in run %s", run.info.run_id)

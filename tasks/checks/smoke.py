@@ -18,6 +18,8 @@ NEW_TOKENS = 24
 REPEATS = 4  # a short piece of text this often, and nothing else, is a broken model
 PIECE = 16  # characters of such a piece
 TIMEOUT = 1800.0
+ROOT = Path(__file__).resolve().parents[2]  # where `python -m` finds tasks/
+FILE = Path("tasks/checks/smoke.py")
 
 
 def generates(bundle: Path, target: str, dtype: str) -> str:
@@ -25,6 +27,8 @@ def generates(bundle: Path, target: str, dtype: str) -> str:
 
     Raises TaskError if it does not load, writes nothing, or only repeats itself.
     """
+    if not (ROOT / FILE).is_file():
+        raise TaskError(f"{ROOT} has no {FILE}, the program that tries the bundle; nothing is packaged. Install anew")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     command = [sys.executable, "-m", "tasks.checks.smoke", str(bundle.resolve()), target, dtype]
     try:
@@ -35,7 +39,7 @@ def generates(bundle: Path, target: str, dtype: str) -> str:
             check=False,
             env=environment,
             timeout=TIMEOUT,
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
         )
     except subprocess.TimeoutExpired as error:
         raise TaskError(f"the bundle wrote nothing within {TIMEOUT:.0f} s in {target}; nothing is packaged") from error

@@ -51,6 +51,9 @@ class Layout:
 class Format(Protocol):
     """A format of a model directory."""
 
+    native: bool
+    """Whether Transformers loads it without a library for GPUs."""
+
     parts: tuple[str, ...]
     """Ends of the names of a quantized linear layer's tensors."""
 
@@ -76,7 +79,7 @@ class Format(Protocol):
         """The linear layer `name` from its tensors, by the ends of their names: what `pack` packed."""
 
     def shape(self, sizes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]) -> tuple[int, int]:
-        """(rows, width) of a linear layer from its tensors' sizes, by the ends of their names; read: one of them."""
+        """(rows, width) of a linear layer from the sizes of its tensors, by the ends of their names; read: of one."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ _PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 class Awq:
     """See the protocol `Format`."""
 
+    native = False
     parts = ("qweight", "qzeros", "scales")
 
     def scale_dtype(self, model: torch.dtype, asked: torch.dtype | None) -> torch.dtype:

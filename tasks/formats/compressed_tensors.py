@@ -27,6 +27,7 @@ _IN_BYTES = torch.float32  # of the scales where weights lie in bytes: one for a
 class CompressedTensors:
     """See the protocol `Format`. Layers may differ from each other; activations may be rounded."""
 
+    native = True
     parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight")
 
     def scale_dtype(self, model: torch.dtype, asked: torch.dtype | None) -> torch.dtype:

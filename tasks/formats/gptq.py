@@ -28,6 +28,7 @@ ROWS = 8  # of a layer that are packed together
 class Gptq:
     """See the protocol `Format`."""
 
+    native = False
     parts = ("qweight", "qzeros", "scales", "g_idx")
 
     def scale_dtype(self, model: torch.dtype, asked: torch.dtype | None) -> torch.dtype:

@@ -102,4 +102,5 @@ def _check_grid(found: str, scheme: Scheme, model: Path) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values

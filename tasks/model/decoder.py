@@ -41,7 +41,8 @@ class Decoder:
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         # what has no weights in the files, computed anew
         self._base.rotary_emb = type(self._base.rotary_emb)(config=config).to(device)
-        self._norm, self._base.norm = self._base.norm, nn.Identity()
+        self._norm: nn.Module = self._base.norm
+        self._base.norm = nn.Identity()
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -92,7 +93,8 @@ class Decoder:
         """One batch through the layer that `layer()` gave for `index`, as the whole model would run it."""
         with self._mixed():
             found = layer(hidden, **self._arguments[len(hidden)][index])
-        return found[0] if isinstance(found, tuple) else found
+        output: Tensor = found[0] if isinstance(found, tuple) else found
+        return output
 
     def norm(self) -> nn.Module:
         """What makes of the last layer's output what the output layer reads, with its weights."""

@@ -8,26 +8,15 @@ each; docs/plan.md holds them against runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from tasks.activations.memory import needed_bytes
 from tasks.model.family import ARCHITECTURES
 from tasks.planning.machine import Machine
 from tasks.planning.shape import Group, Layer, Shape
 from tasks.quantizers.parallel import processes
-from tasks.settings import (
-    BASE,
-    BUILTIN,
-    AutoSettings,
-    AwqSettings,
-    GptqSettings,
-    Int8Settings,
-    NoneSettings,
-    Settings,
-    Variant,
-)
+from tasks.schemes import MIXED, SCHEMES, Scheme
+from tasks.settings import BASE, BUILTIN, Settings, VariantSettings
 
 # what solvers/awq.py tries, and on how many rows the scales
 SCALE_TRIALS, CLIP_TRIALS, ROWS = 20, 12, 512
@@ -47,6 +36,7 @@ ITEMS = {
     "boolq_local": (150, 2, 3270),
 }
 ASSUMED = (100, 10, 1000)  # of a task that is not listed
+AS_IT_CAME = VariantSettings(scheme="none")
 
 
 @dataclass(frozen=True)
@@ -120,7 +110,7 @@ class Work:
 def estimate(stage: str, job: PlanJob) -> Need:
     """What `stage` of dvc.yaml takes, its process' start and DVC's checksums included."""
     kind, _, name = stage.partition("@")
-    variant = job.settings.variants.get(name or BASE, NoneSettings(method="none"))
+    variant = job.settings.variants.get(name or BASE, AS_IT_CAME)
     match kind:
         case "download":
             return download(job)
@@ -257,28 +247,27 @@ def _sum_input(job: PlanJob, work: Work, width: int, active: float = 1.0, copies
     work.passes(length * active * width, 0, 4 * sequences)
 
 
-def quantize(job: PlanJob, variant: Variant) -> Need:
+def quantize(job: PlanJob, variant: VariantSettings) -> Need:
     """tasks/quantize.py: press layer by layer (quantizers/layerwise.py), join the parts, compare with the baseline."""
     work = Work(job.machine)
-    if isinstance(variant, NoneSettings):
+    if variant.is_baseline:
         return _started(job, work)
     if variant.backend != BUILTIN:
         return Need(None, None, variant_bytes(job, variant), note=f"not estimated for the backend {variant.backend}")
-    press = PRESSES[type(variant)]
     length = job.settings.calibration.sequence_length
     for index, layer in enumerate(job.shape.layers):
         _load_layer(job, work, layer)
         work.read(sum(4 * group.copies * group.width**2 for group in layer.groups))
         for group in layer.groups:
             one = Work(work.machine)
-            press(one, group, variant, job.shape)
+            _press(one, group, variant, job.shape)
             work.seconds += group.copies * one.seconds
-        if getattr(variant, "propagate", False):
+        if variant.propagate:
             # quantizers/propagation.py: once to listen, once through the pressed layer
             _collect(job, work, layer)
             _load_layer(job, work, layer)
             _forward_layer(work, job.shape, layer, job.tokens, length, length)
-        if isinstance(variant, AutoSettings):
+        if variant.scheme == MIXED:
             # quantizers/sensitivity.py: a stream for each linear layer so far
             streams = sum(
                 group.copies * len(group.rows) for one in job.shape.layers[: index + 1] for group in one.groups
@@ -293,7 +282,7 @@ def quantize(job: PlanJob, variant: Variant) -> Need:
     work.read(disk)
     work.hash(2 * disk)
     held = max(_pressing_bytes(layer, variant) for layer in job.shape.layers)
-    if job.machine.device == "cpu" and not getattr(variant, "propagate", False):
+    if job.machine.device == "cpu" and not variant.propagate:
         # quantizers/parallel.py: several side by side
         layers = len(job.shape.layers)
         weights = sum(layer.weights for layer in job.shape.layers) // layers
@@ -302,7 +291,7 @@ def quantize(job: PlanJob, variant: Variant) -> Need:
             held = count * (held + job.machine.base_gb * 1e9)
     held = max(held, 2.0 * BYTES[job.settings.model.dtype] * job.shape.embedding)
     held = max(held, compare(job, work, variant))
-    if isinstance(variant, AutoSettings):
+    if variant.scheme == MIXED:
         held = max(held, _diverge(job, work))
     return _started(job, work, memory=held, disk=disk, scratch=disk)
 
@@ -318,7 +307,7 @@ def _diverge(job: PlanJob, work: Work) -> float:
     return 4.0 * (2 * streams * STREAM * shape.hidden + words)
 
 
-def export(job: PlanJob, variant: Variant) -> Need:
+def export(job: PlanJob, variant: VariantSettings) -> Need:
     """tasks/export.py: links and checksums of what is there. A target that writes files of its own adds them here."""
     if job.settings.target != "transformers":
         return Need(None, None, note=f"not estimated for the target {job.settings.target}")
@@ -327,12 +316,12 @@ def export(job: PlanJob, variant: Variant) -> Need:
     return _started(job, work)
 
 
-def evaluate(job: PlanJob, variant: Variant) -> Need:
+def evaluate(job: PlanJob, variant: VariantSettings) -> Need:
     """tasks/evaluate.py: items of all tasks, then the texts, beside the baseline from which divergence is taken."""
     settings, shape = job.settings.evaluation, job.shape
     dtype = settings.dtype
     own = _arithmetic(variant, dtype, job.machine)
-    base = isinstance(variant, NoneSettings)
+    base = variant.is_baseline
     work = Work(job.machine)
     _load_model(job, work, variant)
     assumed = [task for task in settings.tasks if task not in ITEMS]
@@ -350,7 +339,7 @@ def evaluate(job: PlanJob, variant: Variant) -> Need:
         _forward(work, shape, texts, settings.window, settings.window, arithmetic)
         _output_layer(work, shape, texts, dtype)
     if not base:
-        _load_model(job, work, NoneSettings(method="none"))
+        _load_model(job, work, AS_IT_CAME)
         # the divergence, a few rows at a time: _divergence in scoring/divergence.py, and two searches for the largest
         rows = 32
         for _ in range(texts // rows):
@@ -359,21 +348,21 @@ def evaluate(job: PlanJob, variant: Variant) -> Need:
     weights = BYTES[dtype] * shape.parameters
     models = max(_loading_bytes(job, variant, dtype), weights * (1 if base else 2))
     if not base:
-        models = max(models, weights + _loading_bytes(job, NoneSettings(method="none"), dtype))
+        models = max(models, weights + _loading_bytes(job, AS_IT_CAME, dtype))
     held = models + (2 if base else 3) * logits
     note = f"{', '.join(assumed)}: {ASSUMED[0]} tokens an item assumed" if assumed else None
     return _started(job, work, memory=held, note=note)
 
 
-def benchmark(job: PlanJob, variant: Variant) -> Need:
+def benchmark(job: PlanJob, variant: VariantSettings) -> Need:
     """tasks/benchmark.py: load; where the runtime has a kernel for the format, prompts and answers of a few tokens, by
     turns with the baseline's."""
-    settings, none = job.settings.benchmark, NoneSettings(method="none")
+    settings, none = job.settings.benchmark, AS_IT_CAME
     work = Work(job.machine)
     _load_model(job, work, variant)
     memory = _loading_bytes(job, variant, settings.dtype)
     arithmetic = _arithmetic(variant, settings.dtype, job.machine)
-    base = isinstance(variant, NoneSettings)
+    base = variant.is_baseline
     if base or arithmetic == "int8":
         _answers(job, work, arithmetic)
     if not base and arithmetic == "int8":
@@ -399,7 +388,7 @@ def _answers(job: PlanJob, work: Work, arithmetic: str) -> None:
 def package(job: PlanJob) -> Need:
     """tasks/package.py: link the winner, which is not known yet: the largest counts; checksums, and try it."""
     work = Work(job.machine)
-    pressed = [v for v in job.settings.variants.values() if not isinstance(v, NoneSettings)]
+    pressed = [v for v in job.settings.variants.values() if not v.is_baseline]
     largest = max(pressed, key=lambda variant: variant_bytes(job, variant))
     work.hash(3 * variant_bytes(job, largest))
     work.seconds += job.machine.start_s  # the process that tries it
@@ -416,13 +405,13 @@ def statistics_bytes(shape: Shape) -> int:
     return sum(4 * (width**2 + 2 * width) for width in widths)
 
 
-def variant_bytes(job: PlanJob, variant: Variant) -> float:
+def variant_bytes(job: PlanJob, variant: VariantSettings) -> float:
     """The variant's weights on disk: pressed layers with their scales and zero points (tasks/formats/), all else in the
     model's precision, or the format's."""
     shape, own = job.shape, BYTES[job.settings.model.dtype]
-    if isinstance(variant, NoneSettings):
+    if variant.is_baseline:
         return job.model_bytes
-    skipped: list[int] = getattr(variant, "skip_layers", [])
+    skipped = variant.skip_layers
     total = own * shape.outside
     for index, layer in enumerate(shape.layers):
         total += own * layer.others
@@ -435,26 +424,24 @@ def variant_bytes(job: PlanJob, variant: Variant) -> float:
     return float(total)
 
 
-def linear_bytes(rows: int, width: int, variant: Variant, scale: int) -> int:
+def linear_bytes(rows: int, width: int, variant: VariantSettings, scale: int) -> int:
     """A pressed linear layer [rows, width]; scale: the bytes of one, where the format leaves it to the model."""
-    match variant:
-        case GptqSettings() | AwqSettings():
-            groups = _groups(width, variant.group_size)
-            if variant.format != "compressed-tensors":
-                indices = 4 * width if variant.format == "gptq" else 0
-                return (width + groups) * (rows // 8) * 4 + groups * rows * 2 + indices
-            words = rows * math.ceil(width * variant.bits / 32) * 4
-            symmetric = isinstance(variant, GptqSettings) and variant.symmetric
-            zeros = 0 if symmetric else math.ceil(rows * variant.bits / 32) * 4 * groups
-            return words + zeros + rows * groups * scale + 16
-        case AutoSettings():
-            # what each layer gets is not known yet; all of them together get this, and where only the quality is
-            # given, more than the fewest
-            return round(rows * width * (variant.bits_per_weight or variant.bits + 0.5) / 8)
-        case Int8Settings():
-            return rows * width + 4 * rows
-        case _:
-            return rows * width * scale
+    if variant.is_baseline:
+        return rows * width * scale
+    if variant.scheme == MIXED:
+        # what each layer gets is not known yet; all of them together get this, and where only the quality is given,
+        # more than the fewest
+        return round(rows * width * (variant.bits_per_weight or (variant.bits or 16) + 0.5) / 8)
+    scheme = variant.precision
+    if not scheme.weight_only:
+        return rows * width + 4 * rows
+    groups = _groups(width, scheme.group_size or width)
+    if variant.format != "compressed-tensors":
+        indices = 4 * width if variant.format == "gptq" else 0
+        return (width + groups) * (rows * scheme.bits // 32) * 4 + groups * rows * 2 + indices
+    words = rows * math.ceil(width * scheme.bits / 32) * 4
+    zeros = 0 if scheme.symmetric else math.ceil(rows * scheme.bits / 32) * 4 * groups
+    return words + zeros + rows * groups * (2 if variant.scale_dtype == "float16" else scale) + 16
 
 
 def _groups(width: int, size: int) -> int:
@@ -468,24 +455,24 @@ def _embedding_bytes(job: PlanJob) -> int:
     return BYTES[job.settings.model.dtype] * job.shape.embedding
 
 
-def _pressing_bytes(layer: Layer, variant: Variant) -> float:
+def _pressing_bytes(layer: Layer, variant: VariantSettings) -> float:
     """What pressing holds of a layer: its weights as stored, as float32 and as packed, the statistics, and what the
     solver makes of the largest group: for GPTQ rest, scales, zeros, integers and their copies."""
     weights = 7.0 * layer.parameters
     grams = sum(4.0 * group.copies * group.width**2 for group in layer.groups)
-    nearest = isinstance(variant, Int8Settings) and variant.rounding == "nearest"
+    nearest = variant.rounding == "nearest"
     factors = 0 if nearest else 4 * 3 * max(group.width for group in layer.groups) ** 2
     copies = 2 if nearest else 7
     solved = 4 * copies * max(group.weights for group in layer.groups)
     return weights + grams + factors + solved
 
 
-def _loading_bytes(job: PlanJob, variant: Variant, dtype: str) -> float:
+def _loading_bytes(job: PlanJob, variant: VariantSettings, dtype: str) -> float:
     """The most that a runtime holds while it loads a model, and after: the weights as they will be computed with beside
     the file; those of AutoAWQ's and AutoGPTQ's formats twice (runtimes/dense.py)."""
     weights = BYTES[dtype] * job.shape.parameters
     stored = variant_bytes(job, variant)
-    if isinstance(variant, GptqSettings | AwqSettings) and variant.format != "compressed-tensors":
+    if variant.format != "compressed-tensors":
         return 2 * weights + stored
     return weights + stored
 
@@ -493,29 +480,36 @@ def _loading_bytes(job: PlanJob, variant: Variant, dtype: str) -> float:
 # -- arithmetic ------------------------------------------------------------------------------------------------------
 
 
-def _press_gptq(work: Work, group: Group, variant: GptqSettings, shape: Shape) -> None:
-    """quantizers/gptq.py, for the layers that read one input."""
-    _round_layer(work, group, variant.group_size, variant.clip, True, variant.refine)
+def _press(work: Work, group: Group, variant: VariantSettings, shape: Shape) -> None:
+    """quantizers/solve.py, for the layers that read one input; of the scheme mixed, first a trial of each candidate."""
+    sizes = [_group_size(one.group_size, group) for one in _schemes(variant)]
+    fitting = [size for size in sizes if group.width % size == 0]
+    if variant.scheme == MIXED:
+        for one, size in zip(_schemes(variant), sizes, strict=True):
+            if size in fitting:
+                _round_layer(work, group, size, False, one.bits < FINE, 0)
+                work.product(4 * group.weights * group.width)
+    if variant.scaling == "awq":
+        _scale_channels(work, group, shape)
+    elif variant.scaling == "smoothquant":
+        # stacked, the norms of columns, smoothed
+        work.passes(group.weights, 4, 2)
+        work.passes(group.width**2, 2, 0)
+    size = min(fitting or sizes)
+    _round_layer(work, group, size, variant.clip, variant.rounding == "gptq", variant.refine)
 
 
-def _press_awq(work: Work, group: Group, variant: AwqSettings, shape: Shape) -> None:
-    """quantizers/awq.py: scales where another layer can take them over, then rounding."""
-    _scale_channels(work, group, shape)
-    _round_layer(work, group, variant.group_size, variant.clip, variant.rounding == "gptq", variant.refine)
+def _schemes(variant: VariantSettings) -> list[Scheme]:
+    return [one for one in variant.precisions.values() if one] if variant.scheme == MIXED else [variant.precision]
 
 
-def _press_auto(work: Work, group: Group, variant: AutoSettings, shape: Shape) -> None:
-    """quantizers/auto.py: solved at every candidate for its error, then as AWQ with GPTQ's rounding."""
-    fitting = [(bits, size) for bits, size in variant.pairs if group.width % size == 0]
-    for bits, size in fitting:
-        _round_layer(work, group, size, False, bits < FINE, 0)
-        work.product(4 * group.weights * group.width)
-    _scale_channels(work, group, shape)
-    _round_layer(work, group, min((size for _, size in fitting), default=group.width), True, True, variant.refine)
+def _group_size(size: int | None, group: Group) -> int:
+    """A scale for each row is one for a group as wide as that."""
+    return size or group.width
 
 
 def _scale_channels(work: Work, group: Group, shape: Shape) -> None:
-    """quantizers/grouped.py."""
+    """quantizers/solve.py."""
     # values that several queries read through have no channel of their own for each of them
     if group.name != "o_proj" or shape.kv == group.width:
         tried = group.weights / math.ceil(sum(group.rows) / ROWS)
@@ -527,25 +521,8 @@ def _scale_channels(work: Work, group: Group, shape: Shape) -> None:
         work.passes(group.width**2, 2, 0)
 
 
-def _press_int8(work: Work, group: Group, variant: Int8Settings, shape: Shape) -> None:
-    """quantizers/int8.py: stacked, the norms of columns, smoothed; then rounding and packing, a row being a group."""
-    work.passes(group.weights, 4, 2)
-    work.passes(group.width**2, 2, 0)
-    _round_layer(work, group, group.width, False, variant.rounding == "gptq", 0)
-
-
-# A method's own work on the layers that read one input, by its settings. A method that presses layers at several
-# precisions calls another's for each of them; what it writes is in `linear_bytes`.
-PRESSES: dict[type, Callable[[Work, Group, Any, Shape], None]] = {
-    GptqSettings: _press_gptq,
-    AwqSettings: _press_awq,
-    AutoSettings: _press_auto,
-    Int8Settings: _press_int8,
-}
-
-
 def _round_layer(work: Work, group: Group, group_size: int, clip: bool, solve: bool, refine: int) -> None:
-    """quantizers/grouped.py: the limits of the groups, then the rounding, what makes it better, and packing."""
+    """quantizers/solve.py: the limits of the groups, then the rounding, what makes it better, and packing."""
     weights, rows, width = group.weights, sum(group.rows), group.width
     part = min(weights, PART)
     parts = weights / part
@@ -578,7 +555,7 @@ def _round_layer(work: Work, group: Group, group_size: int, clip: bool, solve: b
         work.passes((width - block * BLOCK) * rows, 0, 1)
 
 
-def compare(job: PlanJob, work: Work, variant: Variant) -> float:
+def compare(job: PlanJob, work: Work, variant: VariantSettings) -> float:
     """model/layer_errors.py: a layer as it was and as it is, over two sequences; returns the bytes that it holds."""
     shape, length = job.shape, job.settings.calibration.sequence_length
     tokens = min(2, job.settings.calibration.samples) * length
@@ -600,11 +577,11 @@ def _load_layer(job: PlanJob, work: Work, layer: Layer) -> None:
     work.passes(layer.parameters, 1, 0)
 
 
-def _load_model(job: PlanJob, work: Work, variant: Variant) -> None:
+def _load_model(job: PlanJob, work: Work, variant: VariantSettings) -> None:
     """All of it into a runtime: read, converted; a pressed one is dequantized."""
     work.read(variant_bytes(job, variant))
     # tasks/formats/stored.py, and what compressed-tensors does in its place: 4-bit words are taken apart first
-    passes = 1 if isinstance(variant, NoneSettings) else 4 if isinstance(variant, Int8Settings) else 8
+    passes = 1 if variant.is_baseline else 4 if _in_bytes(variant) else 8
     work.passes(job.shape.parameters, passes, 0)
 
 
@@ -652,9 +629,14 @@ def _output_layer(work: Work, shape: Shape, tokens: float, dtype: str) -> None:
     work.passes(tokens * shape.vocabulary, 1, 4)
 
 
-def _arithmetic(variant: Variant, dtype: str, machine: Machine) -> str:
+def _in_bytes(variant: VariantSettings) -> bool:
+    """Whether weights and activations are both integers."""
+    return variant.scheme in SCHEMES and not variant.precision.weight_only
+
+
+def _arithmetic(variant: VariantSettings, dtype: str, machine: Machine) -> str:
     """What a variant's products are of: integers for INT8 on a CPU, elsewhere dequantized weights."""
-    return "int8" if isinstance(variant, Int8Settings) and machine.device == "cpu" else dtype
+    return "int8" if _in_bytes(variant) and machine.device == "cpu" else dtype
 
 
 def _started(

@@ -21,7 +21,7 @@ import yaml
 
 from tasks.determinism import set_environment
 from tasks.device import compute_device
-from tasks.hardware import cpu_name, processor_name
+from tasks.hardware import cpu_name, processor_name, total_memory
 from tasks.output import sha256
 from tasks.planning.machine import Machine, check_machine
 
@@ -32,7 +32,7 @@ QUIET = 15  # percent of the cores that others may use
 BUSY = ", while others were at work on {:.0f}% of the cores: measure again when it is quiet"
 # what any stage needs, and how long and how much that took
 _STAGE = """
-import tasks.scoring.lm_eval_adapter, tasks.quantizers.awq, tasks.quantizers.gptq, tasks.runtimes.transformers
+import tasks.scoring.lm_eval_adapter, tasks.quantizers.builtin, tasks.runtimes.transformers
 import lm_eval, datasets
 import transformers.models.llama.modeling_llama, psutil, time
 print(psutil.Process().memory_info().rss, time.process_time())
@@ -48,7 +48,7 @@ def measure(cores: int) -> Machine:
     others = psutil.cpu_percent(1.0)
     start, base = min(_process(), _process())  # files that were never read before take several times as long
     gpu = device == "cuda"
-    memory = torch.cuda.get_device_properties(0).total_memory if gpu else psutil.virtual_memory().total
+    memory = torch.cuda.get_device_properties(0).total_memory if gpu else total_memory()
     figures = {
         "name": machine_name(cores),
         "source": f"measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC{BUSY.format(others) if others > QUIET else ''}",

@@ -74,7 +74,7 @@ def solve_layer(
 
 
 def scale_channels(layer: Layer, precisions: Mapping[str, Precision], recipe: Recipe, dtype: torch.dtype) -> None:
-    """Scale each input that something can take over a factor for, by what suits the coarsest grid that reads it."""
+    """Scale each input that something can take over a factor for, as suits the coarsest grid that reads it."""
     for source, linears in layer.scalable():
         own = [precisions[name].grid for name in linears if name in precisions]
         if not own:

@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
+from tasks.companion_files import is_licence
 from tasks.reporting.provenance import without_folders
 from tasks.reporting.render import render
 from tasks.settings import Settings
-from tasks.sources.choice import is_licence
 
 # what the hub calls a licence; every other one is "other", with its name beside it
 HUB_LICENCES = (

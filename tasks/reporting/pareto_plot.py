@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import textalloc
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import Bbox, IdentityTransform
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
 
 from tasks.reporting.number_format import megabytes, percent, short_percent
 
@@ -25,30 +28,37 @@ DARK = dict(zip(KINDS, ("#56B4E9", "#F0803C", "#E6B422", "#d0d7de"), strict=True
 DARK |= dict(zip(INKS, ("#e6edf3", "#9198a1", "#161b22", "#2a313a", "#5b6570"), strict=True))
 MARKERS = dict(zip(KINDS, "oXsD", strict=True))
 WORDS = dict(zip(KINDS, ("passes", "fails", "inconclusive", "baseline"), strict=True))
-MARKER_SIZE = 10
-DISTANCES = range(12, 300, 12)  # pixels from a point to its label
+FONT_SIZE = 10.5
+MARKER_SIZE = 10  # points
+MARKER_PIXELS = 8  # from its middle to its edge
 
 Point = tuple[float, float]
+Line = list[Point]
 
 
 def pareto(summary: Mapping[str, Any], dark: bool = False) -> bytes:
     """The plot as a PNG of 1000 x 620 pixels; the same bytes for the same summary."""
-    colours = DARK if dark else LIGHT
+    picture = io.BytesIO()
+    with rc_context({"font.family": "DejaVu Sans", "font.size": FONT_SIZE}):
+        figure = draw(summary, DARK if dark else LIGHT)
+        figure.savefig(picture, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return picture.getvalue()
+
+
+def draw(summary: Mapping[str, Any], colours: Mapping[str, str]) -> Figure:
+    """The plot as a figure of matplotlib; its one pair of axes has the variants' labels as its last texts."""
     rows = summary["variants"]
     points = {v: (r["size_bytes"] / 1e6, 100 * (r["retention"] or {"mean": 1})["mean"]) for v, r in rows.items()}
-    with rc_context({"font.family": "DejaVu Sans", "font.size": 10.5, "text.color": colours["ink"]}):
-        figure = Figure(figsize=(10, 6.2), dpi=100, facecolor=colours["paper"], layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        _frame(axes, summary, colours)
-        _front(axes, points, colours)
-        bars = [_point(axes, points[v], row, colours) for v, row in rows.items()]
-        _legend(axes, rows.values(), colours)
-        canvas.draw()  # lays the figure out, so that the labels can be placed in pixels
-        _labels(axes, canvas, points, rows, bars, colours)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", facecolor=colours["paper"], metadata={"Software": None})
-    return picture.getvalue()
+    figure = Figure(figsize=(10, 6.2), dpi=100, facecolor=colours["paper"], layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    gates = _frame(axes, summary, colours)
+    _front(axes, points, colours)
+    bars = [_point(axes, points[v], row, colours) for v, row in rows.items()]
+    _legend(axes, rows.values(), colours)
+    figure.draw_without_rendering()  # lays the figure out, so that the labels can be placed in pixels
+    _labels(axes, points, rows, [*bars, *_front_ends(points), *_outlines(axes, gates)], colours)
+    return figure
 
 
 def front(points: Mapping[str, Point]) -> list[str]:
@@ -61,7 +71,8 @@ def front(points: Mapping[str, Point]) -> list[str]:
     return found
 
 
-def _frame(axes: Axes, summary: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+def _frame(axes: Axes, summary: Mapping[str, Any], colours: Mapping[str, str]) -> list[Annotation]:
+    """Draw what is around the points; what is written on the lines of the gates."""
     rows = summary["variants"]
     kept = [100 * r["retention"][k] for r in rows.values() if r["retention"] for k in ("low", "high")]
     gates = {100 * r["gate"]: r["bits"] for r in rows.values() if r["gate"]}
@@ -83,11 +94,12 @@ def _frame(axes: Axes, summary: Mapping[str, Any], colours: Mapping[str, str]) -
     axes.set_ylabel(
         f"retention (% of the baseline's score), with {confidence} interval", color=colours["ink"], labelpad=8
     )
-    axes.set_title("Quality over size", loc="left", fontsize=14, fontweight="bold", pad=34)
+    axes.set_title("Quality over size", loc="left", fontsize=14, fontweight="bold", pad=34, color=colours["ink"])
+    written = []
     for gate in sorted(gates):
         wide = sorted({f"{r['bits']}-bit" for r in rows.values() if r["gate"] and 100 * r["gate"] == gate})
         axes.axhline(gate, color=colours["faint"], linewidth=1.1, linestyle="--", dashes=(6, 4), zorder=1)
-        axes.annotate(
+        text = axes.annotate(
             f"gate {', '.join(wide)}: {gate:g}%",
             (1, gate),
             xycoords=("axes fraction", "data"),
@@ -98,6 +110,8 @@ def _frame(axes: Axes, summary: Mapping[str, Any], colours: Mapping[str, str]) -
             fontsize=9.5,
             color=colours["faint"],
         )
+        written.append(text)
+    return written
 
 
 def _front(axes: Axes, points: Mapping[str, Point], colours: Mapping[str, str]) -> None:
@@ -105,17 +119,17 @@ def _front(axes: Axes, points: Mapping[str, Point], colours: Mapping[str, str]) 
         axes.plot(*zip(*piece, strict=True), color=colours["front"], linewidth=2, zorder=2, solid_capstyle="round")
 
 
-def _front_ends(points: Mapping[str, Point]) -> list[list[Point]]:
+def _front_ends(points: Mapping[str, Point]) -> list[Line]:
     """The straight pieces of the front: along to the next size, then up."""
-    pieces: list[list[Point]] = []
+    pieces: list[Line] = []
     best = [points[v] for v in front(points)]
     for (x0, y0), (x1, y1) in pairwise(best):
         pieces += [[(x0, y0), (x1, y0)], [(x1, y0), (x1, y1)]]
     return pieces
 
 
-def _point(axes: Axes, point: Point, row: Mapping[str, Any], colours: Mapping[str, str]) -> Bbox:
-    """Draw a variant; the box of its interval, in data units."""
+def _point(axes: Axes, point: Point, row: Mapping[str, Any], colours: Mapping[str, str]) -> Line:
+    """Draw a variant; the ends of its interval."""
     kind = row["verdict"] or "baseline"
     low, high = (100 * row["retention"][k] for k in ("low", "high")) if row["retention"] else (point[1], point[1])
     if row["retention"]:
@@ -137,7 +151,7 @@ def _point(axes: Axes, point: Point, row: Mapping[str, Any], colours: Mapping[st
         markeredgewidth=1.2,
         zorder=4,
     )
-    return Bbox([[point[0], low], [point[0], high]])
+    return [(point[0], low), (point[0], high)]
 
 
 def _legend(axes: Axes, rows: Any, colours: Mapping[str, str]) -> None:
@@ -162,66 +176,49 @@ def _legend(axes: Axes, rows: Any, colours: Mapping[str, str]) -> None:
 
 def _labels(
     axes: Axes,
-    canvas: FigureCanvasAgg,
     points: Mapping[str, Point],
     rows: Mapping[str, Any],
-    bars: Sequence[Bbox],
+    lines: Sequence[Line],
     colours: Mapping[str, str],
 ) -> None:
-    """Name every point where its name covers nothing: of the places around it, the nearest that is free."""
-    renderer = canvas.get_renderer()
-    inside = axes.get_window_extent()
-    taken = [axes.transData.transform_bbox(bar).padded(MARKER_SIZE * 0.7) for bar in bars]
-    taken += [text.get_window_extent(renderer) for text in axes.texts]
-    lines = [axes.transData.transform_bbox(Bbox(ends)) for ends in _front_ends(points)]
-    lines += [line.get_window_extent(renderer) for line in axes.lines if line.get_linestyle() == "--"]
-    for name, row in rows.items():
-        kind, kept = row["verdict"] or "baseline", row["retention"]
-        quality = percent(kept["mean"] if kept else 1)
-        label = axes.text(
-            0,
-            0,
-            f"{name}\n{megabytes(row['size_bytes'])}, {quality}",
-            color=colours[kind],
-            transform=IdentityTransform(),
-            linespacing=1.35,
-            zorder=5,
-        )
-        extent = label.get_window_extent(renderer)
-        x, y = axes.transData.transform(points[name])
-        at = (float(x), float(y))
-        box = free_place(at, extent, taken, lines, inside)
-        label.set_position((box.x0 - extent.x0, box.y0 - extent.y0))
-        taken.append(box)
-        end = (min(max(at[0], box.x0), box.x1), min(max(at[1], box.y0), box.y1))
-        if abs(end[0] - at[0]) + abs(end[1] - at[1]) > 2 * DISTANCES[0]:
-            leader = Line2D(*zip(at, end, strict=True), color=colours[kind], linewidth=0.8, alpha=0.7)
-            leader.set_transform(IdentityTransform())
-            axes.add_line(leader)
+    """Name every point where its name covers no other name, no point and none of `lines`."""
+    names = [_label(name, row) for name, row in rows.items()]
+    inks = [colours[row["verdict"] or "baseline"] for row in rows.values()]
+    x, y = np.array([points[name] for name in rows]).T
+    textalloc.allocate(
+        axes,
+        x,
+        y,
+        names,
+        x_scatter=x,
+        y_scatter=y,
+        scatter_sizes=[MARKER_PIXELS] * len(names),  # type: ignore[list-item]  # numbers, whatever it is annotated as
+        x_lines=[[x for x, _ in line] for line in lines],
+        y_lines=[[y for _, y in line] for line in lines],
+        textsize=FONT_SIZE,
+        textcolor=inks,
+        linecolor=inks,
+        linewidth=0.8,
+        margin=0.004,  # shares of the frame
+        max_distance=0.6,
+        nbr_candidates=3000,
+        va="bottom",
+        linespacing=1.35,
+        path_effects=[withStroke(linewidth=3, foreground=colours["paper"])],  # readable on a line that leads elsewhere
+        zorder=5,
+    )
 
 
-def free_place(at: Point, extent: Bbox, taken: Sequence[Bbox], lines: Sequence[Bbox], area: Bbox) -> Bbox:
-    """Where a text of `extent`'s size covers least, as near to the point `at` as may be; all in pixels."""
-    places = (_beside(at, extent, dx, dy) for distance in DISTANCES for dx, dy in _around(distance))
-    return min(places, key=lambda box: _cost(box, taken, lines, area))
+def _label(name: str, row: Mapping[str, Any]) -> str:
+    kept = row["retention"]
+    return f"{name}\n{megabytes(row['size_bytes'])}, {percent(kept['mean'] if kept else 1)}"
 
 
-def _around(distance: float) -> list[Point]:
-    """Offsets at a distance: the corners first, then straight, then between the two."""
-    straight = [(1, 0), (-1, 0), (0, 1), (0, -1)]
-    corners = [(1, 1), (1, -1), (-1, 1), (-1, -1)]
-    between = [(a, b) for x, y in corners for a, b in ((x, y / 2), (x / 2, y))]
-    return [(distance * x, distance * y) for x, y in corners + straight + between]
-
-
-def _beside(at: Point, extent: Bbox, dx: float, dy: float) -> Bbox:
-    """The box of a text whose nearest edge or corner is (dx, dy) pixels from `at`."""
-    x0 = at[0] + dx - (extent.width if dx < 0 else extent.width / 2 if dx == 0 else 0)
-    y0 = at[1] + dy - (extent.height if dy < 0 else extent.height / 2 if dy == 0 else 0)
-    return Bbox.from_bounds(x0, y0, extent.width, extent.height)
-
-
-def _cost(box: Bbox, taken: Sequence[Bbox], lines: Sequence[Bbox], area: Bbox) -> int:
-    """How bad a place is: a line behind a text is ugly, another text or a point behind it is unreadable."""
-    outside = box.x0 < area.x0 or box.x1 > area.x1 or box.y0 < area.y0 or box.y1 > area.y1
-    return box.padded(1).count_overlaps(lines) + 10 * box.padded(2).count_overlaps(taken) + 20 * outside
+def _outlines(axes: Axes, gates: Sequence[Annotation]) -> list[Line]:
+    """The lines of the gates, and the outlines of what is written on them."""
+    left, right = axes.get_xlim()
+    lines: list[Line] = []
+    for text in gates:
+        (x0, y0), (x1, y1) = axes.transData.inverted().transform(text.get_window_extent())
+        lines += [[(left, text.xy[1]), (right, text.xy[1])], [(x0, y0), (x0, y1), (x1, y1), (x1, y0), (x0, y0)]]
+    return lines

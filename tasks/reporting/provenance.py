@@ -13,10 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
-from tasks.hardware import cpu_name
+from tasks.hardware import cpu_name, total_memory
 
 # what can change a number; the rest of the environment is in the lock file
 LIBRARIES = (
@@ -46,7 +45,7 @@ def machine() -> dict[str, Any]:
         "processor": cpu_name(),
         "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "memory_gib": round(total_memory() / 2**30),
         "gpus": _gpus(),
         "os": _operating_system(),
         "python": platform.python_version(),

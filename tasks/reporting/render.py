@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from tasks.errors import TaskError
 from tasks.reporting import number_format
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -14,7 +15,12 @@ FILTERS = ("change", "figure", "interval", "megabytes", "percent", "short_percen
 
 
 def render(template: str, *, escape: bool, **values: Any) -> str:
-    """The text of `template` with `values`; `escape` is for HTML. A name that is not there is an error."""
+    """The text of `template` with `values`; `escape` is for HTML.
+
+    TaskError if there is no such template; jinja2's UndefinedError if it uses a name that is not among the values.
+    """
+    if not (TEMPLATES / template).is_file():
+        raise TaskError(f"{TEMPLATES} holds no {template}; install the project with its templates, or restore the file")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=escape,  # noqa: S701  the model card is Markdown

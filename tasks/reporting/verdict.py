@@ -144,7 +144,7 @@ def mcnemar(lost: int, gained: int) -> float:
     for k in range(fewer):
         term = term * (changed - k) // (k + 1)
         tail += term
-    return min(1.0, 2 * tail / 2**changed)
+    return min(1.0, 2 * tail / (1 << changed))
 
 
 def judge(result: Retention, gate: float) -> Verdict:
@@ -180,7 +180,7 @@ def _more_items(result: Retention, gate: float) -> float | None:
 
 def _two_digits(value: float) -> int:
     """QuantizedWeight up to two significant digits: an estimate should look like one."""
-    unit = 10 ** max(0, math.floor(math.log10(value)) - 1)
+    unit = int(10 ** max(0, math.floor(math.log10(value)) - 1))
     return math.ceil(value / unit) * unit
 
 

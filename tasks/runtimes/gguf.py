@@ -52,6 +52,8 @@ class Token:
 class GgufRuntime:
     """See the protocol `Runtime`."""
 
+    libraries = ("llama-cpp-python",)
+
     def __init__(self, directory: Path, dtype: str) -> None:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
         self._dtype = dtype

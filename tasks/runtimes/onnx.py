@@ -42,6 +42,8 @@ Past = dict[str, NDArray[numpy.float32]]
 class OnnxRuntime:
     """See the protocol `Runtime`."""
 
+    libraries = ("onnxruntime-genai", "onnxruntime")
+
     def __init__(self, directory: Path, dtype: str) -> None:
         if not (directory / CONFIG).is_file():
             raise TaskError(f"{directory} holds no ONNX model (no {CONFIG}); export it again: modelpress run")

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from tasks.device import compute_device
+from tasks.formats import load_format
 from tasks.hardware import processor_name
 from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.runtimes.batches import batches
@@ -35,6 +36,8 @@ from tasks.runtimes.w8a8 import use_integers
 
 class TransformersRuntime:
     """See the protocol `Runtime`."""
+
+    libraries = ("compressed-tensors",)
 
     def __init__(self, directory: Path, dtype: str) -> None:
         transformers.utils.logging.disable_progress_bar()
@@ -124,7 +127,7 @@ class TransformersRuntime:
 
 def _load(directory: Path, dtype: torch.dtype, method: str | None) -> Any:
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-    if method in ("awq", "gptq"):
+    if method and not load_format(method).native:
         return load_dense(directory, dtype)
     if method == "compressed-tensors":
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)

@@ -61,4 +61,5 @@ def _inverse_factor(gram: Tensor, dead: Tensor, damping: float, order: Tensor) -
     matrix.diagonal().add_(damping * matrix.diagonal().mean())
     matrix = matrix[order][:, order]
     with one_thread():
-        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)), upper=True)
+        factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)), upper=True)
+    return factor

@@ -1,4 +1,4 @@
-"""Which files of a model's folder or repository are taken, and whether the model can be pressed."""
+"""Which weights of a model's folder or repository are taken, and whether the model can be pressed."""
 
 from __future__ import annotations
 
@@ -8,22 +8,8 @@ from typing import Any
 
 from tasks.errors import TaskError
 
-_SMALL = (".json", ".txt", ".jinja", ".model", ".tiktoken")
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
-_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy)[^/]*", re.IGNORECASE)
 _INDEX = "model.safetensors.index.json"
-
-
-def is_licence(name: str) -> bool:
-    """Whether a file of this name holds licence terms."""
-    return _LICENCE.fullmatch(name.rpartition("/")[2]) is not None
-
-
-def small_files(names: Iterable[str]) -> list[str]:
-    """The files that describe a model: configuration, tokenizer, templates, licences. Top level only."""
-    return sorted(
-        n for n in names if "/" not in n and (n.lower().endswith(_SMALL) or is_licence(n)) and not n.startswith(".")
-    )
 
 
 def weight_files(names: Iterable[str], where: str) -> list[str]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tasks.companion_files import small_files
 from tasks.errors import TaskError, TransientError
 from tasks.output import sha256
 from tasks.sources.address import HubAddress
-from tasks.sources.choice import small_files, weight_files
+from tasks.sources.choice import weight_files
 from tasks.sources.files import Fetched, check_pin, one_at_a_time, require_space, size
 
 Kind = Literal["model", "dataset"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from tasks.companion_files import small_files
 from tasks.errors import TaskError
 from tasks.sources.address import LocalAddress
-from tasks.sources.choice import small_files, weight_files
+from tasks.sources.choice import weight_files
 from tasks.sources.files import Fetched, check_pin
 
 

@@ -14,10 +14,10 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NoReturn
 
+from tasks.companion_files import is_licence
 from tasks.errors import TaskError, TransientError
 from tasks.output import sha256
 from tasks.sources.address import WheelAddress
-from tasks.sources.choice import is_licence
 from tasks.sources.files import Fetched, one_at_a_time, require_space
 
 if TYPE_CHECKING:

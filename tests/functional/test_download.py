@@ -191,7 +191,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(model: Path) -> None:
     ],
 )
 def test_a_gguf_is_dequantized(
-    llama_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, grid: dict | None
+    llama_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, grid: dict[str, Any] | None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_gguf(tmp_path / "tiny.gguf", llama_float, kind)

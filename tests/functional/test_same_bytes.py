@@ -33,16 +33,37 @@ BEFORE = "7e53a78"  # the last commit that knew methods
 LENGTH = 32
 INT8 = {"method": "int8", "backend": "modelpress", "smoothing": 0.5, "rounding": "gptq", "symmetric_activations": False}
 GPTQ = {
-    **{"method": "gptq", "backend": "modelpress", "bits": 4, "group_size": 32, "symmetric": False, "damping": 0.05},
-    **{"act_order": "static", "clip": True, "refine": 1, "propagate": False, "format": "compressed-tensors"},
+    "method": "gptq",
+    "backend": "modelpress",
+    "bits": 4,
+    "group_size": 32,
+    "symmetric": False,
+    "damping": 0.05,
+    "act_order": "static",
+    "clip": True,
+    "refine": 1,
+    "propagate": False,
+    "format": "compressed-tensors",
 }
 AWQ = {
-    **{"method": "awq", "backend": "modelpress", "bits": 4, "group_size": 32, "clip": True, "rounding": "gptq"},
-    **{"refine": 1, "propagate": False, "format": "awq"},
+    "method": "awq",
+    "backend": "modelpress",
+    "bits": 4,
+    "group_size": 32,
+    "clip": True,
+    "rounding": "gptq",
+    "refine": 1,
+    "propagate": False,
+    "format": "awq",
 }
 AUTO = {
-    **{"method": "auto", "backend": "modelpress", "bits_per_weight": 5.2, "fused": False, "refine": 2},
-    **{"candidates": ["4@32", "4@64", "8@32"], "propagate": False},
+    "method": "auto",
+    "backend": "modelpress",
+    "bits_per_weight": 5.2,
+    "fused": False,
+    "refine": 2,
+    "candidates": ["4@32", "4@64", "8@32"],
+    "propagate": False,
 }
 # a variant in the words of that commit
 OLD: dict[str, dict[str, Any]] = {
@@ -77,7 +98,8 @@ for name, variant in json.loads(variants).items():
     quantize(name, settings, Path(model), Path(calibration), Path(statistics), folder)
     stored = StoredModel(folder)
     solved = {layer: stored.linear(layer).solved for layer in stored.quantized}
-    parts = {f"{layer}.{p}": getattr(s, p).contiguous() for layer, s in solved.items() for p in ("integers", "scales", "zeros")}
+    ends = ("integers", "scales", "zeros")
+    parts = {f"{layer}.{end}": getattr(s, end).contiguous() for layer, s in solved.items() for end in ends}
     save_file(parts, Path(out) / f"{name}.safetensors")
 """
 

@@ -62,6 +62,18 @@ PACKAGING = """
     outs: ["dist/${package.name}"]
 """
 
+# the package of the stages: the real one, but for the program that checks the settings, which would look for a model
+TASKS = f"""
+__path__.append({str(PROJECT / "tasks")!r})
+"""
+PREFLIGHT = """
+import sys
+from pathlib import Path
+
+wish = Path("wish/preflight")
+sys.exit(wish.read_text() if wish.exists() else 0)
+"""
+
 # what a stage does beyond writing its outputs is said by files in wish/, which no stage depends on
 STAGE = """
 import hashlib, json, os, signal, sys, time
@@ -147,6 +159,9 @@ class Toy:
         toy.write("params.yaml", "# a comment that must stay\n" + yaml.safe_dump(params, sort_keys=False))
         toy.write("dvc.yaml", DVC_YAML + (PACKAGING if packaging else ""))
         toy.write("stage.py", STAGE)
+        toy.write("tasks/__init__.py", TASKS)
+        toy.write("tasks/checks/__init__.py", "")
+        toy.write("tasks/checks/preflight.py", PREFLIGHT)
         shutil.copy(PROJECT / ".gitignore", root / ".gitignore")
         toy.command("git", "init", "--quiet")
         toy.dvc("init", "--quiet")
@@ -209,7 +224,7 @@ class Toy:
     def wish(self, stage: str, what: str = "") -> None:
         """Let a stage `fail`, `sleep SECONDS`, have the network `away TIMES`, be `killed` or have `no memory`.
 
-        `wait` lets it wait for the file go-STAGE beside dvc.yaml.
+        `wait` lets it wait for the file go-STAGE beside dvc.yaml. What `preflight` is given is why it refuses.
         """
         self.write(f"wish/{stage}", what)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from tasks.companion_files import small_files
 from tasks.errors import TaskError
-from tasks.sources.choice import check_config, small_files, weight_files
+from tasks.sources.choice import check_config, weight_files
 from tasks.sources.files import require_space, size
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}

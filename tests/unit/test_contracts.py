@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from pydantic import BaseModel
+from setuptools import find_packages
 
 from tasks.quantize import LIBRARIES
 from tasks.scoring.eval_tasks import local_tasks
@@ -25,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def body(stage: dict[str, Any]) -> dict[str, Any]:
-    return stage.get("do", stage)
+    return dict(stage.get("do", stage))
 
 
 def paths(values: list[Any]) -> Iterator[str]:
@@ -76,10 +75,18 @@ def test_the_versions_that_stages_depend_on_are_the_pinned_ones() -> None:
         ]
 
 
-def test_every_package_is_installed() -> None:
+def test_every_package_is_installed_with_its_templates() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = find_packages(str(ROOT), include=setuptools["packages"]["find"]["include"])
     folders = {path.parent for top in ("flows", "tasks", "evals") for path in (ROOT / top).rglob("__init__.py")}
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert sorted(listed) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
+    assert sorted(found) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
+    data = {
+        path
+        for package, patterns in setuptools["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    assert data == set((ROOT / "tasks").rglob("*.j2"))
 
 
 def test_the_lock_holds_every_direct_dependency_at_an_exact_version() -> None:
@@ -97,35 +104,6 @@ def test_the_lock_holds_every_direct_dependency_at_an_exact_version() -> None:
     minor = {name: tuple(map(int, lock[name].split(".")[:2])) for name in ("fastapi", "sqlalchemy")}
     assert minor["fastapi"] < (0, 151)
     assert minor["sqlalchemy"] < (2, 1)
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_depends_on_its_program_and_all_that_it_imports(name: str) -> None:
-    """Settings and the helpers that every stage shares are left out: their change seldom changes a result."""
-    shared = {"settings", "errors", "output", "program", "device"}
-    deps = {d for d in paths(body(STAGES[name])["deps"]) if d.startswith("tasks/")}
-    methods = {"quantizers"} if name == "quantize" else set()
-    seen, queue = set(), [f"tasks.{name}"]
-    while queue:
-        module = queue.pop()
-        if module in seen or module.split(".")[1] in shared | methods:
-            continue
-        seen.add(module)
-        queue += imports(module)
-    for module in seen:
-        path = module.replace(".", "/")
-        covered = any(path == d.removesuffix(".py") or path.startswith(d + "/") or path == d for d in deps)
-        assert covered, f"stage {name} imports {module}, but dvc.yaml does not list it"
-
-
-def imports(module: str) -> list[str]:
-    path = ROOT / module.replace(".", "/")
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    found = []
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tasks."):
-            found.append(node.module)
-    return found
 
 
 def test_every_stage_has_a_program() -> None:

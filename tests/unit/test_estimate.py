@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,9 @@ from flows.graph.schedule import threads_of
 from tasks import solvers
 from tasks.activations import gram
 from tasks.errors import TaskError
-from tasks.formats.awq_gemm import pack_gemm
-from tasks.formats.compressed import pack_bytes, pack_words
-from tasks.grid import Grid
+from tasks.formats import load_format
 from tasks.hardware import current_memory
+from tasks.model import layout
 from tasks.model.decoder import Decoder
 from tasks.planning import estimate as plan
 from tasks.planning.estimate import PlanJob, estimate, linear_bytes, statistics_bytes, variant_bytes
@@ -23,9 +23,8 @@ from tasks.planning.machine import Machine, check_machine, read_machine, write_m
 from tasks.planning.shape import Shape, read_shape
 from tasks.quantizers import sensitivity
 from tasks.scoring.eval_tasks import local_tasks
-from tasks.settings import GgufSettings, NoneSettings, Settings, Variant, check_settings, load_settings
+from tasks.settings import Settings, check_settings, load_settings
 from tasks.solvers import awq, gptq
-from tasks.solvers.smoothquant import INT8
 from tasks.statistics import estimate_bytes
 from tests.tiny import tiny_model
 from tests.unit.test_shape import LLAMA_2_7B, LLAMA_3_70B, MIXTRAL_8X7B
@@ -89,19 +88,11 @@ def changed(**changes: Any) -> Settings:
 @pytest.mark.parametrize("shape", [(64, 128), (96, 192), (32, 64)])
 def test_a_pressed_layer_has_the_bytes_that_its_packer_writes(name: str, shape: tuple[int, int]) -> None:
     variant, weight = SETTINGS.variants[name], torch.randn(shape)
-    if name == "int8":
-        tensors = pack_bytes(INT8.round(weight))
-    else:
-        dtype = torch.float16 if name == "awq-int4" else torch.bfloat16
-        grid = Grid(4, 64, symmetric=False, dtype=dtype)
-        solved = grid.round(weight)
-        tensors = pack_gemm(solved) if name == "awq-int4" else pack_words(solved, grid)
+    form = load_format(variant.format)
+    precision = layout.precision(form, variant.precision, torch.float16 if variant.scale_dtype else torch.bfloat16)
+    precision = replace(precision, grid=precision.grid.fitted(shape[1]))
+    tensors = form.pack(precision.grid.round(weight), precision)
     assert linear_bytes(*shape, variant, scale=2) == sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def test_every_method_that_presses_can_be_estimated() -> None:
-    union = get_args(Variant)[0]
-    assert set(plan.PRESSES) == set(get_args(union)) - {NoneSettings, GgufSettings}  # the latter is not ours
 
 
 def test_the_counts_are_those_of_the_solvers() -> None:

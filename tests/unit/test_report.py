@@ -7,10 +7,12 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 from PIL import Image
 
@@ -18,7 +20,7 @@ from tasks.errors import TaskError
 from tasks.report import Report, report
 from tasks.reporting.heat_map import heat_map
 from tasks.reporting.html_page import flat
-from tasks.reporting.pareto_plot import free_place, front, pareto
+from tasks.reporting.pareto_plot import DARK, LIGHT, draw, front, pareto
 from tasks.reporting.summary import summarize, winner
 from tasks.reporting.table import WIDTH, table
 from tasks.settings import Settings, load_settings
@@ -31,6 +33,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "awq-int4": {"method": "awq", "bits": 4, "lost": 0.2, "size": 111_000_000, "worse": 0.25, "speed": None},
     "auto": {"method": "auto", "bits": 4, "lost": 0.01, "size": 115_000_000, "worse": 0.1, "speed": None},
 }
+CROWDED: dict[str, dict[str, Any]] = {
+    "base": VARIANTS["base"],
+    **{f"variant-{i}-int8": {"bits": 8, "lost": 0.003 * i, "size": 161_000_000 + 2_000_000 * i} for i in range(3)},
+    **{f"variant-{i}-int4": {"bits": 4, "lost": 0.008 * i, "size": 118_000_000 - 1_000_000 * i} for i in range(3, 10)},
+}
+LONG_NAMES = {"x" * 40: VARIANTS["int8"], "y" * 40: VARIANTS["gptq-int4"]}
 Summarize = Callable[..., dict[str, Any]]
 
 
@@ -223,14 +231,41 @@ class TestPlot:
         del linears[0]["costs"]["8@64"]  # the groups do not divide it
         assert Image.open(BytesIO(heat_map(linears))).width == 1000
 
-    def test_labels_cover_neither_each_other_nor_a_point(self) -> None:
-        points = [(100.0 + 5 * i, 300.0 + 9 * (i % 3)) for i in range(8)]
-        marks = [Bbox([[x, y - 40], [x, y + 40]]) for x, y in points]
-        boxes: list[Bbox] = []
-        for point in points:
-            box = free_place(point, Bbox.from_bounds(0, 0, 110, 35), [*marks, *boxes], [], Bbox([[0, 0], [900, 600]]))
-            assert not box.count_overlaps([*marks, *boxes])
-            boxes.append(box)
+    @pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
+    @pytest.mark.parametrize(
+        "variants",
+        [VARIANTS, CROWDED, {v: VARIANTS[v] for v in ("base", "awq-int4")}, {"base": VARIANTS["base"], **LONG_NAMES}],
+        ids=["five", "eleven", "two", "long-names"],
+    )
+    def test_labels_cover_nothing_and_stay_inside(
+        self, summary_of: Summarize, variants: dict[str, dict[str, Any]], colours: dict[str, str]
+    ) -> None:
+        summary = summary_of(variants)
+        figure = draw(summary, colours)
+        figure.draw_without_rendering()
+        axes = figure.axes[0]
+        labels = {text.get_text().partition("\n")[0]: text.get_window_extent() for text in axes.texts[-len(variants) :]}
+        assert set(labels) == set(variants)
+        for one, other in combinations(labels.values(), 2):
+            assert not one.overlaps(other)
+        gates = [text.get_window_extent() for text in axes.texts[: -len(variants)]]
+        frame = axes.get_window_extent()
+        for name, box in labels.items():
+            assert frame.x0 <= box.x0 < box.x1 <= frame.x1, name
+            assert frame.y0 <= box.y0 < box.y1 <= frame.y1, name
+            assert not box.count_overlaps([*gates, *_marks(summary, axes)]), name
+
+
+def _marks(summary: dict[str, Any], axes: Axes) -> list[Bbox]:
+    """The boxes of all points and bars, in pixels."""
+    boxes = []
+    for row in summary["variants"].values():
+        kept = row["retention"] or dict.fromkeys(("mean", "low", "high"), 1)
+        mean, low, high = (
+            axes.transData.transform((row["size_bytes"] / 1e6, 100 * kept[end])) for end in ("mean", "low", "high")
+        )
+        boxes += [Bbox([mean, mean]).padded(5), Bbox([low, high]).padded(1)]
+    return boxes
 
 
 class Outside(HTMLParser):

@@ -20,7 +20,7 @@ GPTQ = PARAMS["variants"]["gptq-int4"]
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
-    values = copy.deepcopy(PARAMS)
+    values: dict[str, Any] = copy.deepcopy(PARAMS)
     *sections, key = path.split("/")
     place = values
     for section in sections:

@@ -37,7 +37,8 @@ class Pair(nn.Module):
             layer.quantization_scheme = way
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.first(x) + self.second(x)
+        total: Tensor = self.first(x) + self.second(x)
+        return total
 
 
 def activations(*shape: int) -> Tensor:

@@ -66,7 +66,7 @@ def pack_blocks(solved: QuantizedWeight, kind: Type) -> NDArray[np.uint8]:
 
 
 def unpack_blocks(packed: NDArray[np.uint8], kind: Type, width: int) -> QuantizedWeight:
-    """What `pack_blocks` packed, in groups of one block; of Q4_1, which holds minima, zero points to the nearest."""
+    """What `pack_blocks` packed, in groups of one block; zero points of Q4_1, which holds minima, to the nearest."""
     rows = len(packed)
     blocks = torch.from_numpy(np.array(packed)).view(rows, width // BLOCK, -1)
     d = blocks[..., :2].contiguous().view(torch.float16)[..., 0]

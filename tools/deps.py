@@ -1,0 +1,196 @@
+"""Write the code that each stage of dvc.yaml depends on, read off the imports of its program (`make deps`).
+
+python -m tools.deps
+
+A stage's code is its program and all modules that this imports, directly or not, at the top of a file or inside a
+function, with the `__init__.py` of their packages. What imports do not show is declared in `RULES`. The other deps of
+a stage, its data, are kept as they stand.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grimp
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFINITION = "dvc.yaml"
+
+
+class DependencyError(Exception):
+    """A dependency cannot be found: the message says what was found, what was expected, what to do."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the imports do not show.
+
+    packages: whose modules are a stage's code. left_out: module -> why no stage depends on it, nor on what it imports.
+    through: of those left out, the ones whose imports count all the same, and why. dynamic: module -> what it imports
+    by a computed name; a package stands for all that is in it. folders: module -> the folder whose files it reads.
+    """
+
+    packages: tuple[str, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    through: Mapping[str, str] = field(default_factory=dict)
+    dynamic: Mapping[str, str] = field(default_factory=dict)
+    folders: Mapping[str, str] = field(default_factory=dict)
+
+
+RULES = Rules(
+    packages=("tasks", "evals"),
+    left_out={
+        "tasks.settings": "it checks params.yaml, whose values DVC compares itself, as params",
+        "tasks.errors": "messages and exit statuses",
+        "tasks.output": "it puts files in their place whole; what is in them comes from elsewhere",
+        "tasks.hardware": "it describes the machine, in messages and records",
+        "tasks.program": "it starts a stage and words its failure",
+    },
+    through={"tasks.program": "it sets the environment that tasks.determinism describes"},
+    dynamic={"tasks.quantizers": "tasks.quantizers"},
+    folders={"tasks.reporting.render": "tasks/reporting/templates", "tasks.scoring.eval_tasks": "evals"},
+)
+
+
+class Code:
+    """The import graph of the packages of `rules` below the folder `root`, which must be on sys.path."""
+
+    def __init__(self, root: Path = ROOT, rules: Rules = RULES) -> None:
+        self.root = root
+        self.rules = rules
+        first, *others = rules.packages
+        # what stands under `if TYPE_CHECKING` is not executed
+        self.graph = grimp.build_graph(first, *others, exclude_type_checking_imports=True, cache_dir=None)
+        self._trees: dict[str, ast.Module] = {}
+        named = {*rules.left_out, *rules.through, *rules.dynamic, *rules.dynamic.values(), *rules.folders}
+        if unknown := sorted(named - self.graph.modules):
+            raise DependencyError(
+                f"RULES names {', '.join(unknown)}, which is not there; remove it or correct the name"
+            )
+
+    def deps(self, program: str) -> list[str]:
+        """The files and folders that the module `program` consists of, relative to `root`: its own first, then sorted.
+
+        DependencyError if there is no such module, or a file that one of its modules declares is missing.
+        """
+        if program not in self.graph.modules:
+            raise DependencyError(f"no module {program} in {self.root}; a stage's cmd is python -m MODULE")
+        modules = self._reached(program)
+        folders = {self.rules.folders[module] for module in modules if module in self.rules.folders}
+        files = {self.file(module) for module in modules - {*self.rules.left_out}}
+        files = {file for file in files if not any(file.startswith(f"{folder}/") for folder in folders)}
+        declared = {lock for module in modules for _, lock in self._interpreters(module)}
+        if missing := sorted(path for path in folders | declared if not (self.root / path).exists()):
+            raise DependencyError(f"{program} needs {', '.join(missing)}, which {self.root} does not have; add it")
+        own = self.file(program)
+        return [own, *sorted((files | folders | declared) - {own})]
+
+    def file(self, module: str) -> str:
+        """The source file of a module, relative to `root`."""
+        path = module.replace(".", "/")
+        return f"{path}/__init__.py" if (self.root / path / "__init__.py").is_file() else f"{path}.py"
+
+    def _reached(self, program: str) -> set[str]:
+        """`program` and all modules that run with it; those left out are among them, their imports are not."""
+        reached: set[str] = set()
+        waiting = [program]
+        while waiting:
+            module = waiting.pop()
+            if module not in reached:
+                reached.add(module)
+                waiting += self._next(module)
+        return reached
+
+    def _next(self, module: str) -> Iterator[str]:
+        """What runs because `module` does."""
+        if module in self.rules.left_out and module not in self.rules.through:
+            return
+        yield from self.graph.find_modules_directly_imported_by(module)
+        if "." in module:
+            yield module.rpartition(".")[0]
+        if package := self.rules.dynamic.get(module):
+            yield from (package, *self.graph.find_descendants(package))
+        if folder := self.rules.folders.get(module):
+            yield from (one for one in self.graph.modules if self.file(one).startswith(f"{folder}/"))
+        yield from (entry for entry, _ in self._interpreters(module))
+        # the name of a module in a string is there to import or to start it: import_module("a.b"), python -m a.b
+        texts = {node.value for node in ast.walk(self.tree(module)) if isinstance(node, ast.Constant)}
+        yield from (text for text in texts if isinstance(text, str) and "." in text and text in self.graph.modules)
+
+    def _interpreters(self, module: str) -> Iterator[tuple[str, str]]:
+        """(entry module, lock file) of each `Interpreter(...)` in `module`; see tasks/interpreter.py."""
+        for node in ast.walk(self.tree(module)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "Interpreter":
+                given = {keyword.arg: keyword.value for keyword in node.keywords}
+                match given.get("entry"), given.get("lock"):
+                    case ast.Constant(value=str(entry)), ast.Constant(value=str(lock)):
+                        if entry not in self.graph.modules:
+                            raise DependencyError(f"{module} declares the program {entry}, which is not there; add it")
+                        yield entry, lock
+                    case _:
+                        raise DependencyError(
+                            f"{module}:{node.lineno} holds {ast.unparse(node)}; expected entry and lock by name, "
+                            "each as a string"
+                        )
+
+    def tree(self, module: str) -> ast.Module:
+        """The parsed source of a module."""
+        if module not in self._trees:
+            self._trees[module] = ast.parse((self.root / self.file(module)).read_text(encoding="utf-8"))
+        return self._trees[module]
+
+
+def rewritten(text: str, code: Code) -> str:
+    """dvc.yaml's `text` with the code of every stage as its program imports it; comments, data and layout are kept."""
+    editor = YAML()
+    editor.preserve_quotes = True
+    editor.width = 10_000
+    editor.indent(mapping=2, sequence=4, offset=2)
+    document = editor.load(text)
+    for name, stage in document["stages"].items():
+        body = stage.get("do", stage)
+        program = re.match(r"python -m ([\w.]+)", str(body["cmd"]))
+        if program is None:
+            raise DependencyError(f"stage {name} runs {body['cmd']!r}; expected python -m MODULE")
+        body["deps"] = _replaced(body.get("deps", CommentedSeq()), code.deps(program[1]), code.rules.packages)
+    out = io.StringIO()
+    editor.dump(document, out)
+    return out.getvalue()
+
+
+def _replaced(deps: Any, code: list[str], packages: tuple[str, ...]) -> CommentedSeq:
+    """A stage's `deps` with `code` in place of the code among them; the rest keeps its order and comments."""
+    new = CommentedSeq(code)
+    for index, path in enumerate(deps):
+        if path.partition("/")[0] in packages or path.endswith(".lock"):
+            continue
+        new.append(path)
+        if comment := deps.ca.items.get(index):
+            new.ca.items[len(new) - 1] = comment
+    return new
+
+
+def main() -> None:
+    """Rewrite dvc.yaml in the project's folder."""
+    sys.path.insert(0, str(ROOT))
+    path = ROOT / DEFINITION
+    before = path.read_text(encoding="utf-8")
+    try:
+        after = rewritten(before, Code())
+    except DependencyError as error:
+        sys.exit(f"error: {error}")
+    path.write_text(after, encoding="utf-8")
+    print(f"{DEFINITION}: {'rewritten' if after != before else 'as it was'}")
+
+
+if __name__ == "__main__":
+    main()
