@@ -218,9 +218,7 @@ def test_output_layer_and_embedding_are_rounded_to_8_bits(
     model: Path = request.getfixturevalue(kind)
     tensors = load_file(model / "model.safetensors")
     rounded = {
-        n: Grid(8, 64, False, torch.float32).round(tensors[n]).weight()
-        for n in (EMBEDDING, OUTPUT)
-        if n in tensors
+        n: Grid(8, 64, False, torch.float32).round(tensors[n]).weight() for n in (EMBEDDING, OUTPUT) if n in tensors
     }
     found = exported(model, tmp_path / "onnx", 8, accuracy_level=FLOATS).logprobs(IDS)
     assert distance(found, logprobs(model, rounded)) < EXACT
