@@ -22,6 +22,7 @@ from rich.table import Table
 from flows.errors import FlowError
 from flows.execution.runner import CLUSTER_ENV, RUNNER_ENV, Executor, RunnerName
 from flows.server.ephemeral import quiet, server
+from tasks.reporting.number_format import megabytes
 
 app = typer.Typer(
     name="modelpress",
@@ -184,7 +185,7 @@ def plan(
     table = Table("stage", "what", "why", "size", box=None, pad_edge=False, header_style="bold")
     for stage in stages.values():
         sizes = [out.size for out in stage.outs]
-        size = "?" if None in sizes else _bytes(sum(s for s in sizes if s is not None))
+        size = "?" if None in sizes else megabytes(sum(s for s in sizes if s is not None))
         table.add_row(stage.name, ACTIONS[stage.state], "; ".join(stage.reasons), size)
     Console(soft_wrap=False).print(table)
     print(f"\n{summary(stages)}")
@@ -266,7 +267,7 @@ def history() -> None:
             one.tag,
             one.winner,
             one.scheme,
-            _bytes(one.size_bytes) if one.size_bytes else "",
+            megabytes(one.size_bytes) if one.size_bytes else "",
             f"{mean} ({low} to {high})" if mean else "",
             ", ".join(f"{text} {value:.2f}" for text, value in one.perplexities.items()),
             f"champion of {one.champion_of}" if one.champion_of else "",
@@ -381,14 +382,6 @@ def _repair(root: Path) -> None:
         task = bar.add_task("")
         mended = list(repair(root, lambda read, total: bar.update(task, completed=read, total=total)))
     print("\n".join(mended) or "nothing to mend")
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 class _Terminated(KeyboardInterrupt):

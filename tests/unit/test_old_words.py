@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from flows.tracking.prefect_artifacts import _row
 from flows.tracking.result_markdown import result
 from tasks.old_words import new_record
 from tasks.report import report
+from tasks.reporting.columns import columns
 from tasks.reporting.summary import summarize
 from tasks.reporting.table import table
 from tasks.settings import load_settings
@@ -63,9 +63,11 @@ def test_an_old_summary_is_shown(old: Path) -> None:
         row |= {"method": METHODS[name]}
         for key in ("scheme", "recipe", "format", "backend", "output_layer"):
             del row[key]
-    assert {name: _row(name, row)["scheme"] for name, row in summary["variants"].items()} == SCHEMES
-    assert "| int8 | 163 MB" in result(summary, "")
-    assert "int8: pass: " in table(summary)
+    remarks = {name: cell.remark for name, cell in columns(summary)[0].cells.items()}
+    bits = {name: f", {row['bits']}.31 bits a weight" for name, row in VARIANTS.items() if name != "base"}
+    assert remarks == {"base": "baseline"} | {name: SCHEMES[name] + bits[name] for name in bits}
+    assert [cell.strip() for cell in result(summary, "").splitlines()[3].split("|")[1:3]] == ["int8", "163 MB"]
+    assert "int8: pass, " in table(summary)
 
 
 def test_precisions_and_what_is_new_are_as_in_todays_records() -> None:

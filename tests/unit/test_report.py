@@ -16,10 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from flows.tracking.result_markdown import result
 from tasks.errors import TaskError
 from tasks.report import Report, report
+from tasks.reporting.columns import columns, one_line
 from tasks.reporting.heat_map import _fineness, heat_map
 from tasks.reporting.html_page import flat
+from tasks.reporting.html_page import page as html_page
 from tasks.reporting.pareto_plot import DARK, LIGHT, draw, front, pareto
 from tasks.reporting.summary import summarize, winner
 from tasks.reporting.table import WIDTH, table
@@ -193,10 +196,10 @@ class TestTable:
         assert max(len(line) for line in text.splitlines()) <= WIDTH
         assert "\x1b" not in text
         row = next(line for line in text.splitlines() if line.strip().startswith("int8 "))
-        for figure in ("163 MB", "1.65x", "1.10x", "27.60  +0.6%", "0.003", "99.4%", "PASS"):
+        for figure in ("163 MB", "1.65x", "1.10x", "27.60 (+0.6%)", "0.003", "99.4%", "pass"):
             assert figure in row
         assert "Winner: gptq-int4, the smallest that passes (112 MB, 2.40x smaller" in text
-        assert re.search(r"awq-int4: fail: it keeps at most .* with 95% confidence, and the gate is 95%", text)
+        assert re.search(r"awq-int4: fail, it keeps at most .* with 95% confidence, and the gate is 95%", text)
         assert "dequantized" in text
         assert "limit: 400" in text
 
@@ -211,7 +214,39 @@ class TestTable:
         text = table(summary_of({"base": VARIANTS["base"], "x" * 40: VARIANTS["int8"]}))
         assert max(len(line) for line in text.splitlines()) <= WIDTH
         assert text.count("text-4 +0.6%") == 1
-        assert "PASS" in text
+        assert re.search(r"^ x+ .* 163 MB .* pass$", text, re.MULTILINE)
+
+    def test_every_output_has_the_same_words(self, summary_of: Summarize) -> None:
+        summary = {**summary_of(), "machine": {}, "versions": {}}
+        html = html_page(summary, {}, {"documents": 1}, (b"", b""), {})
+        page = " ".join(re.sub(r"<[^>]*>", " ", html).split())
+        outputs = {
+            "terminal": " ".join(table(summary).split()),
+            "Prefect": " ".join(result(summary, "").split()),
+            "page": page,
+        }
+        for column in columns(summary, None):
+            for cell in column.cells.values():
+                for name, output in outputs.items():
+                    for part in (cell.text.split("\n"), [cell.detail]):
+                        assert all(word in output for word in part), (name, column.heading, cell)
+        assert "W4A16_ASYM: GPTQ, 4.31 bits a weight" in page
+        assert 'title="weights are expanded to float32 for every product"' in html
+
+    def test_a_summary_of_ones_own_leaves_cells_empty(self) -> None:
+        rows = {"base": {}, "small": {"verdict": "pass", "texts": {"news": {"perplexity": 12.5}}, "ratio": None}}
+        found = {one_line(c.heading): [str(cell) for cell in c.cells.values()] for c in columns({"variants": rows})}
+        assert found == {
+            "variant": ["base", "small"],
+            "size": ["", ""],
+            "ratio": ["", ""],
+            "decode speed": ["", ""],
+            "retention in % (interval)": ["100.0", ""],
+            "perplexity, news": ["", "12.50"],
+            "KL": ["", ""],
+            "same top 1": ["", ""],
+            "verdict": ["baseline", "pass"],
+        }
 
 
 class TestPlot:
