@@ -13,21 +13,14 @@ import torch
 import yaml
 from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
-from tasks.formats.awq_gemm import gemm_config, pack_gemm
-from tasks.formats.compressed import bytes_config, pack_bytes, pack_words, words_config
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.errors import TaskError
 from tasks.export import export
-<<<<<<< HEAD
-from tasks.exporters.onnx import FLOATS, GRAPH, INTEGERS, WEIGHTS, export_onnx
-from tasks.formats.nbits import block_size, pack_bits, pack_blocks
-=======
 from tasks.exporters.onnx.exporter import OnnxExporter
 from tasks.exporters.onnx.graph import FLOATS, GRAPH, INTEGERS, WEIGHTS, export_onnx
 from tasks.formats.nbits import Blocks, block_size, pack_bits, pack_blocks, unpack_blocks
->>>>>>> engine
 from tasks.formats.stored import StoredModel
 from tasks.grid import Grid, Precision, QuantizedWeight
 from tasks.output import write_manifest
