@@ -286,6 +286,8 @@ class VariantSettings(Section):
         for key in ("candidates", "bits_per_weight", "retention", "fused"):
             if not mixed and getattr(self, key) is not None:
                 raise ValueError(f"{key} is for the scheme mixed, but scheme is {self.scheme}; remove it")
+        if mixed:
+            self._check_mixed()
         if self.group_size is not None and (self.scheme not in SCHEMES or not self._preset.weight_only):
             raise ValueError(
                 f"group_size is {self.group_size}, but "
@@ -304,8 +306,6 @@ class VariantSettings(Section):
                 if self._smooths
                 else "smoothing is set, but nothing is smoothed; set scaling to smoothquant or remove it"
             )
-        if mixed:
-            self._check_mixed()
         return self
 
     def _check_mixed(self) -> None:
