@@ -15,14 +15,14 @@ from tasks.reporting.table import grid
 
 @dataclass(frozen=True)
 class Row:
-    """One contender. seconds: median of the pressing; shared: of the pass that all our own methods share, 0 for others.
+    """One contender. seconds: median of the pressing; shared: of the pass that all of our own share, 0 for others.
 
     bits_per_weight: scales and zero points counted. perplexity: by text, and its change against the baseline's. kl:
     nats a token, mean over the texts. retention: share of the baseline's mean score over the tasks; None: not measured.
     """
 
     name: str
-    method: str
+    variant: str
     seconds: float
     shared: float
     peak_memory_bytes: int
@@ -39,13 +39,13 @@ def rows(found: Mapping[str, Any]) -> list[Row]:
     baseline = found["quality"]["base"]
     base = {text: score["perplexity"] for text, score in baseline["texts"].items()}
     made = []
-    for name, method in found["methods"].items():
+    for name, variant in found["variants"].items():
         quality = found["quality"][name]
         scores = quality["texts"]
         made.append(
             Row(
                 name=name,
-                method=method,
+                variant=variant,
                 seconds=found["seconds"][name],
                 shared=found["seconds"]["statistics"] if name in found["own"] else 0.0,
                 peak_memory_bytes=found["peak_memory_bytes"][name],

@@ -37,7 +37,7 @@ SCHEMES = {
     for scheme in (
         Scheme("W4A16", bits=4, group_size=128, symmetric=True),
         Scheme("W4A16_ASYM", bits=4, group_size=128, symmetric=False),
-        Scheme("W8A16", bits=8, group_size=None, symmetric=True),
+        Scheme("W8A16", bits=8, group_size=128, symmetric=True),
         Scheme("W8A8", bits=8, group_size=None, symmetric=True, activation_bits=8, symmetric_activations=True),
     )
 }

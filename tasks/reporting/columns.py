@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tasks.reporting.labels import recipe
+from tasks.reporting.labels import made_as
 from tasks.reporting.number_format import change, figure, interval, megabytes, percent, short_percent, times
 
 Values = Mapping[str, Any]
@@ -102,7 +102,9 @@ def legend(summary: Values) -> str:
 
 def _name(name: str, row: Values) -> Cell:
     bits = row.get("bits") and row.get("bits_per_weight")
-    return Cell(name, remark=recipe(row) + (f", {figure(bits)} bits a weight" if bits else ""))
+    remarks = [made_as(row), f"{figure(bits)} bits a weight" if bits else ""]
+    remarks += [f"output layer {row['output_layer']}"] if row.get("output_layer") else []
+    return Cell(name, remark=", ".join(filter(None, remarks)))
 
 
 def _speed(row: Values) -> Cell:

@@ -35,7 +35,8 @@ def paths(values: list[Any]) -> Iterator[str]:
 
 def test_params_yaml_is_valid() -> None:
     settings = load_settings(ROOT / "params.yaml")
-    assert {v.method for v in settings.variants.values()} == {"none", "int8", "gptq", "awq", "auto"}
+    assert {v.scheme for v in settings.variants.values()} == {"none", "W8A8", "W4A16_ASYM", "mixed"}
+    assert {v.scaling for v in settings.variants.values()} == {"none", "smoothquant", "awq"}
 
 
 def test_every_required_setting_is_in_params_yaml_with_a_value() -> None:
