@@ -89,7 +89,7 @@ def _measure(folder: Path, chosen: list[Contender], rounds: int, items: int) -> 
                 file.unlink()
             runs.setdefault(one.name, []).append(_run(f"round {number + 1}: {one.name}", one.name, place, known))
     spoken = [one.name for one in chosen if one.name in DECODE]
-    decode = _run("decoding in ONNX Runtime GenAI", "decode", folder, known, *spoken) if spoken else {"ratio": {}}
+    decode = _run("decoding in ONNX Runtime GenAI", "decode", known, *spoken) if spoken else {"ratio": {}}
     made = {one.name: folder / one.name for one in chosen} | {"base": Path("models/source")}
     quality = {name: _run(f"quality: {name}", "quality", place, str(items)) for name, place in made.items()}
     seconds = {name: statistics.median(run["seconds"] for run in found) for name, found in runs.items()}
@@ -99,7 +99,7 @@ def _measure(folder: Path, chosen: list[Contender], rounds: int, items: int) -> 
         "peak_memory_bytes": {name: max(run["peak_memory_bytes"] for run in found) for name, found in runs.items()},
         "quality": quality,
         "decode": decode,
-        "methods": {one.name: one.method for one in chosen},
+        "variants": {one.name: one.variant for one in chosen},
         "own": [one.name for one in chosen if one.own],
     }
 

@@ -15,7 +15,6 @@ class Contender:
     search instead of our subclass of it."""
 
     name: str
-    method: str
     variant: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     published: bool = False
@@ -23,27 +22,25 @@ class Contender:
     @property
     def own(self) -> bool:
         """Whether it works from the statistics of one pass."""
-        return bool(self.changes["backend"] == BUILTIN)
-
-
-def _own(**changes: Any) -> dict[str, Any]:
-    return {"backend": BUILTIN, **changes}
+        return bool(self.changes.get("backend", BUILTIN) == BUILTIN)
 
 
 _COMPRESSOR = {"backend": "llm-compressor"}
 _AUTOAWQ = {"backend": "autoawq", "rounding": "nearest", "refine": 0}
 
 CONTENDERS = (
-    Contender("int8, modelpress", "int8", "int8", _own(rounding="nearest")),
-    Contender("int8, modelpress, as in params.yaml", "int8", "int8", _own()),
-    Contender("int8, llm-compressor", "int8", "int8", {**_COMPRESSOR, "rounding": "nearest"}),
-    Contender("gptq, modelpress", "gptq", "gptq-int4", _own(clip=False, refine=0)),
-    Contender("gptq, modelpress, as in params.yaml", "gptq", "gptq-int4", _own()),
-    Contender("gptq, modelpress, propagated", "gptq", "gptq-int4", _own(propagate=True)),
-    Contender("gptq, llm-compressor", "gptq", "gptq-int4", {**_COMPRESSOR, "clip": False, "refine": 0}),
-    Contender("awq, modelpress", "awq", "awq-int4", _own(rounding="nearest", refine=0)),
-    Contender("awq, modelpress, as in params.yaml", "awq", "awq-int4", _own()),
-    Contender("awq, autoawq, mended", "awq", "awq-int4", _AUTOAWQ),
-    Contender("awq, autoawq, as published", "awq", "awq-int4", _AUTOAWQ, published=True),
-    Contender("auto, modelpress", "auto", "auto", _own()),
+    Contender("int8, modelpress", "int8", {"rounding": "nearest"}),
+    Contender("int8, modelpress, as in params.yaml", "int8"),
+    Contender("int8, llm-compressor", "int8", {**_COMPRESSOR, "rounding": "nearest"}),
+    Contender("gptq, modelpress", "gptq-int4", {"clip": False, "refine": 0}),
+    Contender("gptq, modelpress, as in params.yaml", "gptq-int4"),
+    Contender("gptq, modelpress, propagated", "gptq-int4", {"propagate": True}),
+    Contender("gptq, llm-compressor", "gptq-int4", {**_COMPRESSOR, "clip": False, "refine": 0}),
+    Contender("awq, modelpress", "awq-int4", {"rounding": "nearest", "refine": 0}),
+    Contender("awq, modelpress, as in params.yaml", "awq-int4"),
+    Contender("awq, autoawq, mended", "awq-int4", _AUTOAWQ),
+    Contender("awq, autoawq, as published", "awq-int4", _AUTOAWQ, published=True),
+    Contender("auto, modelpress", "auto"),
 )
+# to decode as servers do, with an output layer of 8 bits, which compressed-tensors can hold
+DECODING = {"output_layer": "W8A16@64", "format": "compressed-tensors"}

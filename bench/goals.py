@@ -1,4 +1,4 @@
-"""What the project promises of its own methods, held against a result: reached, or missed by how much."""
+"""What the project promises of its own quantizer, held against a result: reached, or missed by how much."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BETTER = (  # ours, theirs at the same settings
     ("awq, modelpress", "awq, autoawq, mended"),
 )
 TOGETHER = (  # the demo's variants as ours make them with one pass, and how many times as fast that is
-    tuple(f"{method}, modelpress, as in params.yaml" for method in ("int8", "gptq", "awq")),
+    tuple(f"{name}, modelpress, as in params.yaml" for name in ("int8", "gptq", "awq")),
     5.0,
 )
 LIBRARIES = {  # the same by libraries, one after another

@@ -3,7 +3,7 @@
 python -m bench.press statistics FOLDER
 python -m bench.press "gptq, modelpress" FOLDER STATISTICS
 python -m bench.press quality FOLDER ITEMS
-python -m bench.press decode FOLDER STATISTICS "awq, modelpress" ...
+python -m bench.press decode STATISTICS "awq, modelpress" ...
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.contenders import CONTENDERS, Contender
+from bench.contenders import CONTENDERS, DECODING, Contender
 from tasks.determinism import set_environment
 from tasks.device import compute_device
 from tasks.hardware import peak_memory
@@ -31,7 +32,7 @@ MODEL, CALIBRATION, RAW = Path("models/source"), Path("data/calibration"), Path(
 
 
 def statistics(folder: Path) -> dict[str, Any]:
-    """The pass that serves all of our own methods."""
+    """The pass that serves all variants of our own quantizer."""
     from tasks.statistics import collect
 
     report = collect(MODEL, CALIBRATION, folder, load_settings(PARAMS).statistics.importance)
@@ -42,19 +43,18 @@ def press(contender: Contender, folder: Path, known: Path) -> dict[str, Any]:
     """The model in `folder`; seconds are of the pressing alone, imports and checks left out."""
     from safetensors.torch import load_file
 
-    from tasks.quantizers import QuantizeJob, quantizer
+    from tasks import quantizers
 
     variant = check_settings(changed(load_settings(PARAMS), contender)).variant(contender.variant)
-    method = quantizer(variant)
     if contender.published:
         from awq.quantize.quantizer import AwqQuantizer
 
-        from tasks.quantizers.libraries import awq
+        from tasks.quantizers.libraries import autoawq
 
-        awq.GramAwqQuantizer = AwqQuantizer  # type: ignore[misc]
+        autoawq.GramAwqQuantizer = AwqQuantizer  # type: ignore[misc]
     tokens = load_file(CALIBRATION / "tokens.safetensors")["input_ids"]
     started = time.monotonic()
-    method.press(QuantizeJob(MODEL, tokens, known, variant, compute_device(), folder))
+    quantizers.press(quantizers.QuantizeJob(MODEL, tokens, known, variant, compute_device(), folder))
     seconds = time.monotonic() - started
     _complete(folder)
     return {"seconds": round(seconds, 1), "peak_memory_bytes": peak_memory()}
@@ -74,23 +74,29 @@ def quality(folder: Path, items: int) -> dict[str, Any]:
     return {"texts": texts, "score": report.mean_score, "bits_per_weight": weight_bits(folder)}
 
 
-def decode(folder: Path, known: Path, names: Sequence[str]) -> dict[str, Any]:
-    """How fast ONNX Runtime GenAI writes with what the contenders made, the baseline in float32 beside them.
+def decode(known: Path, names: Sequence[str]) -> dict[str, Any]:
+    """How fast ONNX Runtime GenAI writes with the contenders' variants, the baseline in float32 beside them.
 
-    Alternating; tokens a second: medians; ratio: median of those to the baseline's of the same round.
+    They are pressed once more, with an output layer of 8 bits (`DECODING`). Alternating; tokens a second: medians;
+    ratio: median of those to the baseline's of the same round.
     """
     from tasks.benchmark import alternate, warm_up
-    from tasks.exporters.onnx import export_onnx
+    from tasks.exporters.onnx.graph import export_onnx
     from tasks.runtimes import load_runtime
 
     settings = load_settings(PARAMS)
     asked = settings.benchmark.model_copy(update={"repeats": ROUNDS})
     with tempfile.TemporaryDirectory() as place:
+        models = {BASE: MODEL} | {name: Path(place) / "pressed" / name for name in names}
         runtimes = {}
-        for name in (BASE, *names):
-            target = Path(place) / name
-            target.mkdir()
-            export_onnx(MODEL if name == BASE else folder / name, target, settings.onnx.output_layer, known)
+        for name, model in models.items():
+            if name != BASE:
+                model.mkdir(parents=True)
+                one = find(name)
+                press(replace(one, changes={**one.changes, **DECODING}), model, known)
+            target = Path(place) / "exported" / name
+            target.mkdir(parents=True)
+            export_onnx(model, target)
             _complete(target)
             runtimes[name] = load_runtime("onnx", target, asked.dtype)
             warm_up(runtimes[name], asked)
@@ -107,6 +113,11 @@ def _complete(folder: Path) -> None:
     for pattern in BESIDE:
         for file in MODEL.glob(pattern):
             shutil.copy(file, folder / file.name)
+
+
+def find(name: str) -> Contender:
+    """The contender of this name."""
+    return next(one for one in CONTENDERS if one.name == name)
 
 
 def changed(settings: Settings, contender: Contender) -> dict[str, Any]:
@@ -126,10 +137,9 @@ def main() -> None:
         case "quality":
             found = quality(folder, int(sys.argv[3]))
         case "decode":
-            found = decode(folder, Path(sys.argv[3]), sys.argv[4:])
+            found = decode(folder, sys.argv[3:])
         case _:
-            contender = next(one for one in CONTENDERS if one.name == what)
-            found = press(contender, folder, Path(sys.argv[3]))
+            found = press(find(what), folder, Path(sys.argv[3]))
     print(json.dumps(found))
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tasks.errors import TaskError
 from tasks.old_words import new_words
-from tasks.schemes import LLAMA_CPP, MIXED, NAMES, NONE, SCHEMES, Scheme, parse_precision
+from tasks.schemes import COARSE, DAMPING, LLAMA_CPP, MIXED, NAMES, NONE, SCHEMES, Scheme, parse_precision
 from tasks.sources.address import check_data_source, check_model_checksum, check_model_source
 
 NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
@@ -156,8 +156,6 @@ class EvaluationSettings(Section):
 Bits = Annotated[float, Field(gt=2, le=16, strict=False)]
 FORMATS = ("compressed-tensors", "awq", "gptq", "gguf")
 BACKENDS = (BUILTIN, "llm-compressor", "autoawq", "llama.cpp")
-COARSE = 4  # bits; with as few, little is made of the calibration text's correlations, with more still less
-DAMPING = {True: 0.05, False: 0.3}  # of the Gram matrix, by whether weights are that coarse
 # what a library does, by key: the values that it can be asked for
 ABILITIES: dict[str, dict[str, tuple[Any, ...]]] = {
     "llm-compressor": {

@@ -1,17 +1,18 @@
-"""A pressed model whose layers differ in bits, groups and zero points, as a method leaves it that chooses for each."""
+"""A pressed model whose layers differ in bits, groups and zero points, as the scheme mixed leaves it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tasks.formats.compressed import pack_words, words_config
-from tasks.grid import Grid
+from tasks.formats import Layout, load_format
+from tasks.grid import Grid, Precision
+from tasks.tensor_files import EMBEDDING, OUTPUT
 
 ALONE = "gate_proj"  # the layer that stays as it is
 GRIDS = {
@@ -26,21 +27,53 @@ GRIDS = {
 
 def mixed_model(model: Path, directory: Path) -> Path:
     """Write the tiny `model`, rounded to `GRIDS`, to `directory` as compressed-tensors; returns `directory`."""
+    return rounded_model(model, directory, {end: Precision(grid) for end, grid in GRIDS.items()})
+
+
+def rounded_model(
+    model: Path, directory: Path, precisions: Mapping[str, Precision | None], form: str = "compressed-tensors"
+) -> Path:
+    """Write the tiny `model` to `directory`, its linear layers rounded to the nearest; returns `directory`.
+
+    precisions: each layer takes that of the first key that its name ends with, "" for all others in the decoder; None
+    and no key: as it is. A tied output layer is the embedding, which then has no weight of its own.
+    """
     directory.mkdir()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in load_file(model / "model.safetensors").items():
-        stem = name.removesuffix(".weight")
-        grid = GRIDS.get(stem.rpartition(".")[2])
-        packed = pack_words(grid.round(tensor), grid) if grid else {"weight": tensor}
-        tensors |= {f"{stem}.{end}": value.contiguous() for end, value in packed.items()}
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    described: dict[str, Any] = {}
-    for number, (layer, grid) in enumerate(GRIDS.items()):
-        one = words_config({"all": grid}, False, ["lm_head", f"re:.*{ALONE}$"])
-        group = one["config_groups"]["group_0"] | {"targets": [f"re:.*{layer}$"]}
-        described = one | {"config_groups": described.get("config_groups", {}) | {f"group_{number}": group}}
-    config = json.loads((model / "config.json").read_text()) | {"quantization_config": described}
-    (directory / "config.json").write_text(json.dumps(config))
-    for file in (*model.glob("token*"), model / "chat_template.jinja"):
+    way, tensors = load_format(form), load_file(model / "model.safetensors")
+    names = [name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dim() == 2]
+    if f"{OUTPUT}.weight" not in tensors and OUTPUT in precisions:
+        tensors[f"{OUTPUT}.weight"] = tensors.pop(f"{EMBEDDING}.weight")
+        names[names.index(EMBEDDING)] = OUTPUT
+    own: dict[str, Precision] = {}
+    for name in names:
+        inside = ".layers." in name
+        end = next((end for end in precisions if name.endswith(end) and (inside or end == name)), None)
+        if end is not None and (found := precisions[end]):
+            own[name] = found
+    layers = [name for name in names if ".layers." in name or name in own]
+    layout = Layout({name: (*tensors[f"{name}.weight"].shape,) for name in layers}, own)
+    written: dict[str, Tensor] = {name: tensor for name, tensor in tensors.items() if name[:-7] not in own}
+    for name, precision in own.items():
+        packed = way.pack(precision.grid.round(tensors[f"{name}.weight"]), precision)
+        written |= {f"{name}.{end}": part.contiguous() for end, part in packed.items()}
+    save_file(written, directory / "model.safetensors", {"format": "pt"})
+    described = json.loads((model / "config.json").read_text()) | {"quantization_config": way.describe(layout)}
+    (directory / "config.json").write_text(json.dumps(described))
+    for file in (*model.glob("*token*"), model / "chat_template.jinja"):
         (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+def untied(model: Path, directory: Path) -> Path:
+    """Write the tiny `model` with an output layer of its own to `directory`; returns `directory`."""
+    directory.mkdir()
+    for file in model.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    random = torch.Generator().manual_seed(1)
+    weight = tensors[f"{EMBEDDING}.weight"]
+    tensors[f"{OUTPUT}.weight"] = (weight + 0.1 * torch.randn(weight.shape, generator=random)).to(weight.dtype)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (directory / "config.json").write_text(json.dumps(config))
     return directory

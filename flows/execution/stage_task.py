@@ -24,7 +24,7 @@ from flows.execution.out_of_memory import out_of_memory
 from flows.execution.output_backup import kept
 from flows.execution.single_flight import computed_once
 from flows.processes.process import Process, Stopped, TimedOut, pause
-from flows.processes.run_module import last_word, stage_environment
+from flows.processes.run_module import error_line, stage_environment
 from flows.tracking.prefect_artifacts import ProgressArtifact
 from tasks.errors import MEMORY_STATUS, TRANSIENT_STATUS
 
@@ -217,7 +217,7 @@ def _failure(stage: str, tail: list[str], status: int, peak: int, record: Path) 
     """Why a stage failed, from the end of its output, DVC's exit status and the stage's peak of memory in bytes."""
     said = [int(match[1]) for line in tail if (match := _STATUS.search(line))]
     stages = said[-1] if said else status
-    word = last_word(tail, status)
+    word = error_line(tail, status)
     # nobody here kills a stage that has not been stopped before
     if stages in _KILLED:
         word = out_of_memory(stage, "killed, most likely by the system for want of memory", peak)

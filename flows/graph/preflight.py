@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flows.errors import FlowError
-from flows.processes.run_module import last_word, run_module
+from flows.processes.run_module import error_line, run_module
 
 MODEL = "models/source"
 PROGRAM = "tasks.checks.preflight"
@@ -24,4 +24,4 @@ def check_settings_work(root: Path, downloaded: bool) -> None:
         )
     status, lines = run_module(root, PROGRAM, *([MODEL] if downloaded else []), own=True)
     if status:
-        raise FlowError(last_word(lines, status))
+        raise FlowError(error_line(lines, status))

@@ -17,7 +17,7 @@ import yaml
 
 from flows.errors import FlowError
 from flows.graph.schedule import Upstreams, startable, threads_of
-from flows.processes.run_module import last_word, run_module
+from flows.processes.run_module import error_line, run_module
 from tasks.errors import TaskError
 from tasks.planning.estimate import Need, PlanJob, estimate
 from tasks.planning.machine import Machine, check_machine, read_machine, write_machine
@@ -28,7 +28,7 @@ MACHINES = Path(".modelpress/machines")  # what was measured, by the host's name
 
 
 @dataclass(frozen=True)
-class Scale:
+class RunEstimate:
     """needs: of each stage; begins: seconds after the run's start, a stage whose time is not known taking none;
     seconds: of the whole run; memory: the most that stages hold at one time, bytes, and which they are; disk: bytes
     that stay; scratch: the most that is needed beside them for a while."""
@@ -42,7 +42,7 @@ class Scale:
     scratch: float
 
 
-def scale(upstreams: Upstreams, shape: Shape, settings: Settings, machine: Machine, jobs: int) -> Scale:
+def simulate(upstreams: Upstreams, shape: Shape, settings: Settings, machine: Machine, jobs: int) -> RunEstimate:
     """Run the graph on paper: stages start as flows/graph/schedule.py lets them, with the threads it gives them."""
     needs = {
         stage: estimate(stage, PlanJob(shape, settings, machine.share(threads_of(stage, jobs, machine.cores))))
@@ -64,7 +64,7 @@ def scale(upstreams: Upstreams, shape: Shape, settings: Settings, machine: Machi
         next_one = min(ends, key=lambda stage: ends[stage])
         now = ends.pop(next_one)
         done.append(next_one)
-    return Scale(needs, begins, now, memory, together, sum(need.disk for need in needs.values()), scratch)
+    return RunEstimate(needs, begins, now, memory, together, sum(need.disk for need in needs.values()), scratch)
 
 
 def read_model(root: Path, model: str) -> Shape:
@@ -74,7 +74,7 @@ def read_model(root: Path, model: str) -> Shape:
     if model.startswith("hf:"):
         status, lines = run_module(root, "tasks.planning.shape", model)
         if status:
-            raise FlowError(last_word(lines, status))
+            raise FlowError(error_line(lines, status))
         path = root / lines[-1]
     elif path.is_dir():
         path /= "config.json"
@@ -127,7 +127,7 @@ def measure(root: Path) -> Machine:
     """This machine's figures, measured in a process of its own; TaskError where they are none."""
     status, lines = run_module(root, "tasks.planning.measure_machine")
     if status:
-        raise FlowError(f"this machine could not be measured: {last_word(lines, status)}")
+        raise FlowError(f"this machine could not be measured: {error_line(lines, status)}")
     # libraries may have spoken before
     start = next(number for number, line in enumerate(lines) if line.startswith("name: "))
     return check_machine(yaml.safe_load("\n".join(lines[start:])), "tasks.planning.measure_machine")

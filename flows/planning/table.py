@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from flows.planning.simulate import Scale
+from flows.planning.simulate import RunEstimate
 from tasks.planning.estimate import BYTES, pressed_today
 from tasks.planning.machine import Machine
 from tasks.planning.shape import Shape
@@ -16,7 +16,7 @@ from tasks.settings import Settings
 _UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
 
 
-def lines(found: Scale, shape: Shape, settings: Settings, machine: Machine, jobs: int) -> Iterator[str | Table]:
+def lines(found: RunEstimate, shape: Shape, settings: Settings, machine: Machine, jobs: int) -> Iterator[str | Table]:
     """What `modelpress plan --model` prints."""
     size = BYTES[settings.model.dtype] * shape.parameters
     tokens = settings.calibration.samples * settings.calibration.sequence_length
@@ -38,7 +38,7 @@ def lines(found: Scale, shape: Shape, settings: Settings, machine: Machine, jobs
         )
 
 
-def _table(found: Scale, machine: Machine) -> Table:
+def _table(found: RunEstimate, machine: Machine) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage")
     for heading in ("from", "time", "memory", "disk"):
@@ -62,7 +62,7 @@ def _table(found: Scale, machine: Machine) -> Table:
     return table
 
 
-def _totals(found: Scale, machine: Machine, jobs: int) -> Iterator[str]:
+def _totals(found: RunEstimate, machine: Machine, jobs: int) -> Iterator[str]:
     unknown = [stage for stage, need in found.needs.items() if need.seconds is None]
     without = f", without {', '.join(unknown)}" if unknown else ""
     yield f"time     {duration(found.seconds)} from start to end, {jobs} stage{'s' * (jobs > 1)} at a time{without}"

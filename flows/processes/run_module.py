@@ -26,7 +26,7 @@ def run_module(root: Path, module: str, *arguments: str, own: bool = False) -> t
     return done.returncode, (done.stdout + done.stderr).splitlines()
 
 
-def last_word(lines: list[str], status: int) -> str:
+def error_line(lines: list[str], status: int) -> str:
     """The line of a failed stage's output that says why: its own `error:`, else its last, else DVC's."""
     for line in reversed(lines):
         if line.startswith("error: "):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configobj import ConfigObj
 
-from flows.processes.run_module import last_word, run_module
+from flows.processes.run_module import error_line, run_module
 
 CONFIG = Path(".dvc/config")
 LOCAL = Path(".dvc/config.local")  # not in git, so a worktree does not have it: credentials may be in it
@@ -37,7 +37,7 @@ def push(root: Path) -> str | None:
     if status or not lines:
         return None
     status, lines = run_module(root, "dvc", "push")
-    return last_word([line for line in lines if line.startswith("ERROR: ")], status) if status else None
+    return error_line([line for line in lines if line.startswith("ERROR: ")], status) if status else None
 
 
 def _read(path: Path) -> ConfigObj:

@@ -11,7 +11,14 @@ import torch
 from tasks.errors import TaskError
 from tasks.formats import GROUP_SIZES, check_groups, load_format
 from tasks.model.family import ARCHITECTURES
-from tasks.model.layout import asked_precision, bits_per_weight, candidate_precisions, model_layout, quantized_shapes
+from tasks.model.layout import (
+    asked_outer_precisions,
+    asked_precision,
+    bits_per_weight,
+    candidate_precisions,
+    model_layout,
+    quantized_shapes,
+)
 from tasks.schemes import LLAMA_CPP, MIXED, Scheme, precision_label
 from tasks.settings import BUILTIN, VariantSettings
 
@@ -50,13 +57,14 @@ def check_fit(name: str, variant: VariantSettings, model: Path) -> None:
 def _check_format(variant: VariantSettings, model: Path) -> None:
     """TaskError if the variant's format cannot hold it, or its library cannot make it."""
     asked = dict.fromkeys(quantized_shapes(variant, model), asked_precision(variant, model))
-    layout = model_layout(variant, model, asked)
+    layout = model_layout(variant, model, asked | asked_outer_precisions(variant, model))
     load_format(variant.format).check(layout)
     if variant.backend != BUILTIN:
         check_groups(layout)  # a library takes no smaller groups for a layer that needs them
 
 
 def _check_candidates(variant: VariantSettings, model: Path) -> None:
+    load_format(variant.format).check(model_layout(variant, model, asked_outer_precisions(variant, model)))
     shapes = quantized_shapes(variant, model)
     candidates = candidate_precisions(variant, model)
     dtype = getattr(torch, _json(model / "config.json")["dtype"])

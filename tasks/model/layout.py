@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,23 +55,34 @@ def uniform_precisions(variant: VariantSettings, model: Path) -> dict[str, Preci
 def candidate_precisions(variant: VariantSettings, model: Path) -> dict[str, Precision | None]:
     """Those of the scheme mixed by their labels; None: as it is."""
     form, scales = load_format(variant.format), scale_dtype(variant, model)
-    return {label: one and precision(form, one, scales) for label, one in variant.precisions.items()}
+    return {label: precision(form, one, scales) if one else None for label, one in variant.precisions.items()}
 
 
 def outer_precisions(variant: VariantSettings, model: Path) -> dict[str, Precision]:
-    """Of the output layer and the embedding, by their names. TaskError if the model ties what is set apart."""
+    """Of the output layer and the embedding, by their names, in smaller groups where they must be."""
+    asked = asked_outer_precisions(variant, model)
+    shapes = outer_shapes(asked, model)
+    return {name: replace(one, grid=one.grid.fitted(shapes[name][1])) for name, one in asked.items()}
+
+
+def asked_outer_precisions(variant: VariantSettings, model: Path) -> dict[str, Precision]:
+    """The same, whether their groups divide them or not. TaskError if the model ties what is set apart."""
     form, scales = load_format(variant.format), scale_dtype(variant, model)
+    if variant.embedding and f"{OUTPUT}.weight" not in TensorFiles(model):
+        raise TaskError(
+            f"embedding is {variant.embedding}, but the model ties the embedding to the output layer; "
+            "set output_layer alone, which is both's"
+        )
     asked = {OUTPUT: variant.output_layer, EMBEDDING: variant.embedding}
-    if variant.embedding and OUTPUT not in _tensors(model):
-        raise TaskError("embedding is set, but the model ties it to the output layer: set output_layer alone")
     found = {name: parse_precision(text) for name, text in asked.items() if text}
     return {name: precision(form, one, scales) for name, one in found.items() if one}
 
 
-def outer_shapes(precisions: Mapping[str, Precision], model: Path) -> dict[str, Shape]:
-    """(rows, width) of the layers outside the decoder that are quantized."""
+def outer_shapes(precisions: Iterable[str], model: Path) -> dict[str, Shape]:
+    """(rows, width) of the output layer and the embedding, of those that are named in `precisions`."""
     files = TensorFiles(model)
-    sizes = {name: files.entry(f"{outer_tensor(name, files)}.weight").shape for name in precisions}
+    names = [name for name in precisions if name in (OUTPUT, EMBEDDING)]
+    sizes = {name: files.entry(f"{outer_tensor(name, files)}.weight").shape for name in names}
     return {name: (rows, width) for name, (rows, width) in sizes.items()}
 
 
@@ -81,11 +92,10 @@ def outer_tensor(name: str, files: TensorFiles) -> str:
 
 
 def model_layout(variant: VariantSettings, model: Path, precisions: Mapping[str, Precision]) -> Layout:
-    """All that is quantized, as the variant's format is to write it; precisions: of the decoder's linear layers."""
-    outer = outer_precisions(variant, model)
+    """All that is quantized, as the variant's format is to write it; precisions: of these layers, by their names."""
     return Layout(
-        shapes=quantized_shapes(variant, model) | outer_shapes(outer, model),
-        precisions={**precisions, **outer},
+        shapes=quantized_shapes(variant, model) | outer_shapes(precisions, model),
+        precisions=precisions,
         skip_layers=variant.skip_layers,
         act_order=variant.rounding == "gptq" and variant.act_order == "static",
         damping=variant.damping_share,
@@ -95,7 +105,3 @@ def model_layout(variant: VariantSettings, model: Path, precisions: Mapping[str,
 def bits_per_weight(precision: Precision | None, width: int, dtype: torch.dtype) -> float:
     """What a weight takes on disk; of a layer that stays as it is, in `dtype`."""
     return precision.grid.bits_per_weight(width) if precision else torch.finfo(dtype).bits
-
-
-def _tensors(model: Path) -> set[str]:
-    return {name.removesuffix(".weight") for name in TensorFiles(model)}

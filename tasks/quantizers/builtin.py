@@ -30,11 +30,12 @@ def press_model(job: QuantizeJob) -> None:
     variant = job.variant
     form = load_format(variant.format)
     mixed = variant.scheme == MIXED
+    outer = outer_precisions(variant, job.source)
     precisions = choose_precisions(job) if mixed else uniform_precisions(variant, job.source)
-    layout = model_layout(variant, job.source, precisions)
+    layout = model_layout(variant, job.source, {**precisions, **outer})
     form.check(layout)
     parts = Parts(job, form, scale_dtype(variant, job.source))
-    _press_outside(job, parts)
+    _press_outside(job, parts, outer)
     if variant.propagate:
         _press_in_order(job, parts, precisions)
     else:
@@ -42,13 +43,12 @@ def press_model(job: QuantizeJob) -> None:
     parts.finish(form.describe(layout))
 
 
-def _press_outside(job: QuantizeJob, parts: Parts) -> None:
-    """What is not in the decoder layers."""
-    outer = outer_precisions(job.variant, job.source)
-    for name, precision in outer.items():
+def _press_outside(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision]) -> None:
+    """What is not in the decoder layers; precisions: of what is quantized there."""
+    for name, precision in precisions.items():
         weight = solve_outer(job, parts.files, name, precision, Recipe.of(job.variant))
         parts.write_linear(name, weight, precision)
-    solved = {f"{outer_tensor(name, parts.files)}.weight" for name in outer}
+    solved = {f"{outer_tensor(name, parts.files)}.weight" for name in precisions}
     parts.write_dense(name for name in parts.outside() if name not in solved)
 
 

@@ -26,7 +26,7 @@ def solve(
     """Round `weight` [rows, width], whose inputs have the Gram matrix `gram` [width, width].
 
     act_order: the columns with the largest activations first, on the grid of the weight as it was ("static").
-    damping: share of the Gram matrix' mean diagonal that is added to it. clip_range: as in `fit_grid`.
+    damping: share of the Gram matrix' mean diagonal that is added to it. clip_range: as in `Grid.fit`.
     """
     scales, zeros = grid.fit(weight, clip_range)
     width = weight.shape[1]

@@ -80,14 +80,8 @@ def test_a_failed_stage_stops_what_follows_and_nothing_else(toy: Toy) -> None:
     before = len(toy.executed())
     toy.set(
         variants={
-            "base": {"method": "none"},
-            "int8": {
-                "method": "int8",
-                "backend": "modelpress",
-                "smoothing": 0.3,
-                "rounding": "gptq",
-                "symmetric_activations": True,
-            },
+            "base": {"scheme": "none"},
+            "int8": {"scheme": "W8A8", "scaling": "smoothquant", "smoothing": 0.3, "rounding": "gptq"},
             **_gptq(32),
         }
     )
@@ -230,6 +224,6 @@ def test_a_stage_without_enough_memory_names_its_peak_and_what_to_lower(toy: Toy
 
 
 def _gptq(group_size: int) -> dict[str, object]:
-    settings = {"method": "gptq", "backend": "modelpress", "bits": 4, "group_size": group_size, "symmetric": False}
-    more = {"refine": 0, "propagate": False, "format": "awq"}  # a format in which a group size must divide every layer
-    return {"gptq-int4": {**settings, "act_order": "static", "damping": 0.01, "clip": False, **more}}
+    # a format in which a group size must divide every layer
+    settings = {"scheme": "W4A16_ASYM", "group_size": group_size, "rounding": "gptq", "format": "awq"}
+    return {"gptq-int4": settings}

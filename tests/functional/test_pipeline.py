@@ -158,7 +158,7 @@ def test_for_onnx_a_graph_is_evaluated_and_packaged(llama: Path, corpus: Corpus,
 @pytest.mark.gguf
 def test_for_gguf_one_file_is_evaluated_and_packaged(llama: Path, corpus: Corpus, tmp_path: Path) -> None:
     values = params(llama, corpus) | {"target": "gguf"}
-    values["variants"]["q4km"] = {"method": "gguf", "type": "Q4_K_M", "importance": True}
+    values["variants"]["q4km"] = {"scheme": "Q4_K_M", "imatrix": True}
     checkout = Checkout(tmp_path / "project", values)
     checkout.dvc("repro")
     summary = json.loads((checkout.root / "report/summary.json").read_text())

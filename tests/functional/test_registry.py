@@ -138,11 +138,12 @@ def test_the_champion_is_fetched_by_its_name(here: Toy, tmp_path: Path) -> None:
 
 def test_the_history_compares_finished_runs(here: Toy) -> None:
     heading, row = here.call("history").stdout.splitlines()
-    assert heading.split()[:5] == ["date", "run", "tag", "winner", "size"]
+    assert heading.split()[:6] == ["date", "run", "tag", "winner", "scheme", "size"]
     assert row.split()[2:] == [
         "first",
         "run/first",
         "int8",
+        "W8A8",
         "167",
         "MB",
         "97.0",

@@ -10,7 +10,7 @@ import torch
 from tasks.errors import TaskError
 from tasks.solvers.allocate import Cost, least_error, least_size
 
-LABELS = ("4@64", "4@32", "8@64")
+COARSE, MIDDLE, FINE = LABELS = ("W4A16_ASYM@64", "W4A16_ASYM@32", "W8A16@64")
 Table = dict[int, dict[str, Cost]]
 
 
@@ -19,7 +19,7 @@ def made_up(units: int, seed: int) -> Table:
     table: Table = {}
     for unit in range(units):
         weights, error = (float(torch.rand(1, generator=random)) + 0.1 for _ in range(2))
-        bits = {"4@64": 4.25, "4@32": 4.5, "8@64": 8.25}
+        bits = {COARSE: 4.25, MIDDLE: 4.5, FINE: 8.25}
         table[unit] = {label: Cost(error * 0.9 ** (10 * bits[label]), 1000 * weights * bits[label]) for label in LABELS}
     return table
 
@@ -45,16 +45,16 @@ def test_it_is_the_best_of_all_choices(seed: int) -> None:
 
 def test_the_order_of_the_parts_changes_no_choice() -> None:
     table = made_up(100, 1)
-    allowed = 1.1 * total(table, dict.fromkeys(table, "4@64")).bits
+    allowed = 1.1 * total(table, dict.fromkeys(table, COARSE)).bits
     assert least_error(dict(reversed(table.items())), allowed) == least_error(table, allowed)
 
 
 def test_all_of_the_smallest_fit_into_exactly_their_size_and_less_is_refused() -> None:
     table = made_up(20, 2)
-    smallest = total(table, dict.fromkeys(table, "4@64")).bits
-    assert set(least_error(table, smallest).values()) == {"4@64"}
+    smallest = total(table, dict.fromkeys(table, COARSE)).bits
+    assert set(least_error(table, smallest).values()) == {COARSE}
     with pytest.raises(TaskError, match="the smallest choice takes"):
         least_error(table, 0.99 * smallest)
-    best = total(table, dict.fromkeys(table, "8@64")).error
+    best = total(table, dict.fromkeys(table, FINE)).error
     with pytest.raises(TaskError, match="the best choice has an error of"):
         least_size(table, 0.99 * best)

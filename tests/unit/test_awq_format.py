@@ -7,7 +7,8 @@ import torch
 from awq.modules.linear.gemm import WQLinear_GEMM
 from awq.utils.packing_utils import dequantize_gemm
 
-from tasks.formats.awq_gemm import unpack, unpack_gemm
+from tasks.formats.awq import Awq, unpack_columns
+from tasks.grid import QuantizedWeight
 
 ROWS, WIDTH, GROUP = 32, 64, 32
 
@@ -27,16 +28,20 @@ def packed_layer() -> tuple[WQLinear_GEMM, torch.Tensor]:
     return layer, weight
 
 
+def unpacked(layer: WQLinear_GEMM) -> QuantizedWeight:
+    return Awq().unpack("a", {end: getattr(layer, end) for end in Awq.parts}, {}).weight
+
+
 def test_the_weight_is_exact() -> None:
     layer, weight = packed_layer()
-    assert torch.equal(unpack_gemm(layer.qweight, layer.qzeros, layer.scales).weight(), weight)
+    assert torch.equal(unpacked(layer).weight(), weight)
 
 
 def test_it_is_what_autoawq_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("awq.modules.linear.gemm.TRITON_AVAILABLE", False)  # its own path for a machine without a GPU
     layer, _ = packed_layer()
     theirs = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, GROUP).T
-    ours = unpack_gemm(layer.qweight, layer.qzeros, layer.scales).weight().half()
+    ours = unpacked(layer).weight().half()
     assert torch.equal(ours, theirs)
     x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1)).half()
     torch.testing.assert_close(torch.nn.functional.linear(x, ours), layer(x), rtol=2e-3, atol=2e-2)
@@ -44,5 +49,5 @@ def test_it_is_what_autoawq_computes_with(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_unpacking_reads_every_bit() -> None:
     # the highest place of a word is negative in int32
-    assert unpack(torch.tensor([[-1]], dtype=torch.int32)).tolist() == [[15] * 8]
-    assert unpack(torch.tensor([[0x76543210]], dtype=torch.int32)).tolist() == [[0, 4, 1, 5, 2, 6, 3, 7]]
+    assert unpack_columns(torch.tensor([[-1]], dtype=torch.int32)).tolist() == [[15] * 8]
+    assert unpack_columns(torch.tensor([[0x76543210]], dtype=torch.int32)).tolist() == [[0, 4, 1, 5, 2, 6, 3, 7]]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
-from bench.contenders import CONTENDERS
+from bench.contenders import CONTENDERS, DECODING
 from bench.goals import BETTER, DECODE, FASTER, INT8, LIBRARIES, TOGETHER, as_json, goals
 from bench.picture import WORST, picture
-from bench.press import changed
+from bench.press import changed, find
 from bench.table import rows, table
-from tasks.settings import check_settings, load_settings
+from tasks.settings import BUILTIN, check_settings, load_settings
 
 SETTINGS = load_settings(Path(__file__).resolve().parents[2] / "params.yaml")
 
@@ -23,15 +24,26 @@ def test_every_contender_is_a_variant_that_can_be_made() -> None:
     assert len({one.name for one in CONTENDERS}) == len(CONTENDERS)
     for one in CONTENDERS:
         variant = check_settings(changed(SETTINGS, one)).variant(one.variant)
-        assert variant.method == one.method
-        assert getattr(variant, "samples", None) is None  # all see the same tokens
+        assert variant.scheme == SETTINGS.variant(one.variant).scheme
+        assert one.own == (variant.backend == BUILTIN)
+        assert variant.samples is None  # all see the same tokens
 
 
-@pytest.mark.parametrize("method", ["int8", "gptq", "awq"])
-def test_ours_meets_a_library_with_the_same_settings(method: str) -> None:
+def test_what_decodes_has_an_output_layer_of_8_bits_that_its_format_holds() -> None:
+    for name in DECODE:
+        one = find(name)
+        variant = check_settings(changed(SETTINGS, replace(one, changes={**one.changes, **DECODING}))).variant(
+            one.variant
+        )
+        assert one.own
+        assert (variant.output_layer, variant.format) == ("W8A16@64", "compressed-tensors")
+
+
+@pytest.mark.parametrize("name", ["int8", "gptq-int4", "awq-int4"])
+def test_ours_meets_a_library_with_the_same_settings(name: str) -> None:
     def settings(backend_is_ours: bool) -> list[dict[str, Any]]:
         found = []
-        for one in (one for one in CONTENDERS if one.method == method and one.own == backend_is_ours):
+        for one in (one for one in CONTENDERS if one.variant == name and one.own == backend_is_ours):
             values = check_settings(changed(SETTINGS, one)).variant(one.variant).model_dump()
             found.append({key: value for key, value in values.items() if key != "backend"})
         return found
@@ -48,7 +60,7 @@ def found() -> dict[str, Any]:
         "seconds": {"statistics": 40.0, "ours": 10.0, "theirs": 100.0},
         "peak_memory_bytes": {"statistics": 9e8, "ours": 1e9, "theirs": 3e9},
         "quality": {"base": score(20, 10, 0), "ours": score(22, 11, 0.1), "theirs": score(40000, 30000, 9)},
-        "methods": {"ours": "gptq", "theirs": "gptq"},
+        "variants": {"ours": "gptq-int4", "theirs": "gptq-int4"},
         "own": ["ours"],
     }
 
@@ -68,7 +80,7 @@ def test_a_goal_is_reached_or_missed_by_what_was_found() -> None:
         one.name for one in CONTENDERS
     }
     result = found()
-    for key in ("seconds", "peak_memory_bytes", "quality", "methods"):
+    for key in ("seconds", "peak_memory_bytes", "quality", "variants"):
         result[key]["gptq, modelpress"] = result[key].pop("ours")
         result[key]["gptq, llm-compressor"] = result[key].pop("theirs")
     result["own"] = ["gptq, modelpress"]

@@ -12,7 +12,7 @@ from rich.console import Console
 from flows.errors import FlowError
 from flows.graph.schedule import runs_alone
 from flows.planning import simulate as scales
-from flows.planning.simulate import Scale, read_model, read_or_measure, scale
+from flows.planning.simulate import RunEstimate, read_model, read_or_measure, simulate
 from flows.planning.table import duration, lines
 from tasks.planning.machine import Machine, check_machine, read_machine, write_machine
 from tasks.planning.shape import read_shape
@@ -31,8 +31,8 @@ GRAPH: dict[str, list[str]] = {
 }
 
 
-def planned(config: dict[str, Any], machine: Machine = QUIET, jobs: int = 2) -> Scale:
-    return scale(GRAPH, read_shape(config, "here"), SETTINGS, machine, jobs)
+def planned(config: dict[str, Any], machine: Machine = QUIET, jobs: int = 2) -> RunEstimate:
+    return simulate(GRAPH, read_shape(config, "here"), SETTINGS, machine, jobs)
 
 
 def printed(config: dict[str, Any], machine: Machine = QUIET, jobs: int = 2) -> str:
@@ -43,7 +43,7 @@ def printed(config: dict[str, Any], machine: Machine = QUIET, jobs: int = 2) -> 
     return console.export_text()
 
 
-def ends(found: Scale) -> dict[str, float]:
+def ends(found: RunEstimate) -> dict[str, float]:
     return {stage: found.begins[stage] + (need.seconds or 0.0) for stage, need in found.needs.items()}
 
 

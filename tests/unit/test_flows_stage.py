@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flows.processes.run_module import last_word, stage_environment
+from flows.processes.run_module import error_line, stage_environment
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from flows.processes.run_module import last_word, stage_environment
     ],
 )
 def test_the_line_that_says_why_is_found(lines: list[str], word: str) -> None:
-    assert last_word(lines, 3) == word
+    assert error_line(lines, 3) == word
 
 
 def test_a_stage_finds_this_python_first() -> None:

@@ -1,42 +1,195 @@
-"""Packers: what their engines unpack is what was solved, bit by bit."""
+"""Formats of a model directory: what is read back is what was packed, bit for bit; what does not fit is refused."""
 
 from __future__ import annotations
 
+import ast
+import json
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import preset_name_to_scheme
 
-from tasks.formats.autogptq import autogptq_config, pack_autogptq, unpack_autogptq
-from tasks.formats.awq_gemm import pack, pack_gemm, unpack, unpack_gemm
-from tasks.formats.compressed import (
-    bytes_config,
-    pack_bytes,
-    pack_words,
-    unpack_bytes,
-    unpack_words,
-    words_config,
-)
-from tasks.grid import Grid, QuantizedWeight
+from tasks.errors import TaskError
+from tasks.formats import Layout, StoredLinear, load_format
+from tasks.grid import Grid, Precision, QuantizedWeight
+from tasks.model.layout import precision
+from tasks.schemes import SCHEMES, parse_precision, precision_label
+from tasks.tensor_files import EMBEDDING, OUTPUT
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS, WIDTH, GROUP = 64, 128, 32
+NAME = "model.layers.0.mlp.up_proj"
+# what each format holds
+HELD = {
+    "compressed-tensors": ["W4A16@32", "W4A16_ASYM@32", "W4A16_ASYM@128", "W8A16@64", "W8A16@32", "W8A8"],
+    "awq": ["W4A16@32", "W4A16_ASYM@32", "W4A16_ASYM@128"],
+    "gptq": ["W4A16@32", "W4A16_ASYM@32", "W4A16_ASYM@128", "W8A16@128", "W8A16@32"],
+}
+CASES = [(form, label) for form, labels in HELD.items() for label in labels]
 
 
-def solved(bits: int = 4, group: int = GROUP) -> QuantizedWeight:
+def asked(form: str, label: str) -> Precision:
+    scheme = parse_precision(label)
+    assert scheme
+    return precision(load_format(form), scheme, torch.float16)
+
+
+def solved(grid: Grid) -> QuantizedWeight:
+    """Every integer of the grid, at random; zeros as it allows them."""
     random = torch.Generator().manual_seed(0)
-    groups = WIDTH // group
+    groups = grid.groups(WIDTH)
+    zeros = torch.randint(grid.least_zero, grid.top + 1, (ROWS, groups), generator=random, dtype=torch.uint8)
     return QuantizedWeight(
-        torch.randint(0, 2**bits, (ROWS, WIDTH), generator=random, dtype=torch.uint8),
-        torch.rand(ROWS, groups, generator=random).half() + 0.5,
-        torch.randint(0, 2**bits, (ROWS, groups), generator=random, dtype=torch.uint8),
+        torch.randint(0, grid.top + 1, (ROWS, WIDTH), generator=random, dtype=torch.uint8),
+        (torch.rand(ROWS, groups, generator=random) + 0.5).half().to(grid.dtype),
+        torch.full_like(zeros, grid.middle) if grid.symmetric else zeros,
     )
+
+
+def layout(precisions: dict[str, Precision], **changes: Any) -> Layout:
+    return Layout(dict.fromkeys(precisions, (ROWS, WIDTH)), precisions, **changes)
+
+
+def of_the_row(grid: Grid) -> Grid:
+    """The same grid, in which one group for the whole row is called so: some formats do not tell the two apart."""
+    return replace(grid, group_size=None) if grid.groups(WIDTH) == 1 else grid
+
+
+def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
+    pairs = ((one.integers, other.integers), (one.scales, other.scales), (one.zeros, other.zeros))
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+def round_trip(form: str, precisions: dict[str, Precision], name: str, one: QuantizedWeight) -> StoredLinear:
+    """As it is read back, with the configuration as JSON keeps it."""
+    found = load_format(form)
+    config = json.loads(json.dumps(found.describe(layout(precisions))))
+    found.check_config(config, "here")
+    return found.unpack(name, found.pack(one, precisions[name]), config)
+
+
+@pytest.mark.parametrize(("form", "label"), CASES)
+def test_what_is_read_back_is_what_was_solved(form: str, label: str) -> None:
+    own = asked(form, label)
+    one = solved(own.grid)
+    load_format(form).check(layout({NAME: own}))
+    found = round_trip(form, {NAME: own}, NAME, one)
+    assert same(found.weight, one)
+    assert found.precision.symmetric_activations == own.symmetric_activations
+    expected = own.grid
+    if form == "awq":  # it has zero points, whatever they are
+        assert not found.precision.grid.symmetric
+        expected = Grid(4, own.grid.group_size, False, torch.float16)
+    assert of_the_row(found.precision.grid) == of_the_row(expected)
+
+
+@pytest.mark.parametrize(("form", "label"), CASES)
+def test_a_format_knows_its_parts_and_the_shape(form: str, label: str) -> None:
+    own, found = asked(form, label), load_format(form)
+    tensors = found.pack(solved(own.grid), own)
+    assert tensors.keys() <= set(found.parts)
+    assert found.shape({end: tensor.shape for end, tensor in tensors.items()}, tensors.__getitem__) == (ROWS, WIDTH)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_activations_are_rounded_as_they_were_asked_to_be(symmetric: bool) -> None:
+    way = Precision(asked("compressed-tensors", "W8A8").grid, symmetric)
+    found = round_trip("compressed-tensors", {NAME: way}, NAME, solved(way.grid))
+    assert found.precision == way
+
+
+def test_layers_of_every_precision_stand_side_by_side_in_compressed_tensors() -> None:
+    precisions = {
+        f"model.layers.{number}.mlp.up_proj": asked("compressed-tensors", label)
+        for number, label in enumerate([*HELD["compressed-tensors"], "W4A16_ASYM@32"])
+    }
+    for name, own in precisions.items():
+        one = solved(own.grid)
+        found = round_trip("compressed-tensors", precisions, name, one)
+        assert same(found.weight, one)
+        assert of_the_row(found.precision.grid) == of_the_row(own.grid)
+        assert found.precision.symmetric_activations == own.symmetric_activations
+    groups = load_format("compressed-tensors").describe(layout(precisions))["config_groups"].values()
+    targets = [name for group in groups for name in group["targets"]]
+    assert sorted(targets) == sorted(precisions)
+    assert len(groups) == len(precisions) - 1
+    kinds = {group["format"] for group in groups}
+    assert kinds == {"pack-quantized", "int-quantized"}
+
+
+@pytest.mark.parametrize(
+    ("form", "precisions", "changes", "message"),
+    [
+        ("awq", {NAME: "W8A16@32"}, {}, "awq has no place for 8 bits; set format to compressed-tensors"),
+        ("awq", {NAME: "W8A8"}, {}, "awq has no place for rounded activations; set format to compressed-tensors"),
+        ("gptq", {NAME: "W8A8"}, {}, "gptq has no place for rounded activations; set format to compressed-tensors"),
+        ("awq", {NAME: "W4A16_ASYM@32", "b": "W4A16_ASYM@64"}, {}, "different precisions.*set format to compressed-t"),
+        ("gptq", {NAME: "W4A16_ASYM@32", "b": "W8A16@32"}, {}, "different precisions.*set format to compressed-t"),
+        ("awq", {NAME: "W4A16@32", OUTPUT: "W4A16@32"}, {}, "of lm_head is set, but the format awq .*leave it out"),
+        ("gptq", {NAME: "W4A16@32", OUTPUT: "W4A16@32"}, {}, "of lm_head is set, but the format gptq .*leave it out"),
+        ("awq", {NAME: "W4A16@32", EMBEDDING: "W4A16@32"}, {}, r"of model\.embed_tokens is set, but the format awq"),
+        ("gptq", {NAME: "W4A16@32"}, {"skip_layers": [1]}, "skip_layers is set.*to compressed-tensors or awq"),
+        ("awq", {NAME: "W4A16@96"}, {}, f"96, which does not divide the width 128 of {NAME}; .*: 16, 32, 64, 128;"),
+        ("gptq", {NAME: "W4A16@96"}, {}, f"96, which does not divide the width 128 of {NAME}; .*: 16, 32, 64, 128;"),
+        ("compressed-tensors", {NAME: "W4A16@72"}, {}, f"72, which does not divide the width 128 of {NAME}; sizes"),
+        ("compressed-tensors", {OUTPUT: "W8A16@72"}, {}, "72, which does not divide the width 128 of lm_head; sizes"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_with_what_would_fit(
+    form: str, precisions: dict[str, str], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TaskError, match=message):
+        load_format(form).check(layout({name: asked(form, label) for name, label in precisions.items()}, **changes))
+
+
+@pytest.mark.parametrize(("form", "rows", "together"), [("awq", 48, 32), ("gptq", 60, 8)])
+def test_rows_that_do_not_fill_a_word_are_refused(form: str, rows: int, together: int) -> None:
+    one = Layout({NAME: (rows, WIDTH)}, {NAME: asked(form, "W4A16@32")})
+    with pytest.raises(
+        TaskError, match=f"{NAME} has {rows} rows, and the format {form} packs {together} at a time; set"
+    ):
+        load_format(form).check(one)
+
+
+@pytest.mark.parametrize("form", ["awq", "gptq"])
+def test_scales_of_float16_alone_are_refused_another_precision(form: str) -> None:
+    assert load_format(form).scale_dtype(torch.bfloat16, None) == torch.float16
+    with pytest.raises(TaskError, match=f"scale_dtype is bfloat16, but the format {form} stores float16"):
+        load_format(form).scale_dtype(torch.bfloat16, torch.bfloat16)
+    assert load_format("compressed-tensors").scale_dtype(torch.bfloat16, None) == torch.bfloat16
+    assert load_format("compressed-tensors").scale_dtype(torch.bfloat16, torch.float32) == torch.float32
+
+
+def test_a_format_that_there_is_not_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(TaskError, match=r"no format 'marlin' .*: compressed-tensors, awq, gptq"):
+        load_format("marlin")
+
+
+@pytest.mark.parametrize(
+    ("form", "config", "message"),
+    [
+        ("awq", {"bits": 8, "version": "gemm"}, "is AWQ with bits=8, version=gemm; 4 bits in GEMM layout can be"),
+        ("awq", {"bits": 4, "version": "gemv"}, "is AWQ with bits=4, version=gemv"),
+        ("gptq", {"desc_act": True}, "is GPTQ with desc_act=true"),
+        ("compressed-tensors", {"format": "marlin-24"}, "holds compressed-tensors of the kind marlin-24"),
+    ],
+)
+def test_a_directory_of_another_kind_is_refused(form: str, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaskError, match=f"here {message}"):
+        load_format(form).check_config(config, "here")
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_words_hold_every_integer(symmetric: bool) -> None:
-    one, grid = solved(), Grid(4, GROUP, symmetric, torch.float16)
-    packed = pack_words(one, grid)
+    """As compressed-tensors itself unpacks them."""
+    own = asked("compressed-tensors", "W4A16@32" if symmetric else "W4A16_ASYM@32")
+    one = solved(own.grid)
+    packed = load_format("compressed-tensors").pack(one, own)
     assert packed["weight_packed"].shape == (ROWS, WIDTH // 8)
     found = unpack_from_int32(packed["weight_packed"], 4, torch.Size(packed["weight_shape"].tolist()))
     assert torch.equal(found + 8, one.integers)
@@ -48,73 +201,111 @@ def test_words_hold_every_integer(symmetric: bool) -> None:
 
 
 def test_bytes_hold_every_integer() -> None:
-    one = solved(bits=8, group=WIDTH)
-    packed = pack_bytes(one)
+    own = asked("compressed-tensors", "W8A8")
+    one = solved(own.grid)
+    packed = load_format("compressed-tensors").pack(one, own)
     assert packed["weight"].dtype == torch.int8
     assert torch.equal(packed["weight"].int() + 128, one.integers.int())
     assert packed["weight_scale"].dtype == torch.float32
 
 
-def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
-    pairs = ((one.integers, other.integers), (one.scales.float(), other.scales.float()), (one.zeros, other.zeros))
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_what_is_read_back_is_what_was_solved(bits: int, symmetric: bool) -> None:
-    one = solved(bits)
-    if symmetric:
-        one = QuantizedWeight(one.integers, one.scales, torch.full_like(one.zeros, 2 ** (bits - 1)))
-    found, width = unpack_words(pack_words(one, Grid(bits, GROUP, symmetric, torch.float16)))
-    assert (width, same(found, one)) == (bits, True)
-    shifted = QuantizedWeight(one.integers, one.scales, one.zeros.clamp(min=1))
-    packed = pack_autogptq(shifted, bits)
-    assert packed["qweight"].shape == (WIDTH * bits // 32, ROWS)
-    assert packed["qzeros"].shape == (WIDTH // GROUP, ROWS * bits // 32)
-    assert same(unpack_autogptq(packed["qweight"], packed["qzeros"], packed["scales"], bits), shifted)
-
-
-def test_what_is_read_back_of_bytes_and_gemm_is_what_was_solved() -> None:
-    row = solved(bits=8, group=WIDTH)
-    row = QuantizedWeight(row.integers, row.scales, torch.full_like(row.zeros, 128))
-    packed = pack_bytes(row)
-    assert same(unpack_bytes(packed["weight"], packed["weight_scale"]), row)
-    one = solved()
-    assert same(unpack_gemm(**pack_gemm(one)), one)
-    assert torch.equal(unpack(pack(one.integers)), one.integers)
+def test_autogptqs_words_lie_along_the_inputs() -> None:
+    own = asked("gptq", "W8A16@32")
+    packed = load_format("gptq").pack(solved(own.grid), own)
+    assert packed["qweight"].shape == (WIDTH * 8 // 32, ROWS)
+    assert packed["qzeros"].shape == (WIDTH // GROUP, ROWS * 8 // 32)
+    assert packed["g_idx"].tolist() == [column // GROUP for column in range(WIDTH)]
 
 
 def test_a_layout_without_a_place_for_zero_refuses_it() -> None:
-    one = solved()
+    own = Precision(Grid(4, GROUP, False, torch.float16))
+    one = solved(own.grid)
     assert not one.zeros.all()
     with pytest.raises(ValueError, match="least_zero=1"):
-        pack_autogptq(one, 4)
+        load_format("gptq").pack(one, own)
 
 
 def test_the_descriptions_name_what_was_done() -> None:
-    words = words_config({"a": Grid(4, GROUP, False, torch.float16)}, act_order=True, ignore=["lm_head"])
-    weights = words["config_groups"]["group_0"]["weights"]
+    form = load_format("compressed-tensors")
+    words = form.describe(layout({NAME: asked("compressed-tensors", "W4A16_ASYM@32")}, act_order=True))
+    (group,) = words["config_groups"].values()
+    weights = group["weights"]
     assert (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (4, GROUP, False)
+    assert (weights["actorder"], group["targets"], words["ignore"]) == ("static", ["Linear"], [OUTPUT])
     assert (words["format"], words["quant_method"], words["quantization_status"]) == (
         "pack-quantized",
         "compressed-tensors",
         "compressed",
     )
-    inputs = bytes_config(True, [])["config_groups"]["group_0"]["input_activations"]
+    integers = form.describe(layout({NAME: asked("compressed-tensors", "W8A8")}))
+    inputs = integers["config_groups"]["group_0"]["input_activations"]
     assert (inputs["symmetric"], inputs["dynamic"], inputs["strategy"]) == (True, True, "token")
+    assert integers["format"] == "int-quantized"
 
 
-def test_of_several_grids_every_layer_is_named() -> None:
-    coarse, fine = Grid(4, GROUP, False, torch.float16), Grid(8, GROUP, True, torch.float16)
-    words = words_config({"a": coarse, "b": fine, "c": coarse}, act_order=True, ignore=[])
+def test_of_several_precisions_every_layer_is_named_and_what_is_left_alone_as_well() -> None:
+    coarse, fine = (asked("compressed-tensors", label) for label in ("W4A16_ASYM@32", "W8A16@32"))
+    some = layout({"a": coarse, "b": fine, "c": coarse, OUTPUT: fine}, skip_layers=[3])
+    words = load_format("compressed-tensors").describe(Layout({**some.shapes, "d": (1, 1)}, some.precisions, [3]))
     found = {group["weights"]["num_bits"]: group["targets"] for group in words["config_groups"].values()}
-    assert found == {4: ["a", "c"], 8: ["b"]}
+    assert found == {4: ["a", "c"], 8: ["b", OUTPUT]}
+    assert words["ignore"] == [r"re:.*\.layers\.3\..*", "d"]
 
 
 def test_gptqmodel_finds_itself_named_in_autogptqs_layout() -> None:
     """It refuses zero points from any other maker: for it, that is 0.9.0 or newer (quantization/config.py there)."""
-    config = autogptq_config(Grid(4, 32, False, torch.float16), act_order=True, damping=0.05)
+    config = load_format("gptq").describe(layout({NAME: asked("gptq", "W4A16_ASYM@32")}, act_order=True, damping=0.05))
     makers = dict(one.split(":") for one in config["meta"]["quantizer"])
     assert tuple(int(part) for part in makers["gptqmodel"].split(".")) >= (0, 9, 0)
     assert makers["modelpress"] == version("modelpress")
+    assert (config["static_groups"], config["damp_percent"], config["sym"]) == (True, 0.05, False)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_scheme_is_the_preset_of_its_name(name: str) -> None:
+    ours, preset = SCHEMES[name], preset_name_to_scheme(name, ["Linear"])
+    weights, inputs = preset.weights, preset.input_activations
+    assert weights is not None
+    assert (ours.name, ours.bits, ours.group_size, ours.symmetric) == (
+        name,
+        weights.num_bits,
+        weights.group_size,
+        weights.symmetric,
+    )
+    assert (weights.type, weights.strategy) == ("int", "group" if ours.group_size else "channel")
+    assert ours.weight_only == (inputs is None)
+    if inputs is None:
+        assert (ours.activation_bits, ours.symmetric_activations) == (None, None)
+    else:
+        assert (ours.activation_bits, ours.symmetric_activations) == (inputs.num_bits, inputs.symmetric)
+        assert (inputs.type, inputs.strategy, inputs.dynamic) == ("int", "token", True)
+
+
+@pytest.mark.parametrize("label", ["W4A16_ASYM@64", "W4A16_ASYM@128", "W8A16@128", "W8A8", "none"])
+def test_a_precision_is_written_as_it_is_read(label: str) -> None:
+    assert precision_label(parse_precision(label)) == label
+
+
+@pytest.mark.parametrize("text", ["4@64", "W4A16@", "W4A16@x", "W3A16", "none@64", "@64", ""])
+def test_what_is_no_precision_is_refused_with_what_is_one(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no precision; write a scheme .*W4A16_ASYM@64, or none"):
+        parse_precision(text)
+
+
+@pytest.mark.parametrize("room", ["exporters", "formats", "runtimes"])
+def test_what_is_written_and_run_is_never_solved_anew(room: str) -> None:
+    """Exporters transcode, formats pack, runtimes run: none of them has a solver."""
+    files = sorted((ROOT / "tasks" / room).rglob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
+            if names == ["tasks"]:
+                names = [f"tasks.{alias.name}" for alias in node.names]  # type: ignore[union-attr]
+            assert not [name for name in names if name.startswith(("tasks.solvers", "tasks.quantizers"))], file

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import yaml
 from gguf import GGMLQuantizationType as Type
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
@@ -17,17 +18,18 @@ from transformers import AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tasks.errors import TaskError
-from tasks.exporters.gguf import check_gguf
-from tasks.formats.gguf.blocks import block_type, pack_blocks
+from tasks.exporters.gguf import GgufExporter
+from tasks.formats.gguf.blocks import block_type, pack_blocks, unpack_blocks
 from tasks.formats.gguf.file import _llama3_factors, check_family, write_gguf
 from tasks.formats.gguf.vocabulary import rule_for_words
 from tasks.formats.stored import StoredModel
-from tasks.grid import QuantizedWeight
+from tasks.grid import Grid, Precision, QuantizedWeight
 from tasks.reporting.summary import _flattered
 from tasks.runtimes.transformers import TransformersRuntime
-from tasks.settings import check_settings, load_settings
+from tasks.settings import check_settings
+from tasks.tensor_files import EMBEDDING, OUTPUT
 from tasks.text import pretokenizer_rules
-from tests.mixed import GRIDS, mixed_model
+from tests.mixed import GRIDS, mixed_model, rounded_model, untied
 
 ROWS, WIDTH = 6, 128
 
@@ -57,6 +59,19 @@ def test_a_symmetric_weight_is_exact(bits: int, kind: Type, group: int) -> None:
 
 
 @pytest.mark.parametrize("group", [32, 64, WIDTH])
+@pytest.mark.parametrize(
+    ("bits", "middle", "kind"), [(8, True, Type.Q8_0), (4, True, Type.Q4_0), (4, False, Type.Q4_1)]
+)
+def test_blocks_are_read_back_bit_for_bit(bits: int, middle: bool, kind: Type, group: int) -> None:
+    one = solved(bits, group, middle)
+    found = unpack_blocks(pack_blocks(one, kind), kind, WIDTH)
+    assert found.group_size == 32
+    assert torch.equal(found.integers, one.integers)
+    assert torch.equal(found.scales, one.scales.repeat_interleave(group // 32, 1))
+    assert torch.equal(found.zeros, one.zeros.repeat_interleave(group // 32, 1))
+
+
+@pytest.mark.parametrize("group", [32, 64, WIDTH])
 def test_an_asymmetric_weight_is_exact_but_for_the_rounding_of_its_minimum(group: int) -> None:
     one = solved(4, group, middle=False)
     assert block_type("a", one, 4) == Type.Q4_1
@@ -69,12 +84,12 @@ def test_an_asymmetric_weight_is_exact_but_for_the_rounding_of_its_minimum(group
     assert (difference.abs() <= minimum.abs() * 2**-11 + 1e-9).all()
 
 
-def test_eight_bits_with_zeros_of_their_own_are_rounded_anew() -> None:
-    one = solved(8, 32, middle=False)
-    assert block_type("a", one, 8) == Type.Q8_0
-    weight = one.weight()
-    largest = weight.view(ROWS, -1, 32).abs().amax(-1).repeat_interleave(32, 1)
-    assert ((read_back(one, Type.Q8_0) - weight).abs() <= largest / 127 * 0.501 + largest * 2**-11).all()
+def test_eight_bits_with_zeros_of_their_own_are_refused() -> None:
+    """They would have to be rounded anew, and an exporter never rounds."""
+    with pytest.raises(
+        TaskError, match=r"down_proj has 8-bit weights with zero points, .* symmetric scheme, such as W8"
+    ):
+        block_type("down_proj", solved(8, 32, middle=False), 8)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +120,7 @@ def mixed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def written(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("written")
-    write_gguf(mixed, directory, 8)
+    write_gguf(mixed, directory)
     for file in mixed.glob("token*"):
         (directory / file.name).write_bytes(file.read_bytes())
     return directory
@@ -113,7 +128,7 @@ def written(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_layer_gets_the_type_that_fits_what_is_stored(written: Path) -> None:
     found = {t.name: t.tensor_type.name for t in gguf.GGUFReader(written / "model.gguf").tensors}
-    assert found["token_embd.weight"] == "Q8_0"
+    assert found["token_embd.weight"] == "BF16"
     assert "output.weight" not in found  # tied to the embedding
     layer = {
         name.removeprefix("blk.1.").removesuffix(".weight"): kind for name, kind in found.items() if "blk.1." in name
@@ -136,22 +151,51 @@ def test_transformers_reads_the_solved_weights_back(mixed: Path, written: Path) 
     model = TransformersRuntime(written, "float32").model
     found = dict(model.named_parameters())
     for name in stored.quantized:
-        weight = stored.linear(name).solved.weight()
+        weight = stored.linear(name).weight.weight()
         # all that is lost: a minimum in float16 (the scales, of bfloat16, are exact in it)
         allowed = 0 if GRIDS[name.rpartition(".")[2]].symmetric else weight.abs().max() * 2**-11
         assert (found[f"{name}.weight"] - weight).abs().max() <= allowed, name
     for name in stored.dense:
-        if "embed" not in name:
-            assert torch.equal(found[name], stored.tensor(name).float()), name
-    embedding = stored.tensor("model.embed_tokens.weight").float()
-    assert 0 < (found["model.embed_tokens.weight"] - embedding).abs().max() <= embedding.abs().max() / 127 * 0.51
+        assert torch.equal(found[name], stored.tensor(name).float()), name
 
 
-def test_the_output_layer_may_stay_as_it_came_and_a_baseline_always_does(
-    mixed: Path, llama: Path, tmp_path: Path
+OUTER = {
+    "W8A16": Precision(Grid(8, 64, True, torch.float16)),
+    "W4A16": Precision(Grid(4, 32, True, torch.float16)),
+    "W4A16_ASYM": Precision(Grid(4, 32, False, torch.float16)),
+}
+TYPES = {"W8A16": "Q8_0", "W4A16": "Q4_0", "W4A16_ASYM": "Q4_1"}
+
+
+@pytest.mark.parametrize("label", OUTER)
+@pytest.mark.parametrize("tied", [True, False])
+def test_output_layer_and_embedding_are_written_as_they_were_solved(
+    tied: bool, label: str, llama: Path, tmp_path: Path
 ) -> None:
-    for model, bits in ((mixed, 32), (llama, 8)):
-        write_gguf(model, tmp_path, bits)
+    base = llama if tied else untied(llama, tmp_path / "base")
+    names = {OUTPUT: "output.weight", EMBEDDING: "token_embd.weight"}
+    if tied:
+        names = {OUTPUT: "token_embd.weight"}
+    pressed = rounded_model(
+        base, tmp_path / "pressed", {"": Precision(GRIDS["q_proj"])} | dict.fromkeys(names, OUTER[label])
+    )
+    write_gguf(pressed, tmp_path)
+    stored = StoredModel(pressed)
+    found = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert ("output.weight" in found) != tied
+    for name, own in names.items():
+        solved, tensor = stored.linear(name).weight, found[own]
+        assert tensor.tensor_type.name == TYPES[label]
+        read = unpack_blocks(np.array(tensor.data).reshape(len(solved.integers), -1), tensor.tensor_type, 64)
+        repeat = solved.group_size // 32
+        assert torch.equal(read.integers, solved.integers)
+        assert torch.equal(read.scales, solved.scales.half().repeat_interleave(repeat, 1))
+        assert torch.equal(read.zeros, solved.zeros.repeat_interleave(repeat, 1))
+
+
+def test_what_is_not_quantized_stays_as_it_came(mixed: Path, llama: Path, tmp_path: Path) -> None:
+    for model in (mixed, llama):
+        write_gguf(model, tmp_path)
         (first,) = (t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors if t.name == "token_embd.weight")
         assert first.tensor_type == Type.BF16
         table = torch.from_numpy(np.array(first.data)).view(torch.bfloat16)
@@ -258,16 +302,22 @@ def test_the_frequencies_of_llama_3_are_those_of_transformers() -> None:
 
 
 def test_it_is_refused_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = load_settings(Path("params.yaml")).model_dump()
+    values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     values["target"] = "gguf"
     values["variants"]["gptq-int4"]["group_size"] = 16
     settings = check_settings(values)
     monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: None)
     with pytest.raises(TaskError, match="add it with: make gguf"):
-        check_gguf(settings, None)
+        GgufExporter().check(settings, None)
     monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: object())
-    with pytest.raises(TaskError, match=r"variants.gptq-int4.group_size is 16.*32 and its multiples"):
-        check_gguf(settings, None)
+    with pytest.raises(TaskError, match=r"variants.gptq-int4.group_size has groups of 16.*32 and its multiples"):
+        GgufExporter().check(settings, None)
+    for key in ("output_layer", "embedding"):
+        values["variants"]["gptq-int4"] |= {"group_size": 64, key: "W8A16@16"}
+        with pytest.raises(TaskError, match=rf"variants.gptq-int4.{key} has groups of 16.*32 and its multiples"):
+            GgufExporter().check(check_settings(values), None)
+        del values["variants"]["gptq-int4"][key]
+    GgufExporter().check(check_settings(values), None)
 
 
 def test_a_report_says_where_llama_cpps_quantizer_is_flattered() -> None:
@@ -280,9 +330,10 @@ def test_a_report_says_where_llama_cpps_quantizer_is_flattered() -> None:
 
 
 def test_llama_cpps_quantizer_is_for_its_own_target() -> None:
-    values = load_settings(Path("params.yaml")).model_dump()
-    values["variants"]["q4"] = {"method": "gguf", "type": "Q4_K_M", "importance": True}
+    values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    values["variants"]["q4"] = {"scheme": "Q4_K_M", "imatrix": True}
     with pytest.raises(TaskError, match="only the target gguf can run, but target is transformers"):
         check_settings(values)
     values["target"] = "gguf"
-    assert check_settings(values).variant("q4").method == "gguf"
+    found = check_settings(values).variant("q4")
+    assert (found.backend, found.format, found.bits) == ("llama.cpp", "gguf", 4)

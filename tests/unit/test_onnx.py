@@ -13,6 +13,8 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
+from tasks.formats.awq_gemm import gemm_config, pack_gemm
+from tasks.formats.compressed import bytes_config, pack_bytes, pack_words, words_config
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,8 +22,6 @@ from tasks.activations.store import load_statistics
 from tasks.errors import TaskError
 from tasks.export import export
 from tasks.exporters.onnx import FLOATS, GRAPH, INTEGERS, WEIGHTS, export_onnx
-from tasks.formats.awq_gemm import gemm_config, pack_gemm
-from tasks.formats.compressed import bytes_config, pack_bytes, pack_words, words_config
 from tasks.formats.nbits import block_size, pack_bits, pack_blocks
 from tasks.formats.stored import StoredModel
 from tasks.grid import Grid, QuantizedWeight
@@ -218,9 +218,7 @@ def test_output_layer_and_embedding_are_rounded_to_8_bits(
     model: Path = request.getfixturevalue(kind)
     tensors = load_file(model / "model.safetensors")
     rounded = {
-        n: Grid(8, 64, False, torch.float32).round(tensors[n]).weight()
-        for n in (EMBEDDING, OUTPUT)
-        if n in tensors
+        n: Grid(8, 64, False, torch.float32).round(tensors[n]).weight() for n in (EMBEDDING, OUTPUT) if n in tensors
     }
     found = exported(model, tmp_path / "onnx", 8, accuracy_level=FLOATS).logprobs(IDS)
     assert distance(found, logprobs(model, rounded)) < EXACT

@@ -8,18 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from tasks.errors import TaskError
+from tasks.grid import Grid, Precision
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers.parallel import held_beside, press_side_by_side, processes
+from tasks.settings import load_settings
 from tests.waiting import soon
 
 SMALL, LARGE = 3_500_000, 50_000_000  # weights of a layer, of models of 135 million and a billion
@@ -43,28 +44,25 @@ def test_there_are_as_many_as_have_a_core_work_and_memory(
     assert processes(threads, layers, weights, memory) == expected
 
 
-def job(folder: Path) -> QuantizeJob:
-    return QuantizeJob(folder, torch.zeros(1, 1), folder, cast("Any", None), "cpu", folder)
+def does(folder: Path, layer: int) -> None:
+    """The first two wait for each other, so that they are of two processes."""
+    (folder / f"layer-{layer}").write_text(f"{os.getpid()} {torch.get_num_threads()}")
+    if layer < 2:
+        assert soon(lambda: (folder / f"layer-{1 - layer}").exists(), 60)
 
 
-def does(job: QuantizeJob) -> None:
-    assert job.share
-    for number in range(job.share[0], 5, job.share[1]):
-        (job.destination / f"layer-{number}").write_text(f"{os.getpid()} {torch.get_num_threads()}")
-
-
-def refuses(job: QuantizeJob) -> None:
-    if job.share == (1, 2):
+def refuses(folder: Path, layer: int) -> None:
+    if layer == 1:
         raise TaskError("found 3, expected 4")
-    sleeps(job)
+    sleeps(folder, layer)
 
 
-def dies(job: QuantizeJob) -> None:
+def dies(folder: Path, layer: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def sleeps(job: QuantizeJob) -> None:
-    (job.destination / f"pid-{os.getpid()}").touch()
+def sleeps(folder: Path, layer: int) -> None:
+    (folder / f"pid-{os.getpid()}").touch()
     time.sleep(300)
 
 
@@ -74,32 +72,33 @@ def sleeping(folder: Path) -> list[int]:
     return [pid for pid in pids if psutil.pid_exists(pid)]
 
 
-def test_each_has_its_share_of_the_layers_and_of_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_layer_is_pressed_once_and_the_threads_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    press_side_by_side(job(tmp_path), does, 2, lambda: 5 - len(list(tmp_path.iterdir())))
+    press_side_by_side(partial(does, tmp_path), range(5), 2)
     found = [(tmp_path / f"layer-{number}").read_text().split() for number in range(5)]
-    assert len({pid for pid, _ in found[::2]}) == len({pid for pid, _ in found[1::2]}) == 1
     assert found[0][0] != found[1][0]
+    assert len({pid for pid, _ in found}) == 2
     assert str(os.getpid()) not in {pid for pid, _ in found}
     assert {threads for _, threads in found} == {"2"}
     assert held_beside() > 2 * 10**8
 
 
 @pytest.mark.parametrize(
-    ("again", "kind", "words"), [(refuses, TaskError, "found 3, expected 4"), (dies, MemoryError, "was killed")]
+    ("press_layer", "kind", "words"), [(refuses, TaskError, "found 3, expected 4"), (dies, MemoryError, "was killed")]
 )
-def test_what_goes_wrong_in_one_ends_all(tmp_path: Path, again: Any, kind: type[Exception], words: str) -> None:
+def test_what_goes_wrong_in_one_ends_all(tmp_path: Path, press_layer: Any, kind: type[Exception], words: str) -> None:
     started = time.monotonic()
     with pytest.raises(kind, match=words):
-        press_side_by_side(job(tmp_path), again, 2, lambda: 1)
+        press_side_by_side(partial(press_layer, tmp_path), range(2), 2)
     assert time.monotonic() - started < 100
     assert not sleeping(tmp_path)
 
 
 def test_nothing_is_left_of_them_when_the_stage_is_killed(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from tests.unit.test_parallel import job, press_side_by_side, sleeps\n"
-        "if __name__ == '__main__': press_side_by_side(job(Path(sys.argv[1])), sleeps, 2, lambda: 1)"
+        "import sys; from functools import partial; from pathlib import Path\n"
+        "from tests.unit.test_parallel import press_side_by_side, sleeps\n"
+        "if __name__ == '__main__': press_side_by_side(partial(sleeps, Path(sys.argv[1])), range(2), 2)"
     )
     (tmp_path / "stage.py").write_text(program)
     (tmp_path / "work").mkdir()
@@ -111,11 +110,14 @@ def test_nothing_is_left_of_them_when_the_stage_is_killed(tmp_path: Path) -> Non
     assert soon(lambda: not sleeping(tmp_path / "work"), 10)
 
 
-@pytest.mark.parametrize("form", ["compressed-tensors", "awq", "gptq"])
-def test_every_format_can_be_made_by_another_process(form: str, tmp_path: Path) -> None:
-    from tasks.quantizers.grouped import FORMS, press_grouped  # takes seconds, for each of the processes above, too
+@pytest.mark.parametrize("name", ["gptq-int4", "awq-int4", "int8", "auto"])
+def test_every_variant_can_be_made_by_another_process(name: str, tmp_path: Path) -> None:
+    """What a process is sent is pickled."""
+    from tasks.quantizers.builtin import _press_layer  # takes seconds, for each of the processes above, too
 
-    again = partial(press_grouped, form=FORMS[form], grids={}, how=cast("Any", None), skip=[])
-    sent, share = pickle.loads(pickle.dumps((again, replace(job(tmp_path), share=(0, 2)))))
-    assert sent.keywords["form"] == FORMS[form]
-    assert share.share == (0, 2)
+    variant = load_settings(Path("params.yaml")).variant(name)
+    job = QuantizeJob(tmp_path, torch.zeros(1, 1), tmp_path, variant, "cpu", tmp_path)
+    precisions = {"a": Precision(Grid(4, 32, False, torch.float16), False)}
+    sent = pickle.loads(pickle.dumps(partial(_press_layer, job, precisions)))
+    found, known = sent.args
+    assert (found.variant, known) == (variant, precisions)

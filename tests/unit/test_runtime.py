@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.errors import TaskError
-from tasks.quantizers import QuantizeJob, quantizer
+from tasks.quantizers import QuantizeJob, press
 from tasks.runtimes import Question, load_runtime
 from tasks.runtimes.transformers import TransformersRuntime
 from tasks.scoring.lm_eval_adapter import RuntimeLM
@@ -92,7 +92,7 @@ def test_a_pressed_model_goes_where_it_is_moved(llama: Path, tmp_path: Path) -> 
     save_file({"input_ids": tokens}, tmp_path / "tokens.safetensors")
     collect(llama, tmp_path, tmp_path / "statistics", importance=False)
     (pressed := tmp_path / "pressed").mkdir()
-    quantizer(variant).press(QuantizeJob(llama, tokens, tmp_path / "statistics", variant, "cpu", pressed))
+    press(QuantizeJob(llama, tokens, tmp_path / "statistics", variant, "cpu", pressed))
     for file in llama.glob("tokenizer*"):
         (pressed / file.name).write_bytes(file.read_bytes())
     moved = TransformersRuntime(pressed, "float32").model.to("meta")

@@ -10,9 +10,10 @@ from tasks.grid import Grid, QuantizedWeight
 from tasks.solvers import awq, gptq, output_error
 from tasks.solvers.awq import search_clip, search_scale
 from tasks.solvers.refine import _fit_scales, refine
-from tasks.solvers.smoothquant import INT8, smooth
+from tasks.solvers.smoothquant import smooth
 
 ROWS, WIDTH, GROUP, TOKENS = 48, 128, 32, 512
+INT8 = Grid(8, None, True, torch.float32)
 
 
 def grid(*, symmetric: bool = False, bits: int = 4, group: int | None = GROUP) -> Grid:
@@ -123,7 +124,7 @@ def test_a_weight_on_the_grid_stays(symmetric: bool, group: int | None) -> None:
     zeros = torch.full_like(scales, 8 if symmetric else 3, dtype=torch.uint8)
     weight = QuantizedWeight(integers, scales, zeros).weight()
     if symmetric:
-        assert torch.equal(round_to_grid(weight, scales, zeros, way).weight(), weight)
+        assert torch.equal(way.round_with(weight, scales, zeros).weight(), weight)
     else:
         solved = way.round(weight)
         assert torch.equal(solved.weight(), weight)
@@ -140,7 +141,7 @@ def test_no_weight_moves_by_more_than_half_a_step(weight: Tensor, symmetric: boo
 
 def test_groups_of_one_sign_and_of_zeros_have_a_zero_and_a_scale() -> None:
     weight = torch.stack([torch.linspace(1, 2, GROUP), torch.zeros(GROUP), -torch.linspace(1, 2, GROUP)])
-    scales, zeros = fit_grid(weight, grid())
+    scales, zeros = grid().fit(weight)
     assert zeros.flatten().tolist() == [0, 0, 15]
     assert (scales > 0).all()
     assert torch.equal(grid().round(weight).weight()[1], torch.zeros(GROUP))
