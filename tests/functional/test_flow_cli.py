@@ -26,7 +26,7 @@ from tests.waiting import soon
 )
 def test_a_bad_change_is_refused_before_anything_starts(toy: Toy, change: str, words: str) -> None:
     before = toy.read("params.yaml")
-    done = toy.cli("run", "--set", "gate.four_bit=0.85", "--set", change)
+    done = toy.call("run", "--set", "gate.four_bit=0.85", "--set", change)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
@@ -63,7 +63,7 @@ def test_a_failed_stage_is_one_clear_line(toy: Toy, prefect_server: str) -> None
 def test_a_plan_says_what_would_run_and_why_and_changes_nothing(toy: Toy) -> None:
     toy.set(variants__int8__smoothing=0.45)
     lock = toy.read("dvc.lock")
-    done = toy.cli("plan")
+    done = toy.call("plan")
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
     assert rows["quantize@int8"][1:6] == ["run", "params.yaml:", "variants.int8", "is", "modified"]
@@ -77,7 +77,7 @@ def test_a_plan_says_what_would_run_and_why_and_changes_nothing(toy: Toy) -> Non
 def test_the_last_report_is_shown_again(toy: Toy) -> None:
     assert toy.cli("report").stdout.startswith("the table of the field\n")
     (toy.root / "report/table.txt").unlink()
-    done = toy.cli("report")
+    done = toy.call("report")
     assert (done.returncode, done.stderr) == (1, "error: there is no report yet; `modelpress run` makes one\n")
 
 
