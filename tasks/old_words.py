@@ -51,10 +51,10 @@ def new_words(values: Mapping[str, Any]) -> list[str]:
 
 def _output_layer(values: Mapping[str, Any]) -> str | None:
     """The precision that the section of the target asked for; None: as it is."""
-    target = values.get("target")
-    section = values.get(target) if isinstance(target, str) else None
+    target = str(values.get("target"))
+    section = values.get(target)
     bits = section.get("output_layer") if isinstance(section, Mapping) else None
-    return _OUTPUT.get((target, bits))
+    return _OUTPUT.get((target, bits)) if isinstance(bits, int) else None
 
 
 def _with_output_layer(new: dict[str, Any], precision: str | None) -> dict[str, Any]:

@@ -21,10 +21,11 @@ def result(summary: Mapping[str, Any], plot: str) -> str:
 
 def _table(summary: Mapping[str, Any]) -> str:
     described = columns(summary)
-    return tabulate(
+    text: str = tabulate(
         {one_line(column.heading): [one_line(cell) for cell in column.cells.values()] for column in described},
         headers="keys",
         tablefmt="pipe",
         disable_numparse=True,
         colalign=["right" if column.kind == "figure" else "left" for column in described],
     )
+    return text

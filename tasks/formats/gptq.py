@@ -112,4 +112,5 @@ def _pack(values: Tensor, bits: int) -> Tensor:
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     """int32 [words, columns] -> uint8 [words * 32 / bits, columns]."""
     shifts = torch.arange(WORD // bits, device=packed.device) * bits
-    return ((packed[:, None] >> shifts[:, None]) & (2**bits - 1)).to(torch.uint8).flatten(0, 1)
+    values: Tensor = (packed[:, None] >> shifts[:, None]) & (2**bits - 1)
+    return values.to(torch.uint8).flatten(0, 1)

@@ -21,7 +21,7 @@ def load_dense(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     del config.quantization_config
     dense = {name: stored.tensor(name).to(dtype) for name in stored.dense}
     dense |= {f"{name}.weight": stored.weights(name).to(dtype) for name in stored.quantized}
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(dense, strict=False)
     # the output layer may share the embedding's weights and then has none of its own
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
