@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tasks.schemes import LLAMA_CPP, NONE
+
 # a method's name in a variant: the axes that it stands for today
 _METHODS: dict[str, dict[str, Any]] = {
     "none": {"scheme": "none"},
@@ -23,7 +25,8 @@ _METHODS: dict[str, dict[str, Any]] = {
 }
 _GONE = ("method", "bits", "symmetric", "type", "importance")  # part of the scheme, or renamed below
 _DEFAULTS = {"backend": "modelpress", "format": "compressed-tensors", "act_order": "static", "propagate": False}
-_OUTPUT = {8: "W8A16@64", 4: "W4A16_ASYM@32"}
+# what an export rounded the output layer to, by its target and the bits
+_OUTPUT = {("onnx", 8): "W8A16@64", ("onnx", 4): "W4A16_ASYM@32", ("gguf", 8): "W8A16@32"}
 _MIXTURES = {4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K"}  # llama.cpp's, by the bits of most weights
 # what today's records hold beside the scheme, and old ones do not
 _UNTOLD = {"recipe": "", "format": "", "backend": "", "output_layer": None, "output_layer_error": None}
@@ -33,18 +36,34 @@ def new_words(values: Mapping[str, Any]) -> list[str]:
     """A line for each part of params.yaml that is in old words, with the new ones; nothing where all are new."""
     lines = []
     variants = values.get("variants")
+    output_layer = _output_layer(values)
     for name, variant in (variants if isinstance(variants, Mapping) else {}).items():
         if isinstance(variant, Mapping) and "method" in variant:
-            lines.append(f"variants.{name}: {_flow(new_variant(variant))}")
+            lines.append(f"variants.{name}: {_flow(_with_output_layer(new_variant(variant), output_layer))}")
     for section in ("onnx", "gguf"):
-        asked = values.get(section)
-        if isinstance(asked, Mapping) and "output_layer" in asked:
-            precision = _OUTPUT.get(asked["output_layer"])
-            instead = f"output_layer: {precision}" if precision else "no output_layer, which leaves it as it is,"
+        if section in values:
             lines.append(
-                f"{section}.output_layer is a setting of each variant: remove the section, and write {instead}"
+                f"{section}: remove the section; its output_layer is a setting of each variant of the backend "
+                "modelpress, and of a model that ties no embedding to it, embedding is another"
             )
     return lines
+
+
+def _output_layer(values: Mapping[str, Any]) -> str | None:
+    """The precision that the section of the target asked for; None: as it is."""
+    target = values.get("target")
+    section = values.get(target) if isinstance(target, str) else None
+    bits = section.get("output_layer") if isinstance(section, Mapping) else None
+    return _OUTPUT.get((target, bits))
+
+
+def _with_output_layer(new: dict[str, Any], precision: str | None) -> dict[str, Any]:
+    """The new variant with the output layer that the export rounded, in the format that can hold one."""
+    if precision is None or new["scheme"] in (NONE, *LLAMA_CPP) or "backend" in new:
+        return new
+    if new.pop("format", None) is not None:
+        new["scale_dtype"] = "float16"  # as these formats have it
+    return new | {"output_layer": precision}
 
 
 def new_variant(old: Mapping[str, Any]) -> dict[str, Any]:

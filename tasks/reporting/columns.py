@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tasks.old_words import new_record
+from tasks.reporting.labels import made_as
 from tasks.reporting.number_format import change, figure, interval, megabytes, percent, short_percent, times
 
 Values = Mapping[str, Any]
@@ -101,13 +101,10 @@ def legend(summary: Values) -> str:
 
 
 def _name(name: str, row: Values) -> Cell:
-    if not row.get("bits"):
-        return Cell(name, remark="baseline")
-    made = new_record(row)
-    scheme = ": ".join(word for word in (made.get("scheme"), made.get("recipe")) if word)
-    bits = f"{figure(row['bits_per_weight'])} bits a weight" if row.get("bits_per_weight") else ""
-    outer = f"output layer {made['output_layer']}" if made.get("output_layer") else ""
-    return Cell(name, remark=", ".join(word for word in (scheme, bits, outer) if word))
+    bits = row.get("bits") and row.get("bits_per_weight")
+    remarks = [made_as(row), f"{figure(bits)} bits a weight" if bits else ""]
+    remarks += [f"output layer {row['output_layer']}"] if row.get("output_layer") else []
+    return Cell(name, remark=", ".join(filter(None, remarks)))
 
 
 def _speed(row: Values) -> Cell:

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from tasks.companion_files import is_licence
+from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.provenance import without_folders
 from tasks.reporting.render import render
-from tasks.schemes import LLAMA_CPP
 from tasks.settings import Settings
 
 # what the hub calls a licence; every other one is "other", with its name beside it
@@ -42,7 +42,7 @@ def model_card(summary: Mapping[str, Any], settings: Settings, files: Iterable[s
         base_model=base_model(summary["model"]["source"]),
         settings=without_folders(settings.model_dump(mode="json")),
         variant=_made_by(settings, name),
-        outer=_outer(settings, name),
+        outer="" if by_llama_cpp(row) else _outer(settings, name),
         licence_files=[f for f in files if is_licence(f)],
         quant_method=quant_method,
         chat_template="chat_template.jinja" in files,
@@ -68,10 +68,8 @@ def _made_by(settings: Settings, name: str) -> dict[str, Any]:
 
 
 def _outer(settings: Settings, name: str) -> str:
-    """The end of a sentence on the output layer and the embedding; nothing where llama.cpp chose their types."""
+    """The end of a sentence: the output layer and the embedding."""
     variant = settings.variant(name)
-    if variant.scheme in LLAMA_CPP:
-        return ""
     precisions = {"output layer": variant.output_layer, "embedding": variant.embedding}
     rounded = [f"the {what} is rounded to {precision}" for what, precision in precisions.items() if precision]
     return f"; {' and '.join(rounded) or 'the output layer and the embedding are as they were'}"

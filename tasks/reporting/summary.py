@@ -11,9 +11,9 @@ from typing import Any
 
 from tasks.errors import TaskError
 from tasks.old_words import new_record
+from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.number_format import percent
 from tasks.reporting.verdict import SEED, Pairs, flips, judge, pair_items, retention
-from tasks.schemes import LLAMA_CPP
 from tasks.settings import BASE, GateSettings
 
 GGUF_BLOCK = 32  # weights that share a scale in llama.cpp's types
@@ -188,7 +188,7 @@ def _read_lines(path: Path, stage: str) -> list[dict[str, Any]]:
 
 def _flattered(model: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Of variants by llama.cpp's quantizer: its groups are those of a model that was dequantized from GGUF's blocks."""
-    names = [name for name, row in rows.items() if row["scheme"] in LLAMA_CPP]
+    names = [name for name, row in rows.items() if by_llama_cpp(row)]
     if not names or (model.get("grid") or {}).get("group_size") != GGUF_BLOCK:
         return []
     return [

@@ -138,6 +138,18 @@ def test_a_stage_that_takes_too_long_is_stopped(toy: Toy) -> None:
     assert toy.read("report/table.txt") == "the table of the field\n"
 
 
+def test_what_cannot_work_is_refused_before_any_stage_runs(toy: Toy) -> None:
+    before = toy.executed()
+    toy.set(gate__four_bit=0.9)
+    toy.wish("preflight", "error: group_size is 7")
+    with pytest.raises(FlowError, match=r"^group_size is 7$"):
+        toy.run()
+    (toy.root / "tasks/checks/preflight.py").unlink()
+    with pytest.raises(FlowError, match=r"has no tasks/checks/preflight\.py"):
+        toy.run()
+    assert toy.executed() == before
+
+
 def test_two_runs_in_one_checkout_are_refused(toy: Toy) -> None:
     with exclusive(toy.root), pytest.raises(FlowError, match=r"another run \(process \d+\) is at work in"):
         toy.run()

@@ -10,31 +10,36 @@ from typing import Any
 import pytest
 import yaml
 
+from tasks.checks.preflight import check
 from tasks.errors import TaskError
 from tasks.model.compatibility import check_fit
 from tasks.model.linears import linear_shapes
-from tasks.settings import AutoSettings, AwqSettings, GptqSettings
+from tasks.settings import Settings, VariantSettings, check_settings
+from tests.mixed import untied
 
-VARIANTS = yaml.safe_load(Path("params.yaml").read_text())["variants"]
+PARAMS = yaml.safe_load(Path("params.yaml").read_text())
+VARIANTS = PARAMS["variants"]
+# of a mixture that rounds no activations
+PLAIN = {"smoothing": None, "symmetric_activations": None}
 # in a format that knows only one group size
 GPTQ = {**VARIANTS["gptq-int4"], "group_size": 32, "format": "gptq"}
 
 
-def gptq(**changes: Any) -> GptqSettings:
-    return GptqSettings.model_validate({**GPTQ, **changes})
+def gptq(**changes: Any) -> VariantSettings:
+    return VariantSettings.model_validate({**GPTQ, **changes})
 
 
 def test_a_group_size_that_fits_passes(llama: Path) -> None:
-    awq = AwqSettings.model_validate({**VARIANTS["awq-int4"], "group_size": 64})
     check_fit("v", gptq(), llama)
-    check_fit("v", awq, llama)
+    check_fit("v", VariantSettings.model_validate({**VARIANTS["awq-int4"], "group_size": 64}), llama)
+    check_fit("v", VariantSettings.model_validate(VARIANTS["int8"]), llama)
 
 
 def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(llama: Path) -> None:
     with pytest.raises(TaskError) as caught:
         check_fit("v", gptq(group_size=128), llama)
     message = str(caught.value)
-    assert "variants.v.group_size is 128, which does not divide the width 64 of model.layers.0." in message
+    assert "variants.v: group_size is 128, which does not divide the width 64 of model.layers.0." in message
     assert "sizes that divide every layer: 16, 32, 64;" in message
     assert message.endswith("or set format to compressed-tensors, in which layers may differ")
     check_fit("v", gptq(group_size=128, format="compressed-tensors"), llama)
@@ -48,16 +53,82 @@ def test_a_format_without_a_place_for_layers_left_alone_says_so(llama: Path) -> 
     check_fit("v", gptq(skip_layers=[1], format="awq"), llama)
 
 
-def auto(**changes: Any) -> AutoSettings:
-    return AutoSettings.model_validate({**VARIANTS["auto"], "candidates": ["4@32", "8@64"], **changes})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"scheme": "W8A16", "format": "awq"},
+            "the format awq has no place for 8 bits; set format to compressed-tensors",
+        ),
+        ({"scheme": "W8A8", "group_size": None, "format": "awq"}, "has no place for rounded activations; set format"),
+        ({"scheme": "W8A8", "group_size": None}, "the format gptq has no place for rounded activations; set format"),
+        ({"format": "awq", "output_layer": "W8A16@64"}, "of lm_head is set, but the format awq holds"),
+        ({"output_layer": "W8A16@64"}, "of lm_head is set, but the format gptq holds"),
+        ({"scale_dtype": "bfloat16"}, "scale_dtype is bfloat16, but the format gptq stores float16"),
+        (
+            {"format": "compressed-tensors", "output_layer": "W8A16@72"},
+            "72, which does not divide the width 64 of lm_h",
+        ),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_before_work_starts(
+    changes: dict[str, Any], message: str, llama: Path
+) -> None:
+    with pytest.raises(TaskError, match=rf"^variants\.v: .*{message}"):
+        check_fit("v", gptq(**changes), llama)
+
+
+def test_a_tied_embedding_cannot_be_set_apart(llama: Path, tmp_path: Path) -> None:
+    for variant in (gptq(format="compressed-tensors", embedding="W8A16@64"), auto(embedding="W8A16@64")):
+        with pytest.raises(
+            TaskError, match=r"variants\.v: embedding is W8A16@64, but the model ties .* output_layer alone"
+        ):
+            check_fit("v", variant, llama)
+        check_fit("v", variant, untied(llama, tmp_path / variant.scheme))
+
+
+def test_a_mixtures_output_layer_must_fit_as_well(llama: Path) -> None:
+    check_fit("v", auto(output_layer="W8A16@128"), llama)  # in smaller groups
+    with pytest.raises(
+        TaskError, match=r"variants\.v: group_size is 72, which does not divide the width 64 of lm_head"
+    ):
+        check_fit("v", auto(output_layer="W8A16@72"), llama)
+
+
+@pytest.mark.parametrize("key", ["output_layer", "embedding"])
+def test_a_target_that_cannot_load_it_is_named_before_work_starts(key: str, llama: Path, tmp_path: Path) -> None:
+    def settings(target: str) -> Settings:
+        variants = {"base": {"scheme": "none"}, "v": {**VARIANTS["gptq-int4"], key: "W8A16@64"}}
+        return check_settings(PARAMS | {"target": target, "variants": variants})
+
+    evals, apart = Path("evals"), untied(llama, tmp_path / "untied")
+    what = (
+        "ties the output layer to the embedding" if key == "output_layer" else "looks up embeddings in full precision"
+    )
+    with pytest.raises(TaskError, match=rf"variants\.v\.{key} is W8A16@64, but .*{what}.*set target to onnx or gguf"):
+        check(settings("transformers"), llama, evals)
+    if key == "output_layer":
+        check(settings("transformers"), apart, evals)
+        check(settings("onnx"), llama, evals)
+    else:
+        with pytest.raises(TaskError, match="looks up embeddings in full precision"):
+            check(settings("transformers"), apart, evals)
+        with pytest.raises(TaskError, match="embedding is W8A16@64, but the model ties"):
+            check(settings("onnx"), llama, evals)
+    check(settings("onnx"), apart, evals)
+
+
+def auto(**changes: Any) -> VariantSettings:
+    own = {"candidates": ["W4A16_ASYM@32", "W8A8"], "bits_per_weight": 5.0}
+    return VariantSettings.model_validate({**VARIANTS["auto"], **own, **changes})
 
 
 def test_candidates_must_fit_the_layers_and_the_budget(llama: Path) -> None:
     check_fit("v", auto(bits_per_weight=4.625), llama)
     with pytest.raises(
-        TaskError, match=r"candidates are 4@128, 8@96, none of which divides the width 64 .*: 16, 32, 64$"
+        TaskError, match=r"candidates are W4A16_ASYM@128, W8A16@96, none of which divides the width 64 .*: 16, 32, 64$"
     ):
-        check_fit("v", auto(candidates=["4@128", "8@96"]), llama)
+        check_fit("v", auto(candidates=["W4A16_ASYM@128", "W8A16@96"], **PLAIN), llama)
     with pytest.raises(TaskError, match=r"bits_per_weight is 4\.62, but the smallest candidates take 4\.625"):
         check_fit("v", auto(bits_per_weight=4.62), llama)
 
@@ -93,7 +164,7 @@ def test_the_grid_that_the_weights_came_from_is_refused_as_meaningless(
     model = shutil.copytree(llama, tmp_path / "model")
     grid = {"bits": 4, "group_size": 32, "symmetric": grid_symmetric}
     (model / "source.json").write_text(json.dumps({"grid": grid}))
-    variant = gptq(group_size=group, symmetric=symmetric)
+    variant = gptq(group_size=group, scheme="W4A16" if symmetric else "W4A16_ASYM")
     if refused:
         with pytest.raises(TaskError, match="would be exactly the baseline and prove nothing"):
             check_fit("v", variant, model)

@@ -63,11 +63,11 @@ def test_an_old_summary_is_shown(old: Path) -> None:
         row |= {"method": METHODS[name]}
         for key in ("scheme", "recipe", "format", "backend", "output_layer"):
             del row[key]
-    cells = columns(summary)[0].cells
-    for name, scheme in SCHEMES.items():
-        assert cells[name].remark.startswith("baseline" if name == "base" else scheme)
-    assert "| int8 " in result(summary, "")
-    assert "int8: pass" in table(summary)
+    remarks = {name: cell.remark for name, cell in columns(summary)[0].cells.items()}
+    bits = {name: f", {row['bits']}.31 bits a weight" for name, row in VARIANTS.items() if name != "base"}
+    assert remarks == {"base": "baseline"} | {name: SCHEMES[name] + bits[name] for name in bits}
+    assert [cell.strip() for cell in result(summary, "").splitlines()[3].split("|")[1:3]] == ["int8", "163 MB"]
+    assert "int8: pass, " in table(summary)
 
 
 def test_precisions_and_what_is_new_are_as_in_todays_records() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,114 +10,74 @@ from typing import Any
 import onnx
 import pytest
 import torch
+import yaml
 from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
-from tasks.formats.awq_gemm import gemm_config, pack_gemm
-from tasks.formats.compressed import bytes_config, pack_bytes, pack_words, words_config
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tasks.activations.store import load_statistics
 from tasks.errors import TaskError
 from tasks.export import export
-from tasks.exporters.onnx import FLOATS, GRAPH, INTEGERS, WEIGHTS, export_onnx
-from tasks.formats.nbits import block_size, pack_bits, pack_blocks
+from tasks.exporters.onnx.exporter import OnnxExporter
+from tasks.exporters.onnx.graph import FLOATS, GRAPH, INTEGERS, WEIGHTS, export_onnx
+from tasks.formats.nbits import Blocks, block_size, pack_bits, pack_blocks, unpack_blocks
 from tasks.formats.stored import StoredModel
-from tasks.grid import Grid, QuantizedWeight
+from tasks.grid import Grid, Precision, QuantizedWeight
 from tasks.output import write_manifest
 from tasks.runtimes import Question, load_runtime
 from tasks.runtimes.onnx import OnnxRuntime
 from tasks.scoring.lm_eval_adapter import RuntimeLM
-from tasks.settings import OnnxSettings
-from tasks.solvers import output_error
-from tasks.statistics import collect
-from tests.tiny import NO_STATISTICS, tiny_model
+from tasks.settings import check_settings, load_settings
+from tasks.tensor_files import EMBEDDING, OUTPUT
+from tests.mixed import rounded_model, untied
+from tests.tiny import tiny_model
 
+SETTINGS = load_settings(Path("params.yaml"))
 IDS = torch.tensor([[5, 9, 30, 31, 32, 40, 41, 100, 7, 8, 300, 12], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
-WORDS = Grid(4, 32, False, torch.float16)
-BYTES = Grid(8, None, True, torch.float32)
-WORDS_CONFIG, BYTES_CONFIG = words_config({"all": WORDS}, True, ["lm_head"]), bytes_config(False, ["lm_head"])
-GEMM_CONFIG = gemm_config(WORDS)
+WORDS = Precision(Grid(4, 32, False, torch.float16))
+BYTES = Precision(Grid(8, None, True, torch.float32), symmetric_activations=False)
 # a layer each, with bits and groups of its own, as a search for the best of them would leave it
-MIXED: dict[str, Grid | None] = {
-    "0.self_attn.q_proj": Grid(4, 128, True, torch.float16),
-    "0.self_attn.v_proj": Grid(8, 32, False, torch.float16),
-    "1.self_attn.q_proj": Grid(8, 128, True, torch.float16),
-    "1.self_attn.k_proj": Grid(8, 16, False, torch.float16),
-    "1.self_attn.v_proj": Grid(8, 64, False, torch.float16),
-    "0.mlp.gate_proj": Grid(8, 128, False, torch.float16),
-    "0.mlp.down_proj": Grid(4, 256, False, torch.float16),
+MIXED: dict[str, Precision | None] = {
+    "0.self_attn.q_proj": Precision(Grid(4, 128, True, torch.float16)),
+    "0.self_attn.v_proj": Precision(Grid(8, 32, False, torch.float16)),
+    "1.self_attn.q_proj": Precision(Grid(8, 128, True, torch.float16)),
+    "1.self_attn.k_proj": Precision(Grid(8, 16, False, torch.float16)),
+    "1.self_attn.v_proj": Precision(Grid(8, 64, False, torch.float16)),
+    "0.mlp.gate_proj": Precision(Grid(8, 128, False, torch.float16)),
+    "0.mlp.down_proj": Precision(Grid(4, 256, False, torch.float16)),
     "1.mlp.up_proj": BYTES,
     "1.mlp.down_proj": None,
     "": WORDS,
 }
-MIXED_CONFIG = WORDS_CONFIG | {
-    "config_groups": {
-        f"group_{i}": words_config({"all": grid}, True, [])["config_groups"]["group_0"] | {"targets": [f"re:.*{end}"]}
-        for i, (end, grid) in enumerate(MIXED.items())
-        if grid is not None and grid != BYTES
-    }
-}
-
-
-def press(model: Path, directory: Path, grids: Mapping[str, Grid | None], config: dict[str, Any]) -> Path:
-    """The model with its linear layers rounded: each to the grid of the first key that its name ends with."""
-    directory.mkdir()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in load_file(model / "model.safetensors").items():
-        grid = next((g for end, g in grids.items() if name.endswith(f"{end}.weight") and "layers." in name), None)
-        if grid is None or tensor.dim() == 1:
-            tensors[name] = tensor
-            continue
-        solved = round_to_grid(tensor.float(), *fit_grid(tensor.float(), grid), grid)
-        stem = name.removesuffix(".weight")
-        if config is GEMM_CONFIG:
-            packed = pack_gemm(solved)
-        else:
-            packed = pack_bytes(solved) if grid == BYTES else pack_words(solved, grid)
-        tensors |= {f"{stem}.{end}": part.contiguous() for end, part in packed.items()}
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    described = json.loads((model / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(described | {"quantization_config": config}))
-    for file in model.glob("*token*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
 
 
 @pytest.fixture(scope="module")
 def words(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return press(llama, tmp_path_factory.mktemp("words") / "model", {"": WORDS}, WORDS_CONFIG)
+    return rounded_model(llama, tmp_path_factory.mktemp("words") / "model", {"": WORDS})
 
 
-@pytest.fixture(scope="module")
-def statistics(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    calibration = tmp_path_factory.mktemp("calibration")
-    tokens = torch.randint(6, 200, (8, 64), generator=torch.Generator().manual_seed(0))
-    save_file({"input_ids": tokens}, calibration / "tokens.safetensors")
-    collect(llama, calibration, calibration / "statistics", importance=False)
-    return calibration / "statistics"
-
-
-def exported(
-    model: Path, directory: Path, output_layer: int, statistics: Path = NO_STATISTICS, **options: Any
-) -> OnnxRuntime:
+def exported(model: Path, directory: Path, **options: Any) -> OnnxRuntime:
     directory.mkdir(exist_ok=True)
-    export_onnx(model, directory, output_layer, statistics, **options)
+    export_onnx(model, directory, **options)
     for file in model.glob("*token*"):
         (directory / file.name).write_bytes(file.read_bytes())
     return OnnxRuntime(directory, "float32")
 
 
-def logprobs(model: Path, changed: Mapping[str, Tensor] | None = None) -> Tensor:
-    """By transformers, of the dense model that a stored one stands for, with some tensors in the place of its own."""
+def logprobs(model: Path) -> Tensor:
+    """By transformers, of the dense model that a stored one stands for."""
     stored = StoredModel(model)
     config = AutoConfig.from_pretrained(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dense: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tensors = {name: stored.tensor(name).float() for name in stored.dense}
-    tensors |= {f"{name}.weight": stored.linear(name).solved.weight() for name in stored.quantized}
-    dense.load_state_dict(tensors | dict(changed or {}), strict=False)
+    tensors |= {f"{name}.weight": stored.linear(name).weight.weight() for name in stored.quantized}
+    if config.tie_word_embeddings and OUTPUT in stored.quantized:
+        tensors[f"{EMBEDDING}.weight"] = tensors[f"{OUTPUT}.weight"]
+    missing, unexpected = dense.load_state_dict(tensors, strict=False)
+    assert set(missing) <= {f"{OUTPUT}.weight"}
+    assert not unexpected
     dense.tie_weights()
     with torch.inference_mode():
         found: Tensor = dense.eval()(IDS).logits.log_softmax(-1)
@@ -139,32 +98,37 @@ EXACT = 2e-4  # nats, where only the order of float32 sums differs
 
 
 @pytest.mark.parametrize(
-    ("grids", "config"),
+    ("precisions", "form"),
     [
-        pytest.param({"": BYTES}, BYTES_CONFIG, id="int8"),
-        pytest.param({"": WORDS}, WORDS_CONFIG, id="gptq"),
-        pytest.param({"": Grid(4, 128, True, torch.float16)}, WORDS_CONFIG, id="gptq, symmetric, groups of two blocks"),
-        pytest.param({"": WORDS}, GEMM_CONFIG, id="awq"),
-        pytest.param(MIXED, MIXED_CONFIG, id="mixed"),
+        pytest.param({"": BYTES}, "compressed-tensors", id="W8A8"),
+        pytest.param({"": WORDS}, "compressed-tensors", id="W4A16_ASYM"),
+        pytest.param(
+            {"": Precision(Grid(4, 128, True, torch.float16))},
+            "compressed-tensors",
+            id="W4A16, groups of two blocks",
+        ),
+        pytest.param({"": WORDS}, "awq", id="awq"),
+        pytest.param({"": Precision(Grid(4, 32, False, torch.float16, least_zero=1))}, "gptq", id="gptq"),
+        pytest.param(MIXED, "compressed-tensors", id="mixed"),
     ],
 )
 def test_the_graph_holds_the_weights_that_were_solved(
-    tmp_path: Path, grids: Mapping[str, Grid | None], config: dict[str, Any]
+    tmp_path: Path, precisions: Mapping[str, Precision | None], form: str
 ) -> None:
     model = tiny_model(tmp_path / "base", hidden=128)
-    pressed = press(model, tmp_path / "model", grids, config)
+    pressed = rounded_model(model, tmp_path / "model", precisions, form)
     expected = logprobs(pressed)
-    floats = exported(pressed, tmp_path / "floats", 32, accuracy_level=FLOATS).logprobs(IDS)
+    floats = exported(pressed, tmp_path / "floats", accuracy_level=FLOATS).logprobs(IDS)
     assert distance(floats, expected) < EXACT
     # the kernels that ship round the activations, and do no more
-    integers = exported(pressed, tmp_path / "integers", 32).logprobs(IDS)
+    integers = exported(pressed, tmp_path / "integers").logprobs(IDS)
     assert distance(integers, expected) > EXACT
     assert divergence(integers, expected) < 0.01
 
 
 def test_a_layer_keeps_its_own_bits_and_shares_a_product_only_with_its_like(tmp_path: Path) -> None:
-    pressed = press(tiny_model(tmp_path / "base", hidden=128), tmp_path / "model", MIXED, MIXED_CONFIG)
-    export_onnx(pressed, tmp_path, 32, NO_STATISTICS)
+    pressed = rounded_model(tiny_model(tmp_path / "base", hidden=128), tmp_path / "model", MIXED)
+    export_onnx(pressed, tmp_path)
     nodes = onnx.load(tmp_path / GRAPH, load_external_data=False).graph.node
     products = {node.name: {a.name: a.i for a in node.attribute} for node in nodes if node.op_type == "MatMulNBits"}
     found = {
@@ -188,92 +152,132 @@ def test_a_layer_keeps_its_own_bits_and_shares_a_product_only_with_its_like(tmp_
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_the_baseline_is_left_as_it_is_whatever_the_output_layer(family: str, tmp_path: Path) -> None:
+def test_the_baseline_is_left_as_it_is(family: str, tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", family=family)
-    assert distance(exported(model, tmp_path / "onnx", 4).logprobs(IDS), logprobs(model)) < EXACT
+    assert distance(exported(model, tmp_path / "onnx").logprobs(IDS), logprobs(model)) < EXACT
 
 
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+OUTER = {
+    "W8A16@64": Precision(Grid(8, 64, True, torch.bfloat16)),
+    "W4A16_ASYM@32": Precision(Grid(4, 32, False, torch.float16)),
+}
 
 
-@pytest.fixture(scope="module")
-def untied(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`words` with an output layer of its own."""
-    model = tmp_path_factory.mktemp("untied")
-    tensors = load_file(words / "model.safetensors")
-    random = torch.Generator().manual_seed(1)
-    tensors[OUTPUT] = torch.randn(tensors[EMBEDDING].shape, generator=random) * 0.3
-    save_file(tensors, model / "model.safetensors")
-    config = json.loads((words / "config.json").read_text()) | {"tie_word_embeddings": False}
-    (model / "config.json").write_text(json.dumps(config))
-    for file in words.glob("*token*"):
-        (model / file.name).write_bytes(file.read_bytes())
-    return model
-
-
-@pytest.mark.parametrize("kind", ["words", "untied"])
-def test_output_layer_and_embedding_are_rounded_to_8_bits(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+@pytest.mark.parametrize("label", OUTER)
+@pytest.mark.parametrize("tied", [True, False])
+def test_output_layer_and_embedding_are_those_that_were_solved(
+    tied: bool, label: str, llama: Path, tmp_path: Path
 ) -> None:
-    model: Path = request.getfixturevalue(kind)
-    tensors = load_file(model / "model.safetensors")
-    rounded = {
-        n: Grid(8, 64, False, torch.float32).round(tensors[n]).weight() for n in (EMBEDDING, OUTPUT) if n in tensors
-    }
-    found = exported(model, tmp_path / "onnx", 8, accuracy_level=FLOATS).logprobs(IDS)
-    assert distance(found, logprobs(model, rounded)) < EXACT
-    assert distance(found, logprobs(model)) > 10 * EXACT
+    """Where a model ties the two, they share the integers."""
+    base = llama if tied else untied(llama, tmp_path / "base")
+    precisions = {"": WORDS, OUTPUT: OUTER[label]} | ({} if tied else {EMBEDDING: OUTER["W8A16@64"]})
+    pressed = rounded_model(base, tmp_path / "pressed", precisions)
+    found = exported(pressed, tmp_path / "onnx", accuracy_level=FLOATS).logprobs(IDS)
+    assert distance(found, logprobs(pressed)) < EXACT
+    plain = rounded_model(base, tmp_path / "plain", {"": WORDS})
+    assert distance(found, logprobs(plain)) > 10 * EXACT
+    names = [i.name for i in onnx.load(tmp_path / "onnx" / GRAPH, load_external_data=False).graph.initializer]
+    assert not any("embed_tokens.weight" in name for name in names)
+    assert sum(name.endswith("GatherBlockQuantized.qweight") for name in names) == (not tied)
 
 
-@pytest.mark.parametrize("kind", ["words", "untied"])
-def test_in_4_bits_the_output_layer_is_solved(
-    kind: str, request: pytest.FixtureRequest, statistics: Path, tmp_path: Path
+@pytest.mark.parametrize("outer", ["output", "embedding"])
+def test_of_an_untied_pair_one_may_stay_as_it_is(outer: str, llama: Path, tmp_path: Path) -> None:
+    base = untied(llama, tmp_path / "base")
+    name = OUTPUT if outer == "output" else EMBEDDING
+    pressed = rounded_model(base, tmp_path / "pressed", {"": WORDS, name: OUTER["W8A16@64"]})
+    found = exported(pressed, tmp_path / "onnx", accuracy_level=FLOATS).logprobs(IDS)
+    assert distance(found, logprobs(pressed)) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("precisions", "form"),
+    [
+        ({"": WORDS, OUTPUT: OUTER["W8A16@64"]}, "compressed-tensors"),
+        ({"": WORDS, OUTPUT: OUTER["W4A16_ASYM@32"]}, "compressed-tensors"),
+        (MIXED | {OUTPUT: OUTER["W8A16@64"]}, "compressed-tensors"),
+        ({"": WORDS}, "awq"),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_export_only_transcodes(
+    tied: bool, precisions: Mapping[str, Precision | None], form: str, tmp_path: Path
 ) -> None:
-    model: Path = request.getfixturevalue(kind)
-    tensors = load_file(model / "model.safetensors")
-    found = exported(model, tmp_path / "onnx", 4, statistics, accuracy_level=FLOATS).logprobs(IDS)
-    grid = Grid(4, 32, False, torch.float32)
-    weight = tensors[OUTPUT if kind == "untied" else EMBEDDING].float()
-    solved = output_weight(tmp_path / "onnx" / GRAPH)
-    changed = (
-        {OUTPUT: solved, EMBEDDING: grid.round(tensors[EMBEDDING]).weight()}
-        if kind == "untied"
-        else {EMBEDDING: solved}
-    )
-    assert distance(found, logprobs(model, changed)) < EXACT
-    assert distance(found, logprobs(model)) > 10 * EXACT
-    gram = load_statistics(statistics, None, "cpu")["lm_head"].gram
-    error, other = (output_error(each - weight, gram).sum() for each in (solved, grid.round(weight).weight()))
-    assert 0 < error < 0.7 * other
+    """The weights that the file's integers stand for are the stored ones, exactly."""
+    base = tiny_model(tmp_path / "base", hidden=128)
+    if not tied:
+        base = untied(base, tmp_path / "untied")
+        if OUTPUT in precisions:
+            precisions = {**precisions, EMBEDDING: OUTER["W4A16_ASYM@32"]}
+    pressed = rounded_model(base, tmp_path / "pressed", precisions, form)
+    export_onnx(pressed, tmp_path)
+    stored, found = StoredModel(pressed), products(tmp_path / GRAPH)
+    seen = set()
+    for names, weight in found.items():
+        parts = weight.split([len(stored.weights(name)) for name in names])
+        for name, part in zip(names, parts, strict=True):
+            assert torch.equal(part, stored.weights(name)), name
+            seen.add(name)
+    assert seen == set(stored.quantized)
 
 
-def output_weight(graph: Path) -> Tensor:
-    """What the integers of the output layer's product stand for, 4 bits each."""
-    parts = {i.name: torch.tensor(onnx.numpy_helper.to_array(i)) for i in onnx.load(graph).graph.initializer}
-    packed, scales, zeros = (parts[f"lm_head.MatMulNBits.{end}"] for end in ("qweight", "scales", "qzeros"))
-    rows, blocks = scales.shape
-    integers, zeros = (torch.stack([each & 15, each >> 4], -1).view(rows, -1) for each in (packed, zeros))
-    return QuantizedWeight(integers, scales, zeros[:, :blocks]).weight()
+def products(graph: Path) -> dict[tuple[str, ...], Tensor]:
+    """By the names of the layers that are stacked in each: the weight that the integers in the file stand for."""
+    model = onnx.load(graph).graph
+    parts = {i.name: torch.tensor(onnx.numpy_helper.to_array(i)) for i in model.initializer}
+    found = {}
+    for node in model.node:
+        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
+            continue
+        options = {a.name: a.i for a in node.attribute}
+        stem = next(name for name in node.input if name.endswith(".scales")).removesuffix(".scales")
+        packed, scales, zeros = (parts[f"{stem}.{end}"] for end in ("qweight", "scales", "qzeros"))
+        solved = unpack_blocks(Blocks(packed, scales, zeros), options["bits"])
+        assert solved.group_size == options["block_size"]
+        found[layers(stem)] = solved.weight()
+    return found
 
 
-def test_a_solved_output_layer_needs_statistics(words: Path, tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"no/statistics/lm_head.safetensors is not there; run the statistics stage"):
-        export_onnx(words, tmp_path, 4, NO_STATISTICS)
+def layers(stem: str) -> tuple[str, ...]:
+    """The layers in the product of this name, such as model.layers.0.attn.qkv_proj.MatMulNBits."""
+    if not stem.startswith("model.layers."):
+        return (stem.rpartition(".")[0],)
+    name = stem.removesuffix(".MatMulNBits").replace(".attn.", ".self_attn.")
+    if name.endswith("qkv_proj"):
+        return tuple(name.replace("qkv_proj", f"{letter}_proj") for letter in "qkv")
+    return (name,)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_the_same_model_gives_the_same_bytes(words: Path, statistics: Path, tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize("label", OUTER)
+def test_the_same_model_gives_the_same_bytes(label: str, llama: Path, tmp_path: Path) -> None:
+    pressed = rounded_model(llama, tmp_path / "pressed", {"": WORDS, OUTPUT: OUTER[label]})
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        export_onnx(words, tmp_path / name, bits, statistics)
+        export_onnx(pressed, tmp_path / name)
     for file in (GRAPH, WEIGHTS, "genai_config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_groups_that_are_no_blocks_are_refused_before_work_starts_and_in_export(llama: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")) | {"target": "onnx"}
+    OnnxExporter().check(check_settings(values), llama)
+    for key, value in (("group_size", 24), ("output_layer", "W8A16@24"), ("embedding", "W8A16@24")):
+        variants = {**values["variants"], "v": {**values["variants"]["gptq-int4"], key: value}}
+        with pytest.raises(
+            TaskError, match=rf"variants\.v\.{key} has groups of 24, .* fit the target onnx: 16 and its"
+        ):
+            OnnxExporter().check(check_settings(values | {"variants": variants}), None)
+    pressed = rounded_model(llama, tmp_path / "pressed", {"": Precision(Grid(4, 8, False, torch.float16))})
+    with pytest.raises(TaskError, match=r"model\.layers\.0\..* has groups of 8, .* set group_size to a multiple of 16"):
+        export_onnx(pressed, tmp_path)
 
 
 def test_a_family_without_a_graph_and_missing_tensors_are_refused(llama: Path, tmp_path: Path) -> None:
     other = tiny_model(tmp_path / "gemma", family="gemma")
     with pytest.raises(TaskError, match=r"of type 'gemma'.*there are: llama, mistral"):
-        export_onnx(other, tmp_path, 8, NO_STATISTICS)
+        OnnxExporter().export(other, tmp_path)
+    with pytest.raises(TaskError, match=r"of type 'gemma'.*there are: llama, mistral"):
+        OnnxExporter().check(SETTINGS, other)
     lacking = tmp_path / "lacking"
     lacking.mkdir()
     (lacking / "config.json").write_bytes((llama / "config.json").read_bytes())
@@ -281,7 +285,7 @@ def test_a_family_without_a_graph_and_missing_tensors_are_refused(llama: Path, t
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, lacking / "model.safetensors")
     with pytest.raises(TaskError, match=r"missing \['model.layers.1.mlp.up_proj.weight'\]"):
-        export_onnx(lacking, tmp_path, 8, NO_STATISTICS)
+        export_onnx(lacking, tmp_path)
 
 
 class TestBlocks:
@@ -299,6 +303,10 @@ class TestBlocks:
             torch.randint(0, 2**bits, (4, 3), generator=random, dtype=torch.uint8),
         )
         blocks = pack_blocks(solved, bits, 16)
+        back = unpack_blocks(blocks, bits)
+        assert torch.equal(back.integers, solved.integers)
+        assert torch.equal(back.scales, solved.scales.float().repeat_interleave(4, 1))
+        assert torch.equal(back.zeros, solved.zeros.repeat_interleave(4, 1))
         assert blocks.integers.shape == (4, 12, 16 * bits // 8)
         assert torch.equal(blocks.scales, solved.scales.float().repeat_interleave(4, 1))
         each = QuantizedWeight(solved.integers, blocks.scales, solved.zeros.repeat_interleave(4, 1))
@@ -326,7 +334,7 @@ class TestRuntime:
         directory = tmp_path_factory.mktemp("onnx")
         shutil.copytree(llama, directory / "model")
         write_manifest(directory / "model")
-        export(directory / "model", "onnx", OnnxSettings(output_layer=8), NO_STATISTICS, directory / "base")
+        export(directory / "model", "onnx", directory / "base")
         runtime = load_runtime("onnx", directory / "base", "float32")
         assert isinstance(runtime, OnnxRuntime)
         return runtime

@@ -230,7 +230,7 @@ class TestTable:
                 for name, output in outputs.items():
                     for part in (cell.text.split("\n"), [cell.detail]):
                         assert all(word in output for word in part), (name, column.heading, cell)
-        assert "gptq, 4.31 bits a weight" in page
+        assert "W4A16_ASYM: GPTQ, 4.31 bits a weight" in page
         assert 'title="weights are expanded to float32 for every product"' in html
 
     def test_a_summary_of_ones_own_leaves_cells_empty(self) -> None:

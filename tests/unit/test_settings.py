@@ -45,16 +45,30 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("model/sha256", "abc", r"model\.sha256 is 'abc'"),
         ("model/source", "SmolLM2", r"model\.source.*hf:.*path:.*wheel:"),
         ("model/dtype", "int3", r"model\.dtype is 'int3'.*bfloat16"),
-        ("onnx/output_layer", 16, r"onnx\.output_layer is 16: input should be 32, 8 or 4"),
+        (
+            "variants/v",
+            {**GPTQ, "output_layer": "4@64"},
+            r"variants\.v\.output_layer: '4@64' is no precision; write a scheme",
+        ),
+        (
+            "variants/v",
+            {**GPTQ, "output_layer": "W8A8"},
+            r"variants\.v\.output_layer: is for weights alone: write W8A16@64",
+        ),
+        ("variants/v", {**GPTQ, "embedding": "none"}, r"variants\.v\.embedding: is for weights alone"),
         ("target", "tpu", r"target is 'tpu': input should be 'transformers', 'onnx' or 'gguf'"),
         ("variants", {}, r"variants: must hold the baseline"),
-        ("variants", {"base": {"method": "none"}}, r"variants: holds nothing to compare"),
+        ("variants", {"base": {"scheme": "none"}}, r"variants: holds nothing to compare"),
         ("variants", None, r"variants is None"),
         ("variants/twin", GPTQ, r"gptq-int4 and twin have the same settings"),
-        ("variants/Bad_Name", {"method": "none"}, r"variants\.Bad_Name is 'Bad_Name'"),
-        ("variants/int8/method", "int3", r"variants\.int8\.method must be one of none, int8, gptq, awq, auto, gguf"),
+        ("variants/Bad_Name", {"scheme": "none"}, r"variants\.Bad_Name is 'Bad_Name'"),
+        (
+            "variants/int8/scheme",
+            "int3",
+            r"variants\.int8\.scheme is 'int3': input should be 'none', 'W4A16', .*'W8A8', 'mixed', 'Q4_K_M'",
+        ),
         ("variants/int8/smoothing", 2, r"variants\.int8\.smoothing is 2: input should be less than or equal to 1"),
-        ("variants/gptq-int4/bits", 3, r"variants\.gptq-int4\.bits is 3: input should be 4"),
+        ("variants/gptq-int4/bits", 3, r"variants\.gptq-int4\.bits is no setting \(found 3\); remove it"),
         ("variants/v", {**LIBRARY, "samples": 4096}, r"variants\.v\.samples is 4096, but calibration\.samples is only"),
         ("variants/int8/samples", 4, r"variants\.int8: samples is 4, but the backend modelpress uses the statistics"),
         ("variants/gptq-int4/backend", "llm-compressor", r"variants\.gptq-int4: clip is true, which llm-compressor"),
@@ -85,9 +99,103 @@ def test_an_onnx_graph_has_an_arithmetic_of_its_own(section: str) -> None:
 
 def test_the_variant_that_is_proposed_would_do() -> None:
     with pytest.raises(TaskError) as caught:
-        check_settings(changed("variants", {"base": {"method": "none"}}))
+        check_settings(changed("variants", {"base": {"scheme": "none"}}))
     (proposal,) = re.findall("such as `(.*)`", str(caught.value))
-    assert check_settings(changed("variants", {"base": {"method": "none"}, **yaml.safe_load(proposal)}))
+    assert check_settings(changed("variants", {"base": {"scheme": "none"}, **yaml.safe_load(proposal)}))
+
+
+AUTO, INT8, AWQ = (PARAMS["variants"][name] for name in ("auto", "int8", "awq-int4"))
+
+
+def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({**INT8, "group_size": 64}, "group_size is 64, but W8A8 has no groups of its own; remove it"),
+        ({**AUTO, "group_size": 64}, "group_size is 64, but the scheme mixed has one for each candidate, as in W4A16_"),
+        ({"scheme": "none", "clip": True}, "scheme is none, the model as it came, so clip says nothing; remove it"),
+        ({"scheme": "none", "format": "awq"}, "scheme is none, the model as it came, so format says nothing"),
+        ({**GPTQ, "symmetric_activations": True}, "symmetric_activations is set, but W4A16_ASYM rounds no activations"),
+        ({**GPTQ, "smoothing": 0.5}, "smoothing is set, but nothing is smoothed; set scaling to smoothquant or remove"),
+        (
+            without(INT8, "smoothing"),
+            "smoothing is missing: how much of the difficulty moves to the weights, such as 0",
+        ),
+        (without(AUTO, "smoothing"), "smoothing is missing"),
+        ({**GPTQ, "fused": True}, "fused is for the scheme mixed, but scheme is W4A16_ASYM; remove it"),
+        ({**GPTQ, "candidates": ["W8A8", "none"]}, "candidates is for the scheme mixed, but scheme is W4A16_ASYM"),
+        ({**GPTQ, "retention": 0.9}, "retention is for the scheme mixed"),
+        (without(AUTO, "bits_per_weight"), "needs one budget: bits_per_weight, such as 4.5, or retention, such as 0.9"),
+        ({**AUTO, "retention": 0.9}, "needs one budget"),
+        (without(AUTO, "candidates"), "candidates are missing: the precisions to choose from, such as"),
+        (without(AUTO, "fused"), "fused is missing: true where the engine joins q, k and v, as vLLM does, else false"),
+        ({**AUTO, "format": "awq"}, "format is awq, which knows one scheme for all layers; set format to compressed-t"),
+        ({**GPTQ, "scheme": "Q4_K_M"}, "group_size is 64, but Q4_K_M has no groups of its own; remove it"),
+        (
+            {"scheme": "Q4_K_M", "clip": True},
+            "clip is true, which llama.cpp cannot do; set clip to false or backend to modelpress",
+        ),
+        (
+            {"scheme": "Q4_K_M", "backend": "modelpress"},
+            "Q4_K_M, which llama.cpp alone makes; set backend to llama.cpp",
+        ),
+        ({**GPTQ, "imatrix": True}, "imatrix is for llama.cpp's schemes; remove it"),
+        ({**GPTQ, "format": "gguf"}, "format is gguf, which is written by the target gguf from any other; remove form"),
+        (
+            {**GPTQ, "samples": 4},
+            "samples is 4, but the backend modelpress uses the statistics of all sequences; remove",
+        ),
+        (
+            {**AWQ, "backend": "autoawq", "rounding": "nearest"},
+            "refine is 1, which autoawq cannot do; set refine to 0 or backend to modelpress",
+        ),
+        (
+            {**AWQ, "backend": "autoawq", "rounding": "nearest", "refine": 0, "skip_layers": [1]},
+            r"skip_layers is \[1\], which autoawq cannot do; set skip_layers to \[\] or backend to modelpress",
+        ),
+        (
+            {**AWQ, "backend": "autoawq", "rounding": "nearest", "refine": 0, "scheme": "W4A16"},
+            "scheme is W4A16, which autoawq cannot do; set scheme to W4A16_ASYM or backend to modelpress",
+        ),
+        (
+            {**LIBRARY, "output_layer": "W8A16@64"},
+            "output_layer is W8A16@64, which llm-compressor cannot do; set output_layer to null or backend",
+        ),
+        (
+            {**AUTO, "backend": "llm-compressor"},
+            "scheme is mixed, which llm-compressor cannot do; set scheme to W8A8 or",
+        ),
+    ],
+)
+def test_a_wrong_combination_is_one_clear_line(variant: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaskError, match=rf"^params\.yaml: variants\.v: .*({message})") as caught:
+        check_settings(changed("variants/v", variant))
+    assert "\n" not in str(caught.value)
+    assert ";" not in re.sub(r"; (set|remove)", "", str(caught.value))  # one finding, and what to do
+
+
+def test_a_candidate_that_is_no_precision_is_named() -> None:
+    for candidates, message in (
+        (["W4A16_ASYM@64", "8@64"], r"candidates: '8@64' is no precision; write a scheme \(W4A16, .*W8A8\)"),
+        (["W8A8", "W8A8"], r"candidates: names W8A8 more than once"),
+        (["W8A8"], r"candidates is \['W8A8'\]: list should have at least 2 items"),
+    ):
+        with pytest.raises(TaskError, match=rf"variants\.auto\.{message}"):
+            check_settings(changed("variants/auto/candidates", candidates))
+
+
+def test_keys_override_the_preset() -> None:
+    variant = check_settings(changed("variants/v", {"scheme": "W4A16", "group_size": 32})).variant("v")
+    assert (variant.precision.bits, variant.precision.group_size, variant.precision.symmetric) == (4, 32, True)
+    preset = check_settings(changed("variants/v", {"scheme": "W4A16"})).variant("v")
+    assert preset.precision.group_size == 128
+    assert check_settings(PARAMS).variant("int8").precision.symmetric_activations is False
+    auto = check_settings(PARAMS).variant("auto").precisions["W8A8"]
+    assert auto
+    assert auto.symmetric_activations is False
 
 
 def test_every_wrong_value_is_named_at_once() -> None:

@@ -1,158 +1,17 @@
-"""params.yaml as typed settings: the one module that both flows/ and tasks/ read.
-
-Every key has a place here, and a key that has none is refused. Defaults live in params.yaml alone; a field has
-a default here only where leaving it out means "not used".
-"""
+"""A variant: what numbers a weight may take, and how it gets there."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from tasks.errors import TaskError
-from tasks.old_words import new_words
 from tasks.schemes import COARSE, DAMPING, LLAMA_CPP, MIXED, NAMES, NONE, SCHEMES, Scheme, parse_precision
-from tasks.sources.address import check_data_source, check_model_checksum, check_model_source
+from tasks.settings.section import Section
 
-NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
-SHA256 = r"^[0-9a-f]{64}$"
-BASE = "base"
 BUILTIN = "modelpress"  # the backend that is our own
-Target = Literal["transformers", "onnx", "gguf"]
-TARGETS: tuple[str, ...] = get_args(Target)
-
-Name = Annotated[str, Field(pattern=NAME, max_length=40)]
-Sha256 = Annotated[str, Field(pattern=SHA256)]
-
-
-class Section(BaseModel):
-    """A part of params.yaml: immutable, and strict about keys and types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelSettings(Section):
-    """Where the model comes from."""
-
-    source: str
-    sha256: Sha256 | None = None
-    dtype: Literal["bfloat16", "float16", "float32"]
-    licence: str | None = None
-
-    _readable = field_validator("source")(check_model_source)
-
-    @model_validator(mode="after")
-    def _checksum_fits(self) -> ModelSettings:
-        check_model_checksum(self.source, self.sha256)
-        return self
-
-
-class DataSource(Section):
-    """One set of texts or of evaluation items.
-
-    `field` names the key of a JSONL record that holds the text, or the list of messages if `chat_template` is true.
-    `strip` is a regular expression whose matches are cut out of the text; `split` is one that separates documents
-    of a text file.
-    """
-
-    source: str
-    sha256: Sha256 | None = None
-    format: Literal["text", "jsonl", "parquet"] = "text"
-    field: str | None = None
-    split: str | None = None
-    strip: str | None = None
-
-    _readable = field_validator("source")(check_data_source)
-
-    @field_validator("split", "strip")
-    @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"is not a regular expression: {error}") from error
-        return value
-
-    @model_validator(mode="after")
-    def _field_fits_format(self) -> DataSource:
-        if self.format == "text" and self.field is not None:
-            raise ValueError("field is for the formats jsonl and parquet; a text file has none")
-        return self
-
-
-class CalibrationSource(DataSource):
-    """A source of calibration text; `weight` is its share of the tokens, against the other sources' weights."""
-
-    weight: Annotated[float, Field(gt=0, strict=False)] = 1.0
-    chat_template: bool = False
-
-    @model_validator(mode="after")
-    def _needs_a_field(self) -> CalibrationSource:
-        if self.format != "text" and self.field is None:
-            raise ValueError(f"field is missing: name the key of each {self.format} record that holds the text")
-        return self
-
-
-class Overlap(Section):
-    """How much of the evaluation data may stand in the calibration data: `ngram` words in a row, `limit` items."""
-
-    ngram: Annotated[int, Field(ge=3, le=100)]
-    limit: Annotated[int, Field(ge=0)]
-
-
-class CalibrationSettings(Section):
-    """The text that the quantizers look at."""
-
-    samples: Annotated[int, Field(ge=1, le=65536)]
-    sequence_length: Annotated[int, Field(ge=16, le=131072)]
-    excerpt: Annotated[int, Field(ge=16)] | None = None
-    seed: Annotated[int, Field(ge=0)]
-    overlap: Overlap
-    sources: Annotated[dict[Name, CalibrationSource], Field(min_length=1)]
-
-
-class StatisticsSettings(Section):
-    """What is found out about the activations. importance: tokens count by how much of what the model says hangs on
-    them."""
-
-    importance: bool
-
-
-class TextSource(DataSource):
-    """A held-out text for perplexity and divergence."""
-
-
-class EvaluationSettings(Section):
-    """How the baseline and every variant are measured: one contract for all."""
-
-    tasks: Annotated[list[str], Field(min_length=1)]
-    limit: Annotated[int, Field(ge=1)] | None
-    shots: Annotated[int, Field(ge=0, le=64)] | None
-    chat_template: bool
-    dtype: Literal["float32", "bfloat16", "float16"]
-    batch_tokens: Annotated[int, Field(ge=16)]
-    seed: Annotated[int, Field(ge=0)]
-    sources: dict[Name, DataSource]
-    texts: Annotated[dict[Name, TextSource], Field(min_length=1)]
-    text_tokens: Annotated[int, Field(ge=64)]
-    window: Annotated[int, Field(ge=16)]
-
-    @field_validator("tasks")
-    @classmethod
-    def _each_once(cls, value: list[str]) -> list[str]:
-        twice = sorted({t for t in value if value.count(t) > 1})
-        if twice:
-            raise ValueError(f"names {', '.join(twice)} more than once; name each task once")
-        return value
-
-
 Bits = Annotated[float, Field(gt=2, le=16, strict=False)]
 FORMATS = ("compressed-tensors", "awq", "gptq", "gguf")
 BACKENDS = (BUILTIN, "llm-compressor", "autoawq", "llama.cpp")
@@ -239,7 +98,7 @@ class VariantSettings(Section):
     damping: Annotated[float, Field(gt=0, lt=1)] | None = None
     refine: Annotated[int, Field(ge=0, le=20)] = 0
     propagate: bool = False
-    skip_layers: list[Annotated[int, Field(ge=0)]] = []
+    skip_layers: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     output_layer: str | None = None
     embedding: str | None = None
     format: Literal[FORMATS] = "compressed-tensors"  # type: ignore[valid-type]
@@ -286,6 +145,8 @@ class VariantSettings(Section):
         for key in ("candidates", "bits_per_weight", "retention", "fused"):
             if not mixed and getattr(self, key) is not None:
                 raise ValueError(f"{key} is for the scheme mixed, but scheme is {self.scheme}; remove it")
+        if mixed:
+            self._check_mixed()
         if self.group_size is not None and (self.scheme not in SCHEMES or not self._preset.weight_only):
             raise ValueError(
                 f"group_size is {self.group_size}, but "
@@ -304,8 +165,6 @@ class VariantSettings(Section):
                 if self._smooths
                 else "smoothing is set, but nothing is smoothed; set scaling to smoothquant or remove it"
             )
-        if mixed:
-            self._check_mixed()
         return self
 
     def _check_mixed(self) -> None:
@@ -426,166 +285,3 @@ class VariantSettings(Section):
 def _word(value: Any) -> str:
     """As it stands in YAML."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-class BenchmarkSettings(Section):
-    """The work that speed is measured on."""
-
-    dtype: Literal["float32", "bfloat16", "float16"]
-    prompt_tokens: Annotated[int, Field(ge=1)]
-    new_tokens: Annotated[int, Field(ge=2)]
-    batch_size: Annotated[int, Field(ge=1)]
-    repeats: Annotated[int, Field(ge=1)]
-
-
-class GateSettings(Section):
-    """When a variant passes: the least retention, by the bits of its weights, and how sure we must be."""
-
-    four_bit: Annotated[float, Field(gt=0, le=1.5, strict=False)]
-    eight_bit: Annotated[float, Field(gt=0, le=1.5, strict=False)]
-    confidence: Annotated[float, Field(ge=0.5, lt=1)]
-    resamples: Annotated[int, Field(ge=100, le=1_000_000)]
-
-
-class PackageSettings(Section):
-    """What is shipped, and under which name."""
-
-    name: Name
-
-
-class Settings(Section):
-    """All of params.yaml."""
-
-    model: ModelSettings
-    calibration: CalibrationSettings
-    statistics: StatisticsSettings
-    variants: dict[Name, VariantSettings]
-    target: Target
-    evaluation: EvaluationSettings
-    benchmark: BenchmarkSettings
-    gate: GateSettings
-    package: PackageSettings
-
-    @field_validator("variants")
-    @classmethod
-    def _baseline_and_distinct_variants(cls, value: dict[str, VariantSettings]) -> dict[str, VariantSettings]:
-        if BASE not in value or not value[BASE].is_baseline:
-            raise ValueError(f"must hold the baseline: add `{BASE}: {{scheme: none}}`")
-        if len(value) < 2:
-            raise ValueError(
-                "holds nothing to compare with the baseline; add a variant, such as "
-                "`int8: {scheme: W8A8, scaling: smoothquant, smoothing: 0.5, rounding: gptq}`"
-            )
-        seen: dict[str, str] = {}
-        for name, variant in value.items():
-            key = variant.model_dump_json()
-            if key in seen:
-                raise ValueError(
-                    f"{seen[key]} and {name} have the same settings, so they would be one model twice; "
-                    "change a setting of one or remove it"
-                )
-            seen[key] = name
-        return value
-
-    @model_validator(mode="after")
-    def _each_data_set_has_its_own_name(self) -> Settings:
-        groups: dict[str, Mapping[str, DataSource]] = {
-            "calibration.sources": self.calibration.sources,
-            "evaluation.sources": self.evaluation.sources,
-            "evaluation.texts": self.evaluation.texts,
-        }
-        owner: dict[str, str] = {}
-        for group, names in groups.items():
-            for name in names:
-                if name in owner:
-                    raise ValueError(
-                        f"{owner[name]}.{name} and {group}.{name} have one name, but each data set is kept in "
-                        f"data/raw/{name}; rename one"
-                    )
-                owner[name] = group
-        return self
-
-    @model_validator(mode="after")
-    def _samples_exist(self) -> Settings:
-        for name, variant in self.variants.items():
-            wanted = variant.samples
-            if wanted is not None and wanted > self.calibration.samples:
-                raise ValueError(
-                    f"variants.{name}.samples is {wanted}, but calibration.samples is only "
-                    f"{self.calibration.samples}; lower the one or raise the other"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _scheme_fits_target(self) -> Settings:
-        for name, variant in self.variants.items():
-            if variant.format == "gguf" and self.target != "gguf":
-                raise ValueError(
-                    f"variants.{name}.scheme is {variant.scheme}, which only the target gguf can run, but target is "
-                    f"{self.target}; set target to gguf, or remove the variant"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _graph_decides_the_arithmetic(self) -> Settings:
-        for section, dtype in (("evaluation", self.evaluation.dtype), ("benchmark", self.benchmark.dtype)):
-            if self.target == "onnx" and dtype != "float32":
-                raise ValueError(
-                    f"{section}.dtype is {dtype}, but for the target onnx the exported graph decides: float32, and "
-                    f"integers of 8 bits where weights are integers; set {section}.dtype to float32"
-                )
-        return self
-
-    def variant(self, name: str) -> VariantSettings:
-        """The settings of the variant `name`; TaskError if there is none."""
-        if name not in self.variants:
-            raise TaskError(f"no variant {name!r} in params.yaml; there are: {', '.join(self.variants)}")
-        return self.variants[name]
-
-
-def load_settings(path: Path) -> Settings:
-    """Read and check params.yaml; TaskError naming each field, its value and what is expected there."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise TaskError(f"{path} not found in {Path.cwd()}; run in the project's folder") from error
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path} is not UTF-8 text: {error}") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise TaskError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    return check_settings(values, str(path))
-
-
-def check_settings(values: Any, origin: str = "params.yaml") -> Settings:
-    """Turn plain values into Settings; TaskError naming each field, its value and what is expected there."""
-    if not isinstance(values, Mapping):
-        raise TaskError(f"{origin} holds {type(values).__name__}, expected a mapping of sections")
-    if old := new_words(values):
-        raise TaskError(f"{origin} is in the words of an earlier version; write instead:\n" + "\n".join(old))
-    try:
-        return Settings.model_validate(dict(values))
-    except ValidationError as error:
-        raise TaskError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from error
-
-
-def _explain(error: Any) -> str:
-    """One finding of pydantic, in a person's words."""
-    parts = [str(p) for p in error["loc"]]
-    where = ".".join(p for p in parts if p != "[key]")
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{where} is no setting (found {_short(error['input'])}); remove it or mend the spelling"
-        case "missing":
-            return f"{where} is missing"
-        case "value_error":
-            # where the finding is about a whole section, its value would only repeat the file
-            return f"{where + ': ' if where else ''}{error['ctx']['error']}"
-        case _:
-            return f"{where} is {_short(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
