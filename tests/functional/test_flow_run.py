@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import sys
 
 import pytest
 from prefect import task
@@ -199,13 +200,14 @@ def test_a_network_that_stays_away_fails_the_run_after_the_last_try(toy: Toy, mo
 def test_an_interrupt_does_not_wait_for_the_next_try(toy: Toy, prefect_server: str) -> None:
     toy.set(model__source="path:elsewhere")
     toy.wish("download", "away 9")
-    process = toy.start_cli("run", PREFECT_API_URL=prefect_server)
+    longer = "from flows.execution import stage_task; stage_task.WAITS = (600.0,); from flows.cli import main; main()"
+    process = toy.start([sys.executable, "-c", longer, "run"], PREFECT_API_URL=prefect_server)
     assert process.stdout is not None
     try:
-        while "trying again in 5 s" not in process.stdout.readline():
+        while "trying again in 600 s" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=4)
+        process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -209,8 +209,12 @@ class Toy:
 
     def start_cli(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
         """Start `modelpress` in a session of its own."""
+        return self.start(cli_command(*arguments), **env)
+
+    def start(self, command: list[str], **env: str) -> subprocess.Popen[str]:
+        """Start a command in a session of its own."""
         return subprocess.Popen(
-            cli_command(*arguments),
+            command,
             cwd=self.root,
             env=cli_env(**env),
             stdout=subprocess.PIPE,

@@ -52,19 +52,24 @@ class Workplace:
         return [p.name for p in self.destination.parent.iterdir()] if self.destination.parent.exists() else []
 
 
-@pytest.fixture
-def workplace(tmp_path: Path) -> Callable[..., Workplace]:
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Settings]]:
+    """What the stages before `package` leave, and the settings; made once for the same arguments. Copy it."""
+    made: dict[str, tuple[Path, Settings]] = {}
+
     def make(
-        variants: dict[str, dict[str, Any]] = VARIANTS,
-        name: str = "work",
-        target: str = "transformers",
-        settings_of: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-        **model: Any,
-    ) -> Workplace:
-        root = made_up(tmp_path / name, variants)
+        variants: Mapping[str, Mapping[str, Any]],
+        target: str,
+        settings_of: Mapping[str, Mapping[str, Any]],
+        model: Mapping[str, Any],
+    ) -> tuple[Path, Settings]:
+        key = repr((variants, target, settings_of, model))
+        if key in made:
+            return made[key]
+        root = made_up(tmp_path_factory.mktemp("reported") / "work", variants)
         source = root / "models/source"
         source.mkdir(parents=True)
-        write_json(source / "source.json", json.loads((root / "source.json").read_text()) | model)
+        write_json(source / "source.json", json.loads((root / "source.json").read_text()) | dict(model))
         (source / "LICENSE").write_text("Apache License")
         (source / "generation_config.json").write_text('{"of": "the source"}')
         (source / "config.json").write_text('{"of": "the source"}')
@@ -82,6 +87,24 @@ def workplace(tmp_path: Path) -> Callable[..., Workplace]:
         params["target"] = target
         settings = check_settings(params).model_copy(update={"gate": GATE})
         report(settings, root / "metrics", root / "results", source / "source.json", root / "report")
+        made[key] = root, settings
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def workplace(reported: Callable[..., tuple[Path, Settings]], tmp_path: Path) -> Callable[..., Workplace]:
+    def make(
+        variants: Mapping[str, Mapping[str, Any]] = VARIANTS,
+        name: str = "work",
+        target: str = "transformers",
+        settings_of: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        **model: Any,
+    ) -> Workplace:
+        one, settings = reported(variants, target, settings_of, model)
+        root = shutil.copytree(one, tmp_path / name)
+        source = root / "models/source"
         inputs = Inputs(root / "report", root / "exports", source, root / "sources.json", root / "dvc.lock")
         return Workplace(root, settings, inputs, root / "dist" / "bundle")
 
@@ -371,8 +394,8 @@ class TestTrial:
     def test_nonsense(self, text: str) -> None:
         assert smoke.nonsense(text) is not None
 
-    def test_a_model_that_loads_and_writes_is_sound(self, tmp_path: Path) -> None:
-        text = smoke.generates(tiny_model(tmp_path / "model", steps=40), "transformers", "float32")
+    def test_a_model_that_loads_and_writes_is_sound(self, llama: Path) -> None:
+        text = smoke.generates(llama, "transformers", "float32")
         assert len(text.split()) > 3
 
     def test_a_model_that_loads_and_writes_nonsense_is_refused(self, tmp_path: Path) -> None:
