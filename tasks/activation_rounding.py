@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 LOWEST, HIGHEST = -128, 127
 _TINY = torch.finfo(torch.float32).eps  # compressed-tensors' scale of a token that is all zeros
@@ -41,6 +42,14 @@ class Activations:
 @contextmanager
 def rounded_inputs(layer: nn.Module, symmetric: Mapping[str, bool]) -> Iterator[None]:
     """Let linear layers inside `layer`, by their names there, read their inputs rounded and as floats again."""
+    handles = round_inputs(layer, symmetric)
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def round_inputs(layer: nn.Module, symmetric: Mapping[str, bool]) -> list[RemovableHandle]:
+    """The same from now on, until the handles are removed."""
     ways = {way: Activations(way) for way in set(symmetric.values())}
 
     def rewrite(way: Activations, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -48,16 +57,13 @@ def rounded_inputs(layer: nn.Module, symmetric: Mapping[str, bool]) -> Iterator[
         return (dequantized(way, x),)
 
     modules = dict(layer.named_modules())
-    handles = [
+    return [
         modules[name].register_forward_pre_hook(lambda _, arguments, way=ways[own]: rewrite(way, arguments))
         for name, own in symmetric.items()
     ]
-    yield
-    for handle in handles:
-        handle.remove()
 
 
 def dequantized(rounding: Activations, x: Tensor) -> Tensor:
     """`x` float [..., channels] to the nearest of its tokens' integers, as floats again."""
     integers, scale, zero = rounding(x)
-    return ((integers - (0 if zero is None else zero)) * scale).view(x.shape)
+    return ((integers - (0 if zero is None else zero)) * scale).view(x.shape).to(x.dtype)

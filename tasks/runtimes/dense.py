@@ -1,4 +1,4 @@
-"""A pressed model as a dense one, with the weights that its integers stand for, exactly.
+"""A pressed model as a dense one: the weights that its integers stand for, exactly, and inputs rounded as they are.
 
 For formats that transformers alone refuses without a library for GPUs: AutoAWQ's and AutoGPTQ's.
 """
@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tasks.activation_rounding import round_inputs
 from tasks.errors import TaskError
 from tasks.formats.stored import StoredModel
+from tasks.tensor_files import EMBEDDING, OUTPUT
 
 
 def load_dense(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -20,15 +22,23 @@ def load_dense(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
     dense = {name: stored.tensor(name).to(dtype) for name in stored.dense}
-    dense |= {f"{name}.weight": stored.weights(name).to(dtype) for name in stored.quantized}
+    rounding = {}
+    for name in stored.quantized:
+        linear = stored.linear(name)
+        dense[f"{name}.weight"] = linear.weight.weight().to(dtype)
+        if linear.precision.symmetric_activations is not None:
+            rounding[name] = linear.precision.symmetric_activations
+    if config.tie_word_embeddings and OUTPUT in stored.quantized:  # it is the embedding's weight as well
+        dense[f"{EMBEDDING}.weight"] = dense[f"{OUTPUT}.weight"]
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(dense, strict=False)
     # the output layer may share the embedding's weights and then has none of its own
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {f"{OUTPUT}.weight"} if config.tie_word_embeddings else set()
     if set(missing) - tied or unexpected:
         raise TaskError(
             f"{directory} does not fit its config.json: missing {sorted(set(missing) - tied)[:3]}, "
             f"unexpected {sorted(unexpected)[:3]}; make it again: modelpress run"
         )
     model.tie_weights()
+    round_inputs(model, rounding)
     return model

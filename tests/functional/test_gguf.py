@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -20,10 +21,11 @@ from tasks.model.family import ARCHITECTURES
 from tasks.output import whole_directory, write_manifest
 from tasks.quantize import quantize
 from tasks.runtimes import Question, load_runtime
-from tasks.settings import BenchmarkSettings, GgufTarget, check_settings, load_settings
+from tasks.runtimes.dense import load_dense
+from tasks.settings import BenchmarkSettings, check_settings
 from tasks.statistics import collect
 from tests.mixed import mixed_model
-from tests.tiny import NO_STATISTICS, Corpus, tiny_model
+from tests.tiny import Corpus, tiny_model
 
 pytestmark = pytest.mark.gguf
 
@@ -60,7 +62,7 @@ def whole(model: Path, folder: Path, changes: dict[str, Any] | None = None) -> P
 
 
 def exported(model: Path, folder: Path) -> Path:
-    export(model, "gguf", GgufTarget(output_layer=8), NO_STATISTICS, folder)
+    export(model, "gguf", folder)
     return folder
 
 
@@ -136,14 +138,16 @@ def test_text_ends_where_the_model_ends_it(base: Path, tmp_path: Path) -> None:
     assert text == runtime.tokenizer.decode(written)
 
 
-PARAMS = load_settings(Path("params.yaml")).model_dump()
+PARAMS = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8": PARAMS["variants"]["int8"],
     "gptq": {**PARAMS["variants"]["gptq-int4"], "group_size": 32},
-    "symmetric": {**PARAMS["variants"]["gptq-int4"], "group_size": 32, "symmetric": True},
+    "symmetric": {**PARAMS["variants"]["gptq-int4"], "group_size": 32, "scheme": "W4A16"},
+    "output-layer": {**PARAMS["variants"]["gptq-int4"], "group_size": 32, "output_layer": "W8A16@32"},
+    "output-layer-4": {**PARAMS["variants"]["gptq-int4"], "group_size": 32, "output_layer": "W4A16_ASYM@32"},
     "awq": {**PARAMS["variants"]["awq-int4"], "group_size": 32},
-    "weighed": {"method": "gguf", "type": "Q4_K_M", "importance": True},
-    "plain": {"method": "gguf", "type": "Q4_K_M", "importance": False},
+    "weighed": {"scheme": "Q4_K_M", "imatrix": True},
+    "plain": {"scheme": "Q4_K_M"},
 }
 
 
@@ -159,7 +163,7 @@ def pressed(model: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactor
     def make(name: str) -> Path:
         if not (root / name).exists():
             settings = check_settings(
-                {**PARAMS, "target": "gguf", "variants": {"base": {"method": "none"}, **VARIANTS}}
+                {**PARAMS, "target": "gguf", "variants": {"base": {"scheme": "none"}, **VARIANTS}}
             )
             report = quantize(
                 name, settings.variant(name), model, root / "calibration", root / "statistics", root / name
@@ -174,11 +178,15 @@ def pressed(model: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_variant_computes_what_its_weights_say(name: str, pressed: Callable[[str], Path], tmp_path: Path) -> None:
     folder = exported(pressed(name), tmp_path / "export")
-    theirs = load_runtime("transformers", pressed(name), "float32")
     ours = load_runtime("gguf", folder, "float32")
-    ids: Any = torch.tensor([theirs.tokenizer("Ada repairs the lamp of Ben near the harbour at dawn. " * 6).input_ids])
-    found, expected = (r.logprobs(ids)[0, :-1].gather(1, ids[0, 1:, None]).mean().item() for r in (ours, theirs))
-    # activations of 8 bits in blocks, an embedding of 8 bits, scales of float16
+    ids: Any = torch.tensor([ours.tokenizer("Ada repairs the lamp of Ben near the harbour at dawn. " * 6).input_ids])
+    if name.startswith("output-layer"):  # which Transformers cannot hold apart from the embedding
+        with torch.inference_mode():
+            theirs = load_dense(pressed(name), torch.float32)(ids).logits.log_softmax(-1)
+    else:
+        theirs = load_runtime("transformers", pressed(name), "float32").logprobs(ids)
+    found, expected = (one[0, :-1].gather(1, ids[0, 1:, None]).mean().item() for one in (ours.logprobs(ids), theirs))
+    # activations of 8 bits in blocks, scales of float16
     assert found == pytest.approx(expected, abs=0.02)
 
 

@@ -1,4 +1,4 @@
-"""The methods on a small trained llama: what they write loads, fits its settings and keeps the quality."""
+"""Variants on a small trained llama: what they write loads, fits its settings and keeps the quality."""
 
 from __future__ import annotations
 
@@ -21,21 +21,28 @@ from tasks.model.family import ARCHITECTURES
 from tasks.output import checksums, whole_directory
 from tasks.quantize import quantize
 from tasks.quantizers import QuantizeJob
-from tasks.quantizers.libraries import awq
+from tasks.quantizers.libraries import autoawq
 from tasks.runtimes import load_runtime
 from tasks.runtimes.dense import load_dense
-from tasks.settings import Variant, check_settings
+from tasks.settings import VariantSettings, check_settings
 from tasks.statistics import collect
 from tests.tiny import Corpus, tiny_corpus, tiny_model
 
 LENGTH = 32
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
-# the methods as they are published, but in groups that divide a small model
-METHODS: dict[str, dict[str, Any]] = {
+# those of params.yaml, but in groups that divide a small model
+VARIANTS: dict[str, dict[str, Any]] = {
     "int8": PARAMS["variants"]["int8"],
     "gptq": {**PARAMS["variants"]["gptq-int4"], "group_size": 32},
     "awq": {**PARAMS["variants"]["awq-int4"], "group_size": 32},
-    "auto": {**PARAMS["variants"]["auto"], "candidates": ["4@32", "8@32"], "bits_per_weight": 5.2},
+    "auto": {
+        **PARAMS["variants"]["auto"],
+        "candidates": ["W4A16_ASYM@32", "W8A16@32"],
+        "symmetric_activations": None,
+        "smoothing": None,
+        "bits_per_weight": 5.2,
+        "fused": False,
+    },
 }
 LIBRARY: dict[str, dict[str, Any]] = {
     "int8": {"backend": "llm-compressor", "rounding": "nearest"},
@@ -47,8 +54,12 @@ LOSS = {"int8": 1.03, "gptq": 1.15, "awq": 1.15, "auto": 1.1}
 Quantized = Callable[[str], Path]
 
 
-def variant(method: str, **changes: Any) -> Variant:
-    params = {**PARAMS, "variants": {"base": {"method": "none"}, "v": {**METHODS[method], **changes}}}
+def variant(name: str, **changes: Any) -> VariantSettings:
+    return settings({**VARIANTS[name], **changes})
+
+
+def settings(values: dict[str, Any]) -> VariantSettings:
+    params = {**PARAMS, "variants": {"base": {"scheme": "none"}, "v": values}}
     return check_settings(params).variant("v")
 
 
@@ -83,15 +94,15 @@ def _downloaded(model: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(model: Path, calibration: Path, statistics: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
-    """Each method's result with its report, made once."""
+    """Each variant's result with its report, made once."""
     made: dict[str, Path] = {}
 
-    def make(method: str) -> Path:
-        if method not in made:
-            made[method] = tmp_path_factory.mktemp(method) / "model"
-            report = quantize("v", variant(method), model, calibration, statistics, made[method])
-            reports[method] = report
-        return made[method]
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / "model"
+            report = quantize("v", variant(name), model, calibration, statistics, made[name])
+            reports[name] = report
+        return made[name]
 
     reports: dict[str, Any] = {}
     make.reports = reports  # type: ignore[attr-defined]
@@ -111,20 +122,20 @@ def perplexity(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return measure
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_the_result_keeps_the_quality(
-    method: str, quantized: Quantized, model: Path, perplexity: Callable[[Path], float]
+    name: str, quantized: Quantized, model: Path, perplexity: Callable[[Path], float]
 ) -> None:
     baseline = perplexity(model)
     assert baseline < 20  # the model has learnt something that could be lost
-    result = perplexity(quantized(method))
-    assert result < baseline * LOSS[method]
+    result = perplexity(quantized(name))
+    assert result < baseline * LOSS[name]
     assert result != baseline
 
 
-@pytest.mark.parametrize("method", LIBRARY)
+@pytest.mark.parametrize("name", LIBRARY)
 def test_ours_is_as_good_as_the_library(
-    method: str,
+    name: str,
     quantized: Quantized,
     model: Path,
     calibration: Path,
@@ -132,17 +143,17 @@ def test_ours_is_as_good_as_the_library(
     tmp_path: Path,
 ) -> None:
     """And the library's way works, with no statistics."""
-    library = variant(method, **LIBRARY[method])
+    library = variant(name, **LIBRARY[name])
     report = quantize("v", library, model, calibration, tmp_path / "none", tmp_path / "theirs")
-    assert report.backend == LIBRARY[method]["backend"]
-    assert perplexity(tmp_path / "theirs") < perplexity(model) * LOSS[method]
-    assert perplexity(quantized(method)) < 1.01 * perplexity(tmp_path / "theirs")
+    assert report.backend == LIBRARY[name]["backend"]
+    assert perplexity(tmp_path / "theirs") < perplexity(model) * LOSS[name]
+    assert perplexity(quantized(name)) < 1.01 * perplexity(tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_only_what_has_a_kernel_calls_itself_fast(method: str, quantized: Quantized) -> None:
-    runtime = load_runtime("transformers", quantized(method), "float32")
-    assert runtime.fast == (method == "int8" and runtime.info.device == "cpu")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_only_what_has_a_kernel_calls_itself_fast(name: str, quantized: Quantized) -> None:
+    runtime = load_runtime("transformers", quantized(name), "float32")
+    assert runtime.fast == (name == "int8" and runtime.info.device == "cpu")
     assert runtime.fast == (runtime.note is None)
 
 
@@ -154,16 +165,16 @@ def test_every_family_keeps_the_quality(
     baseline = perplexity(model)
     assert baseline < 20
     collect(model, calibration, tmp_path / "statistics", importance=True)
-    for method, loss in LOSS.items():
-        quantize("v", variant(method), model, calibration, tmp_path / "statistics", tmp_path / method)
-        result = perplexity(tmp_path / method)
-        assert result < baseline * loss, method
-        assert result != baseline, method
+    for name, loss in LOSS.items():
+        quantize("v", variant(name), model, calibration, tmp_path / "statistics", tmp_path / name)
+        result = perplexity(tmp_path / name)
+        assert result < baseline * loss, name
+        assert result != baseline, name
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_directory_is_complete_and_small(method: str, quantized: Quantized, model: Path) -> None:
-    directory = quantized(method)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_directory_is_complete_and_small(name: str, quantized: Quantized, model: Path) -> None:
+    directory = quantized(name)
     names = {file.name for file in directory.iterdir()}
     assert {"config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "manifest.json"} <= names
     assert not {name for name in names if name.endswith((".bin", ".pt", ".pkl", ".yaml"))}
@@ -174,12 +185,10 @@ def test_the_directory_is_complete_and_small(method: str, quantized: Quantized, 
     assert "lm_head.weight" not in weights  # tied to the embedding, stored once
 
 
-@pytest.mark.parametrize(
-    ("method", "low", "high"), [("int8", 8, 9), ("gptq", 4, 5.2), ("awq", 4, 5.2), ("auto", 5, 5.2)]
-)
-def test_the_report_counts_bits_and_errors(method: str, low: float, high: float, quantized: Quantized) -> None:
-    quantized(method)
-    report = quantized.reports[method]  # type: ignore[attr-defined]
+@pytest.mark.parametrize(("name", "low", "high"), [("int8", 8, 9), ("gptq", 4, 5.2), ("awq", 4, 5.2), ("auto", 5, 5.2)])
+def test_the_report_counts_bits_and_errors(name: str, low: float, high: float, quantized: Quantized) -> None:
+    quantized(name)
+    report = quantized.reports[name]  # type: ignore[attr-defined]
     assert low < report.bits_per_weight <= high
     assert set(report.layers) == {"layers.0", "layers.1"}
     assert all(0 < error < 0.5 for error in report.layers.values())
@@ -188,25 +197,25 @@ def test_the_report_counts_bits_and_errors(method: str, low: float, high: float,
     assert json.dumps(report.libraries)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_twice_the_same_gives_the_same_bytes(
-    method: str, quantized: Quantized, model: Path, calibration: Path, statistics: Path, tmp_path: Path
+    name: str, quantized: Quantized, model: Path, calibration: Path, statistics: Path, tmp_path: Path
 ) -> None:
     threads = torch.get_num_threads()
-    for name, count in (("two", 2), ("one", 1)):
+    for folder, count in (("two", 2), ("one", 1)):
         torch.set_num_threads(count)
         try:
-            quantize("v", variant(method), model, calibration, statistics, tmp_path / name)
+            quantize("v", variant(name), model, calibration, statistics, tmp_path / folder)
         finally:
             torch.set_num_threads(threads)
-        assert checksums(tmp_path / name) == checksums(quantized(method)), name
+        assert checksums(tmp_path / folder) == checksums(quantized(name)), folder
 
 
 @pytest.mark.parametrize(
-    "method", ["gptq", *(pytest.param(method, marks=pytest.mark.slow) for method in ("int8", "awq", "auto"))]
+    "name", ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "awq", "auto"))]
 )
 def test_several_processes_give_the_same_bytes(
-    method: str,
+    name: str,
     quantized: Quantized,
     model: Path,
     calibration: Path,
@@ -220,16 +229,16 @@ def test_several_processes_give_the_same_bytes(
         counted.append(2)
         return 2
 
-    monkeypatch.setattr("tasks.quantizers.layerwise.processes", two)
-    quantize("v", variant(method), model, calibration, statistics, tmp_path / "out")
+    monkeypatch.setattr("tasks.quantizers.builtin.processes", two)
+    quantize("v", variant(name), model, calibration, statistics, tmp_path / "out")
     assert counted == [2]
-    assert checksums(tmp_path / "out") == checksums(quantized(method))
+    assert checksums(tmp_path / "out") == checksums(quantized(name))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("name", ["gptq", "awq"])
 @pytest.mark.parametrize("form", ["compressed-tensors", "awq", "gptq"])
 def test_any_method_goes_into_any_format(
-    method: str,
+    name: str,
     form: str,
     model: Path,
     calibration: Path,
@@ -237,10 +246,10 @@ def test_any_method_goes_into_any_format(
     perplexity: Callable[[Path], float],
     tmp_path: Path,
 ) -> None:
-    quantize("v", variant(method, format=form), model, calibration, statistics, tmp_path / "out")
+    quantize("v", variant(name, format=form), model, calibration, statistics, tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert config["quant_method"] == form
-    assert perplexity(tmp_path / "out") < perplexity(model) * LOSS[method]
+    assert perplexity(tmp_path / "out") < perplexity(model) * LOSS[name]
     # read by the runtime, and as it was solved: the same numbers
     dense = load_dense(tmp_path / "out", torch.float32)
     ids = load_file(calibration / "tokens.safetensors")["input_ids"][:2]
@@ -256,8 +265,7 @@ def test_a_group_size_that_does_not_divide_becomes_a_smaller_one(
     stored = StoredModel(tmp_path / "out")
     sizes = {}
     for name in stored.quantized:
-        solved = stored.linear(name).solved
-        sizes[name] = solved.integers.shape[1] // solved.scales.shape[1]
+        sizes[name] = stored.linear(name).weight.group_size
     assert set(sizes.values()) == {64, 128}
     assert all(size == (128 if name.endswith("down_proj") else 64) for name, size in sizes.items())
     assert load_runtime("transformers", tmp_path / "out", "float32").generate("Anna", 3)
@@ -279,7 +287,7 @@ def test_errors_can_be_propagated(
 
     plain, other = StoredModel(quantized("gptq")), press("out", statistics, propagate=True)
     for name in plain.quantized:
-        unchanged = torch.equal(plain.linear(name).solved.integers, other.linear(name).solved.integers)
+        unchanged = torch.equal(plain.linear(name).weight.integers, other.linear(name).weight.integers)
         assert unchanged == (".layers.0." in name)
     assert perplexity(tmp_path / "out") < perplexity(model) * LOSS["gptq"]
     assert not [file for file in (tmp_path / "out").iterdir() if ".part" in file.name]
@@ -291,7 +299,7 @@ def test_errors_can_be_propagated(
             for propagate in (True, False)
         )
         for name in alone.quantized:
-            same = skipped.linear(name).solved.integers == alone.linear(name).solved.integers
+            same = skipped.linear(name).weight.integers == alone.linear(name).weight.integers
             assert same.float().mean() >= least
 
 
@@ -304,10 +312,10 @@ def test_mixed_precisions_are_those_that_were_chosen(
     assert {entry["name"] for entry in report.linears} == set(stored.quantized)
     for entry in report.linears:
         linear = stored.linear(entry["name"])
-        size = linear.solved.integers.shape[1] // linear.solved.scales.shape[1]
-        assert entry["chosen"] == f"{linear.bits}@{size}"
-        assert 0 < entry["costs"]["8@32"] < entry["costs"]["4@32"] / 20
-    assert {entry["chosen"] for entry in report.linears} == {"4@32", "8@32"}
+        scheme = {4: "W4A16_ASYM", 8: "W8A16"}[linear.precision.grid.bits]
+        assert entry["chosen"] == f"{scheme}@{linear.weight.group_size}"
+        assert 0 < entry["costs"]["W8A16@32"] < entry["costs"]["W4A16_ASYM@32"] / 20
+    assert {entry["chosen"] for entry in report.linears} == {"W4A16_ASYM@32", "W8A16@32"}
     assert not [file for file in directory.iterdir() if ".part" in file.name]
     load_runtime("transformers", directory, "float32")
     assert "Could not match" not in capfd.readouterr().err
@@ -322,7 +330,7 @@ def test_what_an_engine_makes_one_layer_of_shares_a_precision(
     for name in chosen:
         for first, *others in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
             assert all(chosen[name] == chosen[name.replace(first, other)] for other in others)
-    assert set(chosen.values()) == {"4@32", "8@32"}
+    assert set(chosen.values()) == {"W4A16_ASYM@32", "W8A16@32"}
 
 
 def test_a_budget_below_the_smallest_candidates_is_refused(
@@ -342,13 +350,13 @@ def test_int8_loses_less_with_gptqs_rounding(
     assert all(ours[layer] < theirs[layer] for layer in theirs)
 
 
-@pytest.mark.parametrize("method", ["int8", "gptq"])
+@pytest.mark.parametrize("name", ["int8", "gptq"])
 @pytest.mark.parametrize("library", [True, False])
 def test_a_skipped_layer_keeps_its_weights(
-    method: str, library: bool, model: Path, calibration: Path, statistics: Path, tmp_path: Path
+    name: str, library: bool, model: Path, calibration: Path, statistics: Path, tmp_path: Path
 ) -> None:
-    changes = {**LIBRARY[method], "samples": 4} if library else {}
-    quantize("v", variant(method, skip_layers=[1], **changes), model, calibration, statistics, tmp_path / "out")
+    changes = {**LIBRARY[name], "samples": 4} if library else {}
+    quantize("v", variant(name, skip_layers=[1], **changes), model, calibration, statistics, tmp_path / "out")
     weights = {k: v for file in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(file).items()}
     kept = [name for name in weights if name.startswith("model.layers.1.") and name.endswith("_proj.weight")]
     assert len(kept) == 7
@@ -372,14 +380,14 @@ def test_autoawq_as_published_destroys_the_model_on_a_cpu_and_ours_does_not(
     assert baseline == pytest.approx(perplexity(model), rel=1e-4)
 
     def press(name: str, quantizer: type[AwqQuantizer]) -> float:
-        monkeypatch.setattr(awq, "GramAwqQuantizer", quantizer)
+        monkeypatch.setattr(autoawq, "GramAwqQuantizer", quantizer)
         shutil.copytree(uneven, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
         # published, the clip search only takes layers of a multiple of 64 rows; the defect is in the scale search
-        settings = variant("awq", clip=False, **LIBRARY["awq"])
-        awq.press(QuantizeJob(uneven, tokens, tmp_path, settings, "cpu", tmp_path / name))
+        own = variant("awq", clip=False, **LIBRARY["awq"])
+        autoawq.press_with_autoawq(QuantizeJob(uneven, tokens, tmp_path, own, "cpu", tmp_path / name))
         return perplexity(tmp_path / name)
 
-    ours = awq.GramAwqQuantizer
+    ours = autoawq.GramAwqQuantizer
     assert press("published", AwqQuantizer) > 2 * baseline
     assert press("ours", ours) < LOSS["awq"] * baseline
 
@@ -418,7 +426,7 @@ def test_a_failure_in_the_middle_leaves_what_was_there(
         (job.destination / "half.safetensors").write_bytes(b"x")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tasks.quantizers.none.press", fail)
+    monkeypatch.setattr("tasks.quantizers.baseline.link_model", fail)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("from before")
     with pytest.raises(OSError, match="No space left"):
@@ -444,7 +452,5 @@ def test_the_identity_is_of_bytes_settings_and_libraries(
     assert identities[0] == identity(variant("awq"), [model, calibration], libraries)
 
 
-def _none() -> Variant:
-    from tasks.settings import NoneSettings
-
-    return NoneSettings(method="none")
+def _none() -> VariantSettings:
+    return VariantSettings(scheme="none")

@@ -10,20 +10,24 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from tasks.grid import Grid
+from tasks.grid import Grid, Precision
 from tasks.model.decoder import Decoder
 from tasks.output import whole_directory
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers import sensitivity as module
-from tasks.quantizers.grouped import solve_layer
-from tasks.quantizers.layerwise import Layer, read_layer
-from tasks.quantizers.sensitivity import LENGTH, SEQUENCES, STATE, TRIAL, Sensitivity, measure
-from tasks.settings import AutoSettings
+from tasks.quantizers.layer import Layer, read_layer
+from tasks.quantizers.sensitivity import DAMPING, LENGTH, SEQUENCES, STATE, Sensitivity, measure
+from tasks.quantizers.solve import round_layer
+from tasks.settings import VariantSettings
 from tasks.solvers import gptq, output_error
 from tasks.statistics import collect
 from tests.tiny import Corpus
 
-GRIDS = {"4@32": Grid(4, 32, False, torch.float16), "8@64": Grid(8, 64, True, torch.float16)}
+COARSE, FINE = "W4A16_ASYM@32", "W8A16@64"
+PRECISIONS = {
+    COARSE: Precision(Grid(4, 32, False, torch.float16)),
+    FINE: Precision(Grid(8, 64, True, torch.float16)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def made(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) 
     with whole_directory(folder / "calibration") as work:
         save_file({"input_ids": tokens}, work / "tokens.safetensors")
     collect(folder / "source", folder / "calibration", folder / "statistics", importance=True)
-    variant = AutoSettings.model_validate(yaml.safe_load(Path("params.yaml").read_text())["variants"]["auto"])
+    variant = VariantSettings.model_validate(yaml.safe_load(Path("params.yaml").read_text())["variants"]["auto"])
     return QuantizeJob(folder / "source", tokens, folder / "statistics", variant, "cpu", folder / "out")
 
 
@@ -49,7 +53,7 @@ def job(made: QuantizeJob, tmp_path: Path) -> QuantizeJob:
 
 
 def test_the_divergence_is_that_of_the_whole_model(job: QuantizeJob) -> None:
-    found = measure(job, GRIDS)
+    found = measure(job, PRECISIONS)
     model: Any = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32)
     assert len(found) == 14
     ids = job.tokens[:SEQUENCES, :LENGTH]
@@ -59,9 +63,9 @@ def test_the_divergence_is_that_of_the_whole_model(job: QuantizeJob) -> None:
             index = int(name.split(".")[2])
             layer = read_layer(job, Decoder(job.source, torch.float32, "cpu").files, index, f"model.layers.{index}.")
             linear = name.partition(f"{index}.")[2]
-            layer.damp(TRIAL.damping)
+            layer.damp([linear], DAMPING)
             weight, gram = layer.weight(linear), layer.inputs[linear].gram
-            coarse = GRIDS["4@32"]
+            coarse = PRECISIONS[COARSE].grid
             rounded = gptq.solve(weight, gram, coarse, act_order=True).weight()
             own = model.get_submodule(name).weight
             kept = own.clone()
@@ -71,33 +75,33 @@ def test_the_divergence_is_that_of_the_whole_model(job: QuantizeJob) -> None:
             divergence = (before.exp() * (before - after)).sum(-1).mean().item()
             assert found[name].divergence == pytest.approx(divergence, rel=0.02, abs=1e-7)
             error = output_error(rounded - weight, gram).sum() / output_error(weight, gram).sum()
-            assert found[name].errors["4@32"] == pytest.approx(error.item(), rel=1e-3)
+            assert found[name].errors[COARSE] == pytest.approx(error.item(), rel=1e-3)
 
 
 def test_costs_fall_as_the_errors_do() -> None:
-    one = Sensitivity({"4@64": 0.02, "8@64": 0.0001}, 0.004)
-    assert one.costs() == {"4@64": pytest.approx(0.004), "8@64": pytest.approx(0.00002)}
-    assert Sensitivity({"4@64": 0.0}, 0.0).costs() == {"4@64": 0.0}
+    one = Sensitivity({COARSE: 0.02, FINE: 0.0001}, 0.004)
+    assert one.costs() == {COARSE: pytest.approx(0.004), FINE: pytest.approx(0.00002)}
+    assert Sensitivity({COARSE: 0.0}, 0.0).costs() == {COARSE: 0.0}
 
 
 def test_an_interrupted_run_goes_on_at_its_layer(job: QuantizeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = measure(job, GRIDS)
+    whole = measure(job, PRECISIONS)
     (job.destination / STATE).unlink()
     solved = []
 
     def fail_in_the_second(layer: Layer, *rest: Any) -> Any:
         if layer.index == 1:
             raise KeyboardInterrupt
-        return solve_layer(layer, *rest)
+        return round_layer(layer, *rest)
 
-    monkeypatch.setattr(module, "solve_layer", fail_in_the_second)
+    monkeypatch.setattr(module, "round_layer", fail_in_the_second)
     with pytest.raises(KeyboardInterrupt):
-        measure(job, GRIDS)
+        measure(job, PRECISIONS)
 
     def count(layer: Layer, *rest: Any) -> Any:
         solved.append(layer.index)
-        return solve_layer(layer, *rest)
+        return round_layer(layer, *rest)
 
-    monkeypatch.setattr(module, "solve_layer", count)
-    assert measure(job, GRIDS) == whole
+    monkeypatch.setattr(module, "round_layer", count)
+    assert measure(job, PRECISIONS) == whole
     assert set(solved) == {1}
