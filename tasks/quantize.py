@@ -25,7 +25,8 @@ from tasks.output import MANIFEST, link_or_copy, resumable_directory, whole_dire
 from tasks.program import one_argument, run_stage
 from tasks.quantizers import QuantizeJob, press
 from tasks.quantizers.parallel import held_beside
-from tasks.settings import BUILTIN, Settings, VariantSettings
+from tasks.settings import Settings
+from tasks.settings.variant import BUILTIN, VariantSettings
 from tasks.tensor_files import OUTPUT
 
 # What made the variant, by its backend.

@@ -43,9 +43,25 @@ SCHEMES = {
 }
 # mixtures of types that llama.cpp's own quantizer chooses for the layers, and the bits of most weights
 LLAMA_CPP = {"Q4_K_M": 4, "Q5_K_M": 5, "Q6_K": 6}
-COARSE = 4  # bits; with as few, little is made of the calibration text's correlations, with more still less
-DAMPING = {True: 0.05, False: 0.3}  # of the Gram matrix, by whether weights are that coarse
 NAMES = (NONE, *SCHEMES, MIXED, *LLAMA_CPP)
+
+
+def overridden(scheme: Scheme, group_size: int | None, symmetric_activations: bool | None) -> Scheme:
+    """The scheme with what a variant sets in place of its own; None: nothing."""
+    if group_size is not None:
+        scheme = replace(scheme, group_size=group_size)
+    if symmetric_activations is not None and not scheme.weight_only:
+        scheme = replace(scheme, symmetric_activations=symmetric_activations)
+    return scheme
+
+
+def default_damping(bits: int) -> float:
+    """The share of a Gram matrix' mean diagonal that is added to its diagonal before weights are rounded to `bits`.
+
+    Measured on the demo's model: the errors of 8-bit weights are so small that more damping, which trusts the
+    calibration text's correlations less, loses nothing.
+    """
+    return 0.05 if bits <= 4 else 0.3
 
 
 def parse_precision(text: str) -> Scheme | None:

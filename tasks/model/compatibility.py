@@ -20,7 +20,7 @@ from tasks.model.layout import (
     quantized_shapes,
 )
 from tasks.schemes import LLAMA_CPP, MIXED, Scheme, precision_label
-from tasks.settings import BUILTIN, VariantSettings
+from tasks.settings.variant import BUILTIN, VariantSettings
 
 
 def check_fit(name: str, variant: VariantSettings, model: Path) -> None:

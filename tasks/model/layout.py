@@ -14,7 +14,7 @@ from tasks.formats import Format, Layout, load_format
 from tasks.grid import Precision
 from tasks.model.linears import linear_shapes
 from tasks.schemes import Scheme, parse_precision
-from tasks.settings import VariantSettings
+from tasks.settings.variant import VariantSettings
 from tasks.tensor_files import EMBEDDING, OUTPUT, TensorFiles
 
 Shape = tuple[int, int]  # rows, width

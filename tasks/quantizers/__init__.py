@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from tasks.errors import TaskError
-from tasks.settings import BUILTIN, VariantSettings
+from tasks.settings.variant import BUILTIN, VariantSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype

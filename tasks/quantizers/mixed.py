@@ -19,7 +19,7 @@ from tasks.model.layout import bits_per_weight, candidate_precisions, quantized_
 from tasks.model.precisions import write_precisions
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers.sensitivity import STATE, Sensitivity, measure
-from tasks.settings import VariantSettings
+from tasks.settings.variant import VariantSettings
 from tasks.solvers.allocate import Cost, least_error, least_size
 
 

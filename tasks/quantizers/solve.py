@@ -11,8 +11,8 @@ from torch import Tensor
 from tasks.grid import ClipRange, Grid, Precision, QuantizedWeight
 from tasks.model.family import UNCLIPPED
 from tasks.quantizers.layer import Layer
-from tasks.schemes import COARSE, DAMPING
-from tasks.settings import VariantSettings
+from tasks.schemes import default_damping
+from tasks.settings.variant import VariantSettings
 from tasks.solvers import gptq
 from tasks.solvers.awq import search_clip, search_scale
 from tasks.solvers.refine import refine
@@ -53,7 +53,7 @@ class Recipe:
         """The share of the diagonal that is added to the Gram matrix of an input with such readers."""
         if self.damping is not None:
             return self.damping
-        return DAMPING[min(precision.grid.bits for precision in precisions) <= COARSE]
+        return default_damping(min(precision.grid.bits for precision in precisions))
 
 
 def solve_layer(

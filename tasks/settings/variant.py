@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from tasks.schemes import COARSE, DAMPING, LLAMA_CPP, MIXED, NAMES, NONE, SCHEMES, Scheme, parse_precision
+from tasks.schemes import (
+    LLAMA_CPP,
+    MIXED,
+    NAMES,
+    NONE,
+    SCHEMES,
+    Scheme,
+    default_damping,
+    overridden,
+    parse_precision,
+)
 from tasks.settings.section import Section
 
 BUILTIN = "modelpress"  # the backend that is our own
@@ -244,7 +253,7 @@ class VariantSettings(Section):
     @property
     def damping_share(self) -> float:
         """`damping`, or what suits the bits."""
-        return DAMPING[(self.bits or COARSE) <= COARSE] if self.damping is None else self.damping
+        return default_damping(self.bits or 16) if self.damping is None else self.damping
 
     @property
     def recipe(self) -> str:
@@ -277,9 +286,7 @@ class VariantSettings(Section):
         )
 
     def _overridden(self, scheme: Scheme) -> Scheme:
-        if not scheme.weight_only and self.symmetric_activations is not None:
-            scheme = replace(scheme, symmetric_activations=self.symmetric_activations)
-        return scheme if self.group_size is None else replace(scheme, group_size=self.group_size)
+        return overridden(scheme, self.group_size, self.symmetric_activations)
 
 
 def _word(value: Any) -> str:

@@ -16,7 +16,7 @@ from datasets import Dataset
 from loguru import logger
 
 from tasks.quantizers import QuantizeJob
-from tasks.settings import VariantSettings
+from tasks.settings.variant import VariantSettings
 from tasks.tensor_files import OUTPUT
 
 if TYPE_CHECKING:
