@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
+
+from tasks.reporting.columns import Cell, Column
+from tasks.reporting.number_format import change, figure, megabytes, percent
+from tasks.reporting.table import grid
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,24 @@ def rows(found: Mapping[str, Any]) -> list[Row]:
 
 def table(field: Sequence[Row]) -> Table:
     """For a terminal."""
-    texts = list(field[0].perplexity)
-    heads = ("contender", "seconds", "with the pass", "peak GB", "bits")
-    shown = Table(*heads, box=None, header_style="bold", pad_edge=False)
-    for text in texts:
-        shown.add_column(f"perplexity, {text}", justify="right")
-    shown.add_column("KL", justify="right")
-    shown.add_column("retention", justify="right")
-    for row in field:
-        scores = [f"{row.perplexity[text]:.2f} {100 * row.change[text]:+.1f}%" for text in texts]
-        together = f"{row.seconds + row.shared:.1f}" if row.shared else ""
-        memory, bits = f"{row.peak_memory_bytes / 1e9:.1f}", f"{row.bits_per_weight:.2f}"
-        kept = "" if row.retention is None else f"{row.retention:.1%}"
-        shown.add_row(row.name, f"{row.seconds:.1f}", together, memory, bits, *scores, f"{row.kl:.3f}", kept)
-    return shown
+
+    def column(heading: str, text: Callable[[Row], str], detail: Callable[[Row], str] = lambda row: "") -> Column:
+        return Column(heading, {row.name: Cell(text(row), detail(row)) for row in field})
+
+    def perplexity(text: str) -> Column:
+        return column(
+            f"perplexity,\n{text}", lambda row: figure(row.perplexity[text]), lambda row: change(row.change[text])
+        )
+
+    return grid(
+        [
+            Column("contender", {row.name: Cell(row.name) for row in field}, "name"),
+            column("seconds", lambda row: figure(row.seconds, 1)),
+            column("with\nthe pass", lambda row: figure(row.seconds + row.shared, 1) if row.shared else ""),
+            column("peak\nmemory", lambda row: megabytes(row.peak_memory_bytes)),
+            column("bits\na weight", lambda row: figure(row.bits_per_weight)),
+            *(perplexity(text) for text in field[0].perplexity),
+            column("KL", lambda row: figure(row.kl, 3)),
+            column("retention", lambda row: "" if row.retention is None else percent(row.retention)),
+        ]
+    )

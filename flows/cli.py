@@ -22,6 +22,7 @@ from rich.table import Table
 from flows.errors import FlowError
 from flows.execution.runner import CLUSTER_ENV, RUNNER_ENV, Executor, RunnerName
 from flows.server.ephemeral import quiet, server
+from tasks.reporting.number_format import megabytes
 
 app = typer.Typer(
     name="modelpress",
@@ -82,14 +83,14 @@ def run(
 
         modelpress run --set evaluation.limit=100
 
-        modelpress run --set variants.gptq-int4.symmetric=true --set gate.four_bit=0.97
+        modelpress run --set variants.gptq-int4.scheme=W4A16 --set gate.four_bit=0.97
 
-        modelpress run --set '+variants.hard={method: int8, backend: modelpress, smoothing: 0.9, rounding: gptq, symmetric_activations: true}'
+        modelpress run --set '+variants.hard={scheme: W8A8, scaling: smoothquant, smoothing: 0.9, rounding: gptq}'
 
         modelpress run --set '~variants.int8'
 
         modelpress run --runner dask --cluster tcp://scheduler:8786 --jobs 8
-    """  # noqa: E501 - an example is one line
+    """
     root = find_root()
     quiet(root)
     executor = Executor(runner, cluster)
@@ -184,7 +185,7 @@ def plan(
     table = Table("stage", "what", "why", "size", box=None, pad_edge=False, header_style="bold")
     for stage in stages.values():
         sizes = [out.size for out in stage.outs]
-        size = "?" if None in sizes else _bytes(sum(s for s in sizes if s is not None))
+        size = "?" if None in sizes else megabytes(sum(s for s in sizes if s is not None))
         table.add_row(stage.name, ACTIONS[stage.state], "; ".join(stage.reasons), size)
     Console(soft_wrap=False).print(table)
     print(f"\n{summary(stages)}")
@@ -256,7 +257,7 @@ def history() -> None:
     if not found:
         print("no finished runs yet; `modelpress run` makes the first")
         return
-    headings = ("date", "run", "tag", "winner", "size", "retention (interval)", "perplexity", "")
+    headings = ("date", "run", "tag", "winner", "scheme", "size", "retention (interval)", "perplexity", "")
     table = Table(*headings, box=None, pad_edge=False, header_style="bold")
     for one in found:
         mean, low, high = (f"{100 * value:.1f}" for value in one.retention) if one.retention else ("", "", "")
@@ -265,7 +266,8 @@ def history() -> None:
             one.name,
             one.tag,
             one.winner,
-            _bytes(one.size_bytes) if one.size_bytes else "",
+            one.scheme,
+            megabytes(one.size_bytes) if one.size_bytes else "",
             f"{mean} ({low} to {high})" if mean else "",
             ", ".join(f"{text} {value:.2f}" for text, value in one.perplexities.items()),
             f"champion of {one.champion_of}" if one.champion_of else "",
@@ -358,10 +360,11 @@ def _show_report(root: Path) -> None:
     if not table.is_file():
         raise FlowError("there is no report yet; `modelpress run` makes one")
     print(table.read_text(encoding="utf-8").rstrip() + "\n")
-    from flows.graph.params_file import read_settings
+    from flows.graph.params_file import package_name
     from flows.tracking.mlflow_run import tracking_uri
 
-    package = root / "dist" / read_settings(root / "params.yaml").package.name
+    params = root / "params.yaml"
+    package = root / "dist" / package_name(params.read_text(encoding="utf-8"), str(params))
     for what, place in (("report", root / "report/index.html"), ("package", package)):
         print(f"{what:<8} {place if place.exists() else '(none)'}")
     print(f"{'MLflow':<8} {tracking_uri(root)}")
@@ -379,14 +382,6 @@ def _repair(root: Path) -> None:
         task = bar.add_task("")
         mended = list(repair(root, lambda read, total: bar.update(task, completed=read, total=total)))
     print("\n".join(mended) or "nothing to mend")
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 class _Terminated(KeyboardInterrupt):
@@ -423,6 +418,6 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _fail(message: str) -> NoReturn:
-    line = f"error: {' '.join(message.split())}"
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(line, style="red")
+    text = "\n  ".join(" ".join(line.split()) for line in message.splitlines() if line.strip())
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {text}", style="red")
     sys.exit(1)

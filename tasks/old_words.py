@@ -1,4 +1,4 @@
-"""params.yaml as it was before variants had a scheme: what each old key is called now."""
+"""Settings and records from before variants had a scheme: what each old key is called now."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ _GONE = ("method", "bits", "symmetric", "type", "importance")  # part of the sch
 _DEFAULTS = {"backend": "modelpress", "format": "compressed-tensors", "act_order": "static", "propagate": False}
 # what an export rounded the output layer to, by its target and the bits
 _OUTPUT = {("onnx", 8): "W8A16@64", ("onnx", 4): "W4A16_ASYM@32", ("gguf", 8): "W8A16@32"}
+_MIXTURES = {4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K"}  # llama.cpp's, by the bits of most weights
+# what today's records hold beside the scheme, and old ones do not
+_UNTOLD = {"recipe": "", "format": "", "backend": "", "output_layer": None, "output_layer_error": None}
 
 
 def new_words(values: Mapping[str, Any]) -> list[str]:
@@ -48,10 +51,10 @@ def new_words(values: Mapping[str, Any]) -> list[str]:
 
 def _output_layer(values: Mapping[str, Any]) -> str | None:
     """The precision that the section of the target asked for; None: as it is."""
-    target = values.get("target")
-    section = values.get(target) if isinstance(target, str) else None
+    target = str(values.get("target"))
+    section = values.get(target)
     bits = section.get("output_layer") if isinstance(section, Mapping) else None
-    return _OUTPUT.get((target, bits))
+    return _OUTPUT.get((target, bits)) if isinstance(bits, int) else None
 
 
 def _with_output_layer(new: dict[str, Any], precision: str | None) -> dict[str, Any]:
@@ -82,6 +85,36 @@ def new_variant(old: Mapping[str, Any]) -> dict[str, Any]:
     if method == "awq" and old.get("rounding") == "nearest":
         del new["rounding"]
     return new
+
+
+def new_record(old: Mapping[str, Any]) -> dict[str, Any]:
+    """What is recorded of a variant, in new words; a record without old ones as it is.
+
+    Of a file in metrics/quantize, of a row of a report's summary, or MLflow's parameters of a variant, all text. What
+    an old record does not tell is empty.
+    """
+    if "method" not in old:
+        return dict(old)
+    new = _UNTOLD | {"scheme": _scheme(old)} | {key: value for key, value in old.items() if key != "method"}
+    if linears := old.get("linears"):
+        new["linears"] = [
+            {
+                "name": one["name"],
+                "chosen": _precision(one["chosen"]),
+                "costs": {_precision(label): cost for label, cost in one["costs"].items()},
+            }
+            for one in linears
+        ]
+    return new
+
+
+def _scheme(old: Mapping[str, Any]) -> str:
+    """The scheme that an old record tells of; without the settings, its bits say the rest."""
+    if old["method"] == "gguf" and "type" not in old:
+        return _MIXTURES.get(old.get("bits", 0), "")
+    if old["method"] == "gptq" and "symmetric" not in old:
+        return "W4A16 or W4A16_ASYM"
+    return str(new_variant(old)["scheme"])
 
 
 def _precision(old: str) -> str:

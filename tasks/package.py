@@ -17,7 +17,7 @@ from tasks.output import MANIFEST, checksums, link_or_copy, whole_directory, wri
 from tasks.program import run_stage
 from tasks.reporting.model_card import model_card
 from tasks.reporting.provenance import dvc_identity, git_state, without_folders
-from tasks.reporting.summary import read_json
+from tasks.reporting.summary import HOW, read_json
 from tasks.settings import BUILTIN, Settings
 
 SUMS = "SHA256SUMS"
@@ -86,9 +86,9 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
 
 def _reproducible(settings: Settings, name: str, device: str) -> str:
     """What the same work done again gives (tests/functional/test_quantizers.py)."""
-    if getattr(settings.variant(name), "backend", BUILTIN) == BUILTIN and device == "cpu":
+    if settings.variant(name).backend == BUILTIN and device == "cpu":
         return "the same bytes, given the same inputs, libraries and kind of processor, with any number of threads"
-    return "not promised: pressed by a library, or on a GPU"
+    return "not promised: quantized by a library, or on a GPU"
 
 
 def provenance(summary: Mapping[str, Any], settings: Settings, inputs: Inputs) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def provenance(summary: Mapping[str, Any], settings: Settings, inputs: Inputs) -
         "data": read_json(inputs.data, "datasets"),
         "variant": {
             "name": name,
-            **{k: row[k] for k in ("method", "bits", "bits_per_weight", "identity", "device")},
+            **{k: row[k] for k in (*HOW, "bits_per_weight", "identity", "device")},
             "reproducible": _reproducible(settings, name, row["device"]),
         },
         "evaluation": {"contract": summary["contract"], "contract_hash": summary["contract_hash"]},

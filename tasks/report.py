@@ -15,7 +15,7 @@ from tasks.reporting.heat_map import heat_map
 from tasks.reporting.html_page import page
 from tasks.reporting.pareto_plot import pareto
 from tasks.reporting.provenance import machine, versions
-from tasks.reporting.summary import read_json, summarize
+from tasks.reporting.summary import read_json, read_quantized, summarize
 from tasks.reporting.table import table
 from tasks.settings import Settings
 
@@ -41,7 +41,7 @@ def report(settings: Settings, metrics: Path, results: Path, source: Path, desti
         "machine": machine(),
         "versions": versions(),
     }
-    pressed = {v: read_json(metrics / "quantize" / f"{v}.json", f"quantize@{v}") for v in variants}
+    pressed = {v: read_quantized(metrics, v) for v in variants}
     calibration = read_json(metrics / "calibrate.json", "calibrate")
     text = table(summary)
     with whole_directory(destination) as folder:

@@ -43,6 +43,8 @@ SCHEMES = {
 }
 # mixtures of types that llama.cpp's own quantizer chooses for the layers, and the bits of most weights
 LLAMA_CPP = {"Q4_K_M": 4, "Q5_K_M": 5, "Q6_K": 6}
+COARSE = 4  # bits; with as few, little is made of the calibration text's correlations, with more still less
+DAMPING = {True: 0.05, False: 0.3}  # of the Gram matrix, by whether weights are that coarse
 NAMES = (NONE, *SCHEMES, MIXED, *LLAMA_CPP)
 
 

@@ -56,7 +56,6 @@ RULES = Rules(
         "tasks.program": "it starts a stage and words its failure",
     },
     through={"tasks.program": "it sets the environment that tasks.determinism describes"},
-    dynamic={"tasks.quantizers": "tasks.quantizers"},
     folders={"tasks.reporting.render": "tasks/reporting/templates", "tasks.scoring.eval_tasks": "evals"},
 )
 

@@ -28,6 +28,15 @@ def read_settings(path: Path) -> Settings:
         raise FlowError(str(error)) from error
 
 
+def package_name(text: str, origin: str) -> str:
+    """The package's name in the text of a params.yaml, also one that an earlier version wrote and `read_settings`
+    refuses; FlowError, naming the `origin`, if there is none."""
+    try:
+        return str(yaml.safe_load(text)["package"]["name"])
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise FlowError(f"{origin} names no package; expected package.name there") from error
+
+
 def override(path: Path, changes: list[str]) -> list[str]:
     """Apply Hydra overrides (`key=value`, `+key=value`, `~key`) to the settings file; returns what changed.
 

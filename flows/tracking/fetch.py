@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import yaml
-
 from flows.errors import FlowError
-from flows.graph.params_file import read_settings
+from flows.graph.params_file import package_name
 from flows.tracking.registry import CHAMPION, champion_tag
 from flows.workspace.git import git
 from flows.workspace.outputs import fetch_output
@@ -20,7 +18,8 @@ def package_path(home: Path, tag: str) -> str:
     if tag not in tags(home):
         some = ", ".join(tags(home)[:5]) or "none yet"
         raise FlowError(f"no finished run {tag}; there are: {some}")
-    return f"dist/{yaml.safe_load(git(home, 'show', f'{tag}:params.yaml'))['package']['name']}"
+    params = f"{tag}:params.yaml"
+    return f"dist/{package_name(git(home, 'show', params), params)}"
 
 
 def fetch_package(home: Path, tag: str, destination: Path | None) -> Path:
@@ -30,7 +29,8 @@ def fetch_package(home: Path, tag: str, destination: Path | None) -> Path:
     FlowError if the run is not there, the folder exists, or what arrives does not match its SHA256SUMS.
     """
     if tag == CHAMPION:
-        tag = champion_tag(home, read_settings(home / "params.yaml").package.name)
+        params = home / "params.yaml"
+        tag = champion_tag(home, package_name(params.read_text(encoding="utf-8"), str(params)))
     tag = tag if tag.startswith(TAG) else TAG + tag
     path = package_path(home, tag)
     target = (destination or Path(Path(path).name)).resolve()

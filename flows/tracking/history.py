@@ -10,18 +10,21 @@ from typing import Any
 from flows.errors import FlowError
 from flows.tracking.mlflow_run import GIT_TAG, PARENT_TAG, open_store, store_error, tracking_uri
 from flows.tracking.registry import CHAMPION
+from tasks.old_words import new_record
 
 _SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run. ended: seconds since 1970; figures are of the winner, and None or empty where unknown."""
+    """One finished run. ended: seconds since 1970; scheme and figures are of the winner, and None or empty where
+    unknown."""
 
     ended: float
     name: str
     tag: str
     winner: str
+    scheme: str
     size_bytes: float | None
     retention: tuple[float, float, float] | None  # estimate, and the ends of its interval
     perplexities: dict[str, float]  # by text
@@ -39,16 +42,18 @@ def finished_runs(home: Path) -> list[Finished]:
         champions = _champions(client)
     except Exception as error:
         raise FlowError(store_error(home, error)) from error
-    winners = {(r.data.tags[PARENT_TAG], r.info.run_name): r.data.metrics for r in runs if PARENT_TAG in r.data.tags}
+    children = {(r.data.tags[PARENT_TAG], r.info.run_name): r.data for r in runs if PARENT_TAG in r.data.tags}
     return [
-        _finished(run, winners.get((run.info.run_id, run.data.tags.get("winner")), {}), champions)
+        _finished(run, children.get((run.info.run_id, run.data.tags.get("winner"))), champions)
         for run in runs
         if PARENT_TAG not in run.data.tags
     ]
 
 
-def _finished(run: Any, metrics: Mapping[str, float], champions: Mapping[str, str]) -> Finished:
+def _finished(run: Any, winner: Any | None, champions: Mapping[str, str]) -> Finished:
+    """winner: what MLflow holds of the variant that won."""
     tag = run.data.tags.get(GIT_TAG, "")
+    metrics = winner.metrics if winner else {}
     retention = tuple(metrics.get(f"report.retention.{key}") for key in ("mean", "low", "high"))
     texts, perplexity = "report.texts.", ".perplexity"
     return Finished(
@@ -56,6 +61,7 @@ def _finished(run: Any, metrics: Mapping[str, float], champions: Mapping[str, st
         name=run.info.run_name,
         tag=tag,
         winner=run.data.tags.get("winner", ""),
+        scheme=new_record(winner.params).get("scheme", "") if winner else "",
         size_bytes=metrics.get("report.size_bytes"),
         retention=None if None in retention else retention,  # type: ignore[arg-type]
         perplexities={

@@ -20,6 +20,7 @@ from flows.graph.plan import ACTIONS, Plan
 from flows.tracking.mlflow_run import find_run
 from flows.tracking.result_markdown import result
 from flows.tracking.run_facts import read_json
+from tasks.reporting.columns import columns, one_line
 
 MLFLOW_UI = "MODELPRESS_MLFLOW_UI"  # the environment variable that holds the address of MLflow's pages
 
@@ -44,9 +45,9 @@ def show_result(root: Path) -> None:
     """The variants as a table of figures, and the result as a page with the plot."""
     summary = read_json(root / "report/summary.json")
     if variants := summary.get("variants"):
-        create_table_artifact(
-            key="variants", table=[_row(n, v) for n, v in variants.items()], description="all variants"
-        )
+        described = columns(summary)
+        rows = [{one_line(column.heading): one_line(column.cells[name]) for column in described} for name in variants]
+        create_table_artifact(key="variants", table=rows, description="all variants")
         markdown = result(summary, _plot(root / "report/pareto.png"))
         create_markdown_artifact(key="result", markdown=markdown, description="the result")
 
@@ -72,23 +73,6 @@ def show_plan(plan: Plan) -> None:
     """What a run would do with each stage, and why."""
     rows = [{"stage": s.name, "what": ACTIONS[s.state], "why": "; ".join(s.reasons)} for s in plan.values()]
     create_table_artifact(key="plan", table=rows, description="what a run would do; nothing was done")
-
-
-def _row(name: str, variant: dict[str, Any]) -> dict[str, Any]:
-    retention = variant.get("retention") or {}
-    size = variant.get("size_bytes")
-    return {
-        "variant": name,
-        "MB": round(size / 1e6) if size else None,
-        "retention %": _percent(retention.get("mean")),
-        "from": _percent(retention.get("low")),
-        "to": _percent(retention.get("high")),
-        "verdict": variant.get("verdict"),
-    }
-
-
-def _percent(value: Any) -> float | None:
-    return round(100 * value, 1) if isinstance(value, int | float) else None
 
 
 def _plot(path: Path) -> str:

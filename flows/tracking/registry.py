@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.errors import FlowError
 from flows.graph.dvc_lock import lock_hash, lock_stages
-from flows.graph.params_file import read_settings
+from flows.graph.params_file import package_name, read_settings
 from flows.tracking.champion import fetch_contender, read_contender, why_not
 from flows.tracking.mlflow_run import GIT_TAG, Log, find_run, open_store, run_with_result, store_error, tracking_uri
 from flows.tracking.run_facts import read_json
@@ -105,7 +105,7 @@ def _package(root: Path, tag: str, commit: str) -> Package | None:
     winner = read_json(root / "report/summary.json").get("winner")
     if not outs or not winner:
         return None
-    name = read_settings(root / "params.yaml").package.name
+    name = package_name((root / "params.yaml").read_text(encoding="utf-8"), "params.yaml")
     return Package(name, str(winner), str(outs[0]["path"]), str(outs[0]["md5"]), tag, commit)
 
 

@@ -36,7 +36,7 @@ class GgufExporter:
         """Write model.gguf and config.json; nothing where llama.cpp's own quantizer has made the file. TaskError if
         llama.cpp has no such model, tokenizer or type of weights."""
         from tasks.formats.gguf.file import NAME, write_gguf
-        from tasks.runtimes.gguf import check_tokens
+        from tasks.formats.gguf.llama_model import check_tokens
 
         file = model / NAME
         if not file.exists():

@@ -51,11 +51,13 @@ class Layout:
 class Format(Protocol):
     """A format of a model directory."""
 
-    native: bool
-    """Whether Transformers loads it without a library for GPUs."""
+    @property
+    def native(self) -> bool:
+        """Whether Transformers loads it without a library for GPUs."""
 
-    parts: tuple[str, ...]
-    """Ends of the names of a quantized linear layer's tensors."""
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Ends of the names of a quantized linear layer's tensors."""
 
     def scale_dtype(self, model: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
         """Of scales, and of all that is not quantized. TaskError if the format has no place for the one asked for."""

@@ -7,7 +7,7 @@ order 0 2 4 6 1 3 5 7; `qzeros` int32 [groups, rows / 8], packed alike; `scales`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from torch import Tensor
 from tasks.errors import TaskError
 from tasks.formats import Layout, StoredLinear, check_groups, check_rows, check_uniform, float16_alone
 from tasks.grid import Grid, Precision, QuantizedWeight
-from tasks.schemes import Scheme
+
+if TYPE_CHECKING:
+    from tasks.schemes import Scheme
 
 BITS = 4
 ROWS = 32  # of a layer that are packed together
@@ -95,5 +97,5 @@ def pack_columns(values: Tensor) -> Tensor:
 
 def unpack_columns(packed: Tensor) -> Tensor:
     """int32 [rows, columns / 8] -> uint8 [rows, columns], the columns in their own order."""
-    words = packed[:, :, None] >> (_PLACES.to(packed.device) * BITS)
+    words: Tensor = packed[:, :, None] >> (_PLACES.to(packed.device) * BITS)
     return (words & (2**BITS - 1)).to(torch.uint8).flatten(1)

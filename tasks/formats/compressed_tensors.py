@@ -14,11 +14,12 @@ from torch import Tensor
 from tasks.errors import TaskError
 from tasks.formats import Layout, StoredLinear, check_groups
 from tasks.grid import Grid, Precision, QuantizedWeight
-from tasks.schemes import Scheme
 from tasks.tensor_files import OUTPUT
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
+
+    from tasks.schemes import Scheme
 
 SMALLEST = 16  # a group size is halved until it divides a layer's width, but not below this
 _IN_BYTES = torch.float32  # of the scales where weights lie in bytes: one for a row costs nothing

@@ -9,8 +9,7 @@ A zero point of 0 has no place in it: some readers take -1 as it is and others m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,12 @@ from torch import Tensor
 from tasks.errors import TaskError
 from tasks.formats import Layout, StoredLinear, check_groups, check_rows, check_uniform, float16_alone
 from tasks.grid import Grid, Precision, QuantizedWeight
-from tasks.schemes import Scheme
+
+if TYPE_CHECKING:
+    from tasks.schemes import Scheme
 
 WORD = 32
-GPTQMODEL = "gptqmodel:0.9.0"
+MAKERS = ["modelpress:0.1.0", "gptqmodel:0.9.0"]  # constants: the bytes of a model do not depend on our version
 ROWS = 8  # of a layer that are packed together
 
 
@@ -74,7 +75,7 @@ class Gptq:
             "desc_act": False,
             "group_size": grid.group_size or -1,
             "lm_head": False,
-            "meta": {"quantizer": [f"modelpress:{version('modelpress')}", GPTQMODEL]},
+            "meta": {"quantizer": MAKERS},
             "quant_method": "gptq",
             "static_groups": layout.act_order,
             "sym": grid.symmetric,
@@ -111,4 +112,5 @@ def _pack(values: Tensor, bits: int) -> Tensor:
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     """int32 [words, columns] -> uint8 [words * 32 / bits, columns]."""
     shifts = torch.arange(WORD // bits, device=packed.device) * bits
-    return ((packed[:, None] >> shifts[:, None]) & (2**bits - 1)).to(torch.uint8).flatten(0, 1)
+    values: Tensor = (packed[:, None] >> shifts[:, None]) & (2**bits - 1)
+    return values.to(torch.uint8).flatten(0, 1)

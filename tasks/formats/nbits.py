@@ -73,4 +73,5 @@ def unpack_blocks(packed: Blocks, bits: int) -> QuantizedWeight:
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     """uint8 [rows, bytes] -> [rows, bytes * 8 / bits], from the lowest bits up."""
     places = torch.arange(0, BYTE, bits, device=packed.device)
-    return ((packed[..., None] >> places) & (2**bits - 1)).to(torch.uint8).flatten(1)
+    values: Tensor = (packed[..., None] >> places) & (2**bits - 1)
+    return values.to(torch.uint8).flatten(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -57,12 +57,10 @@ class StoredModel:
             if ".layers." in name:
                 sizes = {end: self._files.entry(f"{name}.{end}").shape for end in self._ends(name)}
                 assert self._format is not None
-                weights += math.prod(
-                    self._format.shape(sizes, lambda end, name=name: self._files.read(f"{name}.{end}"))
-                )
-                bits += sum(
-                    8 * self._files.entry(f"{name}.{end}").bytes for end, shape in sizes.items() if len(shape) > 1
-                )
+                rows, width = self._format.shape(sizes, partial(self._part, name))
+                weights += rows * width
+                ends = [end for end, shape in sizes.items() if len(shape) > 1]
+                bits += sum(8 * self._files.entry(f"{name}.{end}").bytes for end in ends)
         for name in self.dense:
             entry = self._files.entry(name)
             if ".layers." in name and len(entry.shape) > 1:

@@ -52,7 +52,7 @@ def _output_error(base: Decoder, stored: StoredModel, hidden: list[Tensor]) -> f
             logits = head(batch)
             error += (nn.functional.linear(norm(batch), twin) - logits).double().square().sum().item()
             size += logits.double().square().sum().item()
-    return round((error / size) ** 0.5, 6)
+    return round(float((error / size) ** 0.5), 6)
 
 
 def _dense(stored: StoredModel, prefix: str) -> tuple[dict[str, Tensor], dict[str, bool]]:

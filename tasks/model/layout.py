@@ -55,7 +55,7 @@ def uniform_precisions(variant: VariantSettings, model: Path) -> dict[str, Preci
 def candidate_precisions(variant: VariantSettings, model: Path) -> dict[str, Precision | None]:
     """Those of the scheme mixed by their labels; None: as it is."""
     form, scales = load_format(variant.format), scale_dtype(variant, model)
-    return {label: one and precision(form, one, scales) for label, one in variant.precisions.items()}
+    return {label: precision(form, one, scales) if one else None for label, one in variant.precisions.items()}
 
 
 def outer_precisions(variant: VariantSettings, model: Path) -> dict[str, Precision]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from tasks.grid import ClipRange, Grid, Precision, QuantizedWeight
 from tasks.model.family import UNCLIPPED
 from tasks.quantizers.layer import Layer
-from tasks.settings import COARSE, DAMPING, VariantSettings
+from tasks.schemes import COARSE, DAMPING
+from tasks.settings import VariantSettings
 from tasks.solvers import gptq
 from tasks.solvers.awq import search_clip, search_scale
 from tasks.solvers.refine import refine

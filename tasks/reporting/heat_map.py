@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +16,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from tasks.reporting.pareto_plot import DARK, LIGHT
+from tasks.schemes import NONE, parse_precision
 
 PLACE = re.compile(r"\.layers\.(\d+)\.(.+)$")
+WHOLE = 32  # bits, at most, of a layer that is left as it came
 ROW, EDGE = 0.2, 1.1  # inches: of a kind of layer, and of what is around the panels
 
 
@@ -44,7 +47,7 @@ def heat_map(linears: Sequence[Mapping[str, Any]], dark: bool = False) -> bytes:
             image = axes.imshow(np.maximum(costs, min(known)), norm=norm, cmap="viridis", aspect="auto")
             chosen = [(at, kinds.index(kind)) for (at, kind), one in cells.items() if one["chosen"] == label]
             _dots(axes, chosen)
-            _panel(axes, f"{label.replace('@', ' bits, groups of ')}: {len(chosen)} chosen", kinds, colours)
+            _panel(axes, f"{_name(label)}: {len(chosen)} chosen", kinds, colours)
         panels[-1].set_xlabel("decoder layer", color=colours["ink"])
         bar = figure.colorbar(image, ax=list(panels), pad=0.01, aspect=40)
         bar.set_label("divergence from the baseline that it brings (nats a token)", color=colours["ink"])
@@ -54,10 +57,17 @@ def heat_map(linears: Sequence[Mapping[str, Any]], dark: bool = False) -> bytes:
     return picture.getvalue()
 
 
-def _fineness(label: str) -> tuple[int, int]:
-    """From the coarsest precision to the finest."""
-    bits, _, size = label.partition("@")
-    return int(bits), -int(size)
+def _fineness(label: str) -> tuple[int, float, str]:
+    """From the coarsest precision to the finest: W4A16_ASYM@128, W4A16_ASYM@64, W8A8, none."""
+    scheme = parse_precision(label)
+    if scheme is None:
+        return WHOLE, 0, label
+    return scheme.bits, -(scheme.group_size or math.inf), label
+
+
+def _name(label: str) -> str:
+    """W4A16_ASYM@64 -> W4A16_ASYM, groups of 64."""
+    return "not quantized" if label == NONE else label.replace("@", ", groups of ")
 
 
 def _dots(axes: Axes, places: Sequence[tuple[int, int]]) -> None:

@@ -6,9 +6,9 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
+from tasks.reporting.columns import columns, legend, winner_line
 from tasks.reporting.number_format import words
 from tasks.reporting.render import render
-from tasks.reporting.table import method_line, winner_line
 
 WORST = 8  # layers of each variant that are drawn; all of them are in the folded table
 
@@ -38,7 +38,8 @@ def page(
         calibration=flat(calibration),
         contract=flat(summary["contract"]),
         winner=winner_line(summary),
-        method=method_line(summary),
+        table=columns(summary),
+        legend=legend(summary),
         plot=_text(plot),
         heats={v: _text(heat) for v, heat in heats.items()},
     )

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from tasks.companion_files import is_licence
+from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.provenance import without_folders
 from tasks.reporting.render import render
 from tasks.settings import Settings
@@ -40,7 +41,8 @@ def model_card(summary: Mapping[str, Any], settings: Settings, files: Iterable[s
         base=summary["variants"][summary["baseline"]],
         base_model=base_model(summary["model"]["source"]),
         settings=without_folders(settings.model_dump(mode="json")),
-        variant={k: v for k, v in settings.variant(name).model_dump(mode="json").items() if v not in (None, [])},
+        variant=_made_by(settings, name),
+        outer="" if by_llama_cpp(row) else _outer(settings, name),
         licence_files=[f for f in files if is_licence(f)],
         quant_method=quant_method,
         chat_template="chat_template.jinja" in files,
@@ -57,6 +59,22 @@ def base_model(source: str) -> str:
     return re.sub(r"\.gguf$", "", rest.rstrip("/").rpartition("/")[2])
 
 
+def _made_by(settings: Settings, name: str) -> dict[str, Any]:
+    """The variant's settings: what params.yaml says, and the axes that it may leave out but a reader wants to know."""
+    variant = settings.variant(name)
+    told = variant.model_fields_set | {"rounding", "backend", "format"}
+    values = variant.model_dump(mode="json")
+    return {key: value for key, value in values.items() if key in told and value not in (None, [])}
+
+
+def _outer(settings: Settings, name: str) -> str:
+    """The end of a sentence: the output layer and the embedding."""
+    variant = settings.variant(name)
+    precisions = {"output layer": variant.output_layer, "embedding": variant.embedding}
+    rounded = [f"the {what} is rounded to {precision}" for what, precision in precisions.items() if precision]
+    return f"; {' and '.join(rounded) or 'the output layer and the embedding are as they were'}"
+
+
 def _front_matter(summary: Mapping[str, Any], settings: Settings, quant_method: str) -> dict[str, Any]:
     """The metadata block that the hub reads."""
     model, name = summary["model"], summary["winner"]
@@ -71,9 +89,9 @@ def _front_matter(summary: Mapping[str, Any], settings: Settings, quant_method: 
         "base_model_relation": "quantized",
         "library_name": settings.target,
         "pipeline_tag": "text-generation",
-        "tags": ["quantized", row["method"], f"{row['bits']}-bit", quant_method, "modelpress"],
+        "tags": ["quantized", row["scheme"], f"{row['bits']}-bit", quant_method, "modelpress"],
         "quantization": {
-            **settings.variant(name).model_dump(mode="json", exclude={"samples", "skip_layers"}),
+            **{k: v for k, v in _made_by(settings, name).items() if k not in ("samples", "skip_layers")},
             "bits": row["bits"],
             "bits_per_weight": round(row["bits_per_weight"], 3),
             "format": quant_method,

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import TaskError
+from tasks.old_words import new_record
+from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.number_format import percent
 from tasks.reporting.verdict import SEED, Pairs, flips, judge, pair_items, retention
 from tasks.settings import BASE, GateSettings
 
 GGUF_BLOCK = 32  # weights that share a scale in llama.cpp's types
+HOW = ("scheme", "recipe", "format", "backend", "bits", "output_layer")  # what quantize says of a variant's making
 FEW_ITEMS = 100  # below this a percentile interval promises more than it holds
 
 
@@ -25,9 +28,10 @@ def summarize(variants: list[str], gate: GateSettings, metrics: Path, results: P
     the model's `source` (source.json). Raises TaskError where one is missing or not readable, where two
     variants were evaluated under different contracts, or where the items do not match.
     """
-    quantized, evaluated, measured = (
+    quantized = {v: read_quantized(metrics, v) for v in variants}
+    evaluated, measured = (
         {v: read_json(metrics / stage / f"{v}.json", f"{stage}@{v}") for v in variants}
-        for stage in ("quantize", "evaluate", "benchmark")
+        for stage in ("evaluate", "benchmark")
     )
     for variant in variants:
         same_contract(variant, evaluated[BASE], evaluated[variant])
@@ -74,6 +78,11 @@ def same_contract(variant: str, baseline: Mapping[str, Any], other: Mapping[str,
     )
 
 
+def read_quantized(metrics: Path, variant: str) -> dict[str, Any]:
+    """What quantize measured of the variant; TaskError as from `read_json`."""
+    return new_record(read_json(metrics / "quantize" / f"{variant}.json", f"quantize@{variant}"))
+
+
 def read_json(path: Path, stage: str) -> dict[str, Any]:
     """The JSON object in `path`; TaskError naming the stage that makes it if it is missing or broken."""
     try:
@@ -110,7 +119,7 @@ def _measured(
     speeds = ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds")
     ratios = ("prefill_ratio", "decode_ratio")
     return {
-        **{k: quantized[k] for k in ("method", "bits", "seconds", "identity", "tokens")},
+        **{k: quantized[k] for k in (*HOW, "seconds", "identity", "tokens")},
         # as it is shipped, where the target's format tells; it may differ from what was solved
         "bits_per_weight": measured.get("bits_per_weight") or quantized["bits_per_weight"],
         "peak_memory_bytes": quantized["peak_memory_bytes"],
@@ -179,7 +188,7 @@ def _read_lines(path: Path, stage: str) -> list[dict[str, Any]]:
 
 def _flattered(model: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Of variants by llama.cpp's quantizer: its groups are those of a model that was dequantized from GGUF's blocks."""
-    names = [name for name, row in rows.items() if row["method"] == "gguf"]
+    names = [name for name, row in rows.items() if by_llama_cpp(row)]
     if not names or (model.get("grid") or {}).get("group_size") != GGUF_BLOCK:
         return []
     return [

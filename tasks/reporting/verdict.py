@@ -139,12 +139,9 @@ def flips(pairs: Pairs) -> Flips:
 
 def mcnemar(lost: int, gained: int) -> float:
     """Two-sided exact McNemar p-value: of so lopsided a split if losing and gaining were as likely."""
-    changed, fewer = lost + gained, min(lost, gained)
-    term = tail = 1
-    for k in range(fewer):
-        term = term * (changed - k) // (k + 1)
-        tail += term
-    return min(1.0, 2 * tail / (1 << changed))
+    from scipy.stats import binomtest
+
+    return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def judge(result: Retention, gate: float) -> Verdict:
@@ -179,7 +176,7 @@ def _more_items(result: Retention, gate: float) -> float | None:
 
 
 def _two_digits(value: float) -> int:
-    """QuantizedWeight up to two significant digits: an estimate should look like one."""
+    """Round up to two significant digits: an estimate should look like one."""
     unit = int(10 ** max(0, math.floor(math.log10(value)) - 1))
     return math.ceil(value / unit) * unit
 

@@ -47,14 +47,16 @@ class Runtime(Protocol):
 
     `fast` tells whether the runtime has a kernel for the model's format; where it has none, it computes with the
     dequantized weights, the results are exact, and a speed would say nothing about the format: `note` says so.
-    `libraries` are those whose versions can change a number, by their names in the package index.
     """
 
-    libraries: tuple[str, ...]
     info: RuntimeInfo
     fast: bool
     note: str | None
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Those whose versions can change a number, by their names in the package index."""
 
     def score(self, questions: Sequence[Question], batch_tokens: int, progress: str) -> list[list[Score]]:
         """Scores of every continuation of every question, in their order."""

@@ -30,7 +30,7 @@ def load_dense(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             rounding[name] = linear.precision.symmetric_activations
     if config.tie_word_embeddings and OUTPUT in stored.quantized:  # it is the embedding's weight as well
         dense[f"{EMBEDDING}.weight"] = dense[f"{OUTPUT}.weight"]
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(dense, strict=False)
     # the output layer may share the embedding's weights and then has none of its own
     tied = {f"{OUTPUT}.weight"} if config.tie_word_embeddings else set()

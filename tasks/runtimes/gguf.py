@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tasks.errors import TaskError
 from tasks.formats.gguf.llama_log import LOG
+from tasks.formats.gguf.llama_model import load_model
 from tasks.hardware import cpu_name, processor_name
 from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.runtimes.batches import batches
@@ -31,12 +32,6 @@ if TYPE_CHECKING:
 SEQUENCES = 64  # that llama.cpp keeps apart at once: what a batch of questions may branch into
 _CACHE = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers of these types
 _LEAST = 512  # tokens that there is room for
-
-# letters, digits, spaces, signs and scripts on which the rules for words differ; all rules must read it as they are
-PROBE = (
-    "I'VE been told he's 33, 3333 or 1234567 years old!!  Is it so?\n\n\n   def f(x):\n\t\treturn x**2 # ok\r\n"
-    "Das Übermaß – нещо на Български, 我想在apple工作1314151天～ ៛ 🦙🦙 ...end.  "
-)
 
 
 @dataclass(frozen=True)
@@ -206,46 +201,6 @@ def gguf_file(directory: Path) -> Path:
     if len(found) != 1:
         raise TaskError(f"{directory} holds {len(found)} GGUF files, expected one; make it again: modelpress run")
     return found[0]
-
-
-def load_model(path: Path, vocabulary: bool = False) -> Any:
-    """llama.cpp's model, or only its vocabulary; TaskError in its own words if it cannot load the file."""
-    LOG.listen()
-    llama_cpp.llama_backend_init()
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.vocab_only = vocabulary
-    parameters.n_gpu_layers = -1  # all, where there is a GPU
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-    if not model:
-        raise TaskError(f"llama.cpp cannot load {path}: {LOG.said()}")
-    return model
-
-
-def check_tokens(file: Path, model: Path) -> None:
-    """TaskError unless llama.cpp cuts text into the same tokens as the tokenizer of the directory `model`."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    loaded = load_model(file, vocabulary=True)
-    try:
-        vocabulary = llama_cpp.llama_model_get_vocab(loaded)
-        # the chat template's special tokens are part of what a model reads
-        rows = llama_cpp.llama_vocab_n_tokens(vocabulary)
-        special = "".join(t for t in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(t) < rows)
-        for text in (PROBE, *PROBE.splitlines(keepends=True), special + PROBE[:9]):
-            theirs, ours = _tokenize(vocabulary, text), list(tokenizer(text).input_ids)
-            if theirs != ours:
-                raise TaskError(
-                    f"llama.cpp would read other tokens than the model was trained on: {text!r} is {theirs} instead of "
-                    f"{ours}; the target gguf does not know this tokenizer, use another target"
-                )
-    finally:
-        llama_cpp.llama_model_free(loaded)
-
-
-def _tokenize(vocabulary: Any, text: str) -> list[int]:
-    data = text.encode()
-    tokens = (llama_cpp.llama_token * (len(data) + 2))()
-    count = llama_cpp.llama_tokenize(vocabulary, data, len(data), tokens, len(tokens), True, True)
-    return list(tokens[:count])
 
 
 def _apart(batch: list[int], sequences: list[int]) -> list[list[int]]:

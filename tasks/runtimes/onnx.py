@@ -183,7 +183,8 @@ class OnnxRuntime:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
 
 
 def _steps_pay(question: Question) -> bool:

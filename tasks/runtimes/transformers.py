@@ -100,13 +100,14 @@ class TransformersRuntime:
     @torch.inference_mode()
     def logprobs(self, ids: Tensor) -> Tensor:
         """See `Runtime`."""
-        return self.model(input_ids=ids.to(self.model.device), use_cache=False).logits.float().log_softmax(-1)
+        logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
+        return logits.float().log_softmax(-1)
 
     @torch.inference_mode()
     def generate_ids(self, ids: Tensor, new_tokens: int) -> Tensor:
         """See `Runtime`."""
         ids = ids.to(self.model.device)
-        return self.model.generate(
+        continued: Tensor = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             min_new_tokens=new_tokens,
@@ -114,6 +115,7 @@ class TransformersRuntime:
             do_sample=False,
             pad_token_id=_pad(self.tokenizer),
         )
+        return continued
 
     @torch.inference_mode()
     def generate(self, prompt: str, new_tokens: int) -> str:

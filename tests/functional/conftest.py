@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +14,37 @@ from filelock import FileLock
 
 from tests.functional.toy import Toy
 
+Shared = Callable[[str, Callable[[Path], object]], Path]
+
 
 @pytest.fixture(scope="session")
-def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty Prefect database, to copy to where a server starts: to make its own takes each a dozen seconds."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Folders by name, each made by one of the workers and read by all; `make` gets the path of one to create."""
     base = tmp_path_factory.getbasetemp()
-    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "prefect-database"
-    database = home / "prefect.db"
-    with FileLock(home.with_suffix(".lock")):  # one of the workers makes it for all
-        if not database.exists():
-            command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
-            env = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-            subprocess.run(command, env=env, check=True, capture_output=True)
-    return database
+    home = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        path, done = home / f"shared-{name}", home / f"shared-{name}.done"
+        with FileLock(home / f"shared-{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)  # of a worker that failed
+                make(path)
+                done.touch()
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prefect_database(shared: Shared) -> Path:
+    """An empty Prefect database, to copy to where a server starts: to make its own takes each a dozen seconds."""
+
+    def make(home: Path) -> None:
+        command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+        env = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        subprocess.run(command, env=env, check=True, capture_output=True)
+
+    return shared("prefect-database", make) / "prefect.db"
 
 
 @pytest.fixture(scope="session")
@@ -58,11 +76,9 @@ def prefect_server(prefect_database: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def finished_toy(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+def finished_toy(prefect_server: str, shared: Shared) -> Toy:
     """A toy pipeline after its first run; copy it, never change it."""
-    toy = Toy.create(tmp_path_factory.mktemp("finished") / "toy")
-    toy.run()
-    return toy
+    return Toy(shared("finished-toy", lambda root: Toy.create(root).run()))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from tests.waiting import soon
 )
 def test_a_bad_change_is_refused_before_anything_starts(toy: Toy, change: str, words: str) -> None:
     before = toy.read("params.yaml")
-    done = toy.cli("run", "--set", "gate.four_bit=0.85", "--set", change)
+    done = toy.call("run", "--set", "gate.four_bit=0.85", "--set", change)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
@@ -63,7 +63,7 @@ def test_a_failed_stage_is_one_clear_line(toy: Toy, prefect_server: str) -> None
 def test_a_plan_says_what_would_run_and_why_and_changes_nothing(toy: Toy) -> None:
     toy.set(variants__int8__smoothing=0.45)
     lock = toy.read("dvc.lock")
-    done = toy.cli("plan")
+    done = toy.call("plan")
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
     assert rows["quantize@int8"][1:6] == ["run", "params.yaml:", "variants.int8", "is", "modified"]
@@ -77,7 +77,7 @@ def test_a_plan_says_what_would_run_and_why_and_changes_nothing(toy: Toy) -> Non
 def test_the_last_report_is_shown_again(toy: Toy) -> None:
     assert toy.cli("report").stdout.startswith("the table of the field\n")
     (toy.root / "report/table.txt").unlink()
-    done = toy.cli("report")
+    done = toy.call("report")
     assert (done.returncode, done.stderr) == (1, "error: there is no report yet; `modelpress run` makes one\n")
 
 
@@ -99,7 +99,7 @@ def test_an_interrupt_ends_the_stage_and_tells_the_records(
     with _stage_at_work(toy, "quantize@int8", PREFECT_API_URL=prefect_server) as process:
         stage = int(toy.read("pid-quantize@int8"))
         os.kill(process.pid, sign)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=120)
     assert process.returncode == status
     assert output.splitlines()[-1].startswith("interrupted; ")
     assert "Traceback" not in output
@@ -118,8 +118,8 @@ def test_a_killed_run_leaves_no_process_and_loses_nothing(toy: Toy) -> None:
         assert any("stage.py quantize@int8" in line for line in words)
         assert not (toy.root / "models/int8").exists()
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate(timeout=30)
-    assert soon(lambda: not any(child.is_running() for child in family), 15)
+        process.communicate(timeout=120)
+    assert soon(lambda: not any(child.is_running() for child in family), 60)
 
     toy.wish("quantize@int8", "fail")
     with pytest.raises(Exception, match="found 3, expected 4"):
@@ -138,7 +138,7 @@ class _stage_at_work:  # noqa: N801 - reads as a phrase
         self._mark = toy.root / f"pid-{stage}"
 
     def __enter__(self) -> subprocess.Popen[str]:
-        assert soon(self._mark.exists, 90), self._process.communicate(timeout=5)
+        assert soon(self._mark.exists, 300), self._process.communicate(timeout=5)
         return self._process
 
     def __exit__(self, *_: object) -> None:

@@ -34,7 +34,11 @@ def test_a_parent_holds_the_run_and_a_child_each_variant(finished_toy: Toy) -> N
     assert set(children) == set(VARIANTS)
     child = children["gptq-int4"]
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert child.data.params["group_size"] == "64"
+    assert {key: child.data.params[key] for key in ("scheme", "group_size", "rounding")} == {
+        "scheme": "W4A16_ASYM",
+        "group_size": "64",
+        "rounding": "gptq",
+    }
     assert child.data.metrics["report.retention.low"] == 0.95
     assert child.data.metrics["quantize.seconds"] > 0
     assert not any("layers" in name for name in child.data.metrics)

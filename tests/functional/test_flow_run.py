@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import sys
 
 import pytest
 from prefect import task
@@ -80,14 +81,8 @@ def test_a_failed_stage_stops_what_follows_and_nothing_else(toy: Toy) -> None:
     before = len(toy.executed())
     toy.set(
         variants={
-            "base": {"method": "none"},
-            "int8": {
-                "method": "int8",
-                "backend": "modelpress",
-                "smoothing": 0.3,
-                "rounding": "gptq",
-                "symmetric_activations": True,
-            },
+            "base": {"scheme": "none"},
+            "int8": {"scheme": "W8A8", "scaling": "smoothquant", "smoothing": 0.3, "rounding": "gptq"},
             **_gptq(32),
         }
     )
@@ -143,6 +138,18 @@ def test_a_stage_that_takes_too_long_is_stopped(toy: Toy) -> None:
     assert toy.read("report/table.txt") == "the table of the field\n"
 
 
+def test_what_cannot_work_is_refused_before_any_stage_runs(toy: Toy) -> None:
+    before = toy.executed()
+    toy.set(gate__four_bit=0.9)
+    toy.wish("preflight", "error: group_size is 7")
+    with pytest.raises(FlowError, match=r"^group_size is 7$"):
+        toy.run()
+    (toy.root / "tasks/checks/preflight.py").unlink()
+    with pytest.raises(FlowError, match=r"has no tasks/checks/preflight\.py"):
+        toy.run()
+    assert toy.executed() == before
+
+
 def test_two_runs_in_one_checkout_are_refused(toy: Toy) -> None:
     with exclusive(toy.root), pytest.raises(FlowError, match=r"another run \(process \d+\) is at work in"):
         toy.run()
@@ -193,13 +200,14 @@ def test_a_network_that_stays_away_fails_the_run_after_the_last_try(toy: Toy, mo
 def test_an_interrupt_does_not_wait_for_the_next_try(toy: Toy, prefect_server: str) -> None:
     toy.set(model__source="path:elsewhere")
     toy.wish("download", "away 9")
-    process = toy.start_cli("run", PREFECT_API_URL=prefect_server)
+    longer = "from flows.execution import stage_task; stage_task.WAITS = (600.0,); from flows.cli import main; main()"
+    process = toy.start([sys.executable, "-c", longer, "run"], PREFECT_API_URL=prefect_server)
     assert process.stdout is not None
     try:
-        while "trying again in 5 s" not in process.stdout.readline():
+        while "trying again in 600 s" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=4)
+        process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130
@@ -230,6 +238,6 @@ def test_a_stage_without_enough_memory_names_its_peak_and_what_to_lower(toy: Toy
 
 
 def _gptq(group_size: int) -> dict[str, object]:
-    settings = {"method": "gptq", "backend": "modelpress", "bits": 4, "group_size": group_size, "symmetric": False}
-    more = {"refine": 0, "propagate": False, "format": "awq"}  # a format in which a group size must divide every layer
-    return {"gptq-int4": {**settings, "act_order": "static", "damping": 0.01, "clip": False, **more}}
+    # a format in which a group size must divide every layer
+    settings = {"scheme": "W4A16_ASYM", "group_size": group_size, "rounding": "gptq", "format": "awq"}
+    return {"gptq-int4": settings}

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tasks.download import download
@@ -265,3 +266,42 @@ def test_a_pinned_file_of_a_data_set_must_be_that_one(hub: FakeHub, tmp_path: Pa
 def test_a_missing_file_of_a_data_set_is_named(hub: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"data/train\.jsonl not found"):
         fetch_file("hf:acme/questions@main/data/train.jsonl", None, tmp_path)
+
+
+class TestTheLibraryAlone:
+    """Why tasks/sources/hub.py keeps the bytes itself: `hf_hub_download` and `snapshot_download`, as locked, neither
+    resume what an earlier call fetched nor check it. Where one of these tests fails, the library has learned it."""
+
+    @pytest.fixture(autouse=True)
+    def _impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("time.sleep", lambda _: None)
+
+    def library(self, hub: FakeHub) -> Path:
+        from huggingface_hub import snapshot_download
+
+        found = snapshot_download(
+            MODEL, revision="main", cache_dir="cache", endpoint=hub.endpoint, token=False, max_workers=1
+        )
+        return Path(found) / "model.safetensors"
+
+    def test_a_download_that_was_given_up_starts_anew(self, hub: FakeHub, llama_files: dict[str, bytes]) -> None:
+        breaks = [11 << 20, *[0] * 5]  # as often as one call tries
+        hub.break_after = [*breaks]
+        with pytest.raises(httpx.RemoteProtocolError):
+            self.library(hub)
+        hub.requests.clear()
+        assert self.library(hub).read_bytes() == llama_files["model.safetensors"]
+        assert hub.ranges() == []
+
+        hub.break_after = [*breaks]
+        with pytest.raises(TransientError):
+            download(settings(), Path("models/source"))
+        hub.requests.clear()
+        download(settings(), Path("models/source"))
+        assert hub.ranges() == [f"bytes={10 << 20}-"]
+
+    def test_wrong_bytes_are_taken(self, hub: FakeHub) -> None:
+        repository = hub.repositories[MODEL]
+        content = repository.files["model.safetensors"]
+        repository.wrong["model.safetensors"] = content[:-1] + bytes([content[-1] ^ 1])
+        assert self.library(hub).read_bytes() == repository.wrong["model.safetensors"]

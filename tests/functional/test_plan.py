@@ -55,7 +55,7 @@ def test_a_run_is_estimated_from_a_config_alone(fresh: Toy) -> None:
 )
 def test_what_cannot_be_estimated_is_one_clear_line(fresh: Toy, arguments: list[str], words: str) -> None:
     fresh.write("seven/config.json", json.dumps(LLAMA_2_7B))
-    done = fresh.cli("plan", *arguments)
+    done = fresh.call("plan", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1

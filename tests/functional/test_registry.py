@@ -115,7 +115,7 @@ def test_a_store_that_is_away_costs_the_registration_and_not_the_run(
     assert "run/better" in here.command("git", "tag", "--list")
     assert "the run is kept as run/better, but its package is not registered" in caplog.text
     for words in (["get", "champion"], ["history"]):
-        done = here.cli(*words)
+        done = here.call(*words)
         assert done.returncode == 1
         assert done.stderr.startswith("error: MLflow at http://127.0.0.1:9 does not work (")
 
@@ -127,7 +127,7 @@ def test_the_champion_is_fetched_by_its_name(here: Toy, tmp_path: Path) -> None:
     assert list(variants) == ["base", "int8"]
 
     here.set(package__name="another-name")
-    done = here.cli("get", "champion", "--to", str(tmp_path / "other"))
+    done = here.call("get", "champion", "--to", str(tmp_path / "other"))
     assert (done.returncode, done.stderr) == (
         1,
         "error: no champion of another-name yet; a deployed run makes one: `modelpress serve`\n",
@@ -137,12 +137,13 @@ def test_the_champion_is_fetched_by_its_name(here: Toy, tmp_path: Path) -> None:
 
 
 def test_the_history_compares_finished_runs(here: Toy) -> None:
-    heading, row = here.cli("history").stdout.splitlines()
-    assert heading.split()[:5] == ["date", "run", "tag", "winner", "size"]
+    heading, row = here.call("history").stdout.splitlines()
+    assert heading.split()[:6] == ["date", "run", "tag", "winner", "scheme", "size"]
     assert row.split()[2:] == [
         "first",
         "run/first",
         "int8",
+        "W8A8",
         "167",
         "MB",
         "97.0",
@@ -156,5 +157,5 @@ def test_the_history_compares_finished_runs(here: Toy) -> None:
         NAME,
     ]
     (here.root / "mlflow.db").unlink()
-    assert here.cli("history").stdout == "no finished runs yet; `modelpress run` makes the first\n"
+    assert here.call("history").stdout == "no finished runs yet; `modelpress run` makes the first\n"
     assert not (here.root / "mlflow.db").exists()

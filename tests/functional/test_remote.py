@@ -53,11 +53,11 @@ def clone(toy: Toy, root: Path, revision: str = "HEAD") -> Toy:
 
 def check_has_all_after_pull(other: Toy, like: Toy) -> None:
     """Before the pull there is much to do; after it nothing, for DVC and for modelpress, with the same bytes."""
-    assert "8 stages: 8 unchanged" not in other.cli("plan").stdout
+    assert "8 stages: 8 unchanged" not in other.call("plan").stdout
     other.dvc("pull")
     assert "Running stage" not in other.dvc("repro")
     assert other.executed() == []
-    done = other.cli("plan")
+    done = other.call("plan")
     assert "8 stages: 8 unchanged" in done.stdout, done.stdout + done.stderr
     for path in ("models/int8/content.json", "report/summary.json"):
         assert other.read(path) == like.read(path)

@@ -152,7 +152,8 @@ def test_a_variant_in_new_words_has_the_bytes_of_the_old_ones(
     values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     values["variants"] = {"base": {"scheme": "none"}, name: new_variant(OLD[name])}
     variant = check_settings(values).variant(name)
-    quantize(name, variant, *inputs.values(), tmp_path / "new")
+    folders = (inputs["model"], inputs["calibration"], inputs["statistics"])
+    quantize(name, variant, *folders, tmp_path / "new")
     expected, stored = load_file(old / f"{name}.safetensors"), StoredModel(tmp_path / "new")
     assert {key.rpartition(".")[0] for key in expected} == set(stored.quantized) != set()
     for layer in stored.quantized:

@@ -7,14 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 PROJECT = Path(__file__).resolve().parents[2]
 VARIANTS = ("base", "int8", "gptq-int4")
+TERMINAL = {"NO_COLOR": "1", "COLUMNS": "200"}
 STAGES = ["download", *(f"{kind}@{name}" for kind in ("quantize", "benchmark") for name in VARIANTS), "report"]
 
 DVC_YAML = """
@@ -184,13 +188,33 @@ class Toy:
     def cli(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `modelpress` in a process of its own, to its end."""
         return subprocess.run(
-            cli_command(*arguments), cwd=self.root, env=cli_env(**env), capture_output=True, text=True, timeout=120
+            cli_command(*arguments), cwd=self.root, env=cli_env(**env), capture_output=True, text=True, timeout=300
         )
+
+    def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `modelpress` in this process: as `cli`, where it is not the process that is tested."""
+        from flows.cli import main
+
+        out, err = StringIO(), StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.chdir(self.root)
+            patch.setattr(sys, "argv", ["modelpress", *arguments])
+            for name, value in TERMINAL.items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as ended:
+                main()
+        status = ended.value.code or 0
+        assert isinstance(status, int)
+        return subprocess.CompletedProcess(["modelpress", *arguments], status, out.getvalue(), err.getvalue())
 
     def start_cli(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
         """Start `modelpress` in a session of its own."""
+        return self.start(cli_command(*arguments), **env)
+
+    def start(self, command: list[str], **env: str) -> subprocess.Popen[str]:
+        """Start a command in a session of its own."""
         return subprocess.Popen(
-            cli_command(*arguments),
+            command,
             cwd=self.root,
             env=cli_env(**env),
             stdout=subprocess.PIPE,
@@ -262,4 +286,4 @@ def cli_command(*arguments: str) -> list[str]:
 
 def cli_env(**env: str) -> dict[str, str]:
     """The environment in which `cli_command` works."""
-    return {**os.environ, "PYTHONPATH": str(PROJECT), "NO_COLOR": "1", "COLUMNS": "200", **env}
+    return {**os.environ, "PYTHONPATH": str(PROJECT), **TERMINAL, **env}

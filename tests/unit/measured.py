@@ -83,7 +83,11 @@ def _results(folder: Path, answers: Mapping[str, list[int]]) -> None:
 def _linears(errors: Mapping[str, float]) -> list[dict[str, Any]]:
     """Every fifth layer at 8 bits."""
     return [
-        {"name": name, "chosen": "4@64" if i % 5 else "8@64", "costs": {"4@64": error, "8@64": error / 250}}
+        {
+            "name": name,
+            "chosen": "W4A16_ASYM@64" if i % 5 else "W8A8",
+            "costs": {"W4A16_ASYM@64": error, "W8A8": error / 250},
+        }
         for i, (name, error) in enumerate(errors.items())
     ]
 
@@ -101,8 +105,13 @@ def _metrics(
         metrics / "quantize" / f"{name}.json",
         {
             "variant": name,
-            "method": made.get("method", "gptq" if bits else "none"),
+            "scheme": made.get("scheme", "W4A16_ASYM" if bits else "none"),
+            "recipe": made.get("recipe", "GPTQ" if bits else ""),
+            "format": made.get("format", "compressed-tensors" if bits else ""),
+            "backend": "modelpress" if bits else "none",
             "bits": bits,
+            "output_layer": made.get("output_layer"),
+            "output_layer_error": None,
             "bits_per_weight": bits and bits + 0.31,
             "seconds": 121.5,
             "peak_memory_bytes": 3_100_000_000,
@@ -111,7 +120,7 @@ def _metrics(
             "identity": "ab" * 32,
             "libraries": {"torch": "2.13.0"},
             "layers": layers if bits else {},
-            "linears": _linears(layers) if made.get("method") == "auto" else [],
+            "linears": _linears(layers) if made.get("scheme") == "mixed" else [],
         },
     )
     scores: dict[str, dict[str, Any]] = {

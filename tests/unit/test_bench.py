@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from bench.contenders import CONTENDERS, DECODING
 from bench.goals import BETTER, DECODE, FASTER, INT8, LIBRARIES, TOGETHER, as_json, goals
-from bench.picture import picture
+from bench.picture import WORST, picture
 from bench.press import changed, find
 from bench.table import rows, table
 from tasks.settings import BUILTIN, check_settings, load_settings
@@ -96,6 +98,12 @@ def test_a_goal_is_reached_or_missed_by_what_was_found() -> None:
     assert json.dumps(as_json(list(told.values())))
 
 
-def test_a_destroyed_model_does_not_hide_the_others_in_the_picture() -> None:
+def test_a_destroyed_model_does_not_hide_the_others_in_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr("bench.picture.FigureCanvasAgg", figures.append)
     assert picture(rows(found())).startswith(b"\x89PNG")
-    assert picture(rows(found())) == picture(rows(found()))
+    _, loss = figures[0].axes
+    ours, theirs = (bar.get_width() for bar in loss.patches if isinstance(bar, Rectangle))
+    assert (ours, theirs) == (pytest.approx(10), 100 * WORST)  # theirs is 200,000% above the baseline
+    assert ours > 0.1 * loss.get_xlim()[1]
+    assert [text.get_text() for text in loss.texts] == [" +10.0%", " +2.5e+05%, cut off"]

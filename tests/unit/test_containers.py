@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import prefect.server.api
 import pytest
+from packaging.specifiers import SpecifierSet
 from prefect.utilities.templating import apply_values, find_placeholders
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -34,13 +36,37 @@ def default_template(kind: str) -> dict[str, Any]:
     return dict(workers[f"prefect-{kind}"][kind]["default_base_job_configuration"])
 
 
-def test_the_image_is_of_a_named_python_and_its_programs_run_as_nobody_special() -> None:
+def test_the_images_python_is_one_that_the_project_takes() -> None:
+    (image,) = (rest for word, rest in instructions() if word == "FROM")
+    version = re.fullmatch(r"python:(\d+\.\d+)-slim", image)
+    assert version, image
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert version[1] in SpecifierSet(project["requires-python"])
+
+
+def test_what_the_image_makes_and_finds_is_what_the_makefile_makes() -> None:
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
     found = instructions()
-    assert [rest for word, rest in found if word == "FROM"] == ["python:3.11-slim"]
-    users = [rest for word, rest in found if word == "USER"]
-    assert users == ["press"]
-    assert any(f"useradd --create-home --uid 1000 {users[0]}" in rest for word, rest in found if word == "RUN")
-    assert found.index(("USER", "press")) < [rest.startswith("make install") for _, rest in found].index(True)
+    made = [target for word, rest in found if word == "RUN" for target in re.findall(r"make (\w+) &&", rest)]
+    assert made
+    assert set(made) <= set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    home = next(rest for word, rest in found if word == "WORKDIR")
+    (environment,) = re.findall(r"^VENV := (.+)$", makefile, re.MULTILINE)
+    (path,) = re.findall(r"\bPATH=(\S+?):", " ".join(rest for word, rest in found if word == "ENV"))
+    assert path == f"{home}/{environment}/bin"
+
+
+def test_the_images_user_is_not_root_and_the_one_that_kubernetes_runs_it_as() -> None:
+    found = instructions()
+    made = re.search(r"useradd .*--uid (\d+) (\w+)", " ".join(rest for word, rest in found if word == "RUN"))
+    assert made
+    assert [rest for word, rest in found if word == "USER"] == [made[2]]
+    job = template("kubernetes")["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+    assert job["securityContext"]["runAsUser"] == int(made[1]) != 0
+    # what is installed is that user's, who may write to the volume and starts there
+    assert all(found.index(step) > found.index(("USER", made[2])) for step in found if step[1].startswith("make "))
+    assert all(f"--chown={made[2]}:{made[2]}" in rest for word, rest in found if word == "COPY")
+    assert any(re.search(rf"chown {made[2]}:{made[2]} .*{VOLUME}", rest) for word, rest in found if word == "RUN")
     assert found[-1] == ("WORKDIR", VOLUME)
 
 

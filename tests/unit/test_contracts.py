@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from pydantic import BaseModel
 from setuptools import find_packages
@@ -104,6 +105,17 @@ def test_the_lock_holds_every_direct_dependency_at_an_exact_version() -> None:
     minor = {name: tuple(map(int, lock[name].split(".")[:2])) for name in ("fastapi", "sqlalchemy")}
     assert minor["fastapi"] < (0, 151)
     assert minor["sqlalchemy"] < (2, 1)
+
+
+@pytest.mark.parametrize(("package", "column"), [("flows", 1), ("tasks", 3)])
+def test_the_drawing_of_the_architecture_shows_the_layers_that_imports_are_held_to(package: str, column: int) -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (one["layers"] for one in contracts if one.get("containers") == [package])
+    level = {name: number for number, layer in enumerate(layers) for name in layer.split(" | ")}
+    lines = [line.split("│")[column] for line in (ROOT / "ARCHITECTURE.md").read_text().splitlines() if "│" in line]
+    drawn = [name.rstrip("/") for line in lines for name in line.partition("·")[0].split()]
+    assert sorted(drawn) == sorted(level)
+    assert [level[name] for name in drawn] == sorted(level.values())
 
 
 def test_every_stage_has_a_program() -> None:

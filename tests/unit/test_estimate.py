@@ -60,6 +60,7 @@ QUIET = check_machine(
     },
     "here",
 )
+SLOW_TO_START = check_machine(QUIET.model_dump() | {"start_s": 3 * QUIET.start_s}, "here")
 SMOLLM2 = LLAMA_2_7B | {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -195,10 +196,15 @@ def test_an_expert_is_pressed_as_a_layer_of_its_own() -> None:
 @pytest.mark.parametrize("config", [LLAMA_2_7B, LLAMA_3_70B, MIXTRAL_8X7B], ids=["7B", "70B", "experts"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_an_estimate(config: dict[str, Any], stage: str) -> None:
-    need = estimate(stage, job(config))
+    need, later = (estimate(stage, job(config, machine=machine)) for machine in (QUIET, SLOW_TO_START))
     assert need.seconds is not None
-    assert need.seconds >= QUIET.start_s
+    assert later.seconds is not None
+    processes = 2 if stage == "package" else 1  # it tries the bundle in one of its own
+    assert later.seconds - need.seconds == pytest.approx(processes * (SLOW_TO_START.start_s - QUIET.start_s))
+    idle = ("datasets", "calibrate", "quantize@base", "report")
+    assert (need.seconds - processes * QUIET.start_s > 0) == (stage not in idle)
     assert need.memory is not None
+    assert need.memory >= 1e9 * QUIET.base_gb
 
 
 def test_what_is_not_known_is_said() -> None:

@@ -31,7 +31,7 @@ def test_the_hash_does_not_depend_on_the_order_of_stages_nor_on_stages_that_are_
 
 
 def test_facts_of_a_variant_come_from_all_the_files(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text("variants: {base: {method: none}, int8: {method: int8, smoothing: 0.8}}")
+    (tmp_path / "params.yaml").write_text("variants: {base: {scheme: none}, int8: {scheme: W8A8, smoothing: 0.8}}")
     for path, value in {
         "metrics/quantize/int8.json": {"seconds": 3, "identity": "abc", "layers": {"x": 1}},
         "metrics/evaluate/int8.json": {"contract": {"limit": 400}, "tasks": {"piqa": {"score": 0.6}}},
@@ -43,7 +43,7 @@ def test_facts_of_a_variant_come_from_all_the_files(tmp_path: Path) -> None:
     (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": {"quantize@int8": {"outs": outs}}}))
     base, int8 = variant_facts(tmp_path)
     assert base.metrics == {}
-    assert int8.params == {"variant": "int8", "method": "int8", "smoothing": "0.8", "contract.limit": "400"}
+    assert int8.params == {"variant": "int8", "scheme": "W8A8", "smoothing": "0.8", "contract.limit": "400"}
     assert int8.metrics == {"quantize.seconds": 3, "evaluate.tasks.piqa.score": 0.6, "report.retention.low": 0.9}
     assert int8.tags == {"verdict": "pass", "identity": "abc", "dvc.models/int8": "m.dir"}
     assert [path.parent.name for path in int8.files] == ["evaluate", "quantize"]

@@ -46,6 +46,13 @@ def test_a_variant_can_be_added_and_removed(params: Path) -> None:
     assert variants["hard"]["smoothing"] == 0.9
 
 
+def test_every_change_in_the_help_is_one_that_works(params: Path) -> None:
+    examples = re.findall(r"--set (?:'([^']+)'|(\S+))", run.__doc__ or "")
+    assert len(examples) == 5
+    for quoted, plain in examples:
+        assert override(Path(shutil.copy(PARAMS, params)), [quoted or plain])
+
+
 def test_a_value_that_is_no_expression_is_taken_as_text(params: Path) -> None:
     override(params, ["model.source=wheel:mine==1.0/it's (1).gguf"])
     assert read_settings(params).model.source == "wheel:mine==1.0/it's (1).gguf"

@@ -14,8 +14,8 @@ from tests.unit.measured import GATE, made_up
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {"lost": 0, "size": 269_000_000},
-    "int8": {"method": "int8", "bits": 8, "lost": 0.002, "size": 163_000_000, "worse": 0.006, "speed": 1.1},
-    "awq-int4": {"method": "awq", "bits": 4, "lost": 0.2, "size": 111_000_000, "worse": 0.25, "speed": None},
+    "int8": {"scheme": "W8A8", "bits": 8, "lost": 0.002, "size": 163_000_000, "worse": 0.006, "speed": 1.1},
+    "awq-int4": {"format": "awq", "bits": 4, "lost": 0.2, "size": 111_000_000, "worse": 0.25, "speed": None},
 }
 
 
@@ -42,7 +42,7 @@ def test_the_table_has_every_figure(summary: dict[str, Any]) -> None:
     assert table["int8"] == [
         *("163 MB", "1.65x", "1.10x"),
         f"{100 * kept['mean']:.1f} ({100 * kept['low']:.1f} to {100 * kept['high']:.1f})",
-        *("15.29, +0.6%", "27.60, +0.6%", "0.003", "99.4%", "pass"),
+        *("15.29 (+0.6%)", "27.60 (+0.6%)", "0.003", "99.4%", "pass"),
     ]
     assert table["awq-int4"][2] == "no fast kernel"
     assert table["awq-int4"][-1] == "fail"
@@ -51,10 +51,10 @@ def test_the_table_has_every_figure(summary: dict[str, Any]) -> None:
 def test_reasons_winner_plot_notes_and_the_contract_follow_in_this_order(summary: dict[str, Any]) -> None:
     page = result(summary, "![the plot](x)")
     found = [
-        "| awq-int4 |",
+        "| awq-int4 ",
         f"- **int8**: pass, {summary['variants']['int8']['reason']}.",
         f"- **awq-int4**: fail, {summary['variants']['awq-int4']['reason']}.",
-        "**Winner: int8**",
+        "**Winner: int8, the smallest that passes (163 MB, 1.65x smaller than the baseline).**",
         "![the plot](x)",
         summary["notes"][0],
         f"Evaluation contract `{summary['contract_hash']}`",

@@ -1,228 +1,103 @@
-"""A params.yaml in the words of commit 7e53a78 is refused, and each line that is printed is valid settings."""
+"""Records in the words of before variants had a scheme, read in today's."""
 
 from __future__ import annotations
 
-import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tasks.errors import TaskError
-from tasks.old_words import new_variant
-from tasks.settings import Settings, check_settings
+from flows.tracking.result_markdown import result
+from tasks.old_words import new_record
+from tasks.report import report
+from tasks.reporting.columns import columns
+from tasks.reporting.summary import summarize
+from tasks.reporting.table import table
+from tasks.settings import load_settings
+from tests.unit.measured import GATE, made_up
 
-PARAMS = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
-# as they stood in params.yaml at that commit
-OLD: dict[str, dict[str, Any]] = {
-    "base": {"method": "none"},
-    "int8": {
-        "method": "int8",
-        "backend": "modelpress",
-        "smoothing": 0.5,
-        "rounding": "gptq",
-        "symmetric_activations": False,
-    },
-    "gptq-int4": {
-        "method": "gptq",
-        "backend": "modelpress",
-        "bits": 4,
-        "group_size": 64,
-        "symmetric": False,
-        "act_order": "static",
-        "damping": 0.05,
-        "clip": True,
-        "refine": 1,
-        "propagate": False,
-        "format": "compressed-tensors",
-    },
-    "awq-int4": {
-        "method": "awq",
-        "backend": "modelpress",
-        "bits": 4,
-        "group_size": 64,
-        "clip": True,
-        "rounding": "gptq",
-        "refine": 1,
-        "propagate": False,
-        "format": "awq",
-    },
-    "auto": {
-        "method": "auto",
-        "backend": "modelpress",
-        "bits_per_weight": 4.5,
-        "candidates": ["4@64", "4@128", "8@64", "8@128"],
-        "fused": False,
-        "refine": 2,
-        "propagate": False,
-    },
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {"lost": 0, "size": 269_000_000},
+    "int8": {"scheme": "W8A8", "bits": 8, "lost": 0.002, "size": 163_000_000, "worse": 0.006},
+    "gptq-int4": {"bits": 4, "lost": 0.015, "size": 112_000_000, "worse": 0.2},
+    "awq-int4": {"bits": 4, "lost": 0.2, "size": 111_000_000, "worse": 0.25},
+    "auto": {"scheme": "mixed", "bits": 4, "lost": 0.01, "size": 115_000_000, "worse": 0.1},
 }
-GPTQ, AWQ = OLD["gptq-int4"], OLD["awq-int4"]
-# a case for each key, and what its variant is called now
-CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    (OLD["base"], {"scheme": "none"}),
-    (
-        OLD["int8"],
-        {
-            "scheme": "W8A8",
-            "scaling": "smoothquant",
-            "smoothing": 0.5,
-            "rounding": "gptq",
-            "symmetric_activations": False,
-        },
-    ),
-    (
-        GPTQ,
-        {
-            "scheme": "W4A16_ASYM",
-            "rounding": "gptq",
-            "group_size": 64,
-            "damping": 0.05,
-            "clip": True,
-            "refine": 1,
-        },
-    ),
-    (
-        {**GPTQ, "symmetric": True, "act_order": "none", "damping": 0.01, "skip_layers": [0, 3], "propagate": True},
-        {
-            "scheme": "W4A16",
-            "rounding": "gptq",
-            "group_size": 64,
-            "act_order": "none",
-            "damping": 0.01,
-            "clip": True,
-            "refine": 1,
-            "propagate": True,
-            "skip_layers": [0, 3],
-        },
-    ),
-    (
-        {**GPTQ, "backend": "llm-compressor", "clip": False, "refine": 0, "samples": 8},
-        {
-            "scheme": "W4A16_ASYM",
-            "rounding": "gptq",
-            "backend": "llm-compressor",
-            "group_size": 64,
-            "damping": 0.05,
-            "clip": False,
-            "refine": 0,
-            "samples": 8,
-        },
-    ),
-    (
-        AWQ,
-        {
-            "scheme": "W4A16_ASYM",
-            "scaling": "awq",
-            "group_size": 64,
-            "clip": True,
-            "rounding": "gptq",
-            "refine": 1,
-            "format": "awq",
-        },
-    ),
-    (
-        {**AWQ, "backend": "autoawq", "rounding": "nearest", "refine": 0},
-        {
-            "scheme": "W4A16_ASYM",
-            "scaling": "awq",
-            "backend": "autoawq",
-            "group_size": 64,
-            "clip": True,
-            "refine": 0,
-            "format": "awq",
-        },
-    ),
-    (
-        OLD["auto"],
-        {
-            "scheme": "mixed",
-            "scaling": "awq",
-            "clip": True,
-            "rounding": "gptq",
-            "damping": 0.05,
-            "scale_dtype": "float16",
-            "bits_per_weight": 4.5,
-            "candidates": ["W4A16_ASYM@64", "W4A16_ASYM@128", "W8A16@64", "W8A16@128"],
-            "fused": False,
-            "refine": 2,
-        },
-    ),
-    ({"method": "gguf", "type": "Q4_K_M", "importance": True}, {"scheme": "Q4_K_M", "imatrix": True}),
-    ({"method": "gguf", "type": "Q6_K", "importance": False}, {"scheme": "Q6_K"}),
-]
+METHODS = dict(zip(VARIANTS, ("none", "int8", "gptq", "awq", "auto"), strict=True))
+SCHEMES = dict(zip(VARIANTS, ("none", "W8A8", "W4A16 or W4A16_ASYM", "W4A16_ASYM", "mixed"), strict=True))
+LABELS = {"W4A16_ASYM@64": "4@64", "W8A8": "8@64"}
 
 
-def settings(variant: dict[str, Any]) -> Settings:
-    """params.yaml with this variant, for the target that can run it."""
-    values = {**PARAMS, "variants": {"base": {"scheme": "none"}, "other": {"scheme": "W8A8"}}}
-    if variant.get("scheme", "").startswith("Q"):
-        values["target"] = "gguf"
-    if variant != {"scheme": "none"}:
-        values["variants"]["v"] = variant
-    return check_settings(values)
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """metrics/quantize as commit 7e53a78 wrote it; the other measurements had the form that they have today."""
+    made_up(tmp_path, VARIANTS)
+    for name, method in METHODS.items():
+        path = tmp_path / f"metrics/quantize/{name}.json"
+        text = path.read_text()
+        for label, before in LABELS.items():
+            text = text.replace(f'"{label}"', f'"{before}"')
+        values = json.loads(text)
+        for key in ("scheme", "recipe", "format", "output_layer", "output_layer_error"):
+            del values[key]
+        path.write_text(json.dumps(values | {"method": method}))
+    return tmp_path
 
 
-@pytest.mark.parametrize(("old", "new"), CASES)
-def test_a_variant_is_said_in_new_words(old: dict[str, Any], new: dict[str, Any]) -> None:
-    assert new_variant(old) == new
-    assert settings(new)
+def test_old_metrics_make_a_report_in_new_words(old: Path) -> None:
+    settings = load_settings(Path("params.yaml")).model_copy(update={"gate": GATE})
+    report(settings, old / "metrics", old / "results", old / "source.json", old / "report")
+    rows = json.loads((old / "report/summary.json").read_text())["variants"]
+    assert {name: row["scheme"] for name, row in rows.items()} == SCHEMES
+    assert {name: row["backend"] for name, row in rows.items()} == dict.fromkeys(VARIANTS, "modelpress") | {
+        "base": "none"
+    }
+    assert "W8A8, 8.31 bits a weight" in " ".join((old / "report/index.html").read_text().split())
+    assert (old / "report/precisions-auto.png").exists()
 
 
-@pytest.mark.parametrize(("old", "new"), CASES)
-def test_the_line_that_is_printed_is_valid_settings(old: dict[str, Any], new: dict[str, Any]) -> None:
-    values = copy.deepcopy(PARAMS)
-    values["variants"]["v"] = old
-    with pytest.raises(
-        TaskError, match=r"^params\.yaml is in the words of an earlier version; write instead:\n"
-    ) as caught:
-        check_settings(values)
-    (line,) = str(caught.value).splitlines()[1:]
-    key, _, text = line.partition(": ")
-    assert key == "variants.v"
-    assert yaml.safe_load(text) == new
-    assert settings(yaml.safe_load(text))
+def test_an_old_summary_is_shown(old: Path) -> None:
+    summary = summarize(list(VARIANTS), GATE, old / "metrics", old / "results", old / "source.json")
+    for name, row in summary["variants"].items():  # as it was
+        row |= {"method": METHODS[name]}
+        for key in ("scheme", "recipe", "format", "backend", "output_layer"):
+            del row[key]
+    remarks = {name: cell.remark for name, cell in columns(summary)[0].cells.items()}
+    bits = {name: f", {row['bits']}.31 bits a weight" for name, row in VARIANTS.items() if name != "base"}
+    assert remarks == {"base": "baseline"} | {name: SCHEMES[name] + bits[name] for name in bits}
+    assert [cell.strip() for cell in result(summary, "").splitlines()[3].split("|")[1:3]] == ["int8", "163 MB"]
+    assert "int8: pass, " in table(summary)
+
+
+def test_precisions_and_what_is_new_are_as_in_todays_records() -> None:
+    linears = [{"name": "model.layers.0.mlp.up_proj", "chosen": "8@128", "costs": {"4@64": 0.1, "8@128": 0.0}}]
+    found = new_record({"method": "auto", "bits": 4, "linears": linears})
+    assert found["linears"] == [
+        {
+            "name": "model.layers.0.mlp.up_proj",
+            "chosen": "W8A16@128",
+            "costs": {"W4A16_ASYM@64": 0.1, "W8A16@128": 0.0},
+        }
+    ]
+    assert (found["bits"], found["recipe"], found["output_layer"]) == (4, "", None)
+    assert "method" not in found
+    today = {"scheme": "W8A8", "recipe": "GPTQ", "linears": []}
+    assert new_record(today) == today
 
 
 @pytest.mark.parametrize(
-    ("target", "bits", "now"),
+    ("record", "scheme"),
     [
-        ("transformers", 8, None),
-        ("onnx", 8, "W8A16@64"),
-        ("onnx", 4, "W4A16_ASYM@32"),
-        ("onnx", 32, None),
-        ("gguf", 8, "W8A16@32"),
-        ("gguf", 32, None),
+        ({"method": "none"}, "none"),
+        ({"method": "gptq", "symmetric": "true"}, "W4A16"),
+        ({"method": "gptq", "symmetric": "false", "group_size": "64"}, "W4A16_ASYM"),
+        ({"method": "gptq", "bits": 4}, "W4A16 or W4A16_ASYM"),  # the file does not tell
+        ({"method": "gguf", "type": "Q6_K", "importance": "true"}, "Q6_K"),
+        ({"method": "gguf", "bits": 5}, "Q5_K_M"),
+        ({"method": "awq", "rounding": "nearest"}, "W4A16_ASYM"),
+        ({"method": "auto", "candidates": '["4@64", "8@64"]', "propagate": "false"}, "mixed"),
     ],
 )
-def test_a_whole_file_of_that_commit_becomes_valid_line_by_line(target: str, bits: int, now: str | None) -> None:
-    """The output layer, which exports rounded, becomes a setting of each variant that is ours."""
-    library = {**AWQ, "backend": "autoawq", "rounding": "nearest", "refine": 0}
-    variants = {**OLD, "theirs": library}
-    values = {**PARAMS, "variants": variants, "target": target}
-    values |= {"onnx": {"output_layer": bits}, "gguf": {"output_layer": bits}}
-    with pytest.raises(TaskError) as caught:
-        check_settings(values)
-    lines = dict(line.split(": ", 1) for line in str(caught.value).splitlines()[1:])
-    assert list(lines) == [*(f"variants.{name}" for name in variants), "onnx", "gguf"]
-    assert lines["onnx"].startswith("remove the section; its output_layer is a setting of each variant")
-    told = {name: yaml.safe_load(lines[f"variants.{name}"]) for name in variants}
-    found = check_settings({**PARAMS, "variants": told, "target": target}).variants
-    for name, variant in found.items():
-        assert variant.output_layer == (None if name in ("base", "theirs") else now)
-    assert found["awq-int4"].format == ("awq" if now is None else "compressed-tensors")
-    assert found["awq-int4"].scale_dtype == (None if now is None else "float16")
-
-
-def test_one_old_variant_among_new_ones_is_named_alone() -> None:
-    with pytest.raises(TaskError) as caught:
-        check_settings({**PARAMS, "variants": {**PARAMS["variants"], "old": GPTQ}})
-    assert len(str(caught.value).splitlines()) == 2
-
-
-def test_a_record_whose_values_are_text_is_read_as_well() -> None:
-    """As MLflow keeps them."""
-    found = new_variant({key: str(value) for key, value in GPTQ.items()} | {"symmetric": "True"})
-    assert (found["scheme"], found["group_size"]) == ("W4A16", "64")
-    assert new_variant({"method": "gguf", "type": "Q4_K_M", "importance": "False"}) == {"scheme": "Q4_K_M"}
+def test_the_scheme_is_told_by_metrics_and_by_mlflows_parameters(record: dict[str, Any], scheme: str) -> None:
+    assert new_record(record)["scheme"] == scheme

@@ -25,12 +25,12 @@ from tasks.report import report
 from tasks.reporting.model_card import base_model
 from tasks.reporting.provenance import dvc_identity, git_state, machine, versions, without_folders
 from tasks.settings import Settings, check_settings
-from tests.tiny import NO_STATISTICS, tiny_model
+from tests.tiny import tiny_model
 from tests.unit.measured import GATE, made_up
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {"lost": 0, "size": 269_000_000},
-    "int8": {"method": "int8", "bits": 8, "lost": 0.002, "size": 163_000_000, "worse": 0.006, "speed": 1.1},
+    "int8": {"scheme": "W8A8", "bits": 8, "lost": 0.002, "size": 163_000_000, "worse": 0.006, "speed": 1.1},
     "gptq-int4": {"bits": 4, "lost": 0.015, "size": 112_000_000, "worse": 0.2, "speed": None},
 }
 FAILING = {"base": VARIANTS["base"], "int8": VARIANTS["int8"] | {"lost": 0.3}}
@@ -52,19 +52,24 @@ class Workplace:
         return [p.name for p in self.destination.parent.iterdir()] if self.destination.parent.exists() else []
 
 
-@pytest.fixture
-def workplace(tmp_path: Path) -> Callable[..., Workplace]:
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Settings]]:
+    """What the stages before `package` leave, and the settings; made once for the same arguments. Copy it."""
+    made: dict[str, tuple[Path, Settings]] = {}
+
     def make(
-        variants: dict[str, dict[str, Any]] = VARIANTS,
-        name: str = "work",
-        target: str = "transformers",
-        settings_of: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-        **model: Any,
-    ) -> Workplace:
-        root = made_up(tmp_path / name, variants)
+        variants: Mapping[str, Mapping[str, Any]],
+        target: str,
+        settings_of: Mapping[str, Mapping[str, Any]],
+        model: Mapping[str, Any],
+    ) -> tuple[Path, Settings]:
+        key = repr((variants, target, settings_of, model))
+        if key in made:
+            return made[key]
+        root = made_up(tmp_path_factory.mktemp("reported") / "work", variants)
         source = root / "models/source"
         source.mkdir(parents=True)
-        write_json(source / "source.json", json.loads((root / "source.json").read_text()) | model)
+        write_json(source / "source.json", json.loads((root / "source.json").read_text()) | dict(model))
         (source / "LICENSE").write_text("Apache License")
         (source / "generation_config.json").write_text('{"of": "the source"}')
         (source / "config.json").write_text('{"of": "the source"}')
@@ -82,6 +87,24 @@ def workplace(tmp_path: Path) -> Callable[..., Workplace]:
         params["target"] = target
         settings = check_settings(params).model_copy(update={"gate": GATE})
         report(settings, root / "metrics", root / "results", source / "source.json", root / "report")
+        made[key] = root, settings
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def workplace(reported: Callable[..., tuple[Path, Settings]], tmp_path: Path) -> Callable[..., Workplace]:
+    def make(
+        variants: Mapping[str, Mapping[str, Any]] = VARIANTS,
+        name: str = "work",
+        target: str = "transformers",
+        settings_of: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        **model: Any,
+    ) -> Workplace:
+        one, settings = reported(variants, target, settings_of, model)
+        root = shutil.copytree(one, tmp_path / name)
+        source = root / "models/source"
         inputs = Inputs(root / "report", root / "exports", source, root / "sources.json", root / "dvc.lock")
         return Workplace(root, settings, inputs, root / "dist" / "bundle")
 
@@ -196,8 +219,31 @@ class TestCard:
         card = ModelCard.load(work.destination / "README.md")
         assert card.data.license == "apache-2.0"
         assert card.data.base_model == "SmolLM2-135M-Instruct.Q4_1"
-        assert card.data.tags == ["quantized", "gptq", "4-bit", "compressed-tensors", "modelpress"]
-        assert card.data.to_dict()["quantization"]["group_size"] == 64
+        assert card.data.tags == ["quantized", "W4A16_ASYM", "4-bit", "compressed-tensors", "modelpress"]
+        quantization = card.data.to_dict()["quantization"]
+        assert quantization == {
+            "scheme": "W4A16_ASYM",
+            "group_size": 64,
+            "clip": True,
+            "rounding": "gptq",
+            "refine": 1,
+            "backend": "modelpress",
+            "format": "compressed-tensors",
+            "bits": 4,
+            "bits_per_weight": 4.31,
+        }
+
+    def test_it_says_how_the_model_was_made(self, work: Workplace) -> None:
+        text = (work.destination / "README.md").read_text()
+        assert "`SmolLM2-135M-Instruct.Q4_1`, quantized to W4A16_ASYM (GPTQ):" in text
+        assert "- Scheme and method: scheme W4A16_ASYM, group_size 64, clip yes, rounding gptq, refine 1" in text
+        assert "; the output layer and the embedding are as they were." in text
+
+    def test_it_says_to_what_the_output_layer_is_rounded(self, workplace: Callable[..., Workplace]) -> None:
+        work = workplace(settings_of={"gptq-int4": {"output_layer": "W8A16@64", "embedding": "W4A16_ASYM@32"}})
+        work.package()
+        text = (work.destination / "README.md").read_text()
+        assert "; the output layer is rounded to W8A16@64 and the embedding is rounded to W4A16_ASYM@32." in text
 
     def test_its_numbers_are_those_of_the_summary(self, work: Workplace) -> None:
         text = (work.destination / "README.md").read_text()
@@ -217,13 +263,17 @@ class TestCard:
         assert "apply_chat_template" in code
 
     def test_it_offers_vllm_only_what_vllm_loads(self, workplace: Callable[..., Workplace]) -> None:
-        auto = {"base": VARIANTS["base"], "auto": VARIANTS["gptq-int4"] | {"method": "auto"}}
-        asymmetric, symmetric = ({"gptq-int4": {"format": "gptq", "symmetric": one}} for one in (False, True))
+        auto = {"base": VARIANTS["base"], "auto": VARIANTS["gptq-int4"] | {"scheme": "mixed"}}
+        gptq = {name: {"gptq-int4": {"format": "gptq", "scheme": name}} for name in ("W4A16_ASYM", "W4A16")}
+        asymmetric, symmetric = (
+            VARIANTS | {"gptq-int4": VARIANTS["gptq-int4"] | made["gptq-int4"]} for made in gptq.values()
+        )
         remedies = {
             "uniform": (VARIANTS, {}, None),
-            "mixed": (auto, {}, "`variants.auto.fused: true`"),
-            "asymmetric": (VARIANTS, asymmetric, "`variants.gptq-int4.format: compressed-tensors`"),
-            "symmetric": (VARIANTS, symmetric, None),
+            "mixed": (auto, {"auto": {"fused": False}}, "`variants.auto.fused: true`"),
+            "fused": (auto, {}, None),
+            "asymmetric": (asymmetric, gptq["W4A16_ASYM"], "`variants.gptq-int4.format: compressed-tensors`"),
+            "symmetric": (symmetric, gptq["W4A16"], None),
         }
         for name, (variants, changes, remedy) in remedies.items():
             work = workplace(variants, name, settings_of=changes)
@@ -238,11 +288,11 @@ class TestCard:
         work = workplace(target="onnx")
         work.package()
         text = (work.destination / "README.md").read_text()
-        assert "the output layer and the embedding are rounded to 8 bits" in text
+        assert "; the output layer and the embedding are as they were." in text
         assert "transformers" not in text.split("## How to load it")[1].split("## How it was made")[0]
         assert ModelCard.load(work.destination / "README.md").data.tags[3] == "onnx"
         write_manifest(shutil.copytree(llama, work.root / "tiny"))
-        export(work.root / "tiny", "onnx", work.settings.onnx, NO_STATISTICS, work.root / "onnx")
+        export(work.root / "tiny", "onnx", work.root / "onnx")
         code = text.split("```python\n")[1].split("```")[0]
         exec(code.replace(work.settings.package.name, str(work.root / "onnx")), {})
         assert "What is the capital of France?" in capsys.readouterr().out
@@ -254,10 +304,10 @@ class TestCard:
         work = workplace(target="gguf")
         work.package()
         text = (work.destination / "README.md").read_text()
-        assert "the output layer and the embedding are rounded to 8 bits" in text
+        assert "; the output layer and the embedding are as they were." in text
         assert ModelCard.load(work.destination / "README.md").data.tags[3] == "gguf"
         write_manifest(shutil.copytree(llama, work.root / "tiny"))
-        export(work.root / "tiny", "gguf", work.settings.gguf, NO_STATISTICS, work.root / "gguf")
+        export(work.root / "tiny", "gguf", work.root / "gguf")
         code = text.split("```python\n")[1].split("```")[0]
         said: dict[str, Any] = {}
         exec(code.replace(work.settings.package.name, str(work.root / "gguf")), said)
@@ -288,6 +338,8 @@ class TestProvenance:
         work.package()
         found = json.loads((work.destination / "provenance.json").read_text())
         assert found["parameters"] == without_folders(work.settings.model_dump(mode="json"))
+        made = {"scheme": "W4A16_ASYM", "recipe": "GPTQ", "format": "compressed-tensors", "backend": "modelpress"}
+        assert {key: found["variant"][key] for key in (*made, "output_layer")} == made | {"output_layer": None}
         assert found["variant"]["identity"] == "ab" * 32
         assert found["data"]["piqa"]["source"] == "path:data.jsonl"
         assert set(found["seeds"]) == {"calibration", "evaluation", "bootstrap"}
@@ -342,8 +394,8 @@ class TestTrial:
     def test_nonsense(self, text: str) -> None:
         assert smoke.nonsense(text) is not None
 
-    def test_a_model_that_loads_and_writes_is_sound(self, tmp_path: Path) -> None:
-        text = smoke.generates(tiny_model(tmp_path / "model", steps=40), "transformers", "float32")
+    def test_a_model_that_loads_and_writes_is_sound(self, llama: Path) -> None:
+        text = smoke.generates(llama, "transformers", "float32")
         assert len(text.split()) > 3
 
     def test_a_model_that_loads_and_writes_nonsense_is_refused(self, tmp_path: Path) -> None:

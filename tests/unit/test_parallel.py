@@ -63,7 +63,7 @@ def dies(folder: Path, layer: int) -> None:
 
 def sleeps(folder: Path, layer: int) -> None:
     (folder / f"pid-{os.getpid()}").touch()
-    time.sleep(300)
+    time.sleep(3000)
 
 
 def sleeping(folder: Path) -> list[int]:
@@ -90,7 +90,7 @@ def test_what_goes_wrong_in_one_ends_all(tmp_path: Path, press_layer: Any, kind:
     started = time.monotonic()
     with pytest.raises(kind, match=words):
         press_side_by_side(partial(press_layer, tmp_path), range(2), 2)
-    assert time.monotonic() - started < 100
+    assert time.monotonic() - started < 1000
     assert not sleeping(tmp_path)
 
 
@@ -104,10 +104,10 @@ def test_nothing_is_left_of_them_when_the_stage_is_killed(tmp_path: Path) -> Non
     (tmp_path / "work").mkdir()
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
     stage = subprocess.Popen([sys.executable, str(tmp_path / "stage.py"), str(tmp_path / "work")], env=env)
-    assert soon(lambda: len(sleeping(tmp_path / "work")) == 2, 60)
+    assert soon(lambda: len(sleeping(tmp_path / "work")) == 2, 300)
     stage.kill()
     stage.wait()
-    assert soon(lambda: not sleeping(tmp_path / "work"), 10)
+    assert soon(lambda: not sleeping(tmp_path / "work"), 60)
 
 
 @pytest.mark.parametrize("name", ["gptq-int4", "awq-int4", "int8", "auto"])

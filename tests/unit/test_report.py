@@ -16,10 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from flows.tracking.result_markdown import result
 from tasks.errors import TaskError
 from tasks.report import Report, report
-from tasks.reporting.heat_map import heat_map
+from tasks.reporting.columns import columns, one_line
+from tasks.reporting.heat_map import _fineness, heat_map
 from tasks.reporting.html_page import flat
+from tasks.reporting.html_page import page as html_page
 from tasks.reporting.pareto_plot import DARK, LIGHT, draw, front, pareto
 from tasks.reporting.summary import summarize, winner
 from tasks.reporting.table import WIDTH, table
@@ -28,10 +31,10 @@ from tests.unit.measured import GATE, made_up
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {"lost": 0, "size": 269_000_000},
-    "int8": {"method": "int8", "bits": 8, "lost": 0.002, "size": 163_000_000, "worse": 0.006, "speed": 1.1},
+    "int8": {"scheme": "W8A8", "bits": 8, "lost": 0.002, "size": 163_000_000, "worse": 0.006, "speed": 1.1},
     "gptq-int4": {"bits": 4, "lost": 0.015, "size": 112_000_000, "worse": 0.2, "speed": None},
-    "awq-int4": {"method": "awq", "bits": 4, "lost": 0.2, "size": 111_000_000, "worse": 0.25, "speed": None},
-    "auto": {"method": "auto", "bits": 4, "lost": 0.01, "size": 115_000_000, "worse": 0.1, "speed": None},
+    "awq-int4": {"format": "awq", "bits": 4, "lost": 0.2, "size": 111_000_000, "worse": 0.25, "speed": None},
+    "auto": {"scheme": "mixed", "bits": 4, "lost": 0.01, "size": 115_000_000, "worse": 0.1, "speed": None},
 }
 CROWDED: dict[str, dict[str, Any]] = {
     "base": VARIANTS["base"],
@@ -72,6 +75,21 @@ class TestSummary:
         verdicts = {v: row["verdict"] for v, row in summary["variants"].items()}
         assert verdicts == {"base": None, "int8": "pass", "gptq-int4": "pass", "awq-int4": "fail", "auto": "pass"}
         assert summary["winner"] == "gptq-int4"
+
+    def test_a_row_says_how_the_variant_was_made(self, summary_of: Summarize) -> None:
+        rows = summary_of()["variants"]
+        made = ("scheme", "recipe", "format", "backend", "bits", "output_layer")
+        assert [rows["int8"][key] for key in made] == ["W8A8", "GPTQ", "compressed-tensors", "modelpress", 8, None]
+        assert [rows["base"][key] for key in made] == ["none", "", "", "none", None, None]
+
+    def test_what_llama_cpp_quantized_is_said_to_be_flattered(self, tmp_path: Path) -> None:
+        made_up(tmp_path, {"base": VARIANTS["base"], "q4km": VARIANTS["int8"] | {"scheme": "Q4_K_M", "bits": 4}})
+        folders = tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+        notes = summarize(["base", "q4km"], GATE, *folders)["notes"]
+        assert not [note for note in notes if note.startswith("q4km: ")]
+        change_json(tmp_path / "source.json", lambda source: source.update(grid={"group_size": 32}))
+        (note,) = [note for note in summarize(["base", "q4km"], GATE, *folders)["notes"] if note.startswith("q4km: ")]
+        assert "share scales among 32 weights, as did the Q4_1 weights" in note
 
     def test_each_variant_has_the_gate_of_its_bits(self, summary_of: Summarize) -> None:
         rows = summary_of()["variants"]
@@ -178,10 +196,10 @@ class TestTable:
         assert max(len(line) for line in text.splitlines()) <= WIDTH
         assert "\x1b" not in text
         row = next(line for line in text.splitlines() if line.strip().startswith("int8 "))
-        for figure in ("163 MB", "1.65x", "1.10x", "27.60  +0.6%", "0.003", "99.4%", "PASS"):
+        for figure in ("163 MB", "1.65x", "1.10x", "27.60 (+0.6%)", "0.003", "99.4%", "pass"):
             assert figure in row
         assert "Winner: gptq-int4, the smallest that passes (112 MB, 2.40x smaller" in text
-        assert re.search(r"awq-int4: fail: it keeps at most .* with 95% confidence, and the gate is 95%", text)
+        assert re.search(r"awq-int4: fail, it keeps at most .* with 95% confidence, and the gate is 95%", text)
         assert "dequantized" in text
         assert "limit: 400" in text
 
@@ -196,7 +214,39 @@ class TestTable:
         text = table(summary_of({"base": VARIANTS["base"], "x" * 40: VARIANTS["int8"]}))
         assert max(len(line) for line in text.splitlines()) <= WIDTH
         assert text.count("text-4 +0.6%") == 1
-        assert "PASS" in text
+        assert re.search(r"^ x+ .* 163 MB .* pass$", text, re.MULTILINE)
+
+    def test_every_output_has_the_same_words(self, summary_of: Summarize) -> None:
+        summary = {**summary_of(), "machine": {}, "versions": {}}
+        html = html_page(summary, {}, {"documents": 1}, (b"", b""), {})
+        page = " ".join(re.sub(r"<[^>]*>", " ", html).split())
+        outputs = {
+            "terminal": " ".join(table(summary).split()),
+            "Prefect": " ".join(result(summary, "").split()),
+            "page": page,
+        }
+        for column in columns(summary, None):
+            for cell in column.cells.values():
+                for name, output in outputs.items():
+                    for part in (cell.text.split("\n"), [cell.detail]):
+                        assert all(word in output for word in part), (name, column.heading, cell)
+        assert "W4A16_ASYM: GPTQ, 4.31 bits a weight" in page
+        assert 'title="weights are expanded to float32 for every product"' in html
+
+    def test_a_summary_of_ones_own_leaves_cells_empty(self) -> None:
+        rows = {"base": {}, "small": {"verdict": "pass", "texts": {"news": {"perplexity": 12.5}}, "ratio": None}}
+        found = {one_line(c.heading): [str(cell) for cell in c.cells.values()] for c in columns({"variants": rows})}
+        assert found == {
+            "variant": ["base", "small"],
+            "size": ["", ""],
+            "ratio": ["", ""],
+            "decode speed": ["", ""],
+            "retention in % (interval)": ["100.0", ""],
+            "perplexity, news": ["", "12.50"],
+            "KL": ["", ""],
+            "same top 1": ["", ""],
+            "verdict": ["baseline", "pass"],
+        }
 
 
 class TestPlot:
@@ -219,17 +269,26 @@ class TestPlot:
 
     def test_a_heat_map_has_a_panel_for_each_precision_and_marks_what_was_chosen(self) -> None:
         linears: list[dict[str, Any]] = [
-            {"name": f"model.layers.{i}.{kind}", "chosen": "4@64", "costs": {"4@64": 0.01 * (i + 1), "8@64": 1e-5}}
+            {
+                "name": f"model.layers.{i}.{kind}",
+                "chosen": "W4A16_ASYM@64",
+                "costs": {"W4A16_ASYM@64": 0.01 * (i + 1), "W8A8": 1e-5},
+            }
             for i in range(4)
             for kind in ("self_attn.q_proj", "mlp.up_proj")
         ]
         picture = heat_map(linears)
         assert heat_map(linears) == picture
         assert heat_map(linears, dark=True) != picture
-        other = [{**one, "chosen": "8@64"} for one in linears]
+        other = [{**one, "chosen": "W8A8"} for one in linears]
         assert heat_map(other) != picture
-        del linears[0]["costs"]["8@64"]  # the groups do not divide it
+        del linears[0]["costs"]["W8A8"]  # the groups do not divide it
         assert Image.open(BytesIO(heat_map(linears))).width == 1000
+
+    def test_the_panels_of_a_heat_map_go_from_the_coarsest_precision_to_the_finest(self) -> None:
+        labels = ["none", "W8A8", "W8A16@64", "W4A16_ASYM@64", "W4A16@64", "W4A16_ASYM@128"]
+        ordered = ["W4A16_ASYM@128", "W4A16@64", "W4A16_ASYM@64", "W8A8", "W8A16@64", "none"]
+        assert sorted(labels, key=_fineness) == ordered
 
     @pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
     @pytest.mark.parametrize(
@@ -314,6 +373,7 @@ class TestReport:
             "overlap, boolq",
             "add bos",
             "dequantized",
+            "W8A8: GPTQ, 8.31 bits a weight",
         ):
             assert part in text
 

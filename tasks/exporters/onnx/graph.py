@@ -99,7 +99,8 @@ class _Graph(Model):
                 f"{input_path} does not fit its config.json: missing {lacking[:3]}, unexpected {unexpected[:3]}; "
                 "make it again: modelpress run"
             )
-        return model
+        shapes: nn.Module = model
+        return shapes
 
     def make_matmul(self, matmul: nn.Module, basename: str, root_input: str, **options: Any) -> str:
         """The product with one linear layer."""

@@ -188,7 +188,8 @@ def _llama3_factors(config: dict[str, Any]) -> Tensor:
     wavelength = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = ((rope["original_max_position_embeddings"] / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()
+    factors: Tensor = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    return factors.float()
 
 
 def _add_configuration(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:

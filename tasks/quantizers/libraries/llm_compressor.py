@@ -61,7 +61,7 @@ def _recipe(variant: VariantSettings) -> list[Any]:
     ignore = [OUTPUT, *(rf"re:.*\.layers\.{index}\..*" for index in variant.skip_layers)]
     groups = {"group_0": _scheme(variant)}
     recipe: list[Any] = []
-    if variant.scaling == "smoothquant":
+    if variant.scaling == "smoothquant" and variant.smoothing is not None:  # the settings give both or neither
         recipe.append(SmoothQuantModifier(smoothing_strength=variant.smoothing, ignore=ignore))
     if variant.rounding == "gptq":
         order = None if variant.act_order == "none" else variant.act_order

@@ -1,0 +1,192 @@
+"""params.yaml as typed settings: the one module that both flows/ and tasks/ read.
+
+Every key has a place here, and a key that has none is refused. Defaults live in params.yaml alone; a field has
+a default here only where leaving it out means "not used".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import ValidationError, field_validator, model_validator
+
+from tasks.errors import TaskError
+from tasks.old_words import new_words
+from tasks.settings.data import CalibrationSettings, CalibrationSource, DataSource, ModelSettings, Overlap, TextSource
+from tasks.settings.measuring import (
+    BenchmarkSettings,
+    EvaluationSettings,
+    GateSettings,
+    PackageSettings,
+    StatisticsSettings,
+)
+from tasks.settings.section import Name, Section
+from tasks.settings.variant import ABILITIES, BACKENDS, BUILTIN, FORMATS, VariantSettings
+
+__all__ = [
+    "ABILITIES",
+    "BACKENDS",
+    "BASE",
+    "BUILTIN",
+    "FORMATS",
+    "TARGETS",
+    "BenchmarkSettings",
+    "CalibrationSettings",
+    "CalibrationSource",
+    "DataSource",
+    "EvaluationSettings",
+    "GateSettings",
+    "ModelSettings",
+    "Overlap",
+    "Settings",
+    "Target",
+    "TextSource",
+    "VariantSettings",
+    "check_settings",
+    "load_settings",
+]
+
+BASE = "base"
+Target = Literal["transformers", "onnx", "gguf"]
+TARGETS: tuple[str, ...] = get_args(Target)
+
+
+class Settings(Section):
+    """All of params.yaml."""
+
+    model: ModelSettings
+    calibration: CalibrationSettings
+    statistics: StatisticsSettings
+    variants: dict[Name, VariantSettings]
+    target: Target
+    evaluation: EvaluationSettings
+    benchmark: BenchmarkSettings
+    gate: GateSettings
+    package: PackageSettings
+
+    @field_validator("variants")
+    @classmethod
+    def _baseline_and_distinct_variants(cls, value: dict[str, VariantSettings]) -> dict[str, VariantSettings]:
+        if BASE not in value or not value[BASE].is_baseline:
+            raise ValueError(f"must hold the baseline: add `{BASE}: {{scheme: none}}`")
+        if len(value) < 2:
+            raise ValueError(
+                "holds nothing to compare with the baseline; add a variant, such as "
+                "`int8: {scheme: W8A8, scaling: smoothquant, smoothing: 0.5, rounding: gptq}`"
+            )
+        seen: dict[str, str] = {}
+        for name, variant in value.items():
+            key = variant.model_dump_json()
+            if key in seen:
+                raise ValueError(
+                    f"{seen[key]} and {name} have the same settings, so they would be one model twice; "
+                    "change a setting of one or remove it"
+                )
+            seen[key] = name
+        return value
+
+    @model_validator(mode="after")
+    def _each_data_set_has_its_own_name(self) -> Settings:
+        groups: dict[str, Mapping[str, DataSource]] = {
+            "calibration.sources": self.calibration.sources,
+            "evaluation.sources": self.evaluation.sources,
+            "evaluation.texts": self.evaluation.texts,
+        }
+        owner: dict[str, str] = {}
+        for group, names in groups.items():
+            for name in names:
+                if name in owner:
+                    raise ValueError(
+                        f"{owner[name]}.{name} and {group}.{name} have one name, but each data set is kept in "
+                        f"data/raw/{name}; rename one"
+                    )
+                owner[name] = group
+        return self
+
+    @model_validator(mode="after")
+    def _samples_exist(self) -> Settings:
+        for name, variant in self.variants.items():
+            wanted = variant.samples
+            if wanted is not None and wanted > self.calibration.samples:
+                raise ValueError(
+                    f"variants.{name}.samples is {wanted}, but calibration.samples is only "
+                    f"{self.calibration.samples}; lower the one or raise the other"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _scheme_fits_target(self) -> Settings:
+        for name, variant in self.variants.items():
+            if variant.format == "gguf" and self.target != "gguf":
+                raise ValueError(
+                    f"variants.{name}.scheme is {variant.scheme}, which only the target gguf can run, but target is "
+                    f"{self.target}; set target to gguf, or remove the variant"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _graph_decides_the_arithmetic(self) -> Settings:
+        for section, dtype in (("evaluation", self.evaluation.dtype), ("benchmark", self.benchmark.dtype)):
+            if self.target == "onnx" and dtype != "float32":
+                raise ValueError(
+                    f"{section}.dtype is {dtype}, but for the target onnx the exported graph decides: float32, and "
+                    f"integers of 8 bits where weights are integers; set {section}.dtype to float32"
+                )
+        return self
+
+    def variant(self, name: str) -> VariantSettings:
+        """The settings of the variant `name`; TaskError if there is none."""
+        if name not in self.variants:
+            raise TaskError(f"no variant {name!r} in params.yaml; there are: {', '.join(self.variants)}")
+        return self.variants[name]
+
+
+def load_settings(path: Path) -> Settings:
+    """Read and check params.yaml; TaskError naming each field, its value and what is expected there."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise TaskError(f"{path} not found in {Path.cwd()}; run in the project's folder") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path} is not UTF-8 text: {error}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TaskError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    return check_settings(values, str(path))
+
+
+def check_settings(values: Any, origin: str = "params.yaml") -> Settings:
+    """Turn plain values into Settings; TaskError naming each field, its value and what is expected there."""
+    if not isinstance(values, Mapping):
+        raise TaskError(f"{origin} holds {type(values).__name__}, expected a mapping of sections")
+    if old := new_words(values):
+        raise TaskError(f"{origin} is in the words of an earlier version; write instead:\n" + "\n".join(old))
+    try:
+        return Settings.model_validate(dict(values))
+    except ValidationError as error:
+        raise TaskError(f"{origin}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+def _explain(error: Any) -> str:
+    """One finding of pydantic, in a person's words."""
+    parts = [str(p) for p in error["loc"]]
+    where = ".".join(p for p in parts if p != "[key]")
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{where} is no setting (found {_short(error['input'])}); remove it or mend the spelling"
+        case "missing":
+            return f"{where} is missing"
+        case "value_error":
+            # where the finding is about a whole section, its value would only repeat the file
+            return f"{where + ': ' if where else ''}{error['ctx']['error']}"
+        case _:
+            return f"{where} is {_short(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,66 @@
+"""How variants are measured and judged: the sections statistics, evaluation, benchmark, gate and package."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from tasks.settings.data import DataSource, TextSource
+from tasks.settings.section import Name, Section
+
+
+class StatisticsSettings(Section):
+    """What is found out about the activations. importance: tokens count by how much of what the model says hangs on
+    them."""
+
+    importance: bool
+
+
+class EvaluationSettings(Section):
+    """How the baseline and every variant are measured: one contract for all."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    limit: Annotated[int, Field(ge=1)] | None
+    shots: Annotated[int, Field(ge=0, le=64)] | None
+    chat_template: bool
+    dtype: Literal["float32", "bfloat16", "float16"]
+    batch_tokens: Annotated[int, Field(ge=16)]
+    seed: Annotated[int, Field(ge=0)]
+    sources: dict[Name, DataSource]
+    texts: Annotated[dict[Name, TextSource], Field(min_length=1)]
+    text_tokens: Annotated[int, Field(ge=64)]
+    window: Annotated[int, Field(ge=16)]
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        twice = sorted({t for t in value if value.count(t) > 1})
+        if twice:
+            raise ValueError(f"names {', '.join(twice)} more than once; name each task once")
+        return value
+
+
+class BenchmarkSettings(Section):
+    """The work that speed is measured on."""
+
+    dtype: Literal["float32", "bfloat16", "float16"]
+    prompt_tokens: Annotated[int, Field(ge=1)]
+    new_tokens: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[int, Field(ge=1)]
+    repeats: Annotated[int, Field(ge=1)]
+
+
+class GateSettings(Section):
+    """When a variant passes: the least retention, by the bits of its weights, and how sure we must be."""
+
+    four_bit: Annotated[float, Field(gt=0, le=1.5, strict=False)]
+    eight_bit: Annotated[float, Field(gt=0, le=1.5, strict=False)]
+    confidence: Annotated[float, Field(ge=0.5, lt=1)]
+    resamples: Annotated[int, Field(ge=100, le=1_000_000)]
+
+
+class PackageSettings(Section):
+    """What is shipped, and under which name."""
+
+    name: Name
