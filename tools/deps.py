@@ -49,7 +49,7 @@ class Rules:
 RULES = Rules(
     packages=("tasks", "evals"),
     left_out={
-        "tasks.settings": "it checks params.yaml, whose values DVC compares itself, as params; a variant's defaults are in",
+        "tasks.settings": "it checks params.yaml, whose values DVC compares itself, as params; a variant's part is in",
         "tasks.errors": "messages and exit statuses",
         "tasks.output": "it puts files in their place whole; what is in them comes from elsewhere",
         "tasks.hardware": "it describes the machine, in messages and records",
