@@ -25,13 +25,13 @@ demo: install ## Press the built-in model four ways and prove the result (about 
 	@$(BIN)/modelpress run
 
 test-all: install ## Run also the tests that take minutes: a real model, a cluster
-	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --run-slow
+	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --run-slow
 
 ui: install ## Serve the pages of Prefect and MLflow on this machine, with a worker; Ctrl-C stops them
 	@$(BIN)/modelpress serve
 
-test: install ## Run all tests, two files at a time
-	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: install ## Run all tests, three files at a time: many wait for processes of their own
+	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: install ## Press with our solvers and with the libraries, and compare (about 40 minutes on 2 cores)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro calibrate

@@ -71,7 +71,7 @@ class Checkout:
             env=cli_env(PATH=PATH, **env),
             capture_output=True,
             text=True,
-            timeout=500,
+            timeout=1800,
             check=False,
         )
         assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
@@ -84,8 +84,10 @@ class Checkout:
         """Run a stage's program by itself."""
         return self.command(sys.executable, "-m", f"tasks.{name}", *arguments)
 
-    def run(self, *arguments: str, **env: str) -> str:
-        return self.command(*cli_command("run", *arguments), **env)
+    def run(self, *arguments: str, python: Path | None = None, **env: str) -> str:
+        """`modelpress run`; its stages are run by the `python` in the folder of `python`, by default this one."""
+        command = cli_command("run", *arguments)
+        return self.command(str(python or command[0]), *command[1:], **env)
 
     def stages(self) -> dict[str, list[str]]:
         """Digests of each stage's outputs that the cache holds (metrics hold seconds, which differ)."""
