@@ -97,5 +97,5 @@ def pack_columns(values: Tensor) -> Tensor:
 
 def unpack_columns(packed: Tensor) -> Tensor:
     """int32 [rows, columns / 8] -> uint8 [rows, columns], the columns in their own order."""
-    words: Tensor = packed[:, :, None] >> (_PLACES.to(packed.device) * BITS)
-    return (words & (2**BITS - 1)).to(torch.uint8).flatten(1)
+    values: Tensor = (packed[:, :, None] >> (_PLACES.to(packed.device) * BITS)) & (2**BITS - 1)
+    return values.to(torch.uint8).flatten(1)
