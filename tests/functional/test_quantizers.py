@@ -246,14 +246,17 @@ def test_any_method_goes_into_any_format(
     perplexity: Callable[[Path], float],
     tmp_path: Path,
 ) -> None:
-    quantize("v", variant(name, format=form), model, calibration, statistics, tmp_path / "out")
-    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    plain = tmp_path / "compressed-tensors"
+    for folder in {plain, tmp_path / form}:  # scales as AutoAWQ's and AutoGPTQ's formats have them
+        known = variant(name, format=folder.name, scale_dtype="float16")
+        quantize("v", known, model, calibration, statistics, folder)
+    config = json.loads((tmp_path / form / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == form
-    assert perplexity(tmp_path / "out") < perplexity(model) * LOSS[name]
-    # read by the runtime, and as it was solved: the same numbers
-    dense = load_dense(tmp_path / "out", torch.float32)
+    assert perplexity(tmp_path / form) < perplexity(model) * LOSS[name]
+    # unpacked by us, and from compressed-tensors by its own library: the same numbers
+    dense = load_dense(tmp_path / form, torch.float32)
     ids = load_file(calibration / "tokens.safetensors")["input_ids"][:2]
-    expected = load_runtime("transformers", tmp_path / "out", "float32").logprobs(ids)
+    expected = load_runtime("transformers", plain, "float32").logprobs(ids)
     with torch.no_grad():
         assert torch.allclose(dense(ids).logits.log_softmax(-1), expected, atol=1e-4)
 
@@ -435,7 +438,7 @@ def test_a_failure_in_the_middle_leaves_what_was_there(
 
 
 def test_the_identity_is_of_bytes_settings_and_libraries(
-    model: Path, calibration: Path, statistics: Path, quantized: Quantized
+    model: Path, calibration: Path, statistics: Path, quantized: Quantized, tmp_path: Path
 ) -> None:
     from tasks.quantize import identity
 
@@ -449,7 +452,13 @@ def test_the_identity_is_of_bytes_settings_and_libraries(
         identity(variant("awq"), [model, calibration], {"torch": "2"}),
     ]
     assert len(set(identities)) == 6
-    assert identities[0] == identity(variant("awq"), [model, calibration], libraries)
+    # neither the order in which settings and libraries are named counts, nor where the bytes are
+    elsewhere = shutil.copytree(model, tmp_path / "elsewhere")
+    libraries = {"torch": "1", "transformers": "2"}
+    again = dict(reversed(libraries.items()))
+    assert identity(settings(dict(reversed(VARIANTS["awq"].items()))), [elsewhere, calibration], again) == identity(
+        variant("awq"), [model, calibration], libraries
+    )
 
 
 def _none() -> VariantSettings:
