@@ -120,8 +120,8 @@ def test_a_run_is_refused_with_the_new_words_for_each_old_one(here: Toy) -> None
         "rounding": "gptq",
         "symmetric_activations": False,
     }
-    assert onnx.startswith("onnx.output_layer is a setting of each variant: ")
-    assert gguf.startswith("gguf.output_layer is a setting of each variant: ")
+    assert onnx.startswith("onnx: remove the section; its output_layer is a setting of each variant")
+    assert gguf.startswith("gguf: remove the section; its output_layer is a setting of each variant")
 
 
 @pytest.mark.parametrize(("smoothing", "better"), [(0.4, False), (0.95, True)])

@@ -417,7 +417,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(model: Path, calibr
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("from before")
     with pytest.raises(TaskError, match="does not divide"):
-        quantize("v", variant("awq", group_size=128), model, calibration, tmp_path, tmp_path / "out")
+        quantize("v", variant("awq", group_size=128, format="awq"), model, calibration, tmp_path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out/precious").read_text() == "from before"
 

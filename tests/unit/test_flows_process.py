@@ -120,7 +120,7 @@ with Process([sys.executable, "-c", {command!r}], Path("."), dict(os.environ), k
         text=True,
     )
     assert owner.stdout is not None
-    child = int(owner.stdout.readline())
+    child = int(next(line for line in owner.stdout if line.strip()))
     owner.kill()
     owner.wait()
     owner.stdout.close()

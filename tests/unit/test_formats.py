@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +256,7 @@ def test_gptqmodel_finds_itself_named_in_autogptqs_layout() -> None:
     config = load_format("gptq").describe(layout({NAME: asked("gptq", "W4A16_ASYM@32")}, act_order=True, damping=0.05))
     makers = dict(one.split(":") for one in config["meta"]["quantizer"])
     assert tuple(int(part) for part in makers["gptqmodel"].split(".")) >= (0, 9, 0)
-    assert makers["modelpress"] == version("modelpress")
+    assert makers["modelpress"] == "0.1.0"  # whatever our version: bytes of a model do not depend on it
     assert (config["static_groups"], config["damp_percent"], config["sym"]) == (True, 0.05, False)
 
 
