@@ -321,7 +321,7 @@ def test_it_is_refused_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_report_says_where_llama_cpps_quantizer_is_flattered() -> None:
-    rows = {"base": {"method": "none"}, "q4": {"method": "gguf"}, "gptq": {"method": "gptq"}}
+    rows = {"base": {"scheme": "none"}, "q4": {"scheme": "Q4_K_M"}, "gptq": {"scheme": "W4A16_ASYM"}}
     source = {"dequantized_from": "Q4_1", "grid": {"bits": 4, "group_size": 32, "symmetric": False}}
     (note,) = _flattered(source, rows)
     assert note.startswith("q4: ")
