@@ -26,7 +26,8 @@ class Contender:
 
 
 _COMPRESSOR = {"backend": "llm-compressor"}
-_AUTOAWQ = {"backend": "autoawq", "rounding": "nearest", "refine": 0}
+_PLAIN = {"rounding": "nearest", "refine": 0, "format": "awq"}  # all that autoawq does
+_AUTOAWQ = {"backend": "autoawq", **_PLAIN}
 
 CONTENDERS = (
     Contender("int8, modelpress", "int8", {"rounding": "nearest"}),
@@ -36,11 +37,11 @@ CONTENDERS = (
     Contender("gptq, modelpress, as in params.yaml", "gptq-int4"),
     Contender("gptq, modelpress, propagated", "gptq-int4", {"propagate": True}),
     Contender("gptq, llm-compressor", "gptq-int4", {**_COMPRESSOR, "clip": False, "refine": 0}),
-    Contender("awq, modelpress", "awq-int4", {"rounding": "nearest", "refine": 0}),
+    Contender("awq, modelpress", "awq-int4", _PLAIN),
     Contender("awq, modelpress, as in params.yaml", "awq-int4"),
     Contender("awq, autoawq, mended", "awq-int4", _AUTOAWQ),
     Contender("awq, autoawq, as published", "awq-int4", _AUTOAWQ, published=True),
     Contender("auto, modelpress", "auto"),
 )
-# to decode as servers do, with an output layer of 8 bits, which compressed-tensors can hold
-DECODING = {"output_layer": "W8A16@64", "format": "compressed-tensors"}
+# to decode as servers do, with an output layer of 8 bits
+DECODING = {"output_layer": "W8A16@64"}

@@ -145,7 +145,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "symmetric": {**PARAMS["variants"]["gptq-int4"], "group_size": 32, "scheme": "W4A16"},
     "output-layer": {**PARAMS["variants"]["gptq-int4"], "group_size": 32, "output_layer": "W8A16@32"},
     "output-layer-4": {**PARAMS["variants"]["gptq-int4"], "group_size": 32, "output_layer": "W4A16_ASYM@32"},
-    "awq": {**PARAMS["variants"]["awq-int4"], "group_size": 32},
+    "awq": {**PARAMS["variants"]["awq-int4"], "group_size": 32, "format": "awq"},
     "weighed": {"scheme": "Q4_K_M", "imatrix": True},
     "plain": {"scheme": "Q4_K_M"},
 }

@@ -34,7 +34,7 @@ PARAMS = yaml.safe_load(Path("params.yaml").read_text())
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8": PARAMS["variants"]["int8"],
     "gptq": {**PARAMS["variants"]["gptq-int4"], "group_size": 32},
-    "awq": {**PARAMS["variants"]["awq-int4"], "group_size": 32},
+    "awq": {**PARAMS["variants"]["awq-int4"], "group_size": 32, "format": "awq"},
     "auto": {
         **PARAMS["variants"]["auto"],
         "candidates": ["W4A16_ASYM@32", "W8A16@32"],
