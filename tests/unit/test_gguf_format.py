@@ -321,7 +321,7 @@ def test_it_is_refused_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_report_says_where_llama_cpps_quantizer_is_flattered() -> None:
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         "base": {"scheme": "none", "bits": None},
         "q4": {"scheme": "Q4_K_M", "bits": 4},
         "gptq": {"scheme": "W4A16_ASYM", "bits": 4},
