@@ -23,6 +23,17 @@ class Exporter(Protocol):
         written is linked by the stage. TaskError if the runtime cannot load such a model."""
 
 
+def check_group_sizes(settings: Settings, block: int, why: str) -> None:
+    """TaskError, naming the variant's key, unless all groups are multiples of `block` weights; why: they must be."""
+    for name, variant in settings.variants.items():
+        for key, size in variant.group_sizes:
+            if size % block:
+                raise TaskError(
+                    f"variants.{name}.{key} has groups of {size}, but {why}; "
+                    f"sizes that fit the target {settings.target}: {block} and its multiples"
+                )
+
+
 def load_exporter(target: str) -> Exporter:
     """The exporter of a target; TaskError if there is none."""
     match target:

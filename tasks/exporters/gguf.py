@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tasks.errors import TaskError
+from tasks.exporters import check_group_sizes
 from tasks.settings import Settings
 
 BLOCK = 32  # weights that share a scale
@@ -22,13 +23,7 @@ class GgufExporter:
         """See `Exporter`."""
         if find_spec("llama_cpp") is None:
             raise TaskError("target is gguf, but llama.cpp is not installed here; add it with: make gguf")
-        for name, variant in settings.variants.items():
-            for key, size in variant.group_sizes:
-                if size % BLOCK:
-                    raise TaskError(
-                        f"variants.{name}.{key} has groups of {size}, but GGUF has a scale for each {BLOCK} weights; "
-                        f"sizes that fit the target gguf: {BLOCK} and its multiples"
-                    )
+        check_group_sizes(settings, BLOCK, f"GGUF has a scale for each {BLOCK} weights")
         if model is not None:
             _check_model(settings, model)
 

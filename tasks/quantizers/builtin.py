@@ -21,6 +21,7 @@ from tasks.quantizers.mixed import choose_precisions
 from tasks.quantizers.output_layer import solve_outer
 from tasks.quantizers.parallel import press_side_by_side, processes
 from tasks.quantizers.propagation import PropagatedActivations
+from tasks.quantizers.sensitivity import STATE
 from tasks.quantizers.solve import Recipe, solve_layer
 from tasks.schemes import MIXED
 
@@ -41,6 +42,8 @@ def press_model(job: QuantizeJob) -> None:
     else:
         _press_apart(job, parts, precisions)
     parts.finish(form.describe(layout))
+    # not before: a run that is interrupted while it presses need not measure again
+    (job.destination / STATE).unlink(missing_ok=True)
 
 
 def _press_outside(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision]) -> None:
@@ -54,21 +57,25 @@ def _press_outside(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Prec
 
 def _press_apart(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision]) -> None:
     """Layers one after another, or several at a time where that is worth it."""
-    press_layer = partial(_press_layer, job, precisions)
     todo = parts.missing()
     if job.device == "cpu" and todo:
         weights = sum(rows * width for rows, width in linear_shapes(job.source).values()) // len(parts.prefixes)
         count = processes(torch.get_num_threads(), len(todo), weights, available_memory())
         if count > 1:
-            press_side_by_side(press_layer, todo, count)
+            press_side_by_side(partial(_press_alone, job, precisions), todo, count)
             return
     for index in tqdm(todo, desc="pressing", unit="layer", disable=not todo):
-        press_layer(index)
+        _press_layer(job, parts, precisions, index)
 
 
-def _press_layer(job: QuantizeJob, precisions: Mapping[str, Precision], index: int) -> None:
-    """One layer by itself; in a process of its own, as well."""
+def _press_alone(job: QuantizeJob, precisions: Mapping[str, Precision], index: int) -> None:
+    """One layer in a process of its own."""
     parts = Parts(job, load_format(job.variant.format), scale_dtype(job.variant, job.source))
+    _press_layer(job, parts, precisions, index)
+
+
+def _press_layer(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision], index: int) -> None:
+    """One layer by itself."""
     layer = _read(job, parts, index)
     own = _own(layer, precisions)
     solved = solve_layer(layer, own, Recipe.of(job.variant), parts.dtype) if own else {}

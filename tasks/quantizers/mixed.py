@@ -18,7 +18,7 @@ from tasks.model.family import FUSED
 from tasks.model.layout import bits_per_weight, candidate_precisions, quantized_shapes
 from tasks.model.precisions import write_precisions
 from tasks.quantizers import QuantizeJob
-from tasks.quantizers.sensitivity import STATE, Sensitivity, measure
+from tasks.quantizers.sensitivity import Sensitivity, measure
 from tasks.settings.variant import VariantSettings
 from tasks.solvers.allocate import Cost, least_error, least_size
 
@@ -31,7 +31,6 @@ def choose_precisions(job: QuantizeJob) -> dict[str, Precision]:
     found = {name: one for name, one in measure(job, candidates).items() if name in shapes}
     chosen = choose(shapes, found, candidates, job.variant, job.dtype)
     write_precisions(job.destination, chosen, {name: one.costs() for name, one in found.items()})
-    (job.destination / STATE).unlink()
     return {name: precision for name, label in chosen.items() if (precision := candidates[label])}
 
 

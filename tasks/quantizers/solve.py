@@ -33,7 +33,6 @@ class Recipe:
     act_order: bool = True
     damping: float | None = None
     refine: int = 0
-    propagate: bool = False
 
     @classmethod
     def of(cls, variant: VariantSettings) -> Recipe:
@@ -46,7 +45,6 @@ class Recipe:
             act_order=variant.act_order == "static",
             damping=variant.damping,
             refine=variant.refine,
-            propagate=variant.propagate,
         )
 
     def damping_of(self, precisions: list[Precision]) -> float:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from tasks.errors import TaskError
+from tasks.exporters import check_group_sizes
 from tasks.settings import Settings
 
 BLOCK = 16  # weights, at least, that share a scale
@@ -17,13 +18,7 @@ class OnnxExporter:
 
     def check(self, settings: Settings, model: Path | None) -> None:
         """See `Exporter`."""
-        for name, variant in settings.variants.items():
-            for key, size in variant.group_sizes:
-                if size % BLOCK:
-                    raise TaskError(
-                        f"variants.{name}.{key} has groups of {size}, but ONNX Runtime has a scale for each {BLOCK}, "
-                        f"32 or 64 weights; sizes that fit the target onnx: {BLOCK} and its multiples"
-                    )
+        check_group_sizes(settings, BLOCK, f"ONNX Runtime has a scale for each {BLOCK}, 32 or 64 weights")
         if model is not None:
             check_family(model)
 
