@@ -86,8 +86,9 @@ def measure(job: QuantizeJob, candidates: Mapping[str, Precision | None]) -> dic
     with decoder.head() as head:
         baseline = head(hidden).log_softmax(-1)
         share = baseline.exp()
-        for name, stream in tqdm(streams.items(), desc="divergence", unit="layer"):
-            found[name] = Sensitivity(errors[name], _divergence(baseline, share, head(stream).log_softmax(-1)))
+        # in the order of `errors`: streams that were read back from a file have another
+        for name in tqdm(errors, desc="divergence", unit="layer"):
+            found[name] = Sensitivity(errors[name], _divergence(baseline, share, head(streams[name]).log_softmax(-1)))
     return found
 
 

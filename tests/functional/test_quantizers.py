@@ -463,3 +463,24 @@ def test_the_identity_is_of_bytes_settings_and_libraries(
 
 def _none() -> VariantSettings:
     return VariantSettings(scheme="none")
+
+
+def test_a_mixture_interrupted_while_it_presses_measures_nothing_again(
+    quantized: Quantized,
+    model: Path,
+    calibration: Path,
+    statistics: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    expected = checksums(quantized("auto"))
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.quantizers.builtin._press_layer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize("v", variant("auto"), model, calibration, statistics, tmp_path / "out")
+    monkeypatch.setattr("tasks.quantizers.sensitivity._trial", stop)
+    quantize("v", variant("auto"), model, calibration, statistics, tmp_path / "out")
+    assert checksums(tmp_path / "out") == expected
