@@ -11,9 +11,10 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy, QuantizationType
 from torch import Tensor, nn
 
-from tasks.activation_rounding import HIGHEST, LOWEST, Activations
+from tasks.activation_rounding import Activations
 
 _BITS = 8
+_EXACT_IN_FLOAT32 = 2**24 // 2**14  # so many products of two 8-bit integers have a sum that float32 holds exactly
 
 
 class Int8Linear(nn.Module):
@@ -35,7 +36,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """float [..., in] -> [..., out]."""
         q, scale, zero = self.activations(x)
-        out = torch._int_mm(q, self.weight.T).float()
+        out = integer_product(q, self.weight)
         if zero is not None:
             out.addmm_(zero, self.sums[None], alpha=-1)
         out = out.mul_(scale).mul_(self.scale)
@@ -44,14 +45,27 @@ class Int8Linear(nn.Module):
         return out.view(*x.shape[:-1], -1).to(x.dtype)
 
 
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """The exact product `a b^T` of int8 [m, k] and int8 [n, k], as float32 [m, n].
+
+    torch's own product is fast where the processor has 8-bit dot products (VNNI). Elsewhere it is 20 times slower than
+    float32, and wrong where pairs are summed in 16 bits, so blocks of columns are multiplied in float32, each exact.
+    """
+    if torch.cpu._is_vnni_supported():
+        return torch._int_mm(a, b.T).float()
+    columns = zip(a.split(_EXACT_IN_FLOAT32, -1), b.split(_EXACT_IN_FLOAT32, -1), strict=True)
+    # the blocks' sums can be longer than float32 holds
+    blocks = [(x.float() @ y.float().T).int() for x, y in columns]
+    return torch.stack(blocks).sum(0, dtype=torch.int32).float()
+
+
 def use_integers(model: nn.Module) -> bool:
     """Replace the W8A8 layers of a model loaded with dequantized weights; whether all its quantized layers are such.
 
-    Changes nothing and says no where a layer is quantized in another way, or where this processor gets such a product
-    wrong, as one without 8-bit instructions may.
+    Changes nothing and says no where a layer is quantized in another way.
     """
     layers = [(name, module) for name, module in model.named_modules() if hasattr(module, "quantization_scheme")]
-    if not layers or not all(_fits(module.quantization_scheme) for _, module in layers) or not _exact():
+    if not layers or not all(_fits(module.quantization_scheme) for _, module in layers):
         return False
     # one for all layers: it remembers a single tensor
     ways = {symmetric: Activations(symmetric) for symmetric in (False, True)}
@@ -76,13 +90,3 @@ def _fits(scheme: QuantizationScheme) -> bool:
         and inputs.strategy == QuantizationStrategy.TOKEN
         and inputs.dynamic is True
     )
-
-
-def _exact() -> bool:
-    """Whether the product of the largest integers is right here; where pairs are summed in 16 bits, it is not."""
-    for low, high in ((LOWEST, LOWEST), (LOWEST, HIGHEST), (HIGHEST, HIGHEST)):
-        a = torch.full((32, 64), low, dtype=torch.int8)
-        b = torch.full((64, 32), high, dtype=torch.int8)
-        if not torch._int_mm(a, b).eq(64 * low * high).all():
-            return False
-    return True

@@ -113,11 +113,11 @@ def test_nothing_is_left_of_them_when_the_stage_is_killed(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["gptq-int4", "awq-int4", "int8", "auto"])
 def test_every_variant_can_be_made_by_another_process(name: str, tmp_path: Path) -> None:
     """What a process is sent is pickled."""
-    from tasks.quantizers.builtin import _press_layer  # takes seconds, for each of the processes above, too
+    from tasks.quantizers.builtin import _press_alone  # takes seconds, for each of the processes above, too
 
     variant = load_settings(Path("params.yaml")).variant(name)
     job = QuantizeJob(tmp_path, torch.zeros(1, 1), tmp_path, variant, "cpu", tmp_path)
     precisions = {"a": Precision(Grid(4, 32, False, torch.float16), False)}
-    sent = pickle.loads(pickle.dumps(partial(_press_layer, job, precisions)))
+    sent = pickle.loads(pickle.dumps(partial(_press_alone, job, precisions)))
     found, known = sent.args
     assert (found.variant, known) == (variant, precisions)

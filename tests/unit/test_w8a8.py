@@ -77,9 +77,14 @@ def test_another_grid_is_left_alone() -> None:
     assert not use_integers(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_a_processor_that_gets_it_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: right(a, b).clamp(-(2**15), 2**15 - 1))
-    model = Pair(scheme(symmetric=False))
-    assert not w8a8.use_integers(model)
-    assert isinstance(model.first, nn.Linear)
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("columns", [64, 1024, 1536, 5000])
+def test_the_product_of_integers_is_exact(vnni: bool, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 8-bit instructions and without; the largest sums, and random ones."""
+    if not torch.cpu._is_vnni_supported() and vnni:
+        pytest.skip("this processor has no 8-bit dot products")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    random = torch.Generator().manual_seed(3)
+    a, b = (torch.randint(-128, 128, (40, columns), dtype=torch.int8, generator=random) for _ in range(2))
+    a[0], b[0], b[1] = -128, -128, 127
+    assert torch.equal(w8a8.integer_product(a, b), (a.long() @ b.long().T).float())
