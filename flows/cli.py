@@ -101,6 +101,12 @@ def run(
         for change in _override(root, overrides or []):
             print(f"params.yaml: {change}", file=sys.stderr)
     check_dvc(root)
+    from flows.execution.nothing_to_do import nothing_to_do
+
+    if known := nothing_to_do(root):
+        print("\n".join(known))
+        _show_report(root)
+        return
     with _interruptible(), server(root) as prefect_server:
         from flows.optimize import PipelineError, optimize
         from flows.server.console_log import readable_logs

@@ -32,6 +32,7 @@ from flows.graph.params_file import read_settings
 from flows.graph.plan import Plan, read_plan, summary
 from flows.graph.preflight import check_settings_work
 from flows.graph.schedule import doomed, startable, threads_of
+from flows.processes.forked import fork_server
 from flows.processes.process import stopped_on_error
 from flows.tracking.mlflow_run import recorded
 from flows.tracking.prefect_artifacts import show_result
@@ -39,6 +40,7 @@ from flows.workspace.run_lock import exclusive
 
 THREADS = Executor()
 PATIENCE = 15.0  # seconds that stages on a cluster get to end when a run is interrupted
+PROGRAM = "python -m tasks."  # how the commands begin whose libraries are worth having imported before
 DOWNLOAD = "download"  # the stage after which the variants can be held against the model
 
 
@@ -67,6 +69,10 @@ def bring_up_to_date(
             log.info("%s is back: a run that was killed had taken it away", path)
         plan = read_plan(root)
         log.info("%s", summary(plan))
+        if not executor.elsewhere and any(
+            s.state != "unchanged" and s.command.startswith(PROGRAM) for s in plan.values()
+        ):
+            fork_server()  # it imports while the settings are checked
         check_settings_work(root, downloaded=DOWNLOAD in plan and plan[DOWNLOAD].state == "unchanged")
         timeout = 60 * timeout_minutes if timeout_minutes else None
         with recorded(root, home, plan, log, _identity()) as record:
@@ -94,7 +100,7 @@ def _run_stages(
     failures: dict[str, BaseException] = {}
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def submit(name: str) -> None:
+    def submit(name: str, threads: int) -> None:
         stage = plan[name]
         unchanged = stage.state == "unchanged"
         needed: Any = [states[up] for up in stage.upstreams]  # Prefect takes states as it takes futures
@@ -109,8 +115,9 @@ def _run_stages(
                 "unchanged": unchanged,
                 "timeout": timeout,
                 # the cores of another machine are its own matter
-                "threads": None if executor.cluster else threads_of(name, jobs, cores),
+                "threads": None if executor.cluster else threads,
                 "pulse": str(pulse) if executor.elsewhere else None,
+                "forked": stage.command.startswith(PROGRAM),
             },
             wait_for=needed,
         )
@@ -129,8 +136,10 @@ def _run_stages(
         stopped_on_error(),
     ):
         while True:
-            for name in startable(upstreams(), results, running, jobs):
-                submit(name)
+            starting = startable(upstreams(), results, running, jobs)
+            threads = [threads_of(name, starting, running, jobs, cores) for name in starting]
+            for name, count in zip(starting, threads, strict=True):
+                submit(name, count)
             if not running:
                 return results, failures
             name = ended.get()

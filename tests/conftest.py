@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
 
 
+from flows.processes.forked import SHARED, fork_server
 from tests.tiny import Corpus, tiny_corpus, tiny_model
 
 LEFT_OUT = {"gpu": "needs an NVIDIA GPU", "slow": "takes minutes"}  # marker -> why
@@ -31,8 +32,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Programs that a shell starts in the background ignore interrupts; those that the tests interrupt must not."""
+    """Programs that a shell starts in the background ignore interrupts; those that the tests interrupt must not.
+
+    All tests, and the programs that they start, share one process that has imported what stages import.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if SHARED not in os.environ and (address := fork_server()):
+        os.environ[SHARED] = address
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,9 +17,13 @@ def runs_alone(stage: str) -> bool:
     return stage.partition("@")[0] in ("benchmark", "statistics")
 
 
-def threads_of(stage: str, jobs: int, cores: int) -> int:
-    """The threads that `stage` may use, so that all that run together use each core once."""
-    return cores if runs_alone(stage) else max(1, cores // jobs)
+def threads_of(stage: str, starting: Collection[str], running: Collection[str], jobs: int, cores: int) -> int:
+    """The threads that `stage` of those that start now may use, so that all that run together use each core once.
+
+    Where nothing runs and nothing else starts, nothing can start before it ends: it gets all cores.
+    """
+    alone = runs_alone(stage) or (not running and len(starting) == 1)
+    return cores if alone else max(1, cores // jobs)
 
 
 def startable(upstreams: Upstreams, done: Collection[str], running: Collection[str], jobs: int) -> list[str]:

@@ -45,7 +45,9 @@ class RunEstimate:
 def simulate(upstreams: Upstreams, shape: Shape, settings: Settings, machine: Machine, jobs: int) -> RunEstimate:
     """Run the graph on paper: stages start as flows/graph/schedule.py lets them, with the threads it gives them."""
     needs = {
-        stage: estimate(stage, PlanJob(shape, settings, machine.share(threads_of(stage, jobs, machine.cores))))
+        stage: estimate(
+            stage, PlanJob(shape, settings, machine.share(threads_of(stage, (), (stage,), jobs, machine.cores)))
+        )
         for stage in upstreams
     }
     begins: dict[str, float] = {}

@@ -1,8 +1,7 @@
 """`python guard.py CMD...`: run CMD, and end this whole process group when stdin closes.
 
-Stdin is a pipe that only the starting process holds, so it closes when that
-process is gone, even by `kill -9`. What it was given to keep open, the lock of a
-stage, it then keeps until the whole group has ended.
+Stdin is a pipe that only the starting process holds, so it closes when that process is gone, even by `kill -9`. Open
+files that the guard was given, such as the lock of a stage, stay open until the whole group has ended.
 """
 
 import os
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import psutil
@@ -50,12 +49,17 @@ def watch() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-if __name__ == "__main__":
+def guarded(run: Callable[[], int]) -> int:
+    """The exit status of what `run` starts and waits for, as a shell gives it; the group ends when stdin closes."""
     # a handler, not SIG_IGN, which CMD would inherit
     signal.signal(signal.SIGTERM, lambda *_: None)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    code = subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL)
+    code = run()
     if orphaned.is_set():
         watcher.join()  # CMD has ended, but perhaps not what it had started: the watcher ends all, this process too
-    os._exit(code if code >= 0 else 128 - code)
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    os._exit(guarded(lambda: subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL)))

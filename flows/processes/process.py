@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from flows.errors import FlowError
+from flows.processes.forked import Forked, fork_server
 from flows.processes.memory import group_memory
 
 GUARD = Path(__file__).with_name("guard.py")
@@ -41,6 +42,7 @@ class Process:
 
     DVC neither forwards signals to its stage nor dies with us, so signals go to the whole group, and a guard
     inside the group ends it when this process is gone. `keep` are open files that the guard keeps open as long.
+    forked: fork the programs that the command starts by `python -m` from a process that has imported their libraries.
     """
 
     def __init__(
@@ -51,13 +53,16 @@ class Process:
         *,
         output: int = subprocess.PIPE,
         keep: Collection[int] = (),
+        forked: bool = False,
     ) -> None:
         if not GUARD.is_file():
             raise FlowError(f"{GUARD} is missing, without which a stage could outlive its run; install modelpress anew")
         self._stop = threading.Event()
         self._looked = 0.0
         self._peak = 0
-        self._popen = subprocess.Popen(
+        self._popen: subprocess.Popen[bytes] | Forked = (
+            forked and _forked(command, cwd, env, keep)
+        ) or subprocess.Popen(
             [sys.executable, "-I", str(GUARD), *command],
             cwd=cwd,
             env=env,
@@ -162,6 +167,14 @@ class Process:
         except ProcessLookupError:
             return False
         return True
+
+
+def _forked(command: list[str], cwd: Path, env: dict[str, str], keep: Collection[int]) -> Forked | None:
+    """The command under a guard of the fork server; None where there is none."""
+    address = fork_server()
+    with suppress(ConnectionError):
+        return Forked(address, command, cwd, env, keep) if address else None
+    return None
 
 
 def pause(seconds: float) -> None:

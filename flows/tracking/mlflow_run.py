@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from flows.graph import dvc_lock
 from flows.graph.plan import Plan
 from flows.tracking import run_facts
+from flows.tracking.known_result import note_result
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -91,8 +92,10 @@ class Record:
             return
         self._results(results)
         # last, so that a run with this tag holds everything
-        self._store.set_tag(self._parent, LOCK_TAG, dvc_lock.lock_hash(self._root, self._plan))
+        lock = dvc_lock.lock_hash(self._root, self._plan)
+        self._store.set_tag(self._parent, LOCK_TAG, lock)
         self._store.set_terminated(self._parent, "FINISHED")
+        note_result(self._root, tracking_uri(self._home), lock, self._parent)
         self._log.info("MLflow: recorded in run %s", self._parent)
 
     def _results(self, results: Mapping[str, str]) -> None:
@@ -130,6 +133,7 @@ class Record:
         lock = dvc_lock.lock_hash(self._root, self._plan)
         runs = self._search(f"tags.`{LOCK_TAG}` = '{lock}' and attributes.status = 'FINISHED'")
         for run in runs:
+            note_result(self._root, tracking_uri(self._home), lock, run.info.run_id)
             self._log.info("MLflow: nothing new, this result is in run %s", run.info.run_id)
             return True
         return False

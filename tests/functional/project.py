@@ -12,6 +12,7 @@ from typing import Any
 import mlflow
 import yaml
 
+from flows.processes.process import Process
 from tests.functional.toy import PROJECT, cli_command, cli_env
 from tests.tiny import Corpus
 
@@ -82,12 +83,15 @@ class Checkout:
 
     def stage(self, name: str, *arguments: str) -> str:
         """Run a stage's program by itself."""
-        return self.command(sys.executable, "-m", f"tasks.{name}", *arguments)
+        command = ["python", "-m", f"tasks.{name}", *arguments]
+        with Process(command, self.root, cli_env(PATH=PATH), forked=True) as process:
+            output = b"".join(process.chunks(1800)).decode()
+            assert process.wait() == 0, f"{command}: {output}"
+        return output
 
-    def run(self, *arguments: str, python: Path | None = None, **env: str) -> str:
-        """`modelpress run`; its stages are run by the `python` in the folder of `python`, by default this one."""
-        command = cli_command("run", *arguments)
-        return self.command(str(python or command[0]), *command[1:], **env)
+    def run(self, *arguments: str, **env: str) -> str:
+        """`modelpress run`."""
+        return self.command(*cli_command("run", *arguments), **env)
 
     def stages(self) -> dict[str, list[str]]:
         """Digests of each stage's outputs that the cache holds (metrics hold seconds, which differ)."""

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from flows.graph.plan import read_plan
-from tests.functional.preloaded import stage_python
 from tests.functional.project import ITEMS, PATH, Checkout, params
 from tests.functional.toy import cli_command, cli_env
 from tests.tiny import Corpus, tiny_corpus
@@ -35,8 +34,7 @@ def by_flow(llama: Path, corpus: Corpus, prefect_server: str, tmp_path_factory: 
     """A checkout after `modelpress run`, with a server of its own. Tests that change it put it back."""
     folder = tmp_path_factory.mktemp("flow")
     checkout = Checkout(folder / "project", few(llama, corpus))
-    with stage_python(folder / "python") as python:
-        checkout.output = checkout.run(python=python)  # type: ignore[attr-defined]
+    checkout.output = checkout.run()  # type: ignore[attr-defined]
     return checkout
 
 

@@ -151,7 +151,7 @@ SHORT = 30  # seconds: less than that is mostly the start of processes, of which
 @pytest.mark.parametrize("stage", DEMO)
 def test_the_demo_took_what_is_estimated(stage: str) -> None:
     seconds, memory, disk = DEMO[stage]
-    need = estimate(stage, job(SMOLLM2, MEASURED, threads=threads_of(stage, 2, 2)))
+    need = estimate(stage, job(SMOLLM2, MEASURED, threads=threads_of(stage, (), (stage,), 2, 2)))
     assert need.memory == pytest.approx(memory, rel=0.3)
     assert need.disk == pytest.approx(disk, rel=0.01)
     assert need.seconds == pytest.approx(seconds, **({"rel": 0.3} if seconds > SHORT else {"abs": 10}))

@@ -45,14 +45,18 @@ def test_what_needs_a_failed_stage_is_lost_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "jobs", "cores", "threads"),
+    ("stage", "starting", "running", "jobs", "cores", "threads"),
     [
-        ("statistics", 2, 2, 2),
-        ("evaluate@a", 2, 2, 1),
-        ("evaluate@a", 2, 64, 32),
-        ("evaluate@a", 4, 2, 1),
-        ("benchmark@a", 2, 2, 2),
+        ("statistics", ["statistics"], [], 2, 2, 2),
+        ("evaluate@a", ["evaluate@a", "evaluate@b"], [], 2, 2, 1),
+        ("evaluate@a", ["evaluate@a", "evaluate@b"], [], 2, 64, 32),
+        ("evaluate@a", ["evaluate@a"], ["evaluate@b"], 2, 2, 1),
+        ("evaluate@a", ["evaluate@a", "evaluate@b"], [], 4, 2, 1),
+        ("evaluate@a", ["evaluate@a"], [], 4, 2, 2),
+        ("benchmark@a", ["benchmark@a"], [], 2, 2, 2),
     ],
 )
-def test_stages_that_run_together_share_the_cores(stage: str, jobs: int, cores: int, threads: int) -> None:
-    assert threads_of(stage, jobs, cores) == threads
+def test_stages_that_run_together_share_the_cores(
+    stage: str, starting: list[str], running: list[str], jobs: int, cores: int, threads: int
+) -> None:
+    assert threads_of(stage, starting, running, jobs, cores) == threads

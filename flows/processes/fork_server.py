@@ -1,0 +1,282 @@
+"""`python fork_server.py FOLDER SOCKET`: import what stages import, once, then fork every stage from this process.
+
+Starting Python with torch, transformers and lm-eval takes 5 to 10 seconds, a fork milliseconds.
+
+    flow -- asks --> fork server -- fork --> guard --> dvc repro --> sh --> python, which is fork_client.py
+                                               `------ fork --> the stage, for the client
+
+The guard leads a session of its own, as guard.py does, and forks the stages that its command starts by
+`python -m MODULE`. So all of a stage's processes belong to one process group. The server ends when stdin closes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from setproctitle import setproctitle
+
+# what the stages import; one that is not installed, or does not work, is left to the stage that needs it
+LIBRARIES = (
+    "numpy",
+    "scipy.stats",
+    "torch",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.generation.utils",
+    "safetensors.torch",
+    "compressed_tensors.offload",
+    "compressed_tensors.quantization",
+    "datasets",
+    "lm_eval.api.model",
+    "lm_eval.evaluator",
+    "lm_eval.tasks",
+    "matplotlib.pyplot",
+    "pydantic",
+    "tqdm",
+)
+# what they, the interpreter and the loader read in the environment once, early on
+EARLY = (
+    "HF_",
+    "TRANSFORMERS_",
+    "TORCH",
+    "PYTORCH_",
+    "MKL_",
+    "KMP_",
+    "GOMP_",
+    "OPENBLAS_",
+    "MALLOC_",
+    "LD_",
+    "PYTHON",
+    "MPL",
+)
+HEEDED = {"PYTHONUNBUFFERED"}
+DOOR = "MODELPRESS_DOOR"  # in the environment of a guard's command: the socket at which its guard forks
+MESSAGE = 1 << 20  # bytes, at most
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command's arguments, its folder and environment, and open files: a guard's or a stage's first ones."""
+
+    arguments: Sequence[str]
+    folder: str
+    environment: dict[str, str]
+    files: Sequence[int]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files:
+            os.close(file)
+
+
+def main() -> None:
+    """Serve; a forked process goes on from here as a guard, and what a guard forks as a stage."""
+    ending: list[int] = []  # the status of a stage that has ended
+    atexit.register(_leave, ending)  # the first to be registered is the last to be called
+    folder, listener = Path(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
+    _name(["fork_server.py", "of", "modelpress"])  # the first call must see the environment of the start
+    sys.path[0] = str(Path(__file__).parents[2])
+    from flows.processes.guard import guarded
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flows"]:
+        del sys.modules[name]  # a stage takes the code of its own checkout
+    del sys.path[0]
+    sys.modules["triton"] = None  # type: ignore[assignment] # for GPUs alone, and it complains of leaks at the end
+    for library in LIBRARIES:
+        if _orphaned():
+            break
+        with suppress(Exception):
+            importlib.import_module(library)
+    del sys.modules["triton"]
+    gc.collect()
+    gc.freeze()  # or the collector would write to every object, and copy the memory that the forks share
+    connection = _serve(listener)
+    listener.close()
+    if connection is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        stage = _guard(folder, connection, guarded)
+        try:
+            _run(stage)
+            ending.append(0)
+        except SystemExit as leaving:
+            ending.append(leaving.code & 0xFF if isinstance(leaving.code, int) else int(leaving.code is not None))
+            raise
+        except Exception:
+            ending.append(1)
+            raise
+
+
+def _early(environment: Mapping[str, str]) -> dict[str, str]:
+    """The part of an environment that cannot change any more."""
+    return {name: value for name, value in environment.items() if name.startswith(EARLY) and name not in HEEDED}
+
+
+START = _early(os.environ)
+
+
+def _orphaned() -> bool:
+    return bool(select.select([0], [], [], 0)[0])
+
+
+def _serve(listener: socket.socket) -> socket.socket | None:
+    """Fork for everyone who connects; in the forked process, its connection. None when the owner is gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the guards
+    while True:
+        ready, _, _ = select.select([0, listener], [], [])
+        if 0 in ready:
+            return None
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return connection
+        connection.close()
+
+
+def _guard(folder: Path, connection: socket.socket, guarded: Callable[[Callable[[], int]], int]) -> Request:
+    """Run the command that is asked for and end with it; returns in a stage's process alone, with its request.
+
+    Answers on `connection`: this process's id, then the command's exit status.
+    """
+    os.setsid()
+    request = _receive(connection)
+    stdin, output, *kept = request.files
+    _enter(request, (stdin, output, output))
+    _name(["guard.py", *request.arguments])
+    place = folder / str(os.getpid())
+    stage: Request | None = None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.bind(str(place))
+        door.listen()
+        connection.sendall(str(os.getpid()).encode())
+
+        def run() -> int:
+            nonlocal stage
+            status, stage = _command(request.arguments, folder / "bin", door)
+            return status
+
+        status = guarded(run)
+    if stage is None:
+        place.unlink(missing_ok=True)
+        with suppress(OSError):
+            connection.sendall(str(status).encode())
+        os._exit(status)
+    connection.close()
+    for file in kept:
+        os.close(file)
+    return stage
+
+
+def _command(arguments: Sequence[str], programs: Path, door: socket.socket) -> tuple[int, Request | None]:
+    """Run a command and fork the stages that it starts: its status, and None; in a stage's process, its request."""
+    path = os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "PATH": path, DOOR: door.getsockname()}
+    command = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, env=environment)
+    ended = os.pidfd_open(command.pid)
+    stages: dict[int, tuple[int, socket.socket]] = {}  # what tells of its end -> its process, its client
+    while True:
+        ready, _, _ = select.select([ended, door, *stages, *(client for _, client in stages.values())], [], [])
+        if ended in ready:
+            return command.wait(), None
+        for end, (process, client) in list(stages.items()):
+            if end in ready:
+                status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+                with suppress(OSError):
+                    client.sendall(str(status).encode())
+                _forget(stages, end)
+            elif client in ready:
+                os.kill(process, signal.SIGKILL)  # its client was killed, which stands for it
+        if door in ready:
+            client, _ = door.accept()
+            request = _receive(client)
+            if _early(request.environment) != START:
+                client.close()  # without an answer: it starts an interpreter of its own
+                request.close()
+                continue
+            process = os.fork()
+            if process == 0:
+                client.close()
+                os.close(ended)
+                for end in list(stages):
+                    _forget(stages, end)
+                return 0, request
+            request.close()
+            client.sendall(str(process).encode())
+            stages[os.pidfd_open(process)] = process, client
+
+
+def _run(request: Request) -> None:
+    """Do as `python -m MODULE` does, in this process; errors and exits are the interpreter's."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _enter(request, request.files)
+    option, module, *arguments = request.arguments
+    _name([sys.executable, option, module, *arguments])
+    sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
+        _use_threads(int(threads))
+    sys.argv = [module, *arguments]
+    sys.path.insert(0, request.folder)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _leave(ending: Sequence[int]) -> None:
+    """End a stage before the interpreter takes itself apart, which writes to all memory that the forks share."""
+    for status in ending:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _use_threads(count: int) -> None:
+    """What the libraries read from OMP_NUM_THREADS when they were imported."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(count)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(count)
+
+
+def _receive(connection: socket.socket) -> Request:
+    message, files, _, _ = socket.recv_fds(connection, MESSAGE, 8)
+    return Request(**json.loads(message), files=files)
+
+
+def _enter(request: Request, files: Sequence[int]) -> None:
+    """Take over the folder, the environment and the first three files of who asked."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    for file in {*files}:
+        os.close(file)
+    os.chdir(request.folder)
+    os.environ.clear()
+    os.environ.update(request.environment)
+
+
+def _forget(stages: dict[int, tuple[int, socket.socket]], end: int) -> None:
+    stages.pop(end)[1].close()
+    os.close(end)
+
+
+def _name(words: Sequence[str]) -> None:
+    """Show these words as this process's command line."""
+    setproctitle(" ".join(words))
+
+
+if __name__ == "__main__":
+    main()
