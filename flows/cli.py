@@ -374,6 +374,18 @@ def _show_report(root: Path) -> None:
     for what, place in (("report", root / "report/index.html"), ("package", package)):
         print(f"{what:<8} {place if place.exists() else '(none)'}")
     print(f"{'MLflow':<8} {tracking_uri(root)}")
+    print(f"{'next':<8} {_next_command(root)}")
+
+
+def _next_command(root: Path) -> str:
+    """What to run after this result: a longer evaluation where that would let a variant pass, else the pages."""
+    from flows.tracking.run_facts import read_json
+
+    summary = read_json(root / "report/summary.json")
+    needed = [row.get("items_needed") for row in (summary.get("variants") or {}).values()]
+    if summary and not summary.get("winner") and any(needed):
+        return f"modelpress run --set evaluation.limit={min(filter(None, needed))}"
+    return "modelpress serve    # browse all runs, start others from a form or on a schedule"
 
 
 def _repair(root: Path) -> None:

@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.reporting.columns import Column, columns, legend, reasons, winner_line
-from tasks.reporting.number_format import words
 
 WIDTH = 120
 MOST_TEXTS = 2  # more texts than this share one column
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The table of the field, the reason for each verdict, the winner and what the numbers rest on."""
+    """All variants, the reason for each verdict, the winner, and what a reader of the figures must know."""
     screen = io.StringIO()
     console = Console(file=screen, width=WIDTH, color_system=None, force_terminal=False, highlight=False, emoji=False)
     console.print(grid(columns(summary, MOST_TEXTS)))
@@ -26,15 +25,9 @@ def table(summary: Mapping[str, Any]) -> str:
         console.print(f"{variant}: {reason}", markup=False)
     console.print(winner_line(summary), markup=False)
     console.print()
-    for line in (legend(summary), contract_line(summary), *summary["notes"]):
+    for line in (legend(summary), *summary["notes"]):
         console.print(line, markup=False)
     return "\n".join(line.rstrip() for line in screen.getvalue().splitlines()) + "\n"
-
-
-def contract_line(summary: Mapping[str, Any]) -> str:
-    """The evaluation contract, which is the same for all variants."""
-    fields = "; ".join(f"{field}: {words(value)}" for field, value in summary["contract"].items())
-    return f"Contract {summary['contract_hash'][:12]}: {fields}."
 
 
 def grid(described: Sequence[Column]) -> Table:
