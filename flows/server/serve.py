@@ -23,6 +23,7 @@ from flows.graph.params_file import read_settings
 from flows.processes.process import GRACE, Process
 from flows.processes.run_module import run_module, stage_environment
 from flows.server.addresses import Addresses, announced, at_work
+from flows.server.links import form_link, runs_link
 from flows.tracking.mlflow_run import open_store
 from flows.tracking.prefect_artifacts import MLFLOW_UI
 
@@ -49,7 +50,7 @@ def serve(root: Path, host: str, port: int, mlflow_port: int, say: Callable[[str
     start. Where a server is at work already, its addresses are said and nothing is started.
     """
     if (found := at_work(root)) is not None:
-        _say_addresses(found, say)
+        _say_addresses(root, found, say)
         say("already at work: nothing was started")
         return
     read_settings(root / "params.yaml")
@@ -71,7 +72,7 @@ def serve(root: Path, host: str, port: int, mlflow_port: int, say: Callable[[str
             say(f"starting {service.name}")
             running[service.name] = stack.enter_context(_start(root, service))
             _wait(root, service, running[service.name])
-        _say_addresses(addresses, say)
+        _say_addresses(root, addresses, say)
         say("press Ctrl-C to stop")
         try:
             while True:
@@ -188,6 +189,7 @@ def _require_free(host: str, port: int) -> None:
             ) from error
 
 
-def _say_addresses(addresses: Addresses, say: Callable[[str], None]) -> None:
-    say(f"Prefect  {addresses.prefect}")
-    say(f"MLflow   {addresses.mlflow}")
+def _say_addresses(root: Path, addresses: Addresses, say: Callable[[str], None]) -> None:
+    say(f"start a run     {form_link(addresses)}")
+    say(f"runs, Prefect   {addresses.prefect}/runs")
+    say(f"runs, MLflow    {runs_link(addresses, *open_store(root))}")

@@ -7,6 +7,8 @@ integers is exact: what differs from computing with the dequantized numbers is r
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy, QuantizationType
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from tasks.activation_rounding import Activations
 
 _BITS = 8
+_FEW_ROWS = 8
 _EXACT_IN_FLOAT32 = 2**24 // 2**14  # so many products of two 8-bit integers have a sum that float32 holds exactly
 
 
@@ -49,14 +52,24 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """The exact product `a b^T` of int8 [m, k] and int8 [n, k], as float32 [m, n].
 
     torch's own product is fast where the processor has 8-bit dot products (VNNI). Elsewhere it is 20 times slower than
-    float32, and wrong where pairs are summed in 16 bits, so blocks of columns are multiplied in float32, each exact.
+    float32, but for a few rows, and wrong where pairs are summed in 16 bits. There, blocks of columns are multiplied in
+    float32, each exact.
     """
-    if torch.cpu._is_vnni_supported():
+    if torch.cpu._is_vnni_supported() or (len(a) <= _FEW_ROWS and _right()):
         return torch._int_mm(a, b.T).float()
     columns = zip(a.split(_EXACT_IN_FLOAT32, -1), b.split(_EXACT_IN_FLOAT32, -1), strict=True)
-    # the blocks' sums can be longer than float32 holds
-    blocks = [(x.float() @ y.float().T).int() for x, y in columns]
-    return torch.stack(blocks).sum(0, dtype=torch.int32).float()
+    blocks = [x.float() @ y.float().T for x, y in columns]
+    if len(blocks) == 1:
+        return blocks[0]
+    # the sum of several can be longer than float32 holds
+    return torch.stack([block.int() for block in blocks]).sum(0, dtype=torch.int32).float()
+
+
+@cache
+def _right() -> bool:
+    """Whether torch's product of a few rows is right for the largest integers."""
+    a, b = (torch.full((_FEW_ROWS, 64), least, dtype=torch.int8) for least in (-128, 127))
+    return all(torch._int_mm(x, y.T).eq(64 * int(x[0, 0]) * int(y[0, 0])).all() for x in (a, b) for y in (a, b))
 
 
 def use_integers(model: nn.Module) -> bool:

@@ -41,6 +41,7 @@ class Served:
     process: subprocess.Popen[str]
     pages: str
     arguments: tuple[str, ...]
+    links: dict[str, str]
 
     def api(self, path: str, body: Any = None, method: str = "POST") -> Any:
         """What Prefect's API answers."""
@@ -123,10 +124,12 @@ def served(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             break
     log.write_text("".join(lines))
     assert process.poll() is None, lines
-    yield Served(toy, process, f"http://127.0.0.1:{ports[0]}", arguments)
+    links = dict(line.rstrip().rsplit("  ", 1) for line in lines if "://" in line)
+    links = {what.strip(): link.strip() for what, link in links.items()}
+    yield Served(toy, process, f"http://127.0.0.1:{ports[0]}", arguments, links)
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE) == 130
-    assert soon(lambda: not Served(toy, process, "", ()).processes(str(toy.root)), 60)
+    assert soon(lambda: not Served(toy, process, "", (), {}).processes(str(toy.root)), 60)
 
 
 def test_a_second_one_says_the_addresses_and_starts_nothing(served: Served) -> None:
@@ -156,7 +159,7 @@ def test_a_bad_value_is_refused_by_name_before_a_run_starts(
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 def test_a_person_fills_in_the_form_and_opens_the_results(served: Served, browser: webdriver.Chrome) -> None:
-    browser.get(f"{served.pages}/deployments/deployment/{served.deployment('on-demand')['id']}/run")
+    browser.get(served.links["start a run"])
     samples = wait_for(browser, "//label[contains(., 'samples')]/following::input[1]")
     assert samples.get_attribute("value") == "32"
     fill(browser, "Run Name", "By Hand")
@@ -184,6 +187,11 @@ def test_a_person_fills_in_the_form_and_opens_the_results(served: Served, browse
     assert "Winner: int8" in browser.page_source
     browser.save_screenshot(str(SCREENSHOTS / "result.png"))
     assert "run/by-hand" in served.toy.command("git", "tag", "--list")
+    browser.get(served.links["runs, MLflow"])
+    for column in ("report.retention.mean", "report.kl", "verdict", "scheme"):
+        wait_for(browser, f"//*[@role='columnheader'][contains(., '{column}')]")
+    wait_for(browser, "//*[@role='gridcell'][contains(., 'By Hand') or contains(., 'by-hand')]")
+    browser.save_screenshot(str(SCREENSHOTS / "mlflow.png"))
 
 
 def test_cancelling_ends_every_process_of_the_run(served: Served) -> None:

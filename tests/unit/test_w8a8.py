@@ -78,13 +78,24 @@ def test_another_grid_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("columns", [64, 1024, 1536, 5000])
-def test_the_product_of_integers_is_exact(vnni: bool, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_product_of_integers_is_exact(vnni: bool, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 8-bit instructions and without; the largest sums, and random ones."""
     if not torch.cpu._is_vnni_supported() and vnni:
         pytest.skip("this processor has no 8-bit dot products")
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     random = torch.Generator().manual_seed(3)
-    a, b = (torch.randint(-128, 128, (40, columns), dtype=torch.int8, generator=random) for _ in range(2))
+    a, b = (torch.randint(-128, 128, (many, columns), dtype=torch.int8, generator=random) for many in (rows, 40))
     a[0], b[0], b[1] = -128, -128, 127
     assert torch.equal(w8a8.integer_product(a, b), (a.long() @ b.long().T).float())
+
+
+def test_a_product_that_is_wrong_on_this_processor_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: right(a, b).clamp(-(2**15), 2**15 - 1))
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    w8a8._right.cache_clear()
+    a = torch.full((1, 64), -128, dtype=torch.int8)
+    assert w8a8.integer_product(a, a).item() == 64 * 128 * 128
+    w8a8._right.cache_clear()
