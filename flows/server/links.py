@@ -17,15 +17,13 @@ FORM = "press/on-demand"  # the flow and the deployment whose form a user fills 
 VIEW = "modelpress"
 COLUMNS = (
     "tags.`verdict`",
-    "tags.`winner`",
     "params.`scheme`",
-    "metrics.`report.size_bytes`",
+    "metrics.`report.kl`",
     "metrics.`report.ratio`",
     "metrics.`report.retention.mean`",
-    "metrics.`report.retention.low`",
-    "metrics.`report.retention.high`",
-    "metrics.`report.kl`",
+    "metrics.`report.size_bytes`",
 )
+ORDER = "metrics.`report.retention.mean`"  # by another order than time, variants are listed and not folded below runs
 
 
 def form_link(addresses: Addresses) -> str:
@@ -38,9 +36,10 @@ def form_link(addresses: Addresses) -> str:
 
 
 def runs_link(addresses: Addresses, client: MlflowClient, experiment: str) -> str:
-    """The experiment's runs with the columns that tell variants apart.
+    """All variants of all runs, with the columns that tell them apart.
 
     MLflow's pages take the columns from a tag of the experiment, as their own button "Share" writes it.
     """
-    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{VIEW}", json.dumps({"selectedColumns": COLUMNS}))
+    view = json.dumps({"selectedColumns": COLUMNS, "orderByKey": ORDER, "orderByAsc": False})
+    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{VIEW}", view)
     return f"{addresses.mlflow}/#/experiments/{quote(experiment)}/runs?viewStateShareKey={VIEW}"
