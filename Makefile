@@ -7,7 +7,7 @@ PACKAGES := $(VENV)/.packages
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install gguf demo ui test test-all bench drills deps lint types lock clean
+.PHONY: help install gguf demo ui test test-all bench drills deps lint types docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## List what can be made
@@ -51,6 +51,9 @@ lint: install ## Check style, formatting and the layers of the code
 types: install ## Check types
 	@$(BIN)/mypy
 
+docs: install ## Build the documentation into site/ and check its links and anchors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lock: install ## Resolve pyproject.toml anew into requirements.lock
 	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra tasks --extra dask --extra s3 --extra dev --no-header \
 	  --no-emit-index-url --no-emit-find-links --output-file requirements.lock pyproject.toml
@@ -59,7 +62,7 @@ lock: install ## Resolve pyproject.toml anew into requirements.lock
 	sed -i -e 's/^\(torch==[^+ ]*\)+[a-z0-9.]*/\1/' -e '/^pip==/{N;d}' requirements.lock
 
 clean: ## Remove the environment and tools' caches; models, results and records stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .import_linter_cache .pytest_cache *.egg-info
 	find flows tasks evals bench tools tests -name __pycache__ -type d -exec rm -rf {} +
 
 # each stamp is written last, so an installation that was interrupted is done again
