@@ -38,7 +38,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 
 def commit(toy: Toy) -> None:
-    """What the README says: parameters, dvc.lock and metrics are in git."""
+    """As docs/operating.md says: parameters, dvc.lock and metrics are in git."""
     toy.command("git", "add", "--force", ".dvc/config", "params.yaml", "dvc.lock", "metrics")
     toy.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "a run")
 

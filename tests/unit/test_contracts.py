@@ -151,6 +151,6 @@ def test_the_readme_names_what_there_is() -> None:
 
 def test_ci_calls_the_commands_of_the_readme() -> None:
     script = (ROOT / ".ci/run").read_text()
-    for target in ("lint", "types", "test"):
+    for target in ("lint", "types", "docs", "test"):
         assert f"make {target}" in script
         assert f"make {target}" in README
