@@ -52,7 +52,8 @@ types: install ## Check types
 	@$(BIN)/mypy
 
 docs: install ## Build the documentation into site/ and check its links and anchors
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@# without --quiet, which would hide the warnings from --strict as well
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lock: install ## Resolve pyproject.toml anew into requirements.lock
 	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra tasks --extra dask --extra s3 --extra dev --no-header \
