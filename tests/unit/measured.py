@@ -12,7 +12,7 @@ import numpy as np
 from tasks.output import write_json
 from tasks.settings import GateSettings
 
-GATE = GateSettings(four_bit=0.95, eight_bit=0.98, confidence=0.95, resamples=500)
+GATE = GateSettings(sequential=True, four_bit=0.95, eight_bit=0.98, confidence=0.95, resamples=500)
 TASKS = {"piqa_local": (0.5, 0.68), "openbookqa_local": (0.25, 0.45)}
 TEXTS = {"news": 27.44, "medical": 15.2}
 LAYERS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -21,6 +21,7 @@ CONTRACT = {
     "tasks": {task: {"version": 1, "metric": "acc_norm"} for task in TASKS},
     "dtype": "float32",
     "limit": 400,
+    "order": {"seed": 1234, "items": dict.fromkeys(TASKS, 400), "looks": 5, "block": 50},
     "shots": 0,
     "chat_template": False,
     "add_bos": None,

@@ -10,7 +10,7 @@ import pytest
 from flows.tracking.champion import Contender, why_not
 from tasks.settings import GateSettings
 
-GATE = GateSettings(four_bit=0.95, eight_bit=0.98, confidence=0.95, resamples=1000)
+GATE = GateSettings(sequential=False, four_bit=0.95, eight_bit=0.98, confidence=0.95, resamples=1000)
 CONTRACT: dict[str, Any] = {"limit": 400, "dtype": "float32", "tokenizer": {"tokenizer.json": "a"}}
 
 
