@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tasks.output import write_json
+from tasks.scoring.order import Order
 from tasks.settings import GateSettings
 
 GATE = GateSettings(sequential=True, four_bit=0.95, eight_bit=0.98, confidence=0.95, resamples=500)
@@ -21,7 +22,6 @@ CONTRACT = {
     "tasks": {task: {"version": 1, "metric": "acc_norm"} for task in TASKS},
     "dtype": "float32",
     "limit": 400,
-    "order": {"seed": 1234, "items": dict.fromkeys(TASKS, 400), "looks": 5, "block": 50},
     "shots": 0,
     "chat_template": False,
     "add_bos": None,
@@ -132,7 +132,7 @@ def _metrics(
         metrics / "evaluate" / f"{name}.json",
         {
             "variant": name,
-            "contract": CONTRACT,
+            "contract": CONTRACT | {"order": Order(1234, {task: len(a) for task, a in answers.items()}).record()},
             "contract_hash": "c0ffee" * 10,
             "tasks": scores,
             "mean_score": sum(s["score"] for s in scores.values()) / len(scores),
