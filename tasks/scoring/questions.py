@@ -98,7 +98,7 @@ class Questions:
                 request.resps = []
                 kinds[request.request_type] += [request] * request.repeats
         for kind, requests in kinds.items():
-            for request, answer in zip(requests, getattr(self._lm, kind)(requests), strict=True):
+            for request, answer in zip(requests, getattr(self._lm, kind)(requests, disable_tqdm=True), strict=True):
                 request.resps.append(answer)
         return {task: list(self._scored(task, items)) for task, items in unit.items()}
 
