@@ -77,11 +77,12 @@ def why_not(champion: Contender, new: Contender, gate: GateSettings, share: floa
             task: pair_items(task, "the new package", items, [i for i in new.items[task] if i["item"] in both[task]])
             for task, items in champion.items.items()
         }
-        # each was scored until its own verdict was certain: they have in common what one of them had at a look
-        if gate.sequential or ours != theirs:
-            result = sequential_retention(pairs, both, new.contract.get("order"), gate.confidence)
-        else:
+        order = new.contract.get("order")
+        if ours == theirs and (order is None or not gate.sequential):
             result = retention(pairs, gate.confidence, gate.resamples)
+        else:
+            # each was scored until its own verdict was certain: what they have in common is what one had at a look
+            result = sequential_retention(pairs, both, order, gate.confidence)
     except TaskError as error:
         return f"the two cannot be compared: {error}"
     verdict = judge(result, share)
