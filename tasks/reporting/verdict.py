@@ -136,11 +136,11 @@ def sequential_retention(
     fractions = planned.fractions(planned.reached(had))
     for task, scores in pairs.items():
         _check_baseline(task, scores)
-    of = {task: bounds({task: scores}, fractions, confidence) for task, scores in sorted(pairs.items())}
-    tasks = {
-        task: TaskRetention(found.mean, found.low, found.high, *map(float, pairs[task].mean(axis=0)), len(pairs[task]))
-        for task, found in of.items()
-    }
+    tasks = {}
+    for task, scores in sorted(pairs.items()):
+        own = bounds({task: scores}, fractions, confidence)
+        baseline, score = scores.mean(axis=0)
+        tasks[task] = TaskRetention(own.mean, own.low, own.high, float(baseline), float(score), len(scores))
     found = bounds(pairs, fractions, confidence)
     return Retention(found.mean, found.low, found.high, found.at_least, found.at_most, confidence, tasks)
 

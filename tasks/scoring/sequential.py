@@ -149,7 +149,8 @@ def _upper_tail(z: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _simpson(places: NDArray[np.float64]) -> NDArray[np.float64]:
     """Weights of Simpson's rule at evenly spaced places, an odd number of them."""
-    weights = np.full(len(places), 2.0)
+    weights: NDArray[np.float64] = np.full(len(places), 2.0)
     weights[1::2] = 4.0
     weights[0] = weights[-1] = 1.0
-    return weights * (places[1] - places[0]) / 3
+    weights *= (places[1] - places[0]) / 3
+    return weights
