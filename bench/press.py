@@ -64,12 +64,17 @@ def quality(folder: Path, items: int) -> dict[str, Any]:
     """What evaluation finds, with `items` items of each task."""
     from tasks.evaluate import evaluate
     from tasks.model.size import weight_bits
+    from tasks.reference import measure_reference
+    from tasks.scoring.evaluation import Job
 
     settings = load_settings(PARAMS).evaluation
-    settings = settings.model_copy(update={"limit": items})
-    name = BASE if folder == MODEL else folder.name
+    job = Job(settings.model_copy(update={"limit": items}), "transformers", folder)
     with tempfile.TemporaryDirectory() as place:
-        report = evaluate(name, settings, "transformers", folder, MODEL, RAW, Path("evals"), Path(place) / "results")
+        results = Path(place) / "results"
+        if folder == MODEL:
+            report = measure_reference(job, results)
+        else:
+            report = evaluate(folder.name, job, MODEL, None, None, results)
     texts = {text: {"perplexity": t.perplexity, "kl": t.kl, "top1": t.top1} for text, t in report.texts.items()}
     return {"texts": texts, "score": report.mean_score, "bits_per_weight": weight_bits(folder)}
 

@@ -40,7 +40,6 @@ from flows.workspace.run_lock import exclusive
 
 THREADS = Executor()
 PATIENCE = 15.0  # seconds that stages on a cluster get to end when a run is interrupted
-PROGRAM = "python -m tasks."  # how the commands begin whose libraries are worth having imported before
 DOWNLOAD = "download"  # the stage after which the variants can be held against the model
 
 
@@ -69,9 +68,7 @@ def bring_up_to_date(
             log.info("%s is back: a run that was killed had taken it away", path)
         plan = read_plan(root)
         log.info("%s", summary(plan))
-        if not executor.elsewhere and any(
-            s.state != "unchanged" and s.command.startswith(PROGRAM) for s in plan.values()
-        ):
+        if not executor.elsewhere and any(stage.state != "unchanged" for stage in plan.values()):
             fork_server()  # it imports while the settings are checked
         check_settings_work(root, downloaded=DOWNLOAD in plan and plan[DOWNLOAD].state == "unchanged")
         timeout = 60 * timeout_minutes if timeout_minutes else None
@@ -117,7 +114,6 @@ def _run_stages(
                 # the cores of another machine are its own matter
                 "threads": None if executor.cluster else threads,
                 "pulse": str(pulse) if executor.elsewhere else None,
-                "forked": stage.command.startswith(PROGRAM),
             },
             wait_for=needed,
         )

@@ -85,9 +85,9 @@ def release_memory() -> None:
 def peak_memory(device: str | None = None) -> int:
     """The most memory that this process has held so far, bytes; on a GPU, the GPU's memory. device: as `compute_device`
     says, if None."""
-    import torch
-
     if (device or compute_device()) == "cuda":
+        import torch
+
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

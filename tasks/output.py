@@ -47,10 +47,7 @@ def resumable_directory(destination: Path, key: str) -> Iterator[Path]:
     what is done. TaskError if that code is not where it should be.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    code = [sha256(path) for path in sorted(CODE.rglob("*.py"))]
-    if not code:
-        raise TaskError(f"{CODE} holds no Python files, so whether the code has changed cannot be told; install anew")
-    digest = hashlib.sha256("".join([key, *code]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("".join([key, *code_hashes()]).encode()).hexdigest()[:16]
     scratch = destination.parent / f".{destination.name}.{digest}.part"
     for other in destination.parent.glob(f".{destination.name}.*.part"):
         if other != scratch:
@@ -61,6 +58,14 @@ def resumable_directory(destination: Path, key: str) -> Iterator[Path]:
     write_manifest(work)
     _put_in_place(work, destination, scratch / "old")
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def code_hashes() -> list[str]:
+    """sha256 of every file of the stages' code; TaskError if that code is not where it should be."""
+    code = [sha256(path) for path in sorted(CODE.rglob("*.py"))]
+    if not code:
+        raise TaskError(f"{CODE} holds no Python files, so whether the code has changed cannot be told; install anew")
+    return code
 
 
 def _put_in_place(work: Path, destination: Path, aside: Path) -> None:

@@ -9,6 +9,7 @@ _LOWER = {
     "quantize": "calibration.samples",
     "calibrate": "calibration.samples",
     "statistics": "calibration.samples",
+    "reference": "evaluation.batch_tokens",
     "evaluate": "evaluation.batch_tokens",
     "benchmark": "benchmark.batch_size",
 }

@@ -78,7 +78,6 @@ def stage_task(
     timeout: float | None,
     threads: int | None,
     pulse: str | None,
-    forked: bool = False,
 ) -> Any:
     """Bring one stage up to date; `unchanged` is the plan's word that nothing is to be done.
 
@@ -111,7 +110,6 @@ def stage_task(
                 threads=threads,
                 stopped=stopped,
                 lock=lock,
-                forked=forked,
             )
     except TransientStageError as error:
         _back_off(error, task_run.run_count, log.warning)
@@ -160,13 +158,12 @@ def run_stage(
     threads: int | None = None,
     stopped: Callable[[], bool] = _by_nobody,
     lock: int | None = None,
-    forked: bool = False,
 ) -> Result:
     """Bring `stage` of the pipeline in `root` up to date, `timeout` in seconds; its log is also in a file.
 
     show: called with the share of the work that is done (0 to 1) and the line that says so.
     stopped: asked again and again whether the run that wants the stage was interrupted elsewhere; lock: an open file
-    that stays open until nothing of the stage is left; forked: see `Process`.
+    that stays open until nothing of the stage is left.
     StageError carries the stage's own last word; its outputs `outs` are then what they were before.
     """
     record = root / LOGS / f"{stage}.log"
@@ -197,7 +194,7 @@ def run_stage(
 
         try:
             keep = () if lock is None else (lock,)
-            with Process(command, root, stage_environment(os.environ, threads), keep=keep, forked=forked) as process:
+            with Process(command, root, stage_environment(os.environ, threads), keep=keep, forked=True) as process:
                 for chunk in process.chunks(timeout):
                     if stopped():
                         raise Stopped

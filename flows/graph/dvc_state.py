@@ -93,7 +93,8 @@ def _holders(root: Path) -> dict[int, str]:
 
 def _is_dvc(pid: int) -> bool:
     try:
-        words = [Path(word) for word in psutil.Process(pid).cmdline()]
+        # a forked process shows its command line as one word
+        words = [Path(word) for word in " ".join(psutil.Process(pid).cmdline()).split()]
     except psutil.Error:
         return False
     # the program, `python -m dvc`, `python .../dvc/__main__.py`; not an editor of dvc.yaml

@@ -5,8 +5,9 @@ Starting Python with torch, transformers and lm-eval takes 5 to 10 seconds, a fo
     flow -- asks --> fork server -- fork --> guard --> dvc repro --> sh --> python, which is fork_client.py
                                                `------ fork --> the stage, for the client
 
-The guard leads a session of its own, as guard.py does, and forks the stages that its command starts by
-`python -m MODULE`. So all of a stage's processes belong to one process group. The server ends when stdin closes.
+The guard leads a session of its own, as guard.py does. It forks its command, where that is `python -P -m MODULE`, and
+the stages that the command starts by `python -m MODULE`. So all of a stage's processes belong to one process group.
+The server ends when stdin closes.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ LIBRARIES = (
     "matplotlib.pyplot",
     "pydantic",
     "tqdm",
+    "dvc.cli",
+    "dvc.commands.repro",
+    "dvc.repo.reproduce",
+    "dvc.stage.run",
+    "dvc.dependency",
+    "dvc.output",
 )
 # what they, the interpreter and the loader read in the environment once, early on
 EARLY = (
@@ -187,13 +194,19 @@ def _command(arguments: Sequence[str], programs: Path, door: socket.socket) -> t
     """Run a command and fork the stages that it starts: its status, and None; in a stage's process, its request."""
     path = os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, DOOR: door.getsockname()}
-    command = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, env=environment)
-    ended = os.pidfd_open(command.pid)
+    if arguments[:3] == [sys.executable, "-P", "-m"] and _early(environment) == START:
+        command = os.fork()
+        if command == 0:
+            files = [os.open(os.devnull, os.O_RDONLY), os.dup(1), os.dup(2)]
+            return 0, Request(arguments[1:], os.getcwd(), environment, files)
+    else:
+        command = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, env=environment).pid
+    ended = os.pidfd_open(command)
     stages: dict[int, tuple[int, socket.socket]] = {}  # what tells of its end -> its process, its client
     while True:
         ready, _, _ = select.select([ended, door, *stages, *(client for _, client in stages.values())], [], [])
         if ended in ready:
-            return command.wait(), None
+            return os.waitstatus_to_exitcode(os.waitpid(command, 0)[1]), None
         for end, (process, client) in list(stages.items()):
             if end in ready:
                 status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -225,13 +238,15 @@ def _run(request: Request) -> None:
     """Do as `python -m MODULE` does, in this process; errors and exits are the interpreter's."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _enter(request, request.files)
-    option, module, *arguments = request.arguments
-    _name([sys.executable, option, module, *arguments])
+    *options, module = request.arguments[: request.arguments.index("-m") + 2]
+    arguments = request.arguments[len(options) + 1 :]
+    _name([sys.executable, *request.arguments])
     sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    if "-P" not in options:
+        sys.path.insert(0, request.folder)
     if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
         _use_threads(int(threads))
     sys.argv = [module, *arguments]
-    sys.path.insert(0, request.folder)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -19,12 +19,15 @@ from flows.errors import FlowError
 from flows.workspace.git import git
 from flows.workspace.outputs import fetch_output
 from tasks.errors import TaskError
-from tasks.reporting.verdict import judge, pair_items, retention
+from tasks.reporting.verdict import judge, pair_items, retention, sequential_retention
 from tasks.settings import GateSettings
 
 SAME_SIZE = 0.01  # sizes that differ by less are the same
 # what the contract says of the model rather than of the questions: another model may have another tokenizer
 SUBJECT = frozenset({"tokenizer", "bos"})
+# what earlier records do not have: they answered all planned items, which any order of them has in common
+LATER = frozenset({"order"})
+_REMEDY = "to compare them, press the champion's settings again, evaluated as now: modelpress run --set KEY=VALUE"
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,22 @@ def fetch_contender(home: Path, tag: str, variant: str, folder: Path) -> Contend
 def why_not(champion: Contender, new: Contender, gate: GateSettings, share: float) -> str | None:
     """Why `new` does not take the place of `champion`; None if it does. share: of the champion's score, to be kept."""
     if differences := _differences(champion, new):
-        return f"the two were not evaluated in the same way: {differences}"
-    if others := [t for t, items in champion.items.items() if _asked(items) != _asked(new.items.get(t, []))]:
-        return f"the two did not answer the same items of {', '.join(others)}"
+        return f"the two were not evaluated in the same way: {differences}; {_REMEDY}"
+    ours, theirs = ({task: _asked(items) for task, items in one.items.items()} for one in (champion, new))
+    both = {task: asked.keys() & theirs.get(task, {}).keys() for task, asked in ours.items()}
+    if others := [t for t, ids in both.items() if not ids or any(ours[t][i] != theirs[t][i] for i in ids)]:
+        return f"the two did not answer the same items of {', '.join(others)}; {_REMEDY}"
     try:
         pairs = {
-            task: pair_items(task, "the new package", items, new.items[task]) for task, items in champion.items.items()
+            task: pair_items(task, "the new package", items, [i for i in new.items[task] if i["item"] in both[task]])
+            for task, items in champion.items.items()
         }
-        result = retention(pairs, gate.confidence, gate.resamples)
+        order = new.contract.get("order")
+        if ours == theirs and (order is None or not gate.sequential):
+            result = retention(pairs, gate.confidence, gate.resamples)
+        else:
+            # each was scored until its own verdict was certain: what they have in common is what one had at a look
+            result = sequential_retention(pairs, both, order, gate.confidence)
     except TaskError as error:
         return f"the two cannot be compared: {error}"
     verdict = judge(result, share)
@@ -89,7 +100,8 @@ def why_not(champion: Contender, new: Contender, gate: GateSettings, share: floa
 def _differences(champion: Contender, new: Contender) -> str:
     """The fields of the contract that differ, with both values."""
     ours, theirs = champion.contract, new.contract
-    fields = [f for f in sorted((ours.keys() | theirs.keys()) - SUBJECT) if ours.get(f) != theirs.get(f)]
+    compared = (ours.keys() | theirs.keys()) - SUBJECT - (LATER - (ours.keys() & theirs.keys()))
+    fields = [f for f in sorted(compared) if ours.get(f) != theirs.get(f)]
     return "; ".join(
         f"{f} was {_short(ours.get(f))} for the champion and is {_short(theirs.get(f))} now" for f in fields
     )

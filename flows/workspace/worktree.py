@@ -30,7 +30,8 @@ RUNS = Path(".modelpress/runs")
 ABOUT = Path(".modelpress/run.json")
 TAG = "run/"
 KEPT = ("params.yaml", "dvc.lock", "metrics")  # what a run commits
-SHARED = (".modelpress/downloads",)  # what a workspace takes from the person's checkout instead of fetching it anew
+# folders that a workspace shares with the user's checkout: what was fetched, and which items were scored
+SHARED = (".modelpress/downloads", ".modelpress/scores")
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def estimate(stage: str, job: PlanJob) -> Need:
             return quantize(job, variant)
         case "export":
             return export(job, variant)
-        case "evaluate":
+        case "reference" | "evaluate":
             return evaluate(job, variant)
         case "benchmark":
             return benchmark(job, variant)

@@ -56,6 +56,7 @@ def columns(summary: Values, most_texts: int | None = None) -> list[Column]:
         ),
         Column("ratio", {name: Cell(times(row.get("ratio"))) for name, row in rows.items()}),
         Column("decode\nspeed", {name: _speed(row) for name, row in rows.items()}),
+        Column("items", {name: Cell(f"{row['items']:,}" if "items" in row else "") for name, row in rows.items()}),
         Column(f"retention in %\n({level})", {n: _retention(row, n == baseline) for n, row in rows.items()}),
         *_perplexities(rows, baseline, texts, most_texts),
         Column("KL", {name: Cell(figure(judged.get(name, {}).get("kl"), 3)) for name in rows}),
@@ -94,10 +95,20 @@ def legend(summary: Values) -> str:
     """What the columns mean."""
     gate = summary["gate"]
     return (
-        "Retention: mean over the tasks of score / baseline's score, with a paired-bootstrap interval over "
-        f"the items ({short_percent(gate['confidence'])}, {gate['resamples']:,} resamples). KL: divergence from the "
-        "baseline in nats a token; same top 1: tokens predicted alike; both averaged over the texts."
+        f"Retention: mean over the tasks of score / baseline's score, with {interval_method(gate)}. KL: divergence "
+        "from the baseline in nats a token; same top 1: tokens predicted alike; both averaged over the texts."
     )
+
+
+def interval_method(gate: Values) -> str:
+    """How the intervals of the retention were found; a summary of an earlier version has no `sequential`."""
+    level = short_percent(gate["confidence"])
+    if gate.get("sequential"):
+        return (
+            f"a repeated {level} confidence interval over the paired items, which allows for scoring items only until "
+            "the verdict is certain"
+        )
+    return f"a paired-bootstrap interval over the items ({level}, {gate['resamples']:,} resamples)"
 
 
 def _name(name: str, row: Values) -> Cell:

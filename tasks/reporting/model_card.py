@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from tasks.companion_files import is_licence
+from tasks.reporting.columns import interval_method
 from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.provenance import without_folders
 from tasks.reporting.render import render
@@ -45,6 +46,7 @@ def model_card(summary: Mapping[str, Any], settings: Settings, files: Iterable[s
         outer="" if by_llama_cpp(row) else _outer(settings, name),
         licence_files=[f for f in files if is_licence(f)],
         quant_method=quant_method,
+        intervals=interval_method(summary["gate"]),
         chat_template="chat_template.jinja" in files,
     )
     front = yaml.safe_dump(_front_matter(summary, settings, quant_method), sort_keys=False, allow_unicode=True)

@@ -13,11 +13,14 @@ from tasks.errors import TaskError
 from tasks.old_words import new_record
 from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.number_format import percent
-from tasks.reporting.verdict import SEED, Pairs, flips, judge, pair_items, retention
+from tasks.reporting.verdict import SEED, Retention, flips, judge, pair_items, retention, sequential_retention
+from tasks.scoring.contract import same_contract
+from tasks.scoring.sequential import Pairs
 from tasks.settings import BASE, GateSettings
 
 GGUF_BLOCK = 32  # weights that share a scale in llama.cpp's types
 HOW = ("scheme", "recipe", "format", "backend", "bits", "output_layer")  # what quantize says of a variant's making
+Items = Mapping[str, list[dict[str, Any]]]  # of each task
 FEW_ITEMS = 100  # below this a percentile interval promises more than it holds
 
 
@@ -43,7 +46,8 @@ def summarize(variants: list[str], gate: GateSettings, metrics: Path, results: P
         if variant != BASE:
             scored = _read_items(results, variant, evaluated[variant])
             pairs = {task: pair_items(task, variant, baseline[task], scored[task]) for task in baseline}
-            rows[variant] |= _judged(pairs, quantized[variant]["bits"], gate, chance)
+            found = _retention(variant, pairs, baseline, scored, gate, evaluated[BASE]["contract"])
+            rows[variant] |= _judged(pairs, found, gate.share(quantized[variant]["bits"]), chance)
     return {
         "model": {
             k: model.get(k) for k in ("source", "revision", "dequantized_from", "dtype", "parameters", "licence")
@@ -62,20 +66,6 @@ def winner(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The smallest of the variants that pass; of two equally small ones the better; None if none passes."""
     passing = [v for v, row in rows.items() if row["verdict"] == "pass"]
     return min(passing, key=lambda v: (rows[v]["size_bytes"], -rows[v]["retention"]["mean"], v), default=None)
-
-
-def same_contract(variant: str, baseline: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """Raise TaskError, naming each field and both values, unless both were evaluated in the same way."""
-    ours, theirs = baseline["contract"], other["contract"]
-    if baseline["contract_hash"] == other["contract_hash"] and ours == theirs:
-        return
-    fields = [f for f in sorted(ours.keys() | theirs.keys()) if ours.get(f) != theirs.get(f)]
-    differences = "; ".join(f"{f} is {ours.get(f)!r} for base, {theirs.get(f)!r} for {variant}" for f in fields)
-    differences = differences or "their contract hashes differ"
-    raise TaskError(
-        f"base and {variant} were not evaluated in the same way: {differences}. "
-        f"Evaluate both again: dvc repro evaluate@base evaluate@{variant}"
-    )
 
 
 def read_quantized(metrics: Path, variant: str) -> dict[str, Any]:
@@ -130,6 +120,8 @@ def _measured(
             **{k: measured[k] for k in ("fast_kernel", "note", "runtime", "load_seconds", *speeds, *ratios)},
             "peak_memory_bytes": measured["peak_memory_bytes"],
         },
+        "items": sum(values["items"] for values in evaluated["tasks"].values()),
+        "task_items": {task: values["items"] for task, values in evaluated["tasks"].items()},
         "mean_score": evaluated["mean_score"],
         "scores": {task: values["score"] for task, values in evaluated["tasks"].items()},
         "texts": texts,
@@ -139,11 +131,24 @@ def _measured(
     }
 
 
-def _judged(pairs: Pairs, bits: int | None, gate: GateSettings, chance: Mapping[str, float | None]) -> dict[str, Any]:
+def _retention(
+    variant: str, pairs: Pairs, baseline: Items, scored: Items, gate: GateSettings, contract: Mapping[str, Any]
+) -> Retention:
+    """With the bounds that the gate asks for; TaskError where items are missing."""
+    if gate.sequential:
+        had = {task: [item["item"] for item in items] for task, items in scored.items()}
+        return sequential_retention(pairs, had, contract.get("order"), gate.confidence)
+    for task, items in baseline.items():
+        if len(pairs[task]) < len(items):
+            raise TaskError(
+                f"task {task}: {variant} has results for {len(pairs[task])} of {len(items)} items, but gate.sequential "
+                f"is false; evaluate the rest: dvc repro evaluate@{variant}"
+            )
+    return retention(pairs, gate.confidence, gate.resamples)
+
+
+def _judged(pairs: Pairs, found: Retention, wanted: float, chance: Mapping[str, float | None]) -> dict[str, Any]:
     """What only the items tell: retention, flips and the verdict."""
-    # bits that are not known get the stricter gate
-    wanted = gate.four_bit if bits is not None and bits <= 4 else gate.eight_bit
-    found = retention(pairs, gate.confidence, gate.resamples)
     values = asdict(found)
     for task, row in values["tasks"].items():
         row |= {"chance": chance[task], **asdict(flips({task: pairs[task]}))}

@@ -32,7 +32,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def grid(described: Sequence[Column]) -> Table:
     """The columns as a table of rich, without the cells' remarks."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for column in described:
         shown.add_column(column.heading, justify="right" if column.kind == "figure" else "left", overflow="fold")
     for name in described[0].cells:

@@ -2,6 +2,7 @@
 
 Baseline and variant answer the same items, so most of the chance in "which items were asked" cancels out. The
 bootstrap keeps that: it draws items, and both models are scored on the same draw.
+A variant that was scored until its verdict was certain has bounds that allow for that (tasks/scoring/sequential.py).
 B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile intervals);
 Q. McNemar, Psychometrika 12, 1947 (the test of the items that changed), in its exact binomial form.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,12 +19,12 @@ import numpy as np
 
 from tasks.errors import TaskError
 from tasks.reporting.number_format import percent_beside, short_percent
+from tasks.scoring.order import Order
+from tasks.scoring.sequential import Pairs, bounds
 
 SEED = 20130
 MANY_ITEMS = 20_000  # few tasks have as many items: to ask for more would be no practical answer
 CHUNK_BYTES = 32 * 2**20
-
-Pairs = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -77,22 +78,21 @@ def pair_items(
 ) -> np.ndarray:
     """Match lists of {"item", "hash", "score"} by item; float64 [items, 2]: baseline's and variant's score.
 
-    Raises TaskError, with the items' ids, where an item stands twice, is missing on one side, has another
+    The variant may have fewer items than the baseline: the pairs are those of its items, in the order of their ids.
+    Raises TaskError, with the items' ids, where an item stands twice, is not among the baseline's, has another
     hash (the two were asked different questions), or has a score outside 0..1; and where there is no item.
     """
     ours, theirs = _by_item(task, "base", baseline), _by_item(task, variant, scored)
     again = f"evaluate base and {variant} again"
-    for there, absent, where in ((ours, theirs, variant), (theirs, ours, "base")):
-        missing = sorted(there.keys() - absent.keys())
-        if missing:
-            raise TaskError(f"task {task}: {where} has no result for item {_few(missing)}; {again}")
-    other = sorted(i for i in ours if ours[i][0] != theirs[i][0])
+    if missing := sorted(theirs.keys() - ours.keys()):
+        raise TaskError(f"task {task}: base has no result for item {_few(missing)}; {again}")
+    other = sorted(i for i in theirs if ours[i][0] != theirs[i][0])
     if other:
         raise TaskError(
             f"task {task}: item {_few(other)} was another question for {variant} than for base "
             f"(the hashes differ); {again}"
         )
-    return np.array([(ours[i][1], theirs[i][1]) for i in sorted(ours)], dtype=np.float64)
+    return np.array([(ours[i][1], theirs[i][1]) for i in sorted(theirs)], dtype=np.float64)
 
 
 def retention(pairs: Pairs, confidence: float, resamples: int, seed: int = SEED) -> Retention:
@@ -110,14 +110,8 @@ def retention(pairs: Pairs, confidence: float, resamples: int, seed: int = SEED)
     tasks = {}
     for task in sorted(pairs):
         scores = pairs[task]
-        if len(scores) == 0:
-            raise TaskError(f"task {task} has no items; raise evaluation.limit or look at the task's data")
+        _check_baseline(task, scores)
         baseline, score = scores.mean(axis=0)
-        if baseline == 0:
-            raise TaskError(
-                f"task {task}: the baseline scores 0 on {len(scores)} items, so there is nothing to retain; "
-                "remove the task from evaluation.tasks or raise evaluation.limit"
-            )
         ratios = _bootstrap(task, scores, resamples, generator)
         low, high = np.percentile(ratios, (tail, 100 - tail))
         tasks[task] = TaskRetention(
@@ -128,6 +122,27 @@ def retention(pairs: Pairs, confidence: float, resamples: int, seed: int = SEED)
     low, high = np.percentile(total / len(tasks), (tail, 100 - tail))
     at_least, at_most = np.percentile(total / len(tasks), (2 * tail, 100 - 2 * tail))
     return Retention(mean, float(low), float(high), float(at_least), float(at_most), confidence, tasks)
+
+
+def sequential_retention(
+    pairs: Pairs, had: Mapping[str, Collection[int]], order: Mapping[str, Any] | None, confidence: float
+) -> Retention:
+    """The retention with bounds that allow for a stop at any look: see `tasks.scoring.sequential`.
+
+    had: the ids of each task's items in `pairs`; order: as the contract has it. Raises TaskError where the items are
+    not those of a look, and where the baseline's score on a task's items is zero.
+    """
+    planned = Order.read(order)
+    fractions = planned.fractions(planned.reached(had))
+    for task, scores in pairs.items():
+        _check_baseline(task, scores)
+    tasks = {}
+    for task, scores in sorted(pairs.items()):
+        own = bounds({task: scores}, fractions, confidence)
+        baseline, score = scores.mean(axis=0)
+        tasks[task] = TaskRetention(own.mean, own.low, own.high, float(baseline), float(score), len(scores))
+    found = bounds(pairs, fractions, confidence)
+    return Retention(found.mean, found.low, found.high, found.at_least, found.at_most, confidence, tasks)
 
 
 def flips(pairs: Pairs) -> Flips:
@@ -165,6 +180,16 @@ def judge(result: Retention, gate: float) -> Verdict:
     needed = _two_digits(factor * now)
     remedy = f"about {needed:,} items a task instead of {now:,.0f} would decide, if the estimate of {mean} holds"
     return Verdict("inconclusive", f"{open_question}; {remedy}", needed)
+
+
+def _check_baseline(task: str, scores: np.ndarray) -> None:
+    if len(scores) == 0:
+        raise TaskError(f"task {task} has no items; raise evaluation.limit or look at the task's data")
+    if not scores[:, 0].any():
+        raise TaskError(
+            f"task {task}: the baseline scores 0 on {len(scores)} items, so there is nothing to retain; "
+            "remove the task from evaluation.tasks or raise evaluation.limit"
+        )
 
 
 def _more_items(result: Retention, gate: float) -> float | None:

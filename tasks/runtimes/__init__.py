@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from tasks.errors import TaskError
 
@@ -59,7 +59,7 @@ class Runtime(Protocol):
         """Those whose versions can change a number, by their names in the package index."""
 
     def score(self, questions: Sequence[Question], batch_tokens: int, progress: str) -> list[list[Score]]:
-        """Scores of every continuation of every question, in their order."""
+        """Scores of every continuation of every question, in their order. progress: the bar's name; none without."""
 
     def logprobs(self, ids: Tensor) -> Tensor:
         """Natural log-probabilities of the next token: int64 [rows, tokens] -> float32 [rows, tokens, vocabulary]."""
@@ -69,6 +69,14 @@ class Runtime(Protocol):
 
     def generate(self, prompt: str, new_tokens: int) -> str:
         """Continue a text greedily by at most `new_tokens`, ending where the model ends it."""
+
+
+@runtime_checkable
+class RuntimeWithStates(Runtime, Protocol):
+    """A runtime that shows what the output layer reads."""
+
+    def logprobs_and_states(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `logprobs`, and the last hidden states [rows, tokens, hidden]; None where the model does not show them."""
 
 
 def load_runtime(target: str, directory: Path, dtype: str) -> Runtime:

@@ -80,7 +80,7 @@ class GgufRuntime:
             for start in range(0, len(question.continuations), SEQUENCES)
         ]
         scores: dict[int, list[Score]] = {}
-        with tqdm(total=len(parts), desc=progress, unit="item") as bar:
+        with tqdm(total=len(parts), desc=progress, unit="item", disable=not progress) as bar:
             for batch in batches([part for _, part in parts], batch_tokens):
                 for group in _apart(batch, [len(part.continuations) for _, part in parts]):
                     for number, found in zip(group, self._score([parts[i][1] for i in group]), strict=True):

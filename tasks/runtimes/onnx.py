@@ -71,7 +71,7 @@ class OnnxRuntime:
         results: list[list[Score]] = [[] for _ in questions]
         stepwise = [i for i, question in enumerate(questions) if _steps_pay(question)]
         whole = [i for i, question in enumerate(questions) if not _steps_pay(question)]
-        with tqdm(total=len(questions), desc=progress, unit="item") as bar:
+        with tqdm(total=len(questions), desc=progress, unit="item", disable=not progress) as bar:
             for indices, way in ((stepwise, self._score_stepwise), (whole, self._score_whole)):
                 asked = [questions[i] for i in indices]
                 for batch in batches(asked, batch_tokens):

@@ -60,7 +60,7 @@ class TransformersRuntime:
     def score(self, questions: Sequence[Question], batch_tokens: int, progress: str) -> list[list[Score]]:
         """Scores of every continuation; all continuations of a context share its forward pass (see `_Tree`)."""
         results: list[list[Score]] = [[] for _ in questions]
-        with tqdm(total=len(questions), desc=progress, unit="item") as bar:
+        with tqdm(total=len(questions), desc=progress, unit="item", disable=not progress) as bar:
             for batch in batches(questions, batch_tokens):
                 for index, scores in zip(batch, self._score([questions[i] for i in batch]), strict=True):
                     results[index] = scores
@@ -102,6 +102,16 @@ class TransformersRuntime:
         """See `Runtime`."""
         logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
         return logits.float().log_softmax(-1)
+
+    def logprobs_and_states(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `RuntimeWithStates`."""
+        seen: list[Any] = []
+        hook = self.model.base_model.register_forward_hook(lambda module, given, found: seen.append(found))
+        try:
+            logprobs = self.logprobs(ids)
+        finally:
+            hook.remove()
+        return logprobs, getattr(seen[0], "last_hidden_state", None) if seen else None
 
     @torch.inference_mode()
     def generate_ids(self, ids: Tensor, new_tokens: int) -> Tensor:

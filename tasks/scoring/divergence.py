@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from tasks.runtimes import Runtime
-
 _ROWS = 32
+
+# a model's log-probabilities: int64 [1, tokens] -> float32 [1, tokens, vocabulary]
+Predictions = Callable[["Tensor"], "Tensor"]
+# the baseline's, of a window by its number and its ids: float32 [tokens - 1, vocabulary]
+Reference = Callable[[int, "Tensor"], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,12 @@ def text_windows(
 
 
 def measure_text(
-    runtime: Runtime, reference: Runtime | None, windows: Sequence[Window], name: str
+    ours: Predictions, reference: Reference | None, windows: Sequence[Window], name: str
 ) -> tuple[list[dict[str, Any]], TextScore]:
     """Sums per window, and their means over the text. `reference` None: the model is the baseline itself."""
     rows = []
     for number, window in enumerate(tqdm(windows, desc=f"windows of {name}")):
-        rows.append({"window": number, "words": window.words, **_measure(runtime, reference, window)})
+        rows.append({"window": number, "words": window.words, **_measure(ours, reference, number, window)})
     tokens, word_count = (sum(row[key] for row in rows) for key in ("tokens", "words"))
     nll = sum(row["nll"] for row in rows)
     return rows, TextScore(
@@ -86,19 +89,19 @@ def measure_text(
     )
 
 
-def _measure(runtime: Runtime, reference: Runtime | None, window: Window) -> dict[str, Any]:
+def _measure(ours_of: Predictions, reference: Reference | None, number: int, window: Window) -> dict[str, Any]:
     """nll (nats), kl (nats) and agreements, summed over the window's tokens after the first."""
     import torch
 
     ids = torch.tensor([window.ids])
     with torch.inference_mode():
-        ours = runtime.logprobs(ids)[0, :-1]
+        ours = ours_of(ids)[0, :-1]
         targets = ids[0, 1:].to(ours.device)
         nll = -ours.gather(1, targets[:, None]).double().sum().item()
         tokens = len(targets)
         if reference is None:
             return {"tokens": tokens, "nll": nll, "kl": 0.0, "agree": tokens}
-        theirs = reference.logprobs(ids)[0, :-1]
+        theirs = reference(number, ids)
         # a few rows at a time stay in the processor's cache: a row has as many numbers as the vocabulary has words
         kl = sum(_divergence(a, b) for a, b in zip(theirs.split(_ROWS), ours.split(_ROWS), strict=True))
         agree = int((theirs.argmax(-1) == ours.argmax(-1)).sum())

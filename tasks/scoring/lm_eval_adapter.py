@@ -24,6 +24,7 @@ class RuntimeLM(TemplateLM):
         self.tokenizer = runtime.tokenizer
         self.batch_tokens = batch_tokens
         self.max_length = max_length
+        self.progress = "items"  # the bar's name; none where it is empty
 
     @property
     def eot_token_id(self) -> int:
@@ -76,7 +77,7 @@ class RuntimeLM(TemplateLM):
             groups.setdefault(key, {})[answer] = None
             keys.append((key, answer))
         questions = [Question(context, tuple(answers)) for context, answers in groups.items()]
-        scores = self.runtime.score(questions, self.batch_tokens, "items")
+        scores = self.runtime.score(questions, self.batch_tokens, self.progress)
         for question, found in zip(questions, scores, strict=True):
             groups[question.context] = dict(zip(question.continuations, found, strict=True))
         results = (groups[context][answer] for context, answer in keys)

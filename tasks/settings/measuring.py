@@ -52,12 +52,20 @@ class BenchmarkSettings(Section):
 
 
 class GateSettings(Section):
-    """When a variant passes: the least retention, by the bits of its weights, and how sure we must be."""
+    """When a variant passes: the least retention, by the bits of its weights, and how sure we must be.
 
+    sequential: score items until the verdict is certain; false: all of them, with bootstrap intervals of `resamples`.
+    """
+
+    sequential: bool
     four_bit: Annotated[float, Field(gt=0, le=1.5, strict=False)]
     eight_bit: Annotated[float, Field(gt=0, le=1.5, strict=False)]
     confidence: Annotated[float, Field(ge=0.5, lt=1)]
     resamples: Annotated[int, Field(ge=100, le=1_000_000)]
+
+    def share(self, bits: int | None) -> float:
+        """The least retention for weights of so many bits; bits that are not known get the stricter gate."""
+        return self.four_bit if bits is not None and bits <= 4 else self.eight_bit
 
 
 class PackageSettings(Section):

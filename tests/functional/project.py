@@ -42,7 +42,7 @@ def params(llama: Path, corpus: Corpus) -> dict[str, Any]:
     values["variants"]["awq-int4"]["group_size"] = 32
     del values["variants"]["gptq-int4"], values["variants"]["auto"]  # each takes as long as awq-int4 and shows no more
     values["benchmark"] |= {"prompt_tokens": 8, "new_tokens": 4, "repeats": 1}
-    values["gate"] = {"four_bit": 0.5, "eight_bit": 0.5, "confidence": 0.9, "resamples": 200}
+    values["gate"] = {"sequential": True, "four_bit": 0.5, "eight_bit": 0.5, "confidence": 0.9, "resamples": 200}
     return values
 
 

@@ -57,6 +57,7 @@ def checkout(llama: Path, corpus: Corpus, hub: FakeHub, tmp_path: Path, monkeypa
 @pytest.mark.slow
 def test_tasks_of_lm_eval_are_scored_item_by_item(checkout: Checkout) -> None:
     checkout.stage("datasets")
+    checkout.stage("reference")
     checkout.stage("evaluate", "base")
     tasks = json.loads((checkout.root / "metrics/evaluate/base.json").read_text())["tasks"]
     assert (tasks["arc_easy"]["metric"], tasks["arc_easy"]["chance"]) == ("acc_norm", 0.25)
@@ -71,9 +72,9 @@ def test_tasks_of_lm_eval_are_scored_item_by_item(checkout: Checkout) -> None:
 def test_data_that_cannot_be_had_is_one_line(checkout: Checkout, hub: FakeHub) -> None:
     del hub.repositories[ARC]
     with pytest.raises(AssertionError) as caught:
-        checkout.stage("evaluate", "base")
+        checkout.stage("reference")
     said = str(caught.value)
     assert "error: the data of arc_easy, gsm8k cannot be read: " in said
     assert "modelpress doctor" in said
     assert "Traceback" not in said
-    assert not list((checkout.root / "results").iterdir())
+    assert not (checkout.root / "data/reference").exists()

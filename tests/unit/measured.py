@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from tasks.output import write_json
+from tasks.scoring.order import Order
 from tasks.settings import GateSettings
 
-GATE = GateSettings(four_bit=0.95, eight_bit=0.98, confidence=0.95, resamples=500)
+GATE = GateSettings(sequential=True, four_bit=0.95, eight_bit=0.98, confidence=0.95, resamples=500)
 TASKS = {"piqa_local": (0.5, 0.68), "openbookqa_local": (0.25, 0.45)}
 TEXTS = {"news": 27.44, "medical": 15.2}
 LAYERS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -131,7 +132,7 @@ def _metrics(
         metrics / "evaluate" / f"{name}.json",
         {
             "variant": name,
-            "contract": CONTRACT,
+            "contract": CONTRACT | {"order": Order(1234, {task: len(a) for task, a in answers.items()}).record()},
             "contract_hash": "c0ffee" * 10,
             "tasks": scores,
             "mean_score": sum(s["score"] for s in scores.values()) / len(scores),

@@ -36,11 +36,11 @@ def table_of(page: str) -> dict[str, list[str]]:
 def test_the_table_has_every_figure(summary: dict[str, Any]) -> None:
     table = table_of(result(summary, ""))
     kept = summary["variants"]["int8"]["retention"]
-    assert table["variant"][3] == "retention in % (95% interval)"
-    assert table["variant"][4:6] == ["perplexity, medical", "perplexity, news"]
-    assert table["base"] == ["269 MB", "1.00x", "1.00x", "100.0", "15.20", "27.44", "", "", "baseline"]
+    assert table["variant"][3:5] == ["items", "retention in % (95% interval)"]
+    assert table["variant"][5:7] == ["perplexity, medical", "perplexity, news"]
+    assert table["base"] == ["269 MB", "1.00x", "1.00x", "800", "100.0", "15.20", "27.44", "", "", "baseline"]
     assert table["int8"] == [
-        *("163 MB", "1.65x", "1.10x"),
+        *("163 MB", "1.65x", "1.10x", "800"),
         f"{100 * kept['mean']:.1f} ({100 * kept['low']:.1f} to {100 * kept['high']:.1f})",
         *("15.29 (+0.6%)", "27.60 (+0.6%)", "0.003", "99.4%", "pass"),
     ]
@@ -72,5 +72,5 @@ def test_no_winner_is_said(summary: dict[str, Any]) -> None:
 
 def test_what_a_report_of_ones_own_leaves_out_is_empty() -> None:
     page = result({"variants": {"base": {}, "int8": {"verdict": "pass"}}, "winner": "int8"}, "")
-    assert table_of(page)["int8"] == [*[""] * 6, "pass"]
+    assert table_of(page)["int8"] == [*[""] * 7, "pass"]
     assert re.search(r"\n\n\n", page) is None

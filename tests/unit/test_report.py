@@ -214,7 +214,7 @@ class TestTable:
         text = table(summary_of({"base": VARIANTS["base"], "x" * 40: VARIANTS["int8"]}))
         assert max(len(line) for line in text.splitlines()) <= WIDTH
         assert text.count("text-4 +0.6%") == 1
-        assert re.search(r"^ x+ .* 163 MB .* pass$", text, re.MULTILINE)
+        assert re.search(r"^x+ .* 163 MB .* pass$", text, re.MULTILINE)
 
     def test_every_output_has_the_same_words(self, summary_of: Summarize) -> None:
         summary = {**summary_of(), "machine": {}, "versions": {}}
@@ -241,6 +241,7 @@ class TestTable:
             "size": ["", ""],
             "ratio": ["", ""],
             "decode speed": ["", ""],
+            "items": ["", ""],
             "retention in % (interval)": ["100.0", ""],
             "perplexity, news": ["", "12.50"],
             "KL": ["", ""],

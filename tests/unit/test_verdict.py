@@ -41,10 +41,13 @@ class TestPairing:
         pairs = pair_items("t", "v", records(1, 0, 0.5), records(0, 1, 0.25)[::-1])
         assert pairs.tolist() == [[1, 0], [0, 1], [0.5, 0.25]]
 
+    def test_a_variant_may_have_fewer_items(self) -> None:
+        pairs = pair_items("t", "v", records(1, 0, 1, 1), [*records(0, start=3), *records(1, start=1)])
+        assert pairs.tolist() == [[0, 1], [1, 0]]
+
     @pytest.mark.parametrize(
         ("baseline", "scored", "message"),
         [
-            (records(1, 0, 1), records(1, 0), r"task t: v has no result for item 2;"),
             (records(1, 0), records(1, 0, 1), r"task t: base has no result for item 2;"),
             (records(1), records(1) + records(1), r"task t: v has item 0 more than once"),
             (records(1, 1, start=7) * 2, records(1), r"task t: base has item 7, 8 more than once"),
@@ -56,7 +59,7 @@ class TestPairing:
             (records(1), records(1.5), r"v has a score outside 0 to 1 for item 0"),
             (records(1), records(float("nan")), r"v has a score outside 0 to 1 for item 0"),
             (records(1), [], r"task t: v has no items"),
-            (records(*[1] * 9), records(1), r"v has no result for item 1, 2, 3, 4, 5 and 3 more"),
+            (records(1), records(*[1] * 9), r"base has no result for item 1, 2, 3, 4, 5 and 3 more"),
         ],
     )
     def test_what_does_not_match_is_refused_by_name(self, baseline: Any, scored: Any, message: str) -> None:

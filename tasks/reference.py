@@ -1,0 +1,72 @@
+"""The reference stage: the baseline's quality, and its last hidden states, which every comparison with it needs.
+
+python -m tasks.reference
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from tasks.output import whole_directory, write_json
+from tasks.program import run_stage
+from tasks.runtimes import RuntimeWithStates
+from tasks.scoring.divergence import measure_text
+from tasks.scoring.evaluation import (
+    COSTS,
+    REPORT,
+    EvaluationReport,
+    Job,
+    Subject,
+    summary_line,
+    write_items,
+    write_text_rows,
+)
+from tasks.scoring.reference_states import StateWriter, output_layer, states_file
+from tasks.settings import BASE, Settings
+
+
+def measure_reference(job: Job, destination: Path) -> EvaluationReport:
+    """Evaluate the baseline on all planned items and write results, report and states to `destination`.
+
+    States are kept where the runtime shows them and the output layer alone turns them into predictions.
+    TaskError if a task is unknown or its data cannot be read, or if a text is too short.
+    """
+    subject = Subject(job)
+    runtime = subject.runtime
+    layer = None
+    if isinstance(runtime, RuntimeWithStates):
+        layer = output_layer(job.model, job.settings.dtype, runtime.info.device)
+    with whole_directory(destination) as work:
+        rows = subject.score_blocks()
+        write_items(work, rows)
+        texts = {}
+        for text, windows in subject.windows():
+            if layer is not None and isinstance(runtime, RuntimeWithStates):
+                writer = StateWriter(runtime, layer)
+                found, texts[text] = measure_text(writer.logprobs, None, windows, text)
+                writer.write(states_file(work, text))
+            else:
+                found, texts[text] = measure_text(runtime.logprobs, None, windows, text)
+            write_text_rows(work, text, found)
+        report = subject.report(BASE, rows, texts)
+        # seconds and memory differ from run to run; an output must not
+        lasting = {key: value for key, value in asdict(report).items() if key not in COSTS}
+        write_json(work / REPORT, lasting)
+    return report
+
+
+def main() -> None:
+    """Measure the baseline in the current directory."""
+
+    def work(settings: Settings) -> None:
+        job = Job(settings.evaluation, settings.target, Path("exports") / BASE)
+        report = measure_reference(job, Path("data/reference"))
+        write_json(Path(f"metrics/reference/{BASE}.json"), {key: getattr(report, key) for key in COSTS})
+        print(summary_line(report))
+
+    run_stage(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The evaluation contract: everything that two evaluations must share to be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.errors import TaskError
+from tasks.output import sha256
+from tasks.text.bos import begins_with_bos
+
+if TYPE_CHECKING:
+    from tasks.runtimes import Runtime
+    from tasks.scoring.order import Order
+    from tasks.settings import EvaluationSettings
+
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
+
+
+def contract_of(
+    settings: EvaluationSettings,
+    runtime: Runtime,
+    model: Path,
+    raw: Path,
+    definition: Mapping[str, Any],
+    order: Order,
+) -> dict[str, Any]:
+    """The contract of an evaluation. definition: version and hash of each task, over all planned items, in whatever
+    order and however many of them are scored."""
+    data = json.loads((raw / "sources.json").read_text(encoding="utf-8"))
+    return {
+        "tasks": dict(definition),
+        "limit": settings.limit,
+        "order": order.record(),
+        "shots": settings.shots,
+        "chat_template": settings.chat_template,
+        "bos": begins_with_bos(runtime.tokenizer),
+        "seed": settings.seed,
+        "engine": runtime.info.name,
+        "device": runtime.info.device,
+        "dtype": runtime.info.dtype,
+        "texts": {text: data[text]["sha256"] for text in settings.texts},
+        "text_tokens": settings.text_tokens,
+        "window": settings.window,
+        "data": {name: data[name]["sha256"] for name in settings.sources},
+        "tokenizer": {name: sha256(model / name) for name in TOKENIZER if (model / name).exists()},
+        "libraries": libraries(runtime),
+    }
+
+
+def libraries(runtime: Runtime) -> dict[str, str]:
+    """Versions of the libraries that can change a score."""
+    return {name: version(name) for name in (*runtime.libraries, "torch", "transformers", "lm-eval", "datasets")}
+
+
+def contract_hash(contract: Mapping[str, Any]) -> str:
+    """sha256 of a contract."""
+    return hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()
+
+
+def same_contract(variant: str, baseline: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise TaskError, naming each field and both values, unless both reports are of the same contract."""
+    ours, theirs = baseline["contract"], other["contract"]
+    if baseline["contract_hash"] == other["contract_hash"] and ours == theirs:
+        return
+    fields = [f for f in sorted(ours.keys() | theirs.keys()) if ours.get(f) != theirs.get(f)]
+    differences = "; ".join(f"{f} is {ours.get(f)!r} for base, {theirs.get(f)!r} for {variant}" for f in fields)
+    differences = differences or "their contract hashes differ"
+    raise TaskError(
+        f"base and {variant} were not evaluated in the same way: {differences}. "
+        f"Evaluate both again: dvc repro evaluate@base evaluate@{variant}"
+    )
