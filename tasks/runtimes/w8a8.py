@@ -58,7 +58,7 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     if torch.cpu._is_vnni_supported() or (len(a) <= _FEW_ROWS and _right()):
         return torch._int_mm(a, b.T).float()
     columns = zip(a.split(_EXACT_IN_FLOAT32, -1), b.split(_EXACT_IN_FLOAT32, -1), strict=True)
-    blocks = [x.float() @ y.float().T for x, y in columns]
+    blocks: list[Tensor] = [x.float() @ y.float().T for x, y in columns]
     if len(blocks) == 1:
         return blocks[0]
     # the sum of several can be longer than float32 holds
