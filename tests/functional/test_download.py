@@ -116,7 +116,7 @@ def test_weights_too_large_for_the_precision_are_refused(model: Path) -> None:
 def test_a_cut_off_file_is_refused(model: Path) -> None:
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    assert "no whole safetensors file" in refusal()
+    assert "not a complete safetensors file" in refusal()
 
 
 def test_only_pickles_are_refused_by_name(model: Path) -> None:

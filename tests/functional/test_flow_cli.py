@@ -19,7 +19,7 @@ from tests.waiting import soon
     [
         ("variants.int8.smoothing=7", "variants.int8.smoothing is 7"),
         ("variants.int8.smothing=0.5", "variants.int8.smothing"),
-        ("+variants.int8.smothing=0.5", "variants.int8.smothing is no setting"),
+        ("+variants.int8.smothing=0.5", "variants.int8.smothing is not a setting"),
         ("gate", "expected KEY=VALUE"),
         ("~variants.base", "must hold the baseline"),
     ],

@@ -336,7 +336,7 @@ def test_a_report_says_where_llama_cpps_quantizer_is_flattered() -> None:
 def test_llama_cpps_quantizer_is_for_its_own_target() -> None:
     values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     values["variants"]["q4"] = {"scheme": "Q4_K_M", "imatrix": True}
-    with pytest.raises(TaskError, match="only the target gguf can run, but target is transformers"):
+    with pytest.raises(TaskError, match="only the target gguf runs, but target is transformers"):
         check_settings(values)
     values["target"] = "gguf"
     found = check_settings(values).variant("q4")
