@@ -254,7 +254,7 @@ def test_a_gguf_whose_words_are_unknown_is_refused(
 def test_a_damaged_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF" + bytes(100))
-    assert "no whole GGUF file" in refusal("path:tiny.gguf")
+    assert "not a complete GGUF file" in refusal("path:tiny.gguf")
 
 
 @pytest.mark.slow

@@ -275,7 +275,7 @@ def test_another_tokenizer_is_refused(described: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma2"}, "'gemma2'; the target gguf knows llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gemma2"}, "'gemma2'; the target gguf supports llama, mistral, qwen2, qwen3"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"hidden_act": "gelu"}, "'gelu'"),
