@@ -307,7 +307,7 @@ def test_it_is_refused_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> No
     values["variants"]["gptq-int4"]["group_size"] = 16
     settings = check_settings(values)
     monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: None)
-    with pytest.raises(TaskError, match="add it with: make gguf"):
+    with pytest.raises(TaskError, match="install it with: make gguf"):
         GgufExporter().check(settings, None)
     monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: object())
     with pytest.raises(TaskError, match=r"variants.gptq-int4.group_size has groups of 16.*32 and its multiples"):
