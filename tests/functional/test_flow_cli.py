@@ -57,7 +57,7 @@ def test_a_failed_stage_is_one_clear_line(toy: Toy, prefect_server: str) -> None
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: report: report found 3, expected 4; mend it (log: ")
+    assert last.startswith("error: report: report found 3, expected 4; fix it (log: ")
 
 
 def test_a_plan_says_what_would_run_and_why_and_changes_nothing(toy: Toy) -> None:
