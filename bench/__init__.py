@@ -1,1 +1,1 @@
-"""Our solvers and the libraries side by side: same model, tokens and settings, alternating (`make bench`)."""
+"""Compare our solvers with libraries: same model, tokens and settings, alternating (`make bench`)."""

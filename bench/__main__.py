@@ -1,4 +1,4 @@
-"""`python -m bench`: press with every contender, one after another, measure what came out, write bench/results/.
+"""`python -m bench`: quantize with every contender in turn, measure the results, write bench/results/.
 
 python -m bench --rounds 3 --only gptq --without "as published"
 """
@@ -27,22 +27,22 @@ from tasks.reporting.provenance import git_state, machine, versions
 RESULTS = Path("bench/results")
 NEEDED = (Path("models/source"), Path("data/calibration"), Path("data/raw"))
 STATISTICS = "statistics"
-WIDTH = 150  # of a log, which has none of its own; folded into 80 columns the table cannot be read
+WIDTH = 150  # for logs; the table is unreadable when wrapped to 80 columns
 
 Runs = dict[str, list[dict[str, Any]]]
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="How often each contender presses.")] = 1,
-    only: Annotated[list[str] | None, typer.Option(help="Only contenders with this in their names.")] = None,
-    without: Annotated[list[str] | None, typer.Option(help="None with this in their names.")] = None,
-    items: Annotated[int, typer.Option(min=1, help="Of each task, for the retention.")] = 100,
-    threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; all, if not given.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each contender quantizes.")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Only contenders whose names contain this.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="No contenders whose names contain this.")] = None,
+    items: Annotated[int, typer.Option(min=1, help="Items per task, for the retention.")] = 100,
+    threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; default: all.")] = None,
 ) -> None:
-    """Press with every contender in turn, and compare seconds, peak memory, perplexity and divergence."""
+    """Quantize with every contender in turn, and compare seconds, peak memory, perplexity and divergence."""
     missing = [str(path) for path in NEEDED if not path.is_dir()]
     if missing:
-        raise typer.BadParameter(f"{', '.join(missing)} is not there; make it first: dvc repro calibrate")
+        raise typer.BadParameter(f"{', '.join(missing)} is missing; make it first: dvc repro calibrate")
     chosen = [one for one in CONTENDERS if _wanted(one.name, only, without)]
     if not chosen:
         raise typer.BadParameter(f"no such contender; there are: {'; '.join(one.name for one in CONTENDERS)}")
@@ -76,7 +76,7 @@ def _wanted(name: str, only: list[str] | None, without: list[str] | None) -> boo
 
 
 def _measure(folder: Path, chosen: list[Contender], rounds: int, items: int) -> dict[str, Any]:
-    """Runs of each contender, in turns; what the last one of each made is measured once."""
+    """Run the contenders in turn; the model of each one's last run is measured once."""
     runs: Runs = {}
     known = folder / STATISTICS
     for number in range(rounds):
@@ -105,12 +105,14 @@ def _measure(folder: Path, chosen: list[Contender], rounds: int, items: int) -> 
 
 
 def _run(title: str, what: str, *arguments: Path | str) -> dict[str, Any]:
-    """What bench.press prints; its own words go past."""
+    """Run bench.press and return the JSON that it prints."""
     print(title, flush=True)
     command = [sys.executable, "-m", "bench.press", what, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{title} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no word'}")
+        sys.exit(
+            f"{title} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no error message'}"
+        )
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -1,4 +1,4 @@
-"""Who is compared with whom: the settings are params.yaml's, but for what makes the contenders comparable."""
+"""The contenders: settings from params.yaml, with the changes that make them comparable."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tasks.settings import BUILTIN
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to make a variant. variant: its name in params.yaml; changes: to its settings. published: autoawq's own
-    search instead of our subclass of it."""
+    """One way to make a variant. variant: its name in params.yaml; changes: to its settings. published: use autoawq's
+    own search instead of our subclass of it."""
 
     name: str
     variant: str
@@ -21,12 +21,12 @@ class Contender:
 
     @property
     def own(self) -> bool:
-        """Whether it works from the statistics of one pass."""
+        """Whether it uses our statistics, from one pass."""
         return bool(self.changes.get("backend", BUILTIN) == BUILTIN)
 
 
 _COMPRESSOR = {"backend": "llm-compressor"}
-_PLAIN = {"rounding": "nearest", "refine": 0, "format": "awq"}  # all that autoawq does
+_PLAIN = {"rounding": "nearest", "refine": 0, "format": "awq"}  # autoawq supports nothing else
 _AUTOAWQ = {"backend": "autoawq", **_PLAIN}
 
 CONTENDERS = (
@@ -43,5 +43,5 @@ CONTENDERS = (
     Contender("awq, autoawq, as published", "awq-int4", _AUTOAWQ, published=True),
     Contender("auto, modelpress", "auto"),
 )
-# to decode as servers do, with an output layer of 8 bits
+# for decoding as in a server, with an 8-bit output layer
 DECODING = {"output_layer": "W8A16@64"}

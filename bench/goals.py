@@ -1,4 +1,4 @@
-"""What the project promises of its own quantizer, held against a result: reached, or missed by how much."""
+"""The goals of our quantizer, checked against a benchmark result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.table import Row
 
-FASTER = (  # ours once statistics exist, theirs, how many times as fast
+FASTER = (  # ours given the statistics, theirs, speed-up
     ("awq, modelpress", "awq, autoawq, as published", 10.0),
     ("awq, modelpress", "awq, autoawq, mended", 4.0),
     ("gptq, modelpress", "gptq, llm-compressor", 3.0),
@@ -18,15 +18,15 @@ BETTER = (  # ours, theirs at the same settings
     ("gptq, modelpress", "gptq, llm-compressor"),
     ("awq, modelpress", "awq, autoawq, mended"),
 )
-TOGETHER = (  # the demo's variants as ours make them with one pass, and how many times as fast that is
+TOGETHER = (  # our contenders for the demo's variants, sharing one pass, and the speed-up
     tuple(f"{name}, modelpress, as in params.yaml" for name in ("int8", "gptq", "awq")),
     5.0,
 )
-LIBRARIES = {  # the same by libraries, one after another
+LIBRARIES = {  # the same with libraries, in sequence
     way: ("int8, llm-compressor", "gptq, llm-compressor", f"awq, autoawq, {way}") for way in ("as published", "mended")
 }
-SMALL = (4.5, 0.08)  # bits a weight, and the perplexity above the baseline's on every text
-KEPT = (4.5, 0.97)  # bits a weight, and retention
+SMALL = (4.5, 0.08)  # bits per weight, relative perplexity increase on every text
+KEPT = (4.5, 0.97)  # bits per weight, retention
 INT8 = ("int8, modelpress, as in params.yaml", 0.005)
 DECODE = {  # against float32, in ONNX Runtime GenAI
     "int8, modelpress, as in params.yaml": 2.5,
@@ -36,7 +36,7 @@ DECODE = {  # against float32, in ONNX Runtime GenAI
 
 @dataclass(frozen=True)
 class Goal:
-    """A promise: what it is about, the figure that was found, the one that was promised, and whether it is kept."""
+    """A goal: its subject, the measured figure, the promised one, and whether it is reached."""
 
     what: str
     found: str
@@ -45,7 +45,7 @@ class Goal:
 
 
 def goals(field: Sequence[Row], decode: Mapping[str, float]) -> list[Goal]:
-    """Those that the contenders of a result can tell of. decode: speed of each against the baseline's."""
+    """The goals that apply to the contenders of a result. decode: speed of each relative to the baseline."""
     found = list(_goals({row.name: row for row in field}))
     for name, ratio in decode.items():
         about = f"{name}, decoding in ONNX Runtime GenAI against float32"
@@ -90,5 +90,5 @@ def _quality(rows: Mapping[str, Row]) -> Iterator[Goal]:
 
 
 def as_json(found: Sequence[Goal]) -> list[dict[str, Any]]:
-    """For the result's file."""
+    """The goals for the result file."""
     return [vars(goal) for goal in found]

@@ -1,4 +1,4 @@
-"""The bench as a picture: how long each contender takes, and what it costs in perplexity."""
+"""Plot of the benchmark: time and perplexity of each contender."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from bench.table import Row
 
 OURS, SHARED, THEIRS = "#0072B2", "#9ecae1", "#8c959f"
-WORST = 0.5  # a change of perplexity beyond which a bar is cut off
+WORST = 0.5  # relative perplexity change at which a bar is cut off
 
 
 def picture(field: Sequence[Row]) -> bytes:
-    """A PNG of two panels of bars, a line for each contender."""
+    """A PNG with two bar charts, one row per contender."""
     figure = Figure(figsize=(11, 0.55 * len(field) + 1.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     time, loss = figure.subplots(1, 2, sharey=True)
@@ -25,7 +25,7 @@ def picture(field: Sequence[Row]) -> bytes:
     time.barh(names, [row.shared for row in field], left=[row.seconds for row in field], color=SHARED)
     for index, row in enumerate(field):
         time.text(row.seconds + row.shared, index, f" {row.seconds:.0f} s", va="center", fontsize=9)
-    time.set_title("seconds to press (light: the pass that ours share)", fontsize=10, loc="left")
+    time.set_title("seconds to quantize (light: the pass that ours share)", fontsize=10, loc="left")
     time.invert_yaxis()
     mean = [sum(row.change.values()) / len(row.change) for row in field]
     loss.barh(names, [100 * min(value, WORST) for value in mean], color=colours)

@@ -1,4 +1,4 @@
-"""One contender, in a process of its own: press, and print seconds and peak memory as JSON.
+"""Run one contender in its own process: quantize, and print seconds and peak memory as JSON.
 
 python -m bench.press statistics FOLDER
 python -m bench.press "gptq, modelpress" FOLDER STATISTICS
@@ -26,13 +26,13 @@ from tasks.hardware import peak_memory
 from tasks.program import PARAMS
 from tasks.settings import BASE, Settings, check_settings, load_settings
 
-ROUNDS = 7  # of decoding
-BESIDE = ("tokenizer*", "generation_config.json")  # what an engine needs besides weights and configuration
+ROUNDS = 7  # of the decoding benchmark
+BESIDE = ("tokenizer*", "generation_config.json")  # files needed by an engine besides weights and configuration
 MODEL, CALIBRATION, RAW = Path("models/source"), Path("data/calibration"), Path("data/raw")
 
 
 def statistics(folder: Path) -> dict[str, Any]:
-    """The pass that serves all variants of our own quantizer."""
+    """Run the pass shared by all variants of our quantizer."""
     from tasks.statistics import collect
 
     report = collect(MODEL, CALIBRATION, folder, load_settings(PARAMS).statistics.importance)
@@ -40,7 +40,7 @@ def statistics(folder: Path) -> dict[str, Any]:
 
 
 def press(contender: Contender, folder: Path, known: Path) -> dict[str, Any]:
-    """The model in `folder`; seconds are of the pressing alone, imports and checks left out."""
+    """Write the model to `folder`; seconds exclude imports and checks."""
     from safetensors.torch import load_file
 
     from tasks import quantizers
@@ -61,7 +61,7 @@ def press(contender: Contender, folder: Path, known: Path) -> dict[str, Any]:
 
 
 def quality(folder: Path, items: int) -> dict[str, Any]:
-    """What evaluation finds, with `items` items of each task."""
+    """Evaluate with `items` items per task."""
     from tasks.evaluate import evaluate
     from tasks.model.size import weight_bits
     from tasks.reference import measure_reference
@@ -80,10 +80,10 @@ def quality(folder: Path, items: int) -> dict[str, Any]:
 
 
 def decode(known: Path, names: Sequence[str]) -> dict[str, Any]:
-    """How fast ONNX Runtime GenAI writes with the contenders' variants, the baseline in float32 beside them.
+    """Measure decoding in ONNX Runtime GenAI with the contenders' variants and the float32 baseline.
 
-    They are pressed once more, with an output layer of 8 bits (`DECODING`). Alternating; tokens a second: medians;
-    ratio: median of those to the baseline's of the same round.
+    The variants are quantized again, with an 8-bit output layer (`DECODING`). Alternating rounds; tokens per second:
+    medians; ratio: median of the ratios to the baseline in the same round.
     """
     from tasks.benchmark import alternate, warm_up
     from tasks.exporters.onnx.graph import export_onnx
@@ -114,26 +114,26 @@ def decode(known: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _complete(folder: Path) -> None:
-    """Beside the weights, what an engine needs."""
+    """Add the files that an engine needs besides the weights."""
     for pattern in BESIDE:
         for file in MODEL.glob(pattern):
             shutil.copy(file, folder / file.name)
 
 
 def find(name: str) -> Contender:
-    """The contender of this name."""
+    """Return the contender `name`."""
     return next(one for one in CONTENDERS if one.name == name)
 
 
 def changed(settings: Settings, contender: Contender) -> dict[str, Any]:
-    """params.yaml for the contender: its changes in the variant that it makes."""
+    """The settings for the contender: params.yaml with the changes to its variant."""
     values = settings.model_dump(exclude_unset=True)
     values["variants"][contender.variant] |= contender.changes
     return values
 
 
 def main() -> None:
-    """What the command line names."""
+    """Run the command line's subcommand."""
     set_environment()
     what, folder = sys.argv[1], Path(sys.argv[2])
     match what:

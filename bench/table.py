@@ -1,4 +1,4 @@
-"""The bench's figures as rows, and as a table for a terminal."""
+"""The benchmark's figures as rows and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tasks.reporting.table import grid
 
 @dataclass(frozen=True)
 class Row:
-    """One contender. seconds: median of the pressing; shared: of the pass that all of our own share, 0 for others.
+    """One contender. seconds: median time to quantize; shared: of the pass that ours share, 0 for others.
 
-    bits_per_weight: scales and zero points counted. perplexity: by text, and its change against the baseline's. kl:
-    nats a token, mean over the texts. retention: share of the baseline's mean score over the tasks; None: not measured.
+    bits_per_weight: with scales and zero points. perplexity: by text, and its change from the baseline. kl: nats per
+    token, mean over the texts. retention: share of the baseline's mean score over the tasks; None: not measured.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Row:
 
 
 def rows(found: Mapping[str, Any]) -> list[Row]:
-    """The contenders of a result, in its order."""
+    """The contenders of a result, in order."""
     baseline = found["quality"]["base"]
     base = {text: score["perplexity"] for text, score in baseline["texts"].items()}
     made = []
@@ -61,7 +61,7 @@ def rows(found: Mapping[str, Any]) -> list[Row]:
 
 
 def table(field: Sequence[Row]) -> Table:
-    """For a terminal."""
+    """The table for the terminal."""
 
     def column(heading: str, text: Callable[[Row], str], detail: Callable[[Row], str] = lambda row: "") -> Column:
         return Column(heading, {row.name: Cell(text(row), detail(row)) for row in field})
@@ -77,7 +77,7 @@ def table(field: Sequence[Row]) -> Table:
             column("seconds", lambda row: figure(row.seconds, 1)),
             column("with\nthe pass", lambda row: figure(row.seconds + row.shared, 1) if row.shared else ""),
             column("peak\nmemory", lambda row: megabytes(row.peak_memory_bytes)),
-            column("bits\na weight", lambda row: figure(row.bits_per_weight)),
+            column("bits per\nweight", lambda row: figure(row.bits_per_weight)),
             *(perplexity(text) for text in field[0].perplexity),
             column("KL", lambda row: figure(row.kl, 3)),
             column("retention", lambda row: "" if row.retention is None else percent(row.retention)),

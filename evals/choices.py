@@ -1,4 +1,4 @@
-"""Reading the multiple-choice sets of the embedded data for lm-eval: the options of an item stand in one string."""
+"""Parse multiple-choice data sets for lm-eval, in which the options of an item are one string."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MARKER = re.compile(r"^([A-Z])\. ?", re.MULTILINE)
 
 
 def split_options(options: str) -> list[str]:
-    """ "A. one\\nB. two" -> ["one", "two"]. Only the letters that follow in order count as markers."""
+    """ "A. one\\nB. two" -> ["one", "two"]. Only consecutive letters count as markers."""
     starts: list[tuple[int, int]] = []
     for match in _MARKER.finditer(options):
         if match.group(1) == chr(ord("A") + len(starts)):
@@ -21,14 +21,14 @@ def split_options(options: str) -> list[str]:
 
 
 def answer_index(options: str, answer: str) -> int | None:
-    """Which option `answer` is, a full option with or without its letter; None if it is none of them."""
+    """The index of `answer`, a full option with or without its letter; None if it is not an option."""
     choices = split_options(options)
     bare = _MARKER.sub("", answer.strip(), count=1).strip()
     return choices.index(bare) if bare in choices else None
 
 
 def multiple_choice(data: Dataset) -> Dataset:
-    """Add `choices` and `gold` to items of (question, options, answer); items whose answer is no option are dropped."""
+    """Add `choices` and `gold` to items of (question, options, answer); drop items whose answer is not an option."""
     usable = data.filter(lambda item: answer_index(item["options"], item["answer"]) is not None)
     return usable.map(_with_choices)
 

@@ -1,1 +1,1 @@
-"""When and where: Prefect flows over the stages of dvc.yaml. Imports no torch."""
+"""Prefect flows over the stages of dvc.yaml. Imports no torch."""

@@ -2,4 +2,4 @@
 
 
 class FlowError(Exception):
-    """What a person can put right: the message says what was found, what was expected, what to do."""
+    """An error that the user can fix: the message says what was found, what was expected and what to do."""

@@ -1,6 +1,6 @@
-"""The form that a person fills in to start a run: what can be chosen, and what a choice changes in params.yaml.
+"""The form that starts a run: its choices, and the resulting changes to params.yaml.
 
-Names and defaults are those of params.yaml in the current folder, so an untouched form is the run as it stands.
+Names and defaults come from params.yaml in the current folder, so an unchanged form changes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NOW = read_settings(ROOT / "params.yaml")
 
 
 def _choice(name: str, values: Sequence[str]) -> Any:
-    """A drop-down of these values."""
+    """A drop-down with these values."""
     return Enum(name, {value: value for value in values}, type=str)
 
 
@@ -43,18 +43,18 @@ def changes(
     values: dict[str, Any],
     others: Sequence[str],
 ) -> list[str]:
-    """The form's choices as KEY=VALUE: only what differs from `settings`.
+    """The form's choices as KEY=VALUE, where they differ from `settings`.
 
-    `values` holds plain numbers and names by key; `others` further changes as a person writes them. FlowError names
-    the field whose value cannot be.
+    values: numbers and names by key; others: the user's further changes as KEY=VALUE. FlowError names a field with an
+    invalid value.
     """
     if not variants:
-        raise FlowError(f"variants: nothing is chosen; choose at least one of {', '.join(VARIANTS)}")
+        raise FlowError(f"variants: none selected; choose at least one of {', '.join(VARIANTS)}")
     if not tasks:
-        raise FlowError(f"tasks: nothing is chosen; choose at least one of {', '.join(TASKS)}")
+        raise FlowError(f"tasks: none selected; choose at least one of {', '.join(TASKS)}")
     found = [f"~variants.{name}" for name in settings.variants if name not in (BASE, *variants)]
     if model != settings.model.source:
-        # checksum and licence are of the model that params.yaml names
+        # checksum and licence belong to the model in params.yaml
         found += [f"model.source={model}", "model.sha256=null", "model.licence=null"]
         package = package if package != settings.package.name else _slug(model)
     values = {**values, "package.name": package}
@@ -66,9 +66,9 @@ def changes(
 
 
 def check_reach(settings: Settings, trusted: Settings) -> None:
-    """FlowError if a source that is not in `trusted` (the committed params.yaml) is a path of the machine.
+    """FlowError if a source that is not in `trusted` (the committed params.yaml) is a path on this machine.
 
-    What a browser sends must not read the server's files; a folder that runs may use is named in params.yaml.
+    A request from a browser must not read the server's files; params.yaml names the folders that runs may use.
     """
     known = set(_sources(trusted))
     for source in _sources(settings):
@@ -76,8 +76,8 @@ def check_reach(settings: Settings, trusted: Settings) -> None:
         outside = PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or path.startswith("~")
         if source.startswith("path:") and outside and source not in known:
             raise FlowError(
-                f"{source} is outside the run's workspace; a folder of the server can only be named in params.yaml, "
-                "committed there; here use hf: or wheel:"
+                f"{source} is outside the run's workspace; the server's folders can only be named in the committed "
+                "params.yaml; here use hf: or wheel:"
             )
 
 
@@ -93,7 +93,7 @@ def _sources(settings: Settings) -> Iterator[str]:
 
 
 def _slug(model: str) -> str:
-    """A package's name out of a model's address."""
+    """Derive a package's name from a model's source."""
     last = re.split(r"[/:]", model.partition("@")[0].rstrip("/"))[-1]
     return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")[:40].strip("-") or "model"
 

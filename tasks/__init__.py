@@ -1,1 +1,1 @@
-"""The work: every stage of the pipeline as a small program. Imports no Prefect, no DVC, no MLflow."""
+"""The stages of the pipeline, each a small program. Imports no Prefect, DVC or MLflow."""

@@ -1,4 +1,4 @@
-"""Activations rounded to 8-bit integers, token by token."""
+"""Per-token rounding of activations to 8-bit integers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 LOWEST, HIGHEST = -128, 127
-_TINY = torch.finfo(torch.float32).eps  # compressed-tensors' scale of a token that is all zeros
+_TINY = torch.finfo(torch.float32).eps  # compressed-tensors' scale for an all-zero token
 
 
 class Activations:
-    """Quantizes what linear layers read; layers that read the same tensor one after another share the work."""
+    """Quantizes the inputs of linear layers; consecutive layers with the same input tensor share the result."""
 
     def __init__(self, symmetric: bool) -> None:
         self.symmetric = symmetric
@@ -41,7 +41,7 @@ class Activations:
 
 @contextmanager
 def rounded_inputs(layer: nn.Module, symmetric: Mapping[str, bool]) -> Iterator[None]:
-    """Let linear layers inside `layer`, by their names there, read their inputs rounded and as floats again."""
+    """Quantize and dequantize the inputs of the linear layers in `symmetric`, by name inside `layer`."""
     handles = round_inputs(layer, symmetric)
     yield
     for handle in handles:
@@ -49,7 +49,7 @@ def rounded_inputs(layer: nn.Module, symmetric: Mapping[str, bool]) -> Iterator[
 
 
 def round_inputs(layer: nn.Module, symmetric: Mapping[str, bool]) -> list[RemovableHandle]:
-    """The same from now on, until the handles are removed."""
+    """Like `rounded_inputs`, until the returned handles are removed."""
     ways = {way: Activations(way) for way in set(symmetric.values())}
 
     def rewrite(way: Activations, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -64,6 +64,6 @@ def round_inputs(layer: nn.Module, symmetric: Mapping[str, bool]) -> list[Remova
 
 
 def dequantized(rounding: Activations, x: Tensor) -> Tensor:
-    """`x` float [..., channels] to the nearest of its tokens' integers, as floats again."""
+    """Quantize `x` [..., channels] per token and dequantize it."""
     integers, scale, zero = rounding(x)
     return ((integers - (0 if zero is None else zero)) * scale).view(x.shape).to(x.dtype)

@@ -24,16 +24,16 @@ from tasks.settings import BASE, BenchmarkSettings, Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ASIDE = {".md", ".txt", ".yaml"}  # what no runtime reads
+_ASIDE = {".md", ".txt", ".yaml"}  # files that no runtime reads
 
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """metrics/benchmark/V.json: bytes, seconds, tokens a second (medians over `repeats`).
+    """metrics/benchmark/V.json: bytes, seconds, tokens per second (medians over `repeats`).
 
-    bits_per_weight: of the decoder's linear layers as they are shipped; None where the format does not tell.
-    Speeds are None where the runtime has no kernel for the format (`fast_kernel` false; `note` says why).
-    Ratios are to the baseline's speed in the same run: medians over rounds in which the two alternate.
+    bits_per_weight: of the exported decoder's linear layers; None if unknown for the format.
+    Speeds are None if the runtime has no kernel for the format (`fast_kernel` false; `note` gives the reason).
+    Ratios are relative to the baseline in the same run: medians over rounds in which the two alternate.
     """
 
     variant: str
@@ -57,7 +57,7 @@ class BenchmarkReport:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one round: seconds to the first token; tokens a second of the prompt, and of the answer after that token."""
+    """The speed in one round: seconds to the first token; tokens per second of the prompt and of the further answer."""
 
     first: float
     prefill: float
@@ -65,9 +65,9 @@ class Speed:
 
 
 def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path, baseline: Path) -> BenchmarkReport:
-    """Load the model in its runtime and, where that has a kernel for the format, time prompts and answers.
+    """Load the model in its runtime and, if the runtime has a kernel for the format, time prompts and answers.
 
-    baseline: what it is compared with, loaded beside it; if that is the model itself, its ratios are 1.
+    baseline: the model to compare with, loaded as well; if it is the model itself, the ratios are 1.
     """
     started = time.perf_counter()
     runtime = load_runtime(target, model, settings.dtype)
@@ -102,14 +102,14 @@ def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path, 
 
 
 def warm_up(runtime: Runtime, settings: BenchmarkSettings) -> None:
-    """A prompt and an answer that do not count: the first use pays for memory and code paths."""
+    """Run an untimed prompt and answer: the first use allocates memory and loads code."""
     runtime.generate_ids(_prompt(runtime, settings), settings.new_tokens)
 
 
 def alternate(runtimes: Sequence[Runtime], settings: BenchmarkSettings) -> list[list[Speed]]:
-    """In each of `repeats` rounds, the speed of one runtime after the other; no rounds without runtimes.
+    """Measure the runtimes in turn, in each of `repeats` rounds; no rounds without runtimes.
 
-    What slows the machine for a while slows all of a round, so the ratios within it still hold.
+    A temporary slowdown of the machine affects a whole round, so the ratios within it stay valid.
     """
     if not runtimes:
         return []
@@ -118,7 +118,7 @@ def alternate(runtimes: Sequence[Runtime], settings: BenchmarkSettings) -> list[
 
 
 def _speed(runtime: Runtime, settings: BenchmarkSettings) -> Speed:
-    """Decoding is a whole answer less the time to its first token."""
+    """Decoding time is the time of a whole answer minus the time to its first token."""
     prompt = _prompt(runtime, settings)
     first = _seconds(runtime, prompt, 1)
     rest = _seconds(runtime, prompt, settings.new_tokens) - first

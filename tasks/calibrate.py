@@ -1,4 +1,4 @@
-"""The calibrate stage: text from weighted sources, packed into full sequences of tokens, with a quality report.
+"""The calibrate stage: pack text from weighted sources into full token sequences, with a quality report.
 
 python -m tasks.calibrate
 """
@@ -28,14 +28,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHORTEST = 32  # characters; a shorter document is noise
-CHOICE = 64  # times more text than is needed is read, if it is there, to draw sequences from
+CHOICE = 64  # sequences are drawn from up to this many times the text needed
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One source: its documents, those read, the tokens in them, the tokens drawn for use, in how many sequences and
-    from how many places, and the documents that were dropped, by reason. Documents are cut at the ends of excerpts;
-    none is left out for being long."""
+    """One source: documents, documents read and their tokens; tokens used, in how many sequences and excerpts; and
+    dropped documents by reason. Long documents are cut at the ends of excerpts, never dropped."""
 
     documents: int
     read: int
@@ -73,7 +72,7 @@ def calibrate(
 ) -> CalibrationReport:
     """Pack tokens and write `tokens.safetensors` (input_ids, int64 [samples, sequence_length]) and `calibration.json`.
 
-    evaluation: every set that must not stand in the calibration text, by its name under `raw`.
+    evaluation: the data sets that the calibration text must not contain, by name under `raw`.
     TaskError if a source has too little text, or if more evaluation items than `overlap.limit` share an n-gram with it.
     """
     import torch
@@ -94,7 +93,7 @@ def calibrate(
     random.Random(settings.seed).shuffle(rows)  # noqa: S311
     overlap = {
         name: find_overlap(raw, name, source, seen, settings.overlap.ngram)
-        for name, source in tqdm(evaluation.items(), desc="looking for evaluation items in the text")
+        for name, source in tqdm(evaluation.items(), desc="checking for evaluation items in the text")
     }
     check_overlap(overlap, settings.overlap)
     used = Counter(token for row in rows for token in row)
@@ -119,7 +118,7 @@ def calibrate(
 
 
 def shares(settings: CalibrationSettings) -> dict[str, int]:
-    """Full sequences from each source, by weight; they sum to `samples` (largest remainders get what is left)."""
+    """The number of sequences from each source, by weight, summing to `samples` (largest remainder method)."""
     total = sum(source.weight for source in settings.sources.values())
     exact = {name: settings.samples * source.weight / total for name, source in settings.sources.items()}
     count = {name: int(value) for name, value in exact.items()}
@@ -137,7 +136,7 @@ def _pack(
     count: int,
     length: int,
 ) -> tuple[list[list[int]], SourceReport]:
-    """`count` sequences of `length` tokens, of excerpts from one source's documents in random order."""
+    """Draw `count` sequences of `length` tokens from excerpts of one source's documents, in random order."""
     source = settings.sources[name]
     found = list(documents(raw, name, source))
     order = random.Random(f"{settings.seed} {name}")  # noqa: S311
@@ -145,7 +144,7 @@ def _pack(
     dropped: Counter[str] = Counter()
     stream: list[int] = []
     used = 0
-    # a long document must not fill the share alone: excerpts are drawn from more text than is needed
+    # draw from more text than needed, so that no long document fills the share alone
     plenty = count * length * CHOICE
     for text in _texts(found, source, tokenizer, name, dropped):
         if len(stream) >= plenty:
@@ -161,7 +160,7 @@ def _pack(
             f"({count} sequences of {length}); lower calibration.samples or its weight, or add text"
         )
     drawn = order.sample(pieces, count * each)
-    # what the last excerpt has too much is cut off
+    # truncate the last excerpt
     sequences = [list(chain(*drawn[i : i + each]))[:length] for i in range(0, len(drawn), each)]
     report = SourceReport(len(found), used, len(stream), count * length, count, len(drawn), dict(dropped))
     return sequences, report
@@ -186,10 +185,10 @@ def _texts(
 
 
 def _conversation(value: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """A list of messages, or a text as the user's only message, in the model's chat template."""
+    """Apply the model's chat template to a list of messages, or to a text as the only user message."""
     if not tokenizer.chat_template:
         raise TaskError(
-            f"calibration source {name} asks for the chat template, but the model has none; set it to false"
+            f"calibration source {name} has chat_template true, but the model has no chat template; set it to false"
         )
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
     try:

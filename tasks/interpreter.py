@@ -1,4 +1,4 @@
-"""Programs that run in a Python environment of their own, because their libraries do not fit beside ours."""
+"""Programs that run in a separate Python environment, because their libraries conflict with ours."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Interpreter:
-    """Such a program. The module that starts it declares it once, as a constant.
+    """A program with its own environment. The module that starts it declares it once, as a constant.
 
-    entry: the program's module, "tasks.…". lock: the file with the exact versions of its environment, from the
-    project's folder. `make deps` makes both, and all that the program imports, dependencies of every stage that imports
-    the declaring module; it reads them off the source, so they must be plain strings, given by name.
+    entry: the program's module, "tasks.…". lock: the lock file of its environment, relative to the project's folder.
+    `make deps` adds both, and everything the program imports, to the dependencies of every stage that imports the
+    declaring module. It parses the source, so both must be string literals passed as keywords.
     """
 
     entry: str

@@ -1,4 +1,4 @@
-"""Settings and records from before variants had a scheme: what each old key is called now."""
+"""Translation of settings and records from before variants had a scheme into the current keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from tasks.schemes import LLAMA_CPP, NONE
 
-# a method's name in a variant: the axes that it stands for today
+# the method of an old variant: the equivalent axes
 _METHODS: dict[str, dict[str, Any]] = {
     "none": {"scheme": "none"},
     "int8": {"scheme": "W8A8", "scaling": "smoothquant"},
@@ -23,17 +23,17 @@ _METHODS: dict[str, dict[str, Any]] = {
     },
     "gguf": {},
 }
-_GONE = ("method", "bits", "symmetric", "type", "importance")  # part of the scheme, or renamed below
+_GONE = ("method", "bits", "symmetric", "type", "importance")  # now part of the scheme, or renamed below
 _DEFAULTS = {"backend": "modelpress", "format": "compressed-tensors", "act_order": "static", "propagate": False}
-# what an export rounded the output layer to, by its target and the bits
+# the precision that an export rounded the output layer to, by target and bits
 _OUTPUT = {("onnx", 8): "W8A16@64", ("onnx", 4): "W4A16_ASYM@32", ("gguf", 8): "W8A16@32"}
-_MIXTURES = {4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K"}  # llama.cpp's, by the bits of most weights
-# what today's records hold beside the scheme, and old ones do not
+_MIXTURES = {4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K"}  # of llama.cpp, by the bits of most weights
+# keys of current records that old ones lack, except the scheme
 _UNTOLD = {"recipe": "", "format": "", "backend": "", "output_layer": None, "output_layer_error": None}
 
 
 def new_words(values: Mapping[str, Any]) -> list[str]:
-    """A line for each part of params.yaml that is in old words, with the new ones; nothing where all are new."""
+    """A line with the replacement for each part of params.yaml in the old form; empty if there is none."""
     lines = []
     variants = values.get("variants")
     output_layer = _output_layer(values)
@@ -43,14 +43,14 @@ def new_words(values: Mapping[str, Any]) -> list[str]:
     for section in ("onnx", "gguf"):
         if section in values:
             lines.append(
-                f"{section}: remove the section; its output_layer is a setting of each variant of the backend "
-                "modelpress, and of a model that ties no embedding to it, embedding is another"
+                f"{section}: remove the section; output_layer is now a setting of each variant with the backend "
+                "modelpress, and so is embedding where the model does not tie the two"
             )
     return lines
 
 
 def _output_layer(values: Mapping[str, Any]) -> str | None:
-    """The precision that the section of the target asked for; None: as it is."""
+    """The precision set in the target's section; None: not quantized."""
     target = str(values.get("target"))
     section = values.get(target)
     bits = section.get("output_layer") if isinstance(section, Mapping) else None
@@ -58,18 +58,18 @@ def _output_layer(values: Mapping[str, Any]) -> str | None:
 
 
 def _with_output_layer(new: dict[str, Any], precision: str | None) -> dict[str, Any]:
-    """The new variant with the output layer that the export rounded, in the format that can hold one."""
+    """The new variant with the output layer's precision, in a format that supports it."""
     if precision is None or new["scheme"] in (NONE, *LLAMA_CPP) or "backend" in new:
         return new
     if new.pop("format", None) is not None:
-        new["scale_dtype"] = "float16"  # as these formats have it
+        new["scale_dtype"] = "float16"  # as in these formats
     return new | {"output_layer": precision}
 
 
 def new_variant(old: Mapping[str, Any]) -> dict[str, Any]:
-    """A variant's settings in new words; keys that no earlier version had stay as they are.
+    """Translate a variant's settings; keys that no earlier version had are kept.
 
-    Also of an old variant in a record, whose every value may be text.
+    Also for an old variant in a record, where all values may be strings.
     """
     method = str(old["method"])
     new = dict(_METHODS.get(method, {"scheme": method}))
@@ -88,10 +88,10 @@ def new_variant(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def new_record(old: Mapping[str, Any]) -> dict[str, Any]:
-    """What is recorded of a variant, in new words; a record without old ones as it is.
+    """Translate a variant's record; a current record is returned unchanged.
 
-    Of a file in metrics/quantize, of a row of a report's summary, or MLflow's parameters of a variant, all text. What
-    an old record does not tell is empty.
+    `old` is a file in metrics/quantize, a row of a report's summary, or a variant's MLflow parameters, all strings.
+    Values missing from an old record are empty.
     """
     if "method" not in old:
         return dict(old)
@@ -109,7 +109,7 @@ def new_record(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scheme(old: Mapping[str, Any]) -> str:
-    """The scheme that an old record tells of; without the settings, its bits say the rest."""
+    """The scheme of an old record, from its bits where the settings are missing."""
     if old["method"] == "gguf" and "type" not in old:
         return _MIXTURES.get(old.get("bits", 0), "")
     if old["method"] == "gptq" and "symmetric" not in old:
@@ -118,7 +118,7 @@ def _scheme(old: Mapping[str, Any]) -> str:
 
 
 def _precision(old: str) -> str:
-    """4@64 -> W4A16_ASYM@64; 8 bits were symmetric."""
+    """Translate 4@64 to W4A16_ASYM@64; 8 bits were symmetric."""
     bits, _, size = old.partition("@")
     return f"{'W8A16' if bits == '8' else f'W{bits}A16_ASYM'}@{size}"
 
@@ -128,7 +128,7 @@ def _true(value: Any) -> bool:
 
 
 def _flow(values: Mapping[str, Any]) -> str:
-    """As a line of YAML."""
+    """Format as one line of YAML."""
     return "{" + ", ".join(f"{key}: {_word(value)}" for key, value in values.items()) + "}"
 
 

@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all: written beside their place, then renamed into it."""
+"""Atomic outputs: written next to their destination, then renamed into place."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ CODE = Path(__file__).parent  # tasks/: the code of all stages
 
 @contextmanager
 def whole_directory(destination: Path, seal: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """Yield an empty directory that becomes `destination` when the body ends without an error.
+    """Yield an empty directory that replaces `destination` when the body ends without an error.
 
-    What stood at `destination` before stays until that moment, and stays for good if the body fails.
-    A manifest with the sha256 of every file is written last, so its existence means that nothing is missing;
-    `seal` writes it in another form.
+    Until then, and if the body fails, `destination` is left unchanged. A manifest with the sha256 of every file is
+    written last, so its existence means that the output is complete; `seal` writes it in another form.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".part", dir=destination.parent))
@@ -40,11 +39,11 @@ def whole_directory(destination: Path, seal: Callable[[Path], None] | None = Non
 
 @contextmanager
 def resumable_directory(destination: Path, key: str) -> Iterator[Path]:
-    """As `whole_directory`, but what the body wrote before it failed or was killed is there the next time.
+    """Like `whole_directory`, but keep partial output when the body fails or is killed, so that a rerun can resume.
 
-    key: of all that decides what is written, but for the code of the stages, which is seen to here; what was begun
-    under another key is thrown away. The body must write each file whole or not at all, and tells by their existence
-    what is done. TaskError if that code is not where it should be.
+    key: a hash of everything that determines the output except the code of the stages, which is added here; partial
+    output under another key is deleted. The body must write each file atomically and skip files that exist.
+    TaskError if the code of the stages is not found.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256("".join([key, *code_hashes()]).encode()).hexdigest()[:16]
@@ -64,12 +63,12 @@ def code_hashes() -> list[str]:
     """sha256 of every file of the stages' code; TaskError if that code is not where it should be."""
     code = [sha256(path) for path in sorted(CODE.rglob("*.py"))]
     if not code:
-        raise TaskError(f"{CODE} holds no Python files, so whether the code has changed cannot be told; install anew")
+        raise TaskError(f"{CODE} holds no Python files, so code changes cannot be detected; reinstall modelpress")
     return code
 
 
 def _put_in_place(work: Path, destination: Path, aside: Path) -> None:
-    """Rename `work` to `destination`; what stands there goes to `aside`."""
+    """Rename `work` to `destination`; an existing directory is moved to `aside` first."""
     if destination.is_dir() and not destination.is_symlink():
         destination.rename(aside)
     elif destination.exists() or destination.is_symlink():
@@ -83,19 +82,19 @@ def write_manifest(directory: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON with sorted keys, whole or not at all; NaN and infinity are refused."""
+    """Write `value` atomically as readable JSON with sorted keys; NaN and infinity are refused."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) whole or not at all."""
+    """Write `text` (UTF-8) atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        # mkstemp makes private files; results are for everyone whom the umask allows
+        # mkstemp creates private files; results follow the umask
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:
@@ -110,19 +109,19 @@ def _umask() -> int:
 
 
 def checksums(directory: Path) -> dict[str, str]:
-    """sha256 of every file below `directory`, by its path relative to it, sorted; the manifest left out."""
+    """The sha256 of every file below `directory` except the manifest, by relative path, sorted."""
     files = sorted(p for p in directory.rglob("*") if p.is_file())
     return {name: sha256(p) for p in files if (name := p.relative_to(directory).as_posix()) != MANIFEST}
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
+    """The SHA-256 hex digest of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def link_or_copy(source: Path, destination: Path) -> None:
-    """Put `source`'s bytes at `destination` without using disk twice where the file system allows it."""
+    """Hard-link `source` to `destination`, or copy it where the file system does not allow links."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), destination)

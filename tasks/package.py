@@ -1,4 +1,4 @@
-"""Ship the smallest variant that passes: a directory that its runtime loads as it is, and has loaded.
+"""The package stage: bundle the smallest variant that passes, after a trial load in its runtime.
 
 python -m tasks.package
 """
@@ -22,7 +22,7 @@ from tasks.settings import BUILTIN, Settings
 
 SUMS = "SHA256SUMS"
 CARD, PROVENANCE = "README.md", "provenance.json"
-# what describes the folder that it stands in, and would be wrong in the bundle
+# files that describe their own folder, and would be wrong in the bundle
 OF_THE_FOLDER = {MANIFEST, "source.json", CARD, PROVENANCE, SUMS}
 
 Try = Callable[[Path, str, str], str]
@@ -30,7 +30,7 @@ Try = Callable[[Path, str, str], str]
 
 @dataclass(frozen=True)
 class Package:
-    """What was packaged: the variant, the bundle's size in bytes, and what it wrote when it was tried."""
+    """The packaged variant, the bundle's size in bytes, and the text generated in the trial."""
 
     variant: str
     size_bytes: int
@@ -39,7 +39,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where the stages before left what goes into the bundle: folders, and the files `data` and `lock`."""
+    """The outputs of earlier stages for the bundle: folders, and the files `data` and `lock`."""
 
     report: Path = Path("report")
     exports: Path = Path("exports")
@@ -49,11 +49,10 @@ class Inputs:
 
 
 def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try = generates) -> Package:
-    """Build the bundle of the report's winner at `destination`, whole or not at all.
+    """Build the bundle of the report's winner at `destination`, atomically.
 
-    Before it takes its place, `attempt` (bundle, target, dtype -> text) must load it and generate. Raises
-    TaskError if no variant passes, if the export's bytes are not those that were evaluated, or if it does not
-    generate; whatever stood at `destination` then stays.
+    `attempt` (bundle, target, dtype -> text) must first load it and generate. TaskError, leaving `destination`
+    unchanged, if no variant passes, if the export's bytes are not the evaluated ones, or if it does not generate.
     """
     summary = read_json(inputs.report / "summary.json", "report")
     name = summary["winner"]
@@ -69,7 +68,7 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
     with whole_directory(destination, seal=_write_sums) as bundle:
         for file in sorted(evaluated.keys() - OF_THE_FOLDER):
             if not (export / file).is_file():
-                raise TaskError(f"{export / file} is missing; make it again with: dvc repro -f export@{name}")
+                raise TaskError(f"{export / file} is missing; rebuild it with: dvc repro -f export@{name}")
             link_or_copy(export / file, bundle / file)
         _same_bytes(name, evaluated, checksums(bundle))
         _complete(bundle, inputs.source)
@@ -85,7 +84,7 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
 
 
 def _reproducible(settings: Settings, name: str, device: str) -> str:
-    """What the same work done again gives (tests/functional/test_quantizers.py)."""
+    """The reproducibility of the variant in words (tests/functional/test_quantizers.py)."""
     if settings.variant(name).backend == BUILTIN and device == "cpu":
         return "the same bytes, given the same inputs, libraries and kind of processor, with any number of threads"
     return "not promised: quantized by a library, or on a GPU"
@@ -94,7 +93,7 @@ def _reproducible(settings: Settings, name: str, device: str) -> str:
 def provenance(summary: Mapping[str, Any], settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """The winner's sources, revisions, checksums, parameters, commit, DVC identity, versions, seeds, machine.
 
-    The same work gives the same bytes: no time, no duration and no folder of this machine is in it.
+    Reproducible byte for byte: contains no time, no duration and no path of this machine.
     """
     name = summary["winner"]
     row = summary["variants"][name]
@@ -124,18 +123,18 @@ def provenance(summary: Mapping[str, Any], settings: Settings, inputs: Inputs) -
 
 
 def _same_bytes(name: str, evaluated: Mapping[str, str], linked: Mapping[str, str]) -> None:
-    """What is shipped must be what was evaluated."""
+    """TaskError unless the bundle's files are the evaluated ones."""
     other = [file for file, digest in linked.items() if evaluated[file] != digest]
     if other:
         raise TaskError(
             f"{', '.join(other)} of exports/{name} changed since the export: these bytes were not evaluated; "
-            f"make them again with: dvc repro -f export@{name}"
+            f"rebuild them with: dvc repro -f export@{name}"
         )
 
 
 def _complete(bundle: Path, source: Path) -> None:
-    """Add what describes the model and the export does not carry: tokenizer, templates, licence."""
-    # the configuration and the weights' index belong to the weights: the export has its own
+    """Add files missing from the export: tokenizer, templates, licence."""
+    # the export has its own configuration and weight index
     foreign = {*OF_THE_FOLDER, "config.json", "model.safetensors.index.json"}
     for file in small_files(p.name for p in source.iterdir()):
         if file not in foreign and not (bundle / file).exists():
@@ -143,7 +142,7 @@ def _complete(bundle: Path, source: Path) -> None:
 
 
 def _write_sums(bundle: Path) -> None:
-    """SHA256SUMS in the form of `sha256sum -c`; last, so that its existence means that nothing is missing."""
+    """SHA256SUMS in the form of `sha256sum -c`; written last, so its existence means that the bundle is complete."""
     write_text(bundle / SUMS, "".join(f"{digest}  {file}\n" for file, digest in checksums(bundle).items()))
 
 

@@ -1,4 +1,4 @@
-"""What every stage's `main()` shares: read the settings, run, and turn what went wrong into one clear line."""
+"""The shared body of every stage's `main()`: read the settings, run, report an error in one clear line."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from tasks.errors import MEMORY_STATUS, TRANSIENT_STATUS, TaskError, TransientEr
 from tasks.settings import Settings, load_settings
 
 PARAMS = Path("params.yaml")
-_MEND = "free some space or mend the permissions, then run again"
-# what torch says, and the system by way of others; torch has a type for a GPU's memory alone
+_DISK_ADVICE = "free some space or fix the permissions, then run again"
+# messages of torch, and of the system through other libraries; torch has an exception type only for GPU memory
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory")
-_LESS = "lower calibration.samples or evaluation.batch_tokens, or use a larger machine"
+_MEMORY_ADVICE = "lower calibration.samples or evaluation.batch_tokens, or use a larger machine"
 
 
 def run_stage(work: Callable[[Settings], object]) -> None:
-    """Run `work` with the settings of ./params.yaml; exit 1 with one clear line where a person can mend it.
+    """Run `work` with the settings of ./params.yaml; exit 1 with one clear line on an error that the user can fix.
 
-    Two statuses are told apart from that: TRANSIENT_STATUS where trying again may help, MEMORY_STATUS where memory
-    ran out.
-    An error that nobody foresaw keeps its traceback: it is a defect, and the traceback is its description.
+    Exit with TRANSIENT_STATUS where a retry may help, with MEMORY_STATUS when memory ran out. An unexpected error
+    keeps its traceback: it is a bug.
     """
     set_environment()
     try:
@@ -36,21 +35,21 @@ def run_stage(work: Callable[[Settings], object]) -> None:
     except TaskError as error:
         sys.exit(f"error: {error}")
     except MemoryError:
-        _end(MEMORY_STATUS, f"out of memory; {_LESS}")
+        _end(MEMORY_STATUS, f"out of memory; {_MEMORY_ADVICE}")
     except OSError as error:
         if error.errno == errno.ENOMEM:
-            _end(MEMORY_STATUS, f"out of memory; {_LESS}")
+            _end(MEMORY_STATUS, f"out of memory; {_MEMORY_ADVICE}")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        sys.exit(f"error: cannot write{where}: {error.strerror}; {_MEND}")
+        sys.exit(f"error: cannot write{where}: {error.strerror}; {_DISK_ADVICE}")
     except Exception as error:
         if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
-            _end(MEMORY_STATUS, f"out of {'GPU ' if 'CUDA' in str(error) else ''}memory; {_LESS}")
-        # safetensors wraps the system's error in one of its own, as text
+            _end(MEMORY_STATUS, f"out of {'GPU ' if 'CUDA' in str(error) else ''}memory; {_MEMORY_ADVICE}")
+        # safetensors wraps the OSError as text in an exception of its own
         if f"(os error {errno.ENOSPC})" not in str(error):
             raise
-        sys.exit(f"error: cannot write: {os.strerror(errno.ENOSPC)}; {_MEND}")
+        sys.exit(f"error: cannot write: {os.strerror(errno.ENOSPC)}; {_DISK_ADVICE}")
 
 
 def _end(status: int, message: str) -> NoReturn:
@@ -59,7 +58,7 @@ def _end(status: int, message: str) -> NoReturn:
 
 
 def one_argument(usage: str) -> str:
-    """The stage's only command-line argument, the name of a variant."""
+    """Return the stage's only command-line argument, the name of a variant."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(f"usage: {usage}")
     return sys.argv[1]

@@ -1,4 +1,4 @@
-"""The quantize stage: one variant, made of the downloaded model and what calibration found out about it.
+"""The quantize stage: make one variant from the downloaded model and its calibration statistics.
 
 python -m tasks.quantize awq-int4
 """
@@ -29,7 +29,7 @@ from tasks.settings import Settings
 from tasks.settings.variant import BUILTIN, VariantSettings
 from tasks.tensor_files import OUTPUT
 
-# What made the variant, by its backend.
+# Libraries that affect the result, by backend.
 LIBRARIES = {
     "none": (),
     BUILTIN: ("torch", "transformers", "compressed-tensors"),
@@ -37,7 +37,7 @@ LIBRARIES = {
     "autoawq": ("torch", "transformers", "autoawq"),
     "llama.cpp": ("gguf", "llama-cpp-python"),
 }
-# Files that go with the weights whatever is done to them.
+# Files copied with the weights.
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -55,13 +55,12 @@ COMPANIONS = (
 class QuantizeReport:
     """metrics/quantize/V.json.
 
-    recipe: the axes in words, as in `AWQ scaling, clipping, GPTQ`. bits: of a quantized weight; bits_per_weight: with
-    scales, zero points and layers left alone, over all linear layers of the decoder. output_layer: its precision;
-    output_layer_error: of the logits, relative; None where it stays as it is. peak_memory_bytes: of the stage's
-    processes together. tokens: of calibration. layers: each decoder layer's relative output error, given the baseline's
-    own input. linears: of the scheme mixed, each linear layer's `name`, the `chosen` precision, and `costs`, the
-    divergence that each candidate brings. identity: sha256 of base, calibration, statistics, settings and library
-    versions.
+    recipe: the methods in words, such as `AWQ scaling, clipping, GPTQ`. bits: of a quantized weight; bits_per_weight:
+    over all linear layers of the decoder, with scales, zero points and unquantized layers. output_layer: its precision;
+    output_layer_error: relative error of the logits; both None if unquantized. peak_memory_bytes: total of the stage's
+    processes. tokens: of the calibration set. layers: each decoder layer's relative output error on the baseline's
+    input. linears: for the scheme mixed, each linear layer's `name`, `chosen` precision, and `costs`, the divergence
+    for each candidate. identity: sha256 of base, calibration, statistics, settings and library versions.
     """
 
     variant: str
@@ -97,16 +96,16 @@ def quantize(
     used = tokens[: variant.samples]
     started = time.monotonic()
     key = identity(variant, [model, calibration, *([statistics] if backend == BUILTIN else [])], libraries)
-    # ours are written layer by layer, and go on where they were interrupted
+    # our quantizer writes layer by layer and resumes
     place = resumable_directory(destination, key) if backend == BUILTIN else whole_directory(destination)
     with place as work:
         press(QuantizeJob(model, used, statistics, variant, device, work))
-        gc.collect()  # the pressed model makes room
+        gc.collect()  # free the quantized model's memory
         seconds = round(time.monotonic() - started, 1)
         _add_companions(model, work)
         baseline = variant.is_baseline
         errors = {}
-        if not baseline and not any(work.glob("*.gguf")):  # what llama.cpp pressed is in its own types
+        if not baseline and not any(work.glob("*.gguf")):  # llama.cpp's types cannot be read back
             from tasks.model.layer_errors import layer_errors  # takes seconds to import
 
             errors = layer_errors(model, work, used[:2])
@@ -134,24 +133,24 @@ def quantize(
 
 
 def identity(variant: VariantSettings, inputs: Sequence[Path], libraries: dict[str, str]) -> str:
-    """What makes a variant this one and no other: sha256 of the bytes it is made from, of settings and the versions
-    of the libraries. TaskError if an input is not whole."""
+    """The identity of a variant: sha256 of its inputs' bytes, its settings and library versions. TaskError if an input
+    is incomplete."""
     parts = [json.dumps(variant.model_dump(), sort_keys=True), json.dumps(libraries, sort_keys=True)]
     for folder in inputs:
         manifest = folder / MANIFEST
         if not manifest.exists():
-            raise TaskError(f"{folder} is not there or not whole; run the stages before this one: modelpress run")
+            raise TaskError(f"{folder} is missing or incomplete; run the earlier stages: modelpress run")
         parts.append(manifest.read_text(encoding="utf-8"))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _add_companions(model: Path, work: Path) -> None:
-    """The tokenizer, template, generation config and licence of the model, byte for byte; nothing private to a file."""
+    """Copy the model's tokenizer, template, generation config and licence, byte for byte."""
     for pattern in COMPANIONS:
         for file in sorted(model.glob(pattern)):
             (work / file.name).unlink(missing_ok=True)
             link_or_copy(file, work / file.name)
-    # a record of llm-compressor's run; params.yaml is ours
+    # llm-compressor's record of its run, which params.yaml replaces
     (work / "recipe.yaml").unlink(missing_ok=True)
     for file in work.iterdir():
         if file.stat().st_nlink == 1:
@@ -172,7 +171,7 @@ def main() -> None:
             Path("models") / name,
         )
         write_json(Path(f"metrics/quantize/{name}.json"), asdict(report))
-        print(f"{name}: {report.bits_per_weight} bits a weight, {report.seconds} s")
+        print(f"{name}: {report.bits_per_weight} bits per weight, {report.seconds} s")
 
     run_stage(work)
 

@@ -1,22 +1,22 @@
-"""What numbers a weight and an activation may take: compressed-tensors' preset schemes, by their names.
+"""Quantization schemes of weights and activations, by compressed-tensors' preset names.
 
-The values are those of compressed_tensors.quantization.PRESET_SCHEMES (a test holds them equal); here they cost no
-import of torch. A precision such as `W4A16_ASYM@64` is a scheme with a group size of its own.
+The values equal compressed_tensors.quantization.PRESET_SCHEMES (a test checks this), without an import of torch.
+A precision such as `W4A16_ASYM@64` is a scheme with its own group size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-NONE, MIXED = "none", "mixed"  # no scheme: as the model came; a scheme for each linear layer
+NONE, MIXED = "none", "mixed"  # the unquantized model; one scheme per linear layer
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Integers for weights, and for activations where they are rounded as well, token by token.
+    """Integer weights, and optionally integer activations, quantized per token.
 
-    bits: of a weight. group_size: weights of a row that share a scale; None: the whole row. symmetric: zero lies in the
-    middle of the integers. activation_bits: None: activations are not rounded.
+    bits: per weight. group_size: weights of a row that share a scale; None: the whole row. symmetric: the zero point is
+    the middle of the integers. activation_bits: None: activations are not quantized.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Scheme:
 
     @property
     def weight_only(self) -> bool:
-        """Whether activations stay as they are."""
+        """Whether activations are left unquantized."""
         return self.activation_bits is None
 
 
@@ -41,13 +41,13 @@ SCHEMES = {
         Scheme("W8A8", bits=8, group_size=None, symmetric=True, activation_bits=8, symmetric_activations=True),
     )
 }
-# mixtures of types that llama.cpp's own quantizer chooses for the layers, and the bits of most weights
+# mixtures of types that llama.cpp's quantizer assigns to layers, with the bits of most weights
 LLAMA_CPP = {"Q4_K_M": 4, "Q5_K_M": 5, "Q6_K": 6}
 NAMES = (NONE, *SCHEMES, MIXED, *LLAMA_CPP)
 
 
 def overridden(scheme: Scheme, group_size: int | None, symmetric_activations: bool | None) -> Scheme:
-    """The scheme with what a variant sets in place of its own; None: nothing."""
+    """The scheme with a variant's overrides; None: not overridden."""
     if group_size is not None:
         scheme = replace(scheme, group_size=group_size)
     if symmetric_activations is not None and not scheme.weight_only:
@@ -56,22 +56,22 @@ def overridden(scheme: Scheme, group_size: int | None, symmetric_activations: bo
 
 
 def default_damping(bits: int) -> float:
-    """The share of a Gram matrix' mean diagonal that is added to its diagonal before weights are rounded to `bits`.
+    """The share of the Gram matrix's mean diagonal that is added to its diagonal before rounding to `bits`.
 
-    Measured on the demo's model: the errors of 8-bit weights are so small that more damping, which trusts the
-    calibration text's correlations less, loses nothing.
+    Measured on the demo's model: with 8-bit weights, errors are so small that stronger damping, which relies less on
+    correlations in the calibration text, costs nothing.
     """
     return 0.05 if bits <= 4 else 0.3
 
 
 def parse_precision(text: str) -> Scheme | None:
-    """`W4A16_ASYM@64`, `W8A8`, or `none` (None): ValueError naming what is known if it is neither."""
+    """Parse `W4A16_ASYM@64`, `W8A8` or `none` (None); ValueError naming the known schemes otherwise."""
     name, at, size = text.partition("@")
     if name == NONE and not at:
         return None
     if name not in SCHEMES or (at and not size.isdecimal()):
         raise ValueError(
-            f"{text!r} is no precision; write a scheme ({', '.join(SCHEMES)}), with a group size of its own as "
+            f"{text!r} is no precision; write a scheme ({', '.join(SCHEMES)}), optionally with a group size as in "
             f"W4A16_ASYM@64, or {NONE}"
         )
     scheme = SCHEMES[name]
@@ -79,7 +79,7 @@ def parse_precision(text: str) -> Scheme | None:
 
 
 def precision_label(scheme: Scheme | None) -> str:
-    """As `parse_precision` reads it."""
+    """The text form that `parse_precision` reads."""
     if scheme is None:
         return NONE
     return scheme.name if scheme.group_size is None else f"{scheme.name}@{scheme.group_size}"

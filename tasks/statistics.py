@@ -1,10 +1,10 @@
-"""The statistics stage: what every quantization method needs to know of the model's activations, from one pass.
+"""The statistics stage: the activation statistics for all quantization methods, from one pass.
 
 python -m tasks.statistics
 
-For each decoder layer a safetensors file, for each distinct input in it (q, k and v read the same one): its Gram matrix
-X^T X, its largest and its mean magnitude by channel; one more for the output layer. The model runs layer by layer; one
-layer's weights, its statistics and the activations are in memory. Tokens may be weighed (importance.py).
+A safetensors file for each decoder layer and one for the output layer hold, for each distinct input (q, k and v share
+one), the Gram matrix X^T X and the largest and mean magnitude by channel. The model runs layer by layer; memory holds
+one layer's weights, its statistics and the activations. Tokens may be weighted (importance.py).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StatisticsReport:
-    """metrics/statistics.json. dtype: of the model's matrix products; what is between them, and the sums, is float32.
-    estimate: see `estimate_bytes`."""
+    """metrics/statistics.json. dtype: of the model's matrix products; all else is float32. estimate: see
+    `estimate_bytes`."""
 
     tokens: int
     layers: int
@@ -46,8 +46,8 @@ class StatisticsReport:
 def collect(model: Path, calibration: Path, destination: Path, importance: bool) -> StatisticsReport:
     """Run the model over the calibration tokens; write `layers.N.safetensors` for each layer, `lm_head.safetensors`.
 
-    importance: weigh the tokens in the layers' Gram matrices by how much hangs on them (activations/importance.py).
-    A run that was interrupted goes on at its layer. TaskError if the model has no decoder layers in safetensors files.
+    importance: weight the tokens in the layers' Gram matrices by Fisher information (activations/importance.py).
+    An interrupted run resumes at its layer. TaskError if the model has no decoder layers in safetensors files.
     """
     import torch
     from safetensors.torch import load_file
@@ -80,7 +80,7 @@ def collect(model: Path, calibration: Path, destination: Path, importance: bool)
 
 
 def estimate_bytes(decoder: Decoder, tokens: Tensor, importance: bool) -> int:
-    """The memory that `collect` will hold at most, bytes: what the process holds now, and `needed_bytes`."""
+    """The estimated peak memory of `collect`, in bytes: the process's current memory plus `needed_bytes`."""
     hidden, inner, vocabulary = decoder.widths
     widths = (hidden, hidden, hidden, inner)
     return current_memory() + needed_bytes(
@@ -96,7 +96,7 @@ def estimate_bytes(decoder: Decoder, tokens: Tensor, importance: bool) -> int:
 
 
 def _key(model: Path, calibration: Path, decoder: Decoder, importance: bool) -> str:
-    """What the statistics depend on."""
+    """The key of all inputs of the statistics."""
     import torch
     import transformers
 

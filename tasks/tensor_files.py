@@ -1,4 +1,4 @@
-"""safetensors files: what is in them, and their tensors in another precision, one in memory at a time."""
+"""safetensors files: read headers and tensors, convert precision, join files, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # torch's names: safetensors' names
-LARGEST = 5 * 10**9  # bytes of a file, where a model's weights are written
-OUTPUT, EMBEDDING = "lm_head", "model.embed_tokens"  # outside the decoder layers, by their names in transformers
+LARGEST = 5 * 10**9  # bytes per weight file
+OUTPUT, EMBEDDING = "lm_head", "model.embed_tokens"  # names in transformers, outside the decoder layers
 BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 
 
@@ -39,12 +39,12 @@ class Entry:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Every tensor of the file by name; TaskError if it is no whole safetensors file."""
+    """Read the entry of every tensor by name; TaskError if the file is not a complete safetensors file."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size - 8:
-                raise ValueError("its header is cut off")
+                raise ValueError("its header is truncated")
             header = json.loads(file.read(length))
         entries = {
             name: Entry(t["dtype"], tuple(t["shape"]), t["data_offsets"][1] - t["data_offsets"][0])
@@ -52,14 +52,14 @@ def read_header(path: Path) -> dict[str, Entry]:
             if name != "__metadata__"
         }
         if 8 + length + sum(e.bytes for e in entries.values()) != path.stat().st_size:
-            raise ValueError("its length is not what its header says")
+            raise ValueError("its length does not match its header")
     except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TaskError(f"{path} is no whole safetensors file ({error}); fetch or save it again") from error
+        raise TaskError(f"{path} is not a complete safetensors file ({error}); fetch or save it again") from error
     return entries
 
 
 def needs_conversion(path: Path, dtype: str) -> bool:
-    """Whether a floating-point tensor of the file is of another precision than `dtype`, a key of `DTYPES`."""
+    """Whether any floating-point tensor of the file has another dtype than `dtype`, a key of `DTYPES`."""
     return any(e.dtype in BYTES and e.dtype != DTYPES[dtype] for e in read_header(path).values())
 
 
@@ -93,7 +93,7 @@ def convert(source: Path, destination: Path, dtype: str) -> None:
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file atomically."""
     from safetensors.torch import save_file
 
     begun = path.with_suffix(".begun")
@@ -103,7 +103,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | N
 
 def join(parts: Sequence[Path], destination: Path, largest: int = LARGEST) -> None:
     """Write the tensors of all `parts` to the folder `destination` as a model's weights, one in memory at a time:
-    `model.safetensors`, or several files with an index where that would have more than `largest` bytes."""
+    `model.safetensors`, or shards with an index if it would exceed `largest` bytes."""
     found = {name: (part, entry) for part in parts for name, entry in read_header(part).items()}
     shards: list[dict[str, Entry]] = [{}]
     for name, (_, entry) in found.items():
@@ -130,7 +130,7 @@ def join(parts: Sequence[Path], destination: Path, largest: int = LARGEST) -> No
 
 
 def _write(destination: Path, entries: dict[str, Entry], read: Callable[[str], Tensor]) -> None:
-    """A safetensors file of these tensors, each read when its turn comes."""
+    """Write a safetensors file of these tensors, reading one at a time."""
     import torch
 
     # safetensors' own order: wide types first, so that every tensor stays aligned
@@ -153,7 +153,7 @@ def _header(entries: dict[str, Entry]) -> bytes:
 
 
 class TensorFiles:
-    """The tensors of a model directory by name, read one by one."""
+    """The tensors of a model directory by name, read on demand."""
 
     def __init__(self, directory: Path) -> None:
         self._file: dict[str, Path] = {}
@@ -172,15 +172,15 @@ class TensorFiles:
         return name in self._file
 
     def entry(self, name: str) -> Entry:
-        """Type, shape and size of a tensor, without reading it. KeyError if there is none of this name."""
+        """Dtype, shape and size of a tensor, without reading it. KeyError if there is no such tensor."""
         return self._entry[name]
 
     def read(self, name: str) -> Tensor:
-        """The tensor as it is stored. KeyError if there is none of this name."""
+        """Read a tensor as stored. KeyError if there is no such tensor."""
         with safe_open(self._file[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
     def below(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors whose names begin with `prefix`, by the rest of their names."""
+        """Read all tensors whose names start with `prefix`, by the rest of the name."""
         return {name.removeprefix(prefix): self.read(name) for name in self if name.startswith(prefix)}

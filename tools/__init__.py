@@ -1,1 +1,1 @@
-"""Developers' tools; no part of a run."""
+"""Developer tools, not part of a run."""

@@ -1,10 +1,10 @@
-"""Write the code that each stage of dvc.yaml depends on, read off the imports of its program (`make deps`).
+"""Write each stage's code dependencies to dvc.yaml, from the imports of its program (`make deps`).
 
 python -m tools.deps
 
-A stage's code is its program and all modules that this imports, directly or not, at the top of a file or inside a
-function, with the `__init__.py` of their packages. What imports do not show is declared in `RULES`. The other deps of
-a stage, its data, are kept as they stand.
+A stage's code is its program and all modules that it imports, directly or indirectly, at the top of a file or in a
+function, with the `__init__.py` of their packages. `RULES` declares dependencies that imports do not show. A stage's
+other deps, its data, are kept unchanged.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ DEFINITION = "dvc.yaml"
 
 
 class DependencyError(Exception):
-    """A dependency cannot be found: the message says what was found, what was expected, what to do."""
+    """A dependency cannot be found: the message says what was found, what was expected and what to do."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the imports do not show.
+    """Dependencies that imports do not show, and exceptions.
 
-    packages: whose modules are a stage's code. left_out: module -> why no stage depends on it, nor on what it imports.
-    through: of those left out, the ones whose imports count all the same, and why. dynamic: module -> what it imports
-    by a computed name; a package stands for all that is in it. folders: module -> the folder whose files it reads.
+    packages: their modules are code of stages. left_out: module -> why no stage depends on it or on its imports.
+    through: left-out modules whose imports still count, and why. dynamic: module -> the module or package (with all its
+    modules) that it imports by a computed name. folders: module -> the folder whose files it reads.
     """
 
     packages: tuple[str, ...]
@@ -51,9 +51,9 @@ RULES = Rules(
     left_out={
         "tasks.settings": "it checks params.yaml, whose values DVC compares itself, as params; a variant's part is in",
         "tasks.errors": "messages and exit statuses",
-        "tasks.output": "it puts files in their place whole; what is in them comes from elsewhere",
+        "tasks.output": "it writes files atomically; their contents come from elsewhere",
         "tasks.hardware": "it describes the machine, in messages and records",
-        "tasks.program": "it starts a stage and words its failure",
+        "tasks.program": "it starts a stage and formats its errors",
     },
     through={"tasks.program": "it sets the environment that tasks.determinism describes"},
     folders={"tasks.reporting.render": "tasks/reporting/templates", "tasks.scoring.eval_tasks": "evals"},
@@ -67,17 +67,17 @@ class Code:
         self.root = root
         self.rules = rules
         first, *others = rules.packages
-        # what stands under `if TYPE_CHECKING` is not executed
+        # code under `if TYPE_CHECKING` is not executed
         self.graph = grimp.build_graph(first, *others, exclude_type_checking_imports=True, cache_dir=None)
         self._trees: dict[str, ast.Module] = {}
         named = {*rules.left_out, *rules.through, *rules.dynamic, *rules.dynamic.values(), *rules.folders}
         if unknown := sorted(named - self.graph.modules):
             raise DependencyError(
-                f"RULES names {', '.join(unknown)}, which is not there; remove it or correct the name"
+                f"RULES names {', '.join(unknown)}, which does not exist; remove it or correct the name"
             )
 
     def deps(self, program: str) -> list[str]:
-        """The files and folders that the module `program` consists of, relative to `root`: its own first, then sorted.
+        """The files and folders of the code of the module `program`, relative to `root`: its own first, then sorted.
 
         DependencyError if there is no such module, or a file that one of its modules declares is missing.
         """
@@ -89,7 +89,7 @@ class Code:
         files = {file for file in files if not any(file.startswith(f"{folder}/") for folder in folders)}
         declared = {lock for module in modules for _, lock in self._interpreters(module)}
         if missing := sorted(path for path in folders | declared if not (self.root / path).exists()):
-            raise DependencyError(f"{program} needs {', '.join(missing)}, which {self.root} does not have; add it")
+            raise DependencyError(f"{program} needs {', '.join(missing)}, which {self.root} lacks; add it")
         own = self.file(program)
         return [own, *sorted((files | folders | declared) - {own})]
 
@@ -99,7 +99,7 @@ class Code:
         return f"{path}/__init__.py" if (self.root / path / "__init__.py").is_file() else f"{path}.py"
 
     def _reached(self, program: str) -> set[str]:
-        """`program` and all modules that run with it; those left out are among them, their imports are not."""
+        """`program` and all modules that it runs, including left-out ones, but not their imports."""
         reached: set[str] = set()
         waiting = [program]
         while waiting:
@@ -110,7 +110,7 @@ class Code:
         return reached
 
     def _next(self, module: str) -> Iterator[str]:
-        """What runs because `module` does."""
+        """The modules that `module` imports or starts."""
         if module in self.rules.left_out and module not in self.rules.through:
             return
         yield from self.graph.find_modules_directly_imported_by(module)
@@ -121,7 +121,7 @@ class Code:
         if folder := self.rules.folders.get(module):
             yield from (one for one in self.graph.modules if self.file(one).startswith(f"{folder}/"))
         yield from (entry for entry, _ in self._interpreters(module))
-        # the name of a module in a string is there to import or to start it: import_module("a.b"), python -m a.b
+        # a module name in a string is imported or started: import_module("a.b"), python -m a.b
         texts = {node.value for node in ast.walk(self.tree(module)) if isinstance(node, ast.Constant)}
         yield from (text for text in texts if isinstance(text, str) and "." in text and text in self.graph.modules)
 
@@ -133,7 +133,9 @@ class Code:
                 match given.get("entry"), given.get("lock"):
                     case ast.Constant(value=str(entry)), ast.Constant(value=str(lock)):
                         if entry not in self.graph.modules:
-                            raise DependencyError(f"{module} declares the program {entry}, which is not there; add it")
+                            raise DependencyError(
+                                f"{module} declares the program {entry}, which does not exist; add it"
+                            )
                         yield entry, lock
                     case _:
                         raise DependencyError(
@@ -149,7 +151,7 @@ class Code:
 
 
 def rewritten(text: str, code: Code) -> str:
-    """dvc.yaml's `text` with the code of every stage as its program imports it; comments, data and layout are kept."""
+    """Replace the code among the deps of every stage in dvc.yaml's `text`; keep comments, data and layout."""
     editor = YAML()
     editor.preserve_quotes = True
     editor.width = 10_000
@@ -167,7 +169,7 @@ def rewritten(text: str, code: Code) -> str:
 
 
 def _replaced(deps: Any, code: list[str], packages: tuple[str, ...]) -> CommentedSeq:
-    """A stage's `deps` with `code` in place of the code among them; the rest keeps its order and comments."""
+    """A stage's `deps` with their code replaced by `code`; other deps keep their order and comments."""
     new = CommentedSeq(code)
     for index, path in enumerate(deps):
         if path.partition("/")[0] in packages or path.endswith(".lock"):
@@ -188,7 +190,7 @@ def main() -> None:
     except DependencyError as error:
         sys.exit(f"error: {error}")
     path.write_text(after, encoding="utf-8")
-    print(f"{DEFINITION}: {'rewritten' if after != before else 'as it was'}")
+    print(f"{DEFINITION}: {'rewritten' if after != before else 'unchanged'}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Find what is wrong with a checkout, and repair it."""
+"""Find problems of a checkout, and repair it."""

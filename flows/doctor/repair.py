@@ -1,6 +1,6 @@
-"""`modelpress doctor --repair`: mend what neither DVC nor the next run gets over by itself.
+"""`modelpress doctor --repair`: repair damage from which neither DVC nor the next run recovers.
 
-Only what is damaged is taken away, and only what a run makes or restores again. Nothing is done while a run is at work.
+Removes only damaged files that a run can recreate or restore. Does nothing while a run is active.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from flows.workspace.run_lock import exclusive, is_held
 from flows.workspace.worktree import ABOUT, RUNS, workspaces
 
 ASIDE = "dvc.lock.damaged"
-OPENING = 60.0  # seconds in which a workspace without a description may be one that is just being made
+OPENING = 60.0  # seconds for which a workspace without a description may still be in creation
 
 
 def repair(root: Path, progress: Progress) -> Iterator[str]:
-    """Mend the checkout `root`, the workspaces of its runs and the cache they share; a line for each thing mended.
+    """Repair the checkout `root`, the workspaces of its runs and their shared cache; yield a line for each repair.
 
-    FlowError if a run or DVC is at work in one of them, or a git that may hold a lock.
+    FlowError if a run or DVC is active in one of them, or a git that may hold a lock.
     """
     with ExitStack() as stack:
         spaces = [space.root for space in workspaces(root)]
@@ -48,34 +48,34 @@ def repair(root: Path, progress: Progress) -> Iterator[str]:
 
 def _require_no_dvc(root: Path) -> None:
     for pid, command in dvc_at_work(root):
-        raise FlowError(f"`{command}` (process {pid}) is at work in {root}; wait until it ends")
+        raise FlowError(f"`{command}` (process {pid}) is running in {root}; wait until it ends")
 
 
 def _require_no_git(root: Path) -> None:
     if locks(root):
         for pid, command in git_at_work(root):
-            raise FlowError(f"`{command}` (process {pid}) is at work in {root}; wait until it ends")
+            raise FlowError(f"`{command}` (process {pid}) is running in {root}; wait until it ends")
 
 
 def _git_locks(root: Path) -> Iterator[str]:
-    """One that is too young to be called nobody's is given its time."""
+    """Remove stale locks, after waiting for young ones."""
     time.sleep(max(0.0, AGE - min(locks(root).values(), default=AGE)))
     for lock in stale_locks(root):
         lock.unlink(missing_ok=True)
-        yield f"removed {lock}: no git is at work that could hold it"
+        yield f"removed {lock}: no running git holds it"
 
 
 def _worktrees(root: Path) -> Iterator[str]:
-    """Worktrees of which git or we know only half: a run was killed while it made or removed one."""
+    """Clean up worktrees that a killed run has half created or half removed."""
     for folder in sorted((root / RUNS).iterdir()) if (root / RUNS).is_dir() else ():
         old = time.time() - folder.lstat().st_mtime > OPENING
         if folder.is_dir() and not (folder / ABOUT).exists() and old and not is_held(folder):
             shutil.rmtree(folder)
-            yield f"deleted {folder.relative_to(root)}, the workspace of a run that had not begun"
+            yield f"deleted {folder.relative_to(root)}, the workspace of a run that had not started"
     gone = re.findall(r"^worktree (.+)\n(?:.+\n)*prunable", git(root, "worktree", "list", "--porcelain"), re.MULTILINE)
     if gone:
         git(root, "worktree", "prune")
-        yield f"git forgets worktrees that are gone: {', '.join(gone)}"
+        yield f"removed missing worktrees from git: {', '.join(gone)}"
 
 
 def _locks(root: Path) -> Iterator[str]:
@@ -85,20 +85,20 @@ def _locks(root: Path) -> Iterator[str]:
 
 
 def _lock_file(root: Path) -> Iterator[str]:
-    """dvc.lock as git has it; else none, for DVC's run cache knows what it held."""
+    """Restore dvc.lock from git, or remove it: DVC's run cache has its contents."""
     problem = lock_file_problem(root)
     if problem is None:
         return
     path, aside = root / LOCK_FILE, ""
     if path.read_bytes().strip():
         path.replace(root / ASIDE)
-        aside = f", what was left of it is in {ASIDE}"
+        aside = f", the damaged file is in {ASIDE}"
     committed = _committed(root)
     if committed is not None:
         part = path.with_suffix(".lock.part")
         part.write_text(committed, encoding="utf-8")
         part.replace(path)
-        yield f"{LOCK_FILE} {problem}: it is as committed again{aside}"
+        yield f"{LOCK_FILE} {problem}: restored from git{aside}"
     else:
         path.unlink(missing_ok=True)
         yield f"{LOCK_FILE} {problem}: removed, the next run restores it from DVC's run cache{aside}"
@@ -114,16 +114,16 @@ def _committed(root: Path) -> str | None:
 
 def _kept(root: Path) -> Iterator[str]:
     for path in recover(root):
-        yield f"{path} is back: a run that was killed had taken it away"
+        yield f"{path} restored: a killed run had moved it away"
 
 
 def _cache(root: Path, progress: Progress) -> Iterator[str]:
-    """Links first: were this killed in between, the object would still be found the next time."""
+    """Remove damaged objects and all links to them; links first, so that an interrupted repair can resume."""
     cache = cache_folder(root)
     objects = damaged_objects(cache, progress)
     for link in links_to(root, objects, cache):
         link.unlink()
-        yield f"deleted {link.relative_to(root)}: its bytes were damaged in DVC's cache; the next run makes it again"
+        yield f"deleted {link.relative_to(root)}: its bytes were damaged in DVC's cache; the next run recreates it"
     for path in objects:
         path.unlink()
-        yield f"deleted {path.relative_to(cache)} from DVC's cache: its bytes were not those of its name"
+        yield f"deleted {path.relative_to(cache)} from DVC's cache: its bytes did not match its name"

@@ -1,1 +1,1 @@
-"""One stage of the graph, run anywhere: in a thread here or by a worker of a cluster."""
+"""Run one stage of the graph, in a thread or on a worker of a cluster."""

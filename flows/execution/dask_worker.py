@@ -1,4 +1,4 @@
-"""Set up a Dask worker that runs stages: `dask worker ADDRESS --preload flows.execution.dask_worker`."""
+"""Set up a Dask worker for stages: `dask worker ADDRESS --preload flows.execution.dask_worker`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ PATIENCE = 5.0  # seconds for the last logs to reach Prefect
 
 
 def dask_setup(_worker: Any) -> None:
-    """Leave Ctrl-C to the flow, which ends the stages in order and then the workers; write readable lines."""
-    # a handler, not SIG_IGN, which the stages would inherit
+    """Ignore Ctrl-C, because the flow ends the stages and then the workers; write readable logs."""
+    # a handler, because stages would inherit SIG_IGN
     signal.signal(signal.SIGINT, lambda *_: None)
     from flows.server.console_log import readable_logs
 
@@ -19,7 +19,7 @@ def dask_setup(_worker: Any) -> None:
 
 
 async def dask_teardown(_worker: Any) -> None:
-    """Send what Prefect has not been told yet: the last lines, and that the last stage has ended."""
+    """Send pending logs and the last stage's state to Prefect."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 

@@ -1,6 +1,6 @@
-"""Stages on a cluster end with the flow that started them: it leaves a pulse in the workspace, and they feel for it.
+"""The heartbeat of a flow: it writes a heartbeat file, and its stages on a cluster stop when the file goes stale.
 
-A signal reaches only this machine, and neither Dask nor Ray ends a task that has begun.
+A signal reaches only this machine, and neither Dask nor Ray stops a running task.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pathlib import Path
 
 PULSES = Path(".modelpress/pulse")
 BEAT = 2.0  # seconds
-LOOK = 0.5  # seconds between two looks at the least
-# without a beat: then the flow is gone without having said so; they take a minute, as a slow network disk may
+LOOK = 0.5  # minimum seconds between two looks
+# looks without a beat until the flow counts as gone: a minute, to tolerate a slow network disk
 LOOKS = 120
 
 
 @contextmanager
 def beating(root: Path, run: str) -> Iterator[Path]:
-    """Beat while the body runs; the file that tells. Once it is gone, the stages stop.
+    """Write the heartbeat file while the body runs, and yield its path. Stages stop once it is deleted.
 
-    Call it only where `root` is held by this run: what a killed run has left there is removed.
+    Call it only while this run holds `root`: files left by a killed run are removed.
     """
     folder = root / PULSES
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,9 +49,9 @@ def beating(root: Path, run: str) -> Iterator[Path]:
 
 
 def gone(path: Path) -> Callable[[], bool]:
-    """A function that says whether the flow of this pulse is gone; call it often, it looks seldom.
+    """Return a function that tells whether the flow of this heartbeat is gone; call it often, it limits its looks.
 
-    Looks are counted, not time: clocks of machines differ, and a suspended laptop beats no more than it looks.
+    It counts looks, not time: machines' clocks differ, and a suspended laptop neither beats nor looks.
     """
     last, same, looked = "", 0, 0.0
 
@@ -65,7 +65,7 @@ def gone(path: Path) -> Callable[[], bool]:
             beat = path.read_text(encoding="ascii")
         except FileNotFoundError:
             same = LOOKS
-        except OSError:  # a network disk that is away for a moment
+        except OSError:  # a network disk that is briefly unavailable
             same += 1
         else:
             same = same + 1 if beat == last else 0

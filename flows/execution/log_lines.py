@@ -1,6 +1,6 @@
-r"""A program's output as log lines: what a terminal would redraw in place becomes one line every few seconds.
+r"""A program's output as log lines: a progress bar becomes one line every few seconds.
 
-A progress bar writes `\r`, then its text, and no newline. Read as lines it would be silent for minutes.
+A progress bar writes `\r` and its text without a newline; read by lines, it would be silent for minutes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _BAR = re.compile(
     r"^(?:(?P<name>.*?):\s*)?\s*\d+%\|.*\|\s*(?P<n>[\d.]+\w?)/(?P<total>[\d.]+\w?)"
     r"\s*\[(?P<spent>[\d:]+)<(?P<left>[\d:?]+)"
 )
-# the same where the total is not known: `name: 1.2MB [00:01, 4.0MB/s]`
+# with an unknown total: `name: 1.2MB [00:01, 4.0MB/s]`
 _COUNT = re.compile(r"^(?P<name>\S.*?):\s*(?P<n>[\d.]+\w*)\s*\[(?P<spent>[\d:]+), .*/s\]$")
 
 
 class Lines:
     """Turns chunks of output into log lines.
 
-    A finished line is passed on at once. A bar is passed on when it is first seen to last, then every `every`
-    seconds, and at its end if it was shown before; bars whose names differ only in digits are one bar.
+    A finished line is passed on at once. A bar is passed on once it has lasted a second, then every `every`
+    seconds, and at its end if it was shown before; bars whose names differ only in digits count as one.
     """
 
     def __init__(self, every: float = EVERY, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,24 +34,24 @@ class Lines:
         self._clock = clock
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._rest = ""
-        self.share: float | None = None  # of the work that the last bar passed on says is done, 0 to 1
+        self.share: float | None = None  # finished share according to the last bar passed on, 0 to 1
         self._due: dict[str, float] = {}
         self._shown: dict[str, str] = {}
 
     def feed(self, chunk: bytes) -> Iterator[str]:
-        """Lines for `chunk`; an empty chunk means that the program was silent for a moment."""
+        """Yield the lines for `chunk`; an empty chunk means that the program was silent."""
         self._rest += self._decoder.decode(chunk)
         *done, self._rest = self._rest.split("\n")
         for line in done:
             yield from self._line(line)
-        # all but the newest state of a bar can be forgotten
+        # only the newest state of a bar matters
         _, mark, newest = self._rest.rpartition("\r")
         if mark and newest.strip():
             yield from self._redrawn([newest])
             self._rest = "\r" + newest
 
     def close(self) -> Iterator[str]:
-        """What is left when the program has ended."""
+        """Yield the remaining output when the program has ended."""
         rest, self._rest = self._rest, ""
         yield from self._line(rest)
 
@@ -81,14 +81,14 @@ class Lines:
         ended = bar is not None and bar["n"] == bar.groupdict().get("total") and self._shown.get(key) == name
         if now >= due or ended:
             self._due[key] = now + self._every
-            # a bar that has ended is not shown again, however often it is redrawn
+            # a finished bar is not shown again, even if redrawn
             self._shown[key] = "" if ended else name
             self.share = _share(name, bar) if bar else None
             yield line
 
 
 def _share(name: str, bar: re.Match[str]) -> float | None:
-    """How much is done; of a bar that is one of many, `(2/31): Calibrating`, of all of them."""
+    """The finished share; for one bar of many, `(2/31): Calibrating`, the share of all."""
     total = bar.groupdict().get("total")
     if total is None or bar["n"][-1:].isalpha() or total[-1:].isalpha() or not float(total):
         return None

@@ -1,4 +1,4 @@
-"""What to say of a stage that ran out of memory."""
+"""The error message for a stage that ran out of memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _LOWER = {
 
 
 def out_of_memory(stage: str, what: str, peak: int) -> str:
-    """One line on a stage that ran out of memory: `what` happened, its peak (bytes), and what to lower."""
+    """One line for a stage that ran out of memory. what: the event; peak: its peak memory, bytes."""
     kind = stage.partition("@")[0]
-    # the baseline is copied, whatever the calibration
+    # the baseline is only copied
     setting = None if stage == f"quantize@{BASE}" else _LOWER.get(kind)
     lower = f"lower {setting} in params.yaml, or " if setting else ""
     return (
-        f"{stage}: {what}; it was seen to hold {peak / 1e9:.1f} GB, and there are {total_memory() / 1e9:.1f} GB; "
+        f"{stage}: {what}; its peak was {peak / 1e9:.1f} GB of {total_memory() / 1e9:.1f} GB; "
         f"{lower}run one stage at a time (--jobs 1)"
     )

@@ -1,7 +1,7 @@
-"""What a stage wrote before is kept until it has written anew: DVC deletes outputs before it runs a stage.
+"""Back up a stage's outputs, because DVC deletes them before it runs a stage.
 
-The kept copy is made of hard links, so it costs neither time nor space. A run that was killed leaves it
-behind, and the next run puts it back first.
+The backup consists of hard links, so it costs neither time nor space. A killed run leaves it behind, and the next run
+restores it first.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ PART = ".part"
 
 @contextmanager
 def kept(root: Path, stage: str, outs: Iterable[str]) -> Iterator[None]:
-    """Put the outputs `outs` (paths in `root`) back as they were if the body fails."""
+    """Back up the outputs `outs` (paths in `root`), and restore them if the body fails."""
     folder = root / KEPT / stage
-    # another worker was killed at this stage: first what was there before it
+    # another worker was killed in this stage: first restore its backup
     _put_back(root, folder, replace=True)
     part = folder.with_name(f"{stage}{PART}")
     shutil.rmtree(part, ignore_errors=True)
@@ -29,7 +29,7 @@ def kept(root: Path, stage: str, outs: Iterable[str]) -> Iterator[None]:
         if os.path.lexists(root / out):
             _link(root / out, part / quote(out, safe=""))
     if part.exists():
-        os.replace(part, folder)  # whole or not at all, or half an output would be put back over a whole one
+        os.replace(part, folder)  # atomic, so that no partial backup is ever restored
     try:
         yield
     except BaseException:
@@ -39,13 +39,13 @@ def kept(root: Path, stage: str, outs: Iterable[str]) -> Iterator[None]:
 
 
 def recover(root: Path) -> list[str]:
-    """Put back what a killed run took away; the paths that were missing and are there again."""
+    """Restore the backups of a killed run; return the restored paths."""
     folders = sorted((root / KEPT).iterdir()) if (root / KEPT).is_dir() else []
     return [path for folder in folders if folder.suffix != PART for path in _put_back(root, folder, replace=False)]
 
 
 def _put_back(root: Path, folder: Path, *, replace: bool) -> list[str]:
-    """Move what is kept in `folder` to its place: what is missing there, or with `replace` all of it."""
+    """Move the backup in `folder` to its place: only missing outputs, or all with `replace`."""
     restored = []
     for source in sorted(folder.iterdir()) if folder.is_dir() else []:
         path = unquote(source.name)

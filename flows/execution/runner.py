@@ -1,9 +1,9 @@
-"""Where stages run: in threads of this process, or on the workers of a Dask or Ray cluster.
+"""The task runner for stages: threads of this process, or workers of a Dask or Ray cluster.
 
 modelpress run --runner dask                                     # a cluster of processes on this machine
-modelpress run --runner dask --cluster tcp://scheduler:8786      # one that is there
+modelpress run --runner dask --cluster tcp://scheduler:8786      # an existing cluster
 
-It says where, not what: results are the same bytes, so it is no part of params.yaml.
+Results are the same bytes with any runner, so it is not part of params.yaml.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 RUNNER_ENV = "MODELPRESS_RUNNER"
 CLUSTER_ENV = "MODELPRESS_CLUSTER"
-SPACE = Path(".modelpress/dask")  # where local workers keep what they write for themselves
+SPACE = Path(".modelpress/dask")  # temporary files of local workers
 
 
-class RunnerName(str, Enum):  # noqa: UP042 - a StrEnum is no drop-down in Prefect's form
+class RunnerName(str, Enum):  # noqa: UP042 - Prefect's form shows no drop-down for a StrEnum
     """The kinds of task runners."""
 
     threads = "threads"
@@ -34,7 +34,7 @@ class RunnerName(str, Enum):  # noqa: UP042 - a StrEnum is no drop-down in Prefe
 
 @dataclass(frozen=True)
 class Executor:
-    """Where stages run. cluster: the address of one that is there; None: one is started for this run."""
+    """The runner and cluster for stages. cluster: the address of an existing one; None: start one for this run."""
 
     runner: RunnerName = RunnerName.threads
     cluster: str | None = None
@@ -42,20 +42,20 @@ class Executor:
     def __post_init__(self) -> None:
         if self.cluster and self.runner is RunnerName.threads:
             raise FlowError(
-                f"found the cluster {self.cluster} with the runner threads, which needs none; add --runner dask or "
-                f"--runner ray ({RUNNER_ENV}), or leave the cluster out"
+                f"found the cluster {self.cluster} with the runner threads, which uses none; add --runner dask or "
+                f"--runner ray ({RUNNER_ENV}), or leave out the cluster"
             )
 
     @property
     def elsewhere(self) -> bool:
-        """Whether stages run in other processes than the flow's."""
+        """Whether stages run outside the flow's process."""
         return self.runner is not RunnerName.threads
 
 
 def executor_of(runner: RunnerName | None) -> Executor:
-    """The choice of a person, or where there is none that of the environment, in which the address always stands.
+    """The user's choice, or else the environment's; the address always comes from the environment.
 
-    An address is never taken from a browser: a cluster sends back objects that run code when they are read.
+    An address is never accepted from a browser: unpickling the objects that a cluster returns can run code.
     """
     named = os.environ.get(RUNNER_ENV) or RunnerName.threads.value
     try:
@@ -63,14 +63,14 @@ def executor_of(runner: RunnerName | None) -> Executor:
     except ValueError:
         names = ", ".join(name.value for name in RunnerName)
         raise FlowError(f"{RUNNER_ENV} is {named}; expected one of {names}; set one of them") from None
-    # the environment's cluster belongs to the environment's runner: Dask and Ray do not understand each other
+    # the environment's cluster is only for the environment's runner: Dask and Ray are incompatible
     return Executor(chosen, (os.environ.get(CLUSTER_ENV) or None) if chosen.value == named else None)
 
 
 def task_runner(executor: Executor, workers: int, root: Path) -> TaskRunner[Any]:
-    """A Prefect task runner for this place; where no cluster is named, its own has `workers` processes.
+    """Create a Prefect task runner; without an existing cluster, a local one with `workers` processes.
 
-    Nothing is started before the first stage is submitted. FlowError if the extra is not installed.
+    Starts nothing before the first stage is submitted. FlowError if the extra is not installed.
     """
     if executor.runner is RunnerName.dask:
         return _dask(executor.cluster, workers, root)
@@ -96,9 +96,9 @@ def _dask(cluster: str | None, workers: int, root: Path) -> TaskRunner[Any]:
         "processes": True,
         "host": "127.0.0.1",
         "dashboard_address": None,
-        "memory_limit": 0,  # a worker only waits for a stage, whose memory Dask does not see
+        "memory_limit": 0,  # a worker only waits for a stage process, whose memory Dask does not see
         "local_directory": str(space),
-        "security": True,  # whoever reaches a scheduler runs code as us: let nobody else on this machine in
+        "security": True,  # access to a scheduler allows running code as this user: keep other users out
         "preload": "flows.execution.dask_worker",
     }
     return DaskTaskRunner(cluster_kwargs=options)
@@ -106,7 +106,7 @@ def _dask(cluster: str | None, workers: int, root: Path) -> TaskRunner[Any]:
 
 def _ray(cluster: str | None, workers: int) -> TaskRunner[Any]:
     try:
-        import ray  # noqa: F401 - prefect-ray imports it late and then fails in the middle of a run
+        import ray  # noqa: F401 - prefect-ray imports it late and would fail during a run
         from prefect_ray.task_runners import RayTaskRunner
     except ImportError as error:
         raise _missing("ray", error) from error

@@ -1,7 +1,7 @@
-"""A stage that several runs need at once is computed by one of them; the others wait and take its result.
+"""Single flight: when several runs need the same stage at once, one computes it and the others take its result.
 
-Runs in their own checkouts share DVC's cache, but DVC locks a checkout, not the cache: without this, two runs that
-reach the same stage together would both compute it.
+Workspaces share DVC's cache, but DVC locks a checkout, not the cache: otherwise two runs that reach the same stage
+together would both compute it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ LOCKS = Path(".modelpress/stages")
 
 
 def stage_key(root: Path, stage: Stage) -> str:
-    """sha256 of all that decides what `stage` writes: its command, parameters, code and the bytes that it reads.
+    """sha256 of everything that determines the outputs of `stage`: command, parameters, code and input bytes.
 
-    To be taken when the stages before it have ended, for it reads their outputs' checksums from dvc.lock.
+    Call it after the upstream stages have ended, because it reads their outputs' checksums from dvc.lock.
     """
     made = {out["path"]: out.get("md5") for entry in lock_stages(root).values() for out in entry.get("outs", [])}
     reads: dict[str, object] = {}
@@ -35,10 +35,10 @@ def stage_key(root: Path, stage: Stage) -> str:
 
 @contextmanager
 def computed_once(home: Path, key: str, waiting: Callable[[], None]) -> Iterator[int]:
-    """Hold the stage `key` for all runs that share `home`; while another run holds it, call `waiting` again and again.
+    """Lock the stage `key` among all runs that share `home`; while another run holds it, call `waiting` repeatedly.
 
-    Yields the lock as an open file. It goes with the last process that has it open, however that ends, so whoever gives
-    it to the stage's guard keeps others away until nothing of a stage is left whose worker was killed.
+    Yields the lock as an open file. It is released when the last process that has it open ends: pass it to the stage's
+    guard, so that other runs wait until a killed worker's stage is completely gone.
     """
     folder = home / LOCKS
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def computed_once(home: Path, key: str, waiting: Callable[[], None]) -> Iterator
 
 
 def _digest(path: Path) -> str | None:
-    """sha256 of a file, or of a folder's files and their names; None if there is nothing."""
+    """sha256 of a file, or of a folder's files and their names; None if it does not exist."""
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     else:

@@ -1,4 +1,4 @@
-"""Damage that DVC does not get over by itself, and what to do about it."""
+"""Damage from which DVC does not recover, and its remedy."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from flows.errors import FlowError
 
 LOCK_FILE = "dvc.lock"
 RWLOCK = Path(".dvc/tmp/rwlock")
-REMEDY = "`modelpress doctor --repair` mends it"
+REMEDY = "`modelpress doctor --repair` fixes it"
 
 
 def check_dvc(root: Path) -> None:
-    """FlowError for the first thing in `root` that would make DVC fail or wait for ever."""
+    """FlowError for the first problem in `root` that would make DVC fail or hang."""
     for problem in damage(root):
         raise FlowError(problem)
 
 
 def damage(root: Path) -> Iterator[str]:
-    """What is damaged in `root`, each with its remedy."""
+    """Yield each damage in `root` with its remedy."""
     if not (root / ".dvc").is_dir():
-        yield f"{root} is no DVC project: .dvc is missing; use a clone of the repository, or run `dvc init`"
+        yield f"{root} is not a DVC project: .dvc is missing; use a clone of the repository, or run `dvc init`"
     if problem := lock_file_problem(root):
         yield f"{LOCK_FILE} {problem}; {REMEDY}"
     if problem := locks_problem(root):
@@ -34,7 +34,7 @@ def damage(root: Path) -> Iterator[str]:
 
 
 def lock_file_problem(root: Path) -> str | None:
-    """What is wrong with dvc.lock; None if nothing is, or it is not there."""
+    """The problem of dvc.lock; None if it is sound or missing."""
     path = root / LOCK_FILE
     if not path.is_file():
         return None
@@ -45,7 +45,7 @@ def lock_file_problem(root: Path) -> str | None:
 
 
 def sound_lock_file(text: str) -> bool:
-    """Whether DVC can read the text as its lock file: every stage has a command, every item a path."""
+    """Whether the text is a valid dvc.lock: every stage has a command, every item a path."""
     try:
         content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - both are safe
         stages = content["stages"]
@@ -60,20 +60,20 @@ def _sound_stage(stage: Any) -> bool:
 
 
 def locks_problem(root: Path) -> str | None:
-    """What is wrong with DVC's locks of files; None if nothing is."""
+    """The problem of DVC's file locks; None if they are sound."""
     try:
         holders = _holders(root)
     except (ValueError, TypeError, KeyError, AttributeError):
         return "is damaged, as after a crash"
     for pid, command in holders.items():
-        # DVC believes in a lock as long as any process has the number of the one that took it
+        # DVC honours a lock as long as any process has the id of its holder
         if psutil.pid_exists(pid) and not _is_dvc(pid):
-            return f"is held by process {pid} ({command}), which is not DVC any more"
+            return f"is held by process {pid} ({command}), which is no longer DVC"
     return None
 
 
 def dvc_at_work(root: Path) -> Iterator[tuple[int, str]]:
-    """Process and command of every DVC that holds files of `root`."""
+    """Process and command of every DVC that locks files of `root`."""
     try:
         holders = _holders(root)
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -82,7 +82,7 @@ def dvc_at_work(root: Path) -> Iterator[tuple[int, str]]:
 
 
 def _holders(root: Path) -> dict[int, str]:
-    """Process -> command of all that DVC's lock file names; ValueError and its like if it is damaged."""
+    """Process -> command of all holders in DVC's lock file; ValueError or similar if it is damaged."""
     try:
         held = json.loads((root / RWLOCK).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -97,5 +97,5 @@ def _is_dvc(pid: int) -> bool:
         words = [Path(word) for word in " ".join(psutil.Process(pid).cmdline()).split()]
     except psutil.Error:
         return False
-    # the program, `python -m dvc`, `python .../dvc/__main__.py`; not an editor of dvc.yaml
+    # dvc, `python -m dvc` or `python .../dvc/__main__.py`; not an editor of dvc.yaml
     return any(word.name in ("dvc", "dvc.exe") or word.parts[-2:] == ("dvc", "__main__.py") for word in words)

@@ -1,4 +1,4 @@
-"""`--set key=value`: a change to params.yaml that keeps its comments, refused whole if the result is bad."""
+"""`--set key=value`: change params.yaml, keeping its comments; refused as a whole if the result is invalid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tasks.settings import Settings, check_settings, load_settings
 
 
 def read_settings(path: Path) -> Settings:
-    """The settings in `path`; FlowError naming each field that is wrong."""
+    """The settings in `path`; FlowError naming each wrong field."""
     try:
         return load_settings(path)
     except TaskError as error:
@@ -29,18 +29,18 @@ def read_settings(path: Path) -> Settings:
 
 
 def package_name(text: str, origin: str) -> str:
-    """The package's name in the text of a params.yaml, also one that an earlier version wrote and `read_settings`
-    refuses; FlowError, naming the `origin`, if there is none."""
+    """The package's name in the text of a params.yaml, also of an earlier version that `read_settings` refuses;
+    FlowError naming the `origin` if there is none."""
     try:
         return str(yaml.safe_load(text)["package"]["name"])
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise FlowError(f"{origin} names no package; expected package.name there") from error
+        raise FlowError(f"{origin} names no package; expected package.name") from error
 
 
 def override(path: Path, changes: list[str]) -> list[str]:
-    """Apply Hydra overrides (`key=value`, `+key=value`, `~key`) to the settings file; returns what changed.
+    """Apply Hydra overrides (`key=value`, `+key=value`, `~key`) to the settings file; return the changes.
 
-    The result is checked before it takes the file's place; FlowError leaves the file as it was.
+    The result is validated before it replaces the file; FlowError leaves the file unchanged.
     """
     read_settings(path)
     text = path.read_text(encoding="utf-8")
@@ -50,35 +50,34 @@ def override(path: Path, changes: list[str]) -> list[str]:
     try:
         check_settings(after, f"--set {' --set '.join(changes)}")
     except TaskError as error:
-        raise FlowError(f"{error}; {path.name} is as it was") from error
+        raise FlowError(f"{error}; {path.name} is unchanged") from error
     if after != before:
         _replace(path, _edited(text, after))
     return list(_differences(before, after))
 
 
 def _overridden(scratch: Path, text: str, changes: list[str]) -> Any:
-    """The values in `text` after the changes, by DVC's own reading of `--set-param`."""
+    """The values in `text` after the changes, parsed like DVC's `--set-param`."""
     from dvc.exceptions import DvcException
 
     scratch.write_text(text, encoding="utf-8")
     for change in changes:
         if "=" not in change and not change.startswith("~"):
             raise FlowError(f"--set {change}: expected KEY=VALUE, or ~KEY to remove one")
-        if "${" in change:  # Hydra would fill in what the environment holds, tokens included
-            raise FlowError(f"--set {change}: ${{...}} is not filled in here; write the value itself")
+        if "${" in change:  # Hydra would insert environment variables, including tokens
+            raise FlowError(f"--set {change}: ${{...}} is not supported; write the value itself")
         try:
             _apply(scratch, change)
         except DvcException as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
             raise FlowError(
-                f"--set {change}: {reason}; KEY=VALUE changes a key that is there, +KEY=VALUE adds one, "
-                "~KEY removes one"
+                f"--set {change}: {reason}; KEY=VALUE changes an existing key, +KEY=VALUE adds one, ~KEY removes one"
             ) from error
     return yaml.safe_load(scratch.read_text(encoding="utf-8"))
 
 
 def _apply(path: Path, change: str) -> None:
-    """One override; a value that is no expression of Hydra's, such as `wheel:a==1/b`, is taken as plain text."""
+    """Apply one override; a value that Hydra cannot parse, such as `wheel:a==1/b`, is plain text."""
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import apply_overrides
     from hydra.errors import OverrideParseException
@@ -94,7 +93,7 @@ def _apply(path: Path, change: str) -> None:
 
 
 def _edited(text: str, values: Any) -> str:
-    """`text` with only those places changed where it differs from `values`."""
+    """Edit `text` only where it differs from `values`."""
     editor = YAML()
     editor.preserve_quotes = True
     editor.width = 10_000
@@ -107,7 +106,7 @@ def _edited(text: str, values: Any) -> str:
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes an empty value as `null`; a class of its own, since DVC in this process writes it otherwise."""
+    """Writes an empty value as `null`; a separate class, because DVC configures the base class differently."""
 
 
 _Representer.add_representer(
@@ -133,7 +132,7 @@ def _inline(value: list[Any]) -> CommentedSeq:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Whole or not at all, with the file's own permissions."""
+    """Replace the file atomically, keeping its permissions."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
-"""dvc.yaml -> ordered stages with their upstreams, and what a run would do with each, by DVC's internals.
+"""Read dvc.yaml as ordered stages with their upstreams, and what a run would do with each, through DVC's internals.
 
-The plan is read with one Repo object that no other thread sees, and nothing is changed by reading it.
+Uses its own Repo object, which no other thread sees; reading changes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ACTIONS: dict[State, str] = {"changed": "run", "cached": "restore", "unchanged":
 
 @dataclass(frozen=True)
 class Out:
-    """One output of a stage; `size` in bytes as dvc.lock has it, None before the first run."""
+    """One output of a stage; `size` in bytes from dvc.lock, None before the first run."""
 
     path: str
     size: int | None
@@ -36,8 +36,8 @@ class Out:
 class Stage:
     """One stage of dvc.yaml and what a run would do with it.
 
-    unchanged: nothing; cached: DVC's run cache has the outputs for these inputs, they are put back without
-    running; changed: it runs, unless what it follows turns out to write the same bytes as before.
+    unchanged: nothing; cached: restore its outputs for these inputs from DVC's run cache; changed: run it, unless its
+    upstreams turn out to write the same bytes as before.
     """
 
     name: str
@@ -46,23 +46,23 @@ class Stage:
     reasons: tuple[str, ...]
     outs: tuple[Out, ...]
     command: str
-    deps: tuple[str, ...]  # files and folders that it reads, in the checkout
-    params: Mapping[str, Any]  # file -> the parameters that it reads there
+    deps: tuple[str, ...]  # input files and folders, in the checkout
+    params: Mapping[str, Any]  # file -> its parameters in it
 
 
 Plan = Mapping[str, Stage]  # by name, every stage after its upstreams
 
 
 def read_plan(root: Path) -> dict[str, Stage]:
-    """What a run in `root` would do; FlowError where DVC cannot read the project."""
+    """What a run in `root` would do; FlowError if DVC cannot read the project."""
     with _repo(root) as repo:
         import networkx as nx
 
-        graph = repo.index.graph  # its edges point from a stage to what the stage needs
+        graph = repo.index.graph  # edges point from a stage to its upstreams
         position = {stage: n for n, stage in enumerate(repo.index.stages)}
         order = list(nx.lexicographical_topological_sort(graph.reverse(), key=lambda s: position[s]))
         plan: dict[str, Stage] = {}
-        restored: dict[str, Any] = {}  # path -> hash of the outputs that the run cache would put back
+        restored: dict[str, Any] = {}  # path -> hash of outputs that the run cache would restore
         for stage in order:
             ups = sorted(graph.successors(stage), key=lambda s: position[s])
             plan[stage.name] = _judge(repo, stage, ups, plan, restored)
@@ -70,13 +70,13 @@ def read_plan(root: Path) -> dict[str, Stage]:
 
 
 def cache_folder(root: Path) -> Path:
-    """The folder of DVC's cache in `root`: of objects and of the run cache."""
+    """The folder of DVC's cache in `root`: objects and run cache."""
     with _repo(root) as repo:
         return Path(str(repo.cache.local_cache_dir))
 
 
 def forget_others(root: Path, stages: Collection[str]) -> None:
-    """Take out of dvc.lock what it says of stages that are not in `stages`."""
+    """Remove stages that are not in `stages` from dvc.lock."""
     from dvc.utils.serialize import modify_yaml
 
     with modify_yaml(str(root / "dvc.lock")) as lock:
@@ -85,7 +85,7 @@ def forget_others(root: Path, stages: Collection[str]) -> None:
 
 
 def summary(plan: Plan) -> str:
-    """One line on what a run would do."""
+    """Summarize in one line what a run would do."""
     count: Counter[str] = Counter(stage.state for stage in plan.values())
     words = {"changed": "to run", "cached": "to restore from the cache", "unchanged": "unchanged"}
     return f"{len(plan)} stages: " + ", ".join(f"{count[s]} {text}" for s, text in words.items() if count[s])
@@ -115,7 +115,7 @@ def _judge(repo: Repo, stage: PipelineStage, ups: list[PipelineStage], plan: Pla
 
 
 def _reasons(stage: PipelineStage, moving: list[PipelineStage]) -> list[str]:
-    """Why DVC would not skip the stage, in a person's words; what its moving upstreams write is left out."""
+    """Readable reasons why DVC would not skip the stage, except changes by its upstreams that run."""
     if not any(item.hash_info for item in [*stage.deps, *stage.outs]):
         return ["has not run yet"]
     reasons = ["its command changed"] if stage.changed_stage() else []
@@ -124,7 +124,7 @@ def _reasons(stage: PipelineStage, moving: list[PipelineStage]) -> list[str]:
     deps = [] if stage.frozen else [dep for dep in stage.deps if not touches(Path(dep.fs_path), theirs)]
     for item in [*deps, *stage.outs]:
         for what, status in item.status().items():
-            # of parameters the status is a mapping: key -> new, modified, deleted
+            # for parameters, the status is a mapping: key -> new, modified, deleted
             if isinstance(status, dict):
                 reasons += [f"{what}: {key} is {how}" for key, how in status.items()]
             else:
@@ -133,7 +133,7 @@ def _reasons(stage: PipelineStage, moving: list[PipelineStage]) -> list[str]:
 
 
 def touches(path: Path, others: list[Path]) -> bool:
-    """Whether `path` is one of the others, inside one of them, or around one."""
+    """Whether `path` equals, contains or is inside one of the others."""
     return any(path == other or path in other.parents or other in path.parents for other in others)
 
 
@@ -145,7 +145,7 @@ def _follows(names: list[str]) -> str:
 def _restorable(
     repo: Repo, stage: PipelineStage, moving: list[PipelineStage], restored: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Hashes by path of the outputs that the run cache would put back for `stage`; None if it has to run."""
+    """Hashes by path of the outputs that the run cache would restore for `stage`; None if it must run."""
     from dvc.stage.cache import _get_cache_hash
     from dvc.stage.loader import StageLoader
     from dvc.stage.serialize import to_single_stage_lockfile
@@ -154,13 +154,13 @@ def _restorable(
         return None
     cache = repo.stage_cache
     if not moving and not stage.changed_stage() and stage.deps_cached() and all(o.hash_info for o in stage.outs):
-        entry = to_single_stage_lockfile(stage)  # only its outputs are missing or were modified
+        entry = to_single_stage_lockfile(stage)  # only outputs are missing or modified
     else:
         for dep in stage.deps:
             if dep.def_path in restored:
                 dep.hash_info, dep.meta = restored[dep.def_path]
             elif not dep.exists or touches(Path(dep.fs_path), [Path(out.fs_path) for up in moving for out in up.outs]):
-                return None  # something will be put back inside it: its hash is not known before
+                return None  # a restore will change its contents: hash unknown yet
             else:
                 dep.save()
         key = _get_cache_hash(to_single_stage_lockfile(stage), key=True)
@@ -171,7 +171,7 @@ def _restorable(
         return None
     StageLoader.fill_from_lock(stage, entry)
     for out in stage.outs:
-        out.use_cache = True  # the run cache keeps also what is not kept otherwise
+        out.use_cache = True  # the run cache also stores uncached outputs
     if not stage.outs_cached():
         return None
     return {out.def_path: (out.hash_info, out.meta) for out in stage.outs}
@@ -179,7 +179,7 @@ def _restorable(
 
 @contextmanager
 def _repo(root: Path) -> Iterator[Repo]:
-    """DVC's view of `root`, silent; its errors become FlowError."""
+    """DVC's Repo for `root`, silent; its errors become FlowError."""
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -194,7 +194,7 @@ def _repo(root: Path) -> Iterator[Repo]:
 
 
 def _chain(error: BaseException) -> str:
-    """An error of DVC with its causes, in one line: the useful part is often in the cause."""
+    """An error of DVC and its causes in one line: the useful part is often in a cause."""
     parts: list[str] = []
     cause: BaseException | None = error
     while cause is not None:

@@ -1,4 +1,4 @@
-"""Ask the work's side whether the settings can work, before any work is done."""
+"""Run the settings check of tasks/ before any work starts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ FILE = Path("tasks/checks/preflight.py")
 
 
 def check_settings_work(root: Path, downloaded: bool) -> None:
-    """FlowError with the reason if the checkout's tasks/checks/preflight.py refuses, or is not there.
+    """FlowError with the reason if the checkout's tasks/checks/preflight.py fails or is missing.
 
-    downloaded: the model is in `models/source`, and variants are checked against it.
+    downloaded: whether the model is in `models/source`, to check variants against it.
     """
     if not (root / FILE).is_file():
         raise FlowError(
-            f"{root} has no {FILE}, which checks the settings before any work starts; run in a whole checkout of the "
+            f"{root} has no {FILE}, which checks the settings before work starts; run in a complete checkout of the "
             f"project, or restore the file: git checkout -- {FILE}"
         )
     status, lines = run_module(root, PROGRAM, *([MODEL] if downloaded else []), own=True)

@@ -1,1 +1,1 @@
-"""Prefect's server and pages on this machine."""
+"""Prefect's server and web pages on this machine."""

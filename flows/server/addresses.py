@@ -1,4 +1,4 @@
-"""Where the server of a checkout is at work, for whoever else needs it. Free of Prefect: it is read before that."""
+"""The addresses of a checkout's running server. Does not import Prefect: read before it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 
 from flows.errors import FlowError
 
-STATE = Path(".modelpress/serve.json")  # locked while a server is at work; it holds the addresses
+STATE = Path(".modelpress/serve.json")  # holds the addresses; locked while a server runs
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the pages are, and Prefect's API."""
+    """The addresses of the web pages of Prefect and MLflow."""
 
     prefect: str
     mlflow: str
 
     @property
     def api(self) -> str:
-        """Prefect's API."""
+        """The address of Prefect's API."""
         return f"{self.prefect}/api"
 
 
 def at_work(root: Path) -> Addresses | None:
-    """The addresses of the server that is at work in `root`; None if there is none."""
+    """The addresses of the server running in `root`; None if there is none."""
     path = root / STATE
     try:
         with path.open("a+", encoding="utf-8") as file:
@@ -44,7 +44,7 @@ def at_work(root: Path) -> Addresses | None:
 
 @contextmanager
 def announced(root: Path, addresses: Addresses) -> Iterator[None]:
-    """Hold the place and say the addresses while the body runs; FlowError if another server is there."""
+    """Hold the lock and publish the addresses while the body runs; FlowError if another server is running."""
     path = root / STATE
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Log lines for a person at a terminal: time | stage | message, without the state machinery of Prefect."""
+"""Log lines for the terminal: time | stage | message, without Prefect's state messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Format(logging.Formatter):
 
 
 def _worth_reading(record: logging.LogRecord) -> bool:
-    """Our own lines, and warnings of others; how a run failed is said once, by the command line."""
+    """Keep our lines, and warnings of others; the command line reports a failure once."""
     if OURS in Path(record.pathname).parents:
         return record.levelno >= logging.INFO
     engine = record.name.startswith(("prefect.flow_runs", "prefect.task_runs", "prefect._internal"))
@@ -28,8 +28,8 @@ def _worth_reading(record: logging.LogRecord) -> bool:
 
 
 def readable_logs(stream: TextIO | None = None) -> None:
-    """Write the logs of flows and stages to `stream` (stderr) in place of Prefect's own console lines."""
-    import prefect  # noqa: F401 - sets up the handlers that are replaced here
+    """Write the logs of flows and stages to `stream` (default stderr) instead of Prefect's console lines."""
+    import prefect  # noqa: F401 - installs the handlers that are replaced here
 
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_Format())

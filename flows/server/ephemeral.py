@@ -1,7 +1,7 @@
-"""Prefect for a run at a terminal: its settings, a server that ends with the run, and readable lines.
+"""Prefect for a run at a terminal: its settings, a server that ends with the run, and readable logs.
 
-Prefect can start a temporary server by itself, but that one is left behind when the run is killed, dies of
-the Ctrl-C that was meant for the run, and starts late. This one starts early and under a guard.
+Prefect's own temporary server is left behind when the run is killed, dies of the Ctrl-C meant for the run, and starts
+late. This one starts early and under a guard.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from flows.processes.process import Process
 from flows.server.addresses import at_work
 
 START_SECONDS = 120.0  # the first start creates the database
-PORTS = range(10_000, 32_768)  # below those that Linux, macOS and Windows hand out to whoever asks for any
-RESTARTS = 5  # of one run's server: then something is wrong that a restart does not mend
+PORTS = range(10_000, 32_768)  # below the ephemeral ports of Linux, macOS and Windows
+RESTARTS = 5  # per run: beyond, a restart does not help
 
 
 def quiet(root: Path) -> None:
-    """Settings that must stand before Prefect, MLflow and DVC are imported; what a person has set stays."""
+    """Set the environment for Prefect, MLflow and DVC before their import; keep the user's settings."""
     defaults = {
         "PREFECT_HOME": str(root / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -40,7 +40,7 @@ def quiet(root: Path) -> None:
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
-        # a server that is away is noticed in seconds; MLflow's own patience is minutes
+        # notice an unreachable server in seconds instead of MLflow's minutes
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "DVC_NO_ANALYTICS": "1",
@@ -51,9 +51,9 @@ def quiet(root: Path) -> None:
 
 
 class Server:
-    """A Prefect server on 127.0.0.1 for this run alone; one that dies is started again, at the same address.
+    """A Prefect server on 127.0.0.1 for this run only; restarted at the same address if it dies.
 
-    Without that, everything that the run says to Prefect would be tried for half a minute, in vain.
+    Otherwise every call to Prefect would be retried for half a minute in vain.
     """
 
     def __init__(self, start: Callable[[], Process], url: str, log: Path) -> None:
@@ -65,7 +65,7 @@ class Server:
         self._watch = threading.Thread(target=self._keep_alive, daemon=True)
 
     def close(self) -> None:
-        """End it, with all that belongs to it."""
+        """Stop the server and all its processes."""
         self._closing.set()
         if self._watch.is_alive():
             self._watch.join()
@@ -80,25 +80,25 @@ class Server:
             self._process = self._start()
 
     def wait(self) -> None:
-        """Return when it answers; FlowError with the end of its log if it does not."""
+        """Wait until it answers; FlowError with the end of its log if it does not."""
         health = f"{self.url}/health"
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self._process.alive:
             with contextlib.suppress(OSError, HTTPException), urllib.request.urlopen(health, timeout=5):  # noqa: S310
-                self._watch.start()  # from now on its end is an accident, not a reason to give up
+                self._watch.start()  # from now on, restart it if it ends
                 return
             time.sleep(0.1)
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        errors = [line for line in lines if "Errno" in line]  # what follows the first is what came of it
-        reason = (errors[:1] or lines[-1:] or ["it gave no reason"])[0]
+        errors = [line for line in lines if "Errno" in line]  # the first is the cause of the others
+        reason = (errors[:1] or lines[-1:] or ["no error message"])[0]
         raise FlowError(f"the Prefect server did not start: {reason} (log: {self._log}); run `modelpress doctor`")
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens, and which nobody is given by chance.
+    """A free port of 127.0.0.1 outside the ephemeral range.
 
-    A server takes ten seconds until it listens; a port that the system hands out may be another's by then.
-    FlowError where none of a hundred can be had.
+    A server takes ten seconds until it listens; an ephemeral port may be taken by then. FlowError after a hundred
+    tries.
     """
     for port in random.sample(PORTS, 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -111,8 +111,7 @@ def free_port() -> int:
 def server(root: Path) -> Iterator[Server | None]:
     """Start a server and point Prefect at it (call its `wait` first).
 
-    None where one is there: the one that PREFECT_API_URL names, or that of `modelpress serve`, whose database two
-    servers must not share.
+    None if there is one: at PREFECT_API_URL, or that of `modelpress serve`, whose database two servers must not share.
     """
     if os.environ.get("PREFECT_API_URL"):
         yield None
@@ -133,7 +132,7 @@ def server(root: Path) -> Iterator[Server | None]:
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     env = {
         **os.environ,
-        # what Prefect sets for its own temporary server: no UI, no schedules, no analytics
+        # as for Prefect's own temporary server: no UI, no schedules, no analytics
         "PREFECT_UI_ENABLED": "0",
         "PREFECT__SERVER_EPHEMERAL": "1",
         "PREFECT__SERVER_FINAL": "1",
@@ -152,7 +151,7 @@ def server(root: Path) -> Iterator[Server | None]:
 
 
 def _send_the_rest() -> None:
-    """Logs and events not sent yet: once the server is gone, Prefect would wait for it for minutes."""
+    """Send pending logs and events: without the server, Prefect would wait for minutes."""
     if "prefect" in sys.modules:
         from prefect.events.worker import EventsWorker
         from prefect.logging.handlers import APILogWorker

@@ -1,1 +1,1 @@
-"""What is remembered of a run: MLflow, the model registry, Prefect's artifacts."""
+"""Records of a run: MLflow, the model registry, Prefect's artifacts."""

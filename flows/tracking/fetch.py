@@ -1,4 +1,4 @@
-"""`modelpress get`: the package of a finished run, out of DVC's cache, checked against its own checksums."""
+"""`modelpress get`: fetch the package of a finished run from DVC's cache, and verify its checksums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flows.workspace.worktree import TAG, tags
 
 
 def package_path(home: Path, tag: str) -> str:
-    """Where the package is in the run's checkout; FlowError if there is no such run."""
+    """The package's path in the run's checkout; FlowError if there is no such run."""
     if tag not in tags(home):
         some = ", ".join(tags(home)[:5]) or "none yet"
         raise FlowError(f"no finished run {tag}; there are: {some}")
@@ -23,10 +23,10 @@ def package_path(home: Path, tag: str) -> str:
 
 
 def fetch_package(home: Path, tag: str, destination: Path | None) -> Path:
-    """Write the package of the run `tag`, or of the `champion` that MLflow knows for the package of params.yaml, to
-    `destination` (a new folder, by default of the package's name).
+    """Write the package of the run `tag`, or of MLflow's `champion` for the package of params.yaml, to `destination`
+    (a new folder, by default with the package's name).
 
-    FlowError if the run is not there, the folder exists, or what arrives does not match its SHA256SUMS.
+    FlowError if there is no such run, the folder exists, or the files do not match their SHA256SUMS.
     """
     if tag == CHAMPION:
         params = home / "params.yaml"
@@ -35,7 +35,7 @@ def fetch_package(home: Path, tag: str, destination: Path | None) -> Path:
     path = package_path(home, tag)
     target = (destination or Path(Path(path).name)).resolve()
     if target.exists():
-        raise FlowError(f"{target} exists already; name another folder with --to, or remove it")
+        raise FlowError(f"{target} already exists; name another folder with --to, or remove it")
     fetch_output(home, path, tag, target)
     if wrong := [name for name, digest in _sums(target) if _sha256(target / name) != digest]:
         raise FlowError(f"{target} does not match its SHA256SUMS: {', '.join(wrong)}; `modelpress doctor --repair`")

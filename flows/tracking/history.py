@@ -1,4 +1,4 @@
-"""`modelpress history`: the finished runs that MLflow remembers, side by side."""
+"""`modelpress history`: compare the finished runs in MLflow."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ _SQLITE = "sqlite:///"
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run. ended: seconds since 1970; scheme and figures are of the winner, and None or empty where
-    unknown."""
+    """One finished run. ended: seconds since 1970; scheme and figures: of the winner, None or empty if unknown."""
 
     ended: float
     name: str
@@ -26,16 +25,16 @@ class Finished:
     winner: str
     scheme: str
     size_bytes: float | None
-    retention: tuple[float, float, float] | None  # estimate, and the ends of its interval
+    retention: tuple[float, float, float] | None  # estimate, and bounds of its interval
     perplexities: dict[str, float]  # by text
-    champion_of: str | None  # the name of the package, if the champion came out of this run
+    champion_of: str | None  # the package's name, if its champion is from this run
 
 
 def finished_runs(home: Path) -> list[Finished]:
-    """All finished runs, the newest first; none where MLflow has no store yet. FlowError if MLflow does not work."""
+    """All finished runs, newest first; empty if MLflow has no store yet. FlowError if MLflow fails."""
     uri = tracking_uri(home)
     if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).exists():
-        return []  # looking must not create it
+        return []  # do not create it
     try:
         client, experiment = open_store(home)
         runs = list(_all_runs(client, experiment))
@@ -51,7 +50,7 @@ def finished_runs(home: Path) -> list[Finished]:
 
 
 def _finished(run: Any, winner: Any | None, champions: Mapping[str, str]) -> Finished:
-    """winner: what MLflow holds of the variant that won."""
+    """winner: MLflow's run of the winning variant."""
     tag = run.data.tags.get(GIT_TAG, "")
     metrics = winner.metrics if winner else {}
     retention = tuple(metrics.get(f"report.retention.{key}") for key in ("mean", "low", "high"))
@@ -74,7 +73,7 @@ def _finished(run: Any, winner: Any | None, champions: Mapping[str, str]) -> Fin
 
 
 def _all_runs(client: Any, experiment: str) -> Iterator[Any]:
-    """Parents and children, the newest first."""
+    """Parents and children, newest first."""
     page: str | None = None
     while True:
         found = client.search_runs(
@@ -90,7 +89,7 @@ def _all_runs(client: Any, experiment: str) -> Iterator[Any]:
 
 
 def _champions(client: Any) -> dict[str, str]:
-    """The package's name by the run and by the tag that its champion came from."""
+    """The package's name by the run and by the tag of its champion."""
     found: dict[str, str] = {}
     page: str | None = None
     while True:

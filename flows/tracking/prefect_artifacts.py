@@ -1,4 +1,4 @@
-"""What a person sees of a run in Prefect's pages: the plan, the result table, the summary with its plot and links."""
+"""A run's artifacts in Prefect's pages: plan, result table, summary with plot, links."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from flows.tracking.result_markdown import result
 from flows.tracking.run_facts import read_json
 from tasks.reporting.columns import columns, one_line
 
-MLFLOW_UI = "MODELPRESS_MLFLOW_UI"  # the environment variable that holds the address of MLflow's pages
+MLFLOW_UI = "MODELPRESS_MLFLOW_UI"  # environment variable with the address of MLflow's pages
 
 
 class ProgressArtifact:
-    """How far a stage is, in Prefect's pages: made when there is something to show, then moved along."""
+    """A stage's progress in Prefect's pages: created on the first report, then updated."""
 
     def __init__(self, stage: str) -> None:
         self._key = stage.replace("@", "-")
         self._id: Any = None
 
     def __call__(self, share: float, line: str) -> None:
-        """Show that `share` (0 to 1) of the work is done; a server that is away is no reason to stop the stage."""
+        """Show that `share` (0 to 1) of the work is done; an unreachable server does not stop the stage."""
         with suppress(Exception):
             if self._id is None:
                 self._id = create_progress_artifact(100 * share, key=self._key, description=line)
@@ -42,7 +42,7 @@ class ProgressArtifact:
 
 
 def show_result(root: Path) -> None:
-    """The variants as a table of figures, and the result as a page with the plot."""
+    """Publish the variants as a table, and the result as a page with the plot."""
     summary = read_json(root / "report/summary.json")
     if variants := summary.get("variants"):
         described = columns(summary)
@@ -53,14 +53,14 @@ def show_result(root: Path) -> None:
 
 
 def show_run(root: Path, home: Path, tag: str, flow_run: str) -> None:
-    """Where a finished run in a workspace is kept: its tag, its package, its record in MLflow."""
+    """Publish the locations of a finished run in a workspace: tag, package, record in MLflow."""
     package = read_json(root / "report/summary.json").get("winner")
     lines = [
         f"Kept as the tag `{tag}`. In a clone of the repository:",
         f"```\ngit checkout {tag} && dvc repro    # nothing to do: everything is in DVC's cache\n```",
     ]
     if package:
-        lines.append(f"The package, made of `{package}`:\n```\nmodelpress get {tag}\n```")
+        lines.append(f"The package, from `{package}`:\n```\nmodelpress get {tag}\n```")
     pages, found = os.environ.get(MLFLOW_UI), find_run(home, flow_run)
     if pages and found:
         url = f"{pages}/#/experiments/{found[0]}/runs/{found[1]}"
@@ -70,13 +70,13 @@ def show_run(root: Path, home: Path, tag: str, flow_run: str) -> None:
 
 
 def show_plan(plan: Plan) -> None:
-    """What a run would do with each stage, and why."""
+    """Publish what a run would do with each stage, and why."""
     rows = [{"stage": s.name, "what": ACTIONS[s.state], "why": "; ".join(s.reasons)} for s in plan.values()]
     create_table_artifact(key="plan", table=rows, description="what a run would do; nothing was done")
 
 
 def _plot(path: Path) -> str:
-    """The picture itself, inside the text: the page then needs no other server."""
+    """The plot embedded in the text, so that the page needs no other server."""
     if not path.is_file():
         return ""
     return f"![quality over size](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})"

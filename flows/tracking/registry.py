@@ -1,6 +1,6 @@
-"""The registry of the team's packages in MLflow: a version for each, and the alias `champion` on the best.
+"""The registry of packages in MLflow: a version for each, and the alias `champion` on the best.
 
-No bytes are copied: a version points to the package in DVC's cache, by path, checksum and the run's tag.
+A version points to the package in DVC's cache by path, checksum and the run's tag; no bytes are copied.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STAGE = "package"
 
 @dataclass(frozen=True)
 class Package:
-    """A package of a finished run: its name, the variant that it was made of, and where its bytes are."""
+    """A package of a finished run: its name, variant and location."""
 
     name: str
     variant: str
@@ -42,9 +42,9 @@ class Package:
 
 
 def register(root: Path, home: Path, tag: str, commit: str, flow_run: str, log: Log) -> None:
-    """Register the package that the run in `root` left as `tag`, and make it the champion if it deserves that.
+    """Register the package of the run in `root`, tagged `tag`, and make it the champion if it is better.
 
-    The same bytes make no second version. What does not work here is said, and costs the run nothing.
+    The same bytes are not registered twice. A failure is logged and does not fail the run.
     """
     try:
         with _one_at_a_time(home), _default_store(home):
@@ -54,7 +54,7 @@ def register(root: Path, home: Path, tag: str, commit: str, flow_run: str, log: 
 
 
 def champion_tag(home: Path, name: str) -> str:
-    """The tag of the run that made the champion of the packages `name`; FlowError if there is none."""
+    """The tag of the run of the champion of the packages `name`; FlowError if there is none."""
     try:
         client, _ = open_store(home)
         version = _champion(client, name)
@@ -75,7 +75,7 @@ def _register(root: Path, home: Path, tag: str, commit: str, flow_run: str, log:
         return
     version = _same(client, package)
     if version:
-        log.info("MLflow: the same package is version %s of %s already", version.version, package.name)
+        log.info("MLflow: the same package is already version %s of %s", version.version, package.name)
     else:
         version = _new_version(client, experiment, run[1] if run else None, package, _figures(root, package))
         log.info("MLflow: registered as version %s of %s", version.version, package.name)
@@ -85,12 +85,11 @@ def _register(root: Path, home: Path, tag: str, commit: str, flow_run: str, log:
     reason = _why_not(root, home, champion, package) if champion is not None else None
     if reason is None:
         client.set_registered_model_alias(package.name, CHAMPION, version.version)
-        log.info("%s: version %s is the %s now", package.name, version.version, CHAMPION)
+        log.info("%s: version %s is now the %s", package.name, version.version, CHAMPION)
     else:
         assert champion is not None
         log.info(
-            "%s: version %s (%s) stays the %s, since of the new package: %s; to overrule that, move the alias in "
-            "MLflow's pages",
+            "%s: version %s (%s) stays the %s; the new package: %s; to override this, move the alias in MLflow's pages",
             package.name,
             champion.version,
             champion.tags.get(GIT_TAG),
@@ -100,7 +99,7 @@ def _register(root: Path, home: Path, tag: str, commit: str, flow_run: str, log:
 
 
 def _package(root: Path, tag: str, commit: str) -> Package | None:
-    """What the run packaged, as dvc.lock has it; None if its pipeline has no such stage."""
+    """The run's package from dvc.lock; None if its pipeline has no such stage."""
     outs = lock_stages(root).get(STAGE, {}).get("outs", [])
     winner = read_json(root / "report/summary.json").get("winner")
     if not outs or not winner:
@@ -110,7 +109,7 @@ def _package(root: Path, tag: str, commit: str) -> Package | None:
 
 
 def _figures(root: Path, package: Package) -> dict[str, str]:
-    """What the report says of the packaged variant, for whoever looks at the version."""
+    """The report's figures of the packaged variant, as tags of the version."""
     row = read_json(root / "report/summary.json")["variants"][package.variant]
     retention = row.get("retention") or {}
     values = {"size_bytes": row.get("size_bytes"), "identity": row.get("identity"), "verdict": row.get("reason")}
@@ -119,7 +118,7 @@ def _figures(root: Path, package: Package) -> dict[str, str]:
 
 
 def _same(client: MlflowClient, package: Package) -> ModelVersion | None:
-    """The version that holds the same bytes."""
+    """The version with the same bytes."""
     found = client.search_model_versions(f"name = '{package.name}' and tag.`dvc.md5` = '{package.md5}'")
     return found[0] if found else None
 
@@ -144,7 +143,7 @@ def _new_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    # what mlflow.register_model does, without its words on stderr
+    # like mlflow.register_model, without its output on stderr
     source = f"models:/{model.model_id}"
     return client.create_model_version(package.name, source, run_id=run, tags=tags, model_id=model.model_id)
 
@@ -162,7 +161,7 @@ def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
 
 
 def _why_not(root: Path, home: Path, champion: ModelVersion, package: Package) -> str | None:
-    """Why the package does not take the champion's place; None if it does."""
+    """The reason why the package does not become the champion; None if it does."""
     share = read_json(root / "report/summary.json")["variants"][package.variant]["gate"]
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +174,7 @@ def _why_not(root: Path, home: Path, champion: ModelVersion, package: Package) -
 
 @contextmanager
 def _one_at_a_time(home: Path) -> Iterator[None]:
-    """Two runs that end together must not both look for a champion before one is there."""
+    """Lock, so that two runs that end together do not both find no champion."""
     path = home / ".modelpress/registry.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -185,7 +184,7 @@ def _one_at_a_time(home: Path) -> Iterator[None]:
 
 @contextmanager
 def _default_store(home: Path) -> Iterator[None]:
-    """MLflow's registry looks for models in the default store, whichever store it was opened with."""
+    """Make `home`'s store the default: MLflow's registry always looks for models in the default store."""
     name = "MLFLOW_TRACKING_URI"
     before: Any = os.environ.get(name)
     os.environ[name] = tracking_uri(home)

@@ -1,4 +1,4 @@
-"""The result of a run as Markdown, for Prefect's pages: the field, the verdicts, the winner. All is in summary.json."""
+"""The result of a run as Markdown for Prefect's pages, from summary.json: table, verdicts, winner."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tasks.reporting.columns import columns, one_line, reasons, winner_line
 
 
 def result(summary: Mapping[str, Any], plot: str) -> str:
-    """Table, reasons, winner, the `plot` as it is given, notes, the contract's hash; what is not there is empty."""
+    """Table, reasons, winner, the given `plot`, notes and the contract's hash; missing parts are left out."""
     because = "\n".join(f"- **{name}**: {reason}" for name, reason in reasons(summary).items())
     parts = [_table(summary), because, f"**{winner_line(summary)}**", plot, *summary.get("notes", [])]
     if contract := summary.get("contract_hash"):
-        parts.append(f"Evaluation contract `{contract}`; all of it is in report/index.html.")
+        parts.append(f"Evaluation contract `{contract}`; details in report/index.html.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -1,6 +1,6 @@
-"""DVC's remote: how a private workspace reaches the one of the person's checkout, and how a finished run is sent there.
+"""DVC's remote: share the configuration of the user's checkout with a workspace, and push a finished run.
 
-Which remote, and with what credentials, is DVC's own configuration: `dvc remote add -d NAME URL`.
+Remote and credentials are configured in DVC: `dvc remote add -d NAME URL`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from configobj import ConfigObj
 from flows.processes.run_module import error_line, run_module
 
 CONFIG = Path(".dvc/config")
-LOCAL = Path(".dvc/config.local")  # not in git, so a worktree does not have it: credentials may be in it
+LOCAL = Path(".dvc/config.local")  # not in git, so missing in a worktree; may contain credentials
 
 
 def share_dvc(home: Path, root: Path, cache: Path | str) -> None:
-    """Let the worktree `root` of `home` use its cache, and its remotes with what only this machine knows of them."""
+    """Configure the worktree `root` of `home` to use its cache, and its remotes with their local settings."""
     config = _read(home / LOCAL)
     config.setdefault("cache", {})["dir"] = str(cache)
-    for part in (_read(home / CONFIG), _read(home / LOCAL)):  # the second has the last word
+    for part in (_read(home / CONFIG), _read(home / LOCAL)):  # the second overrides the first
         for section, values in part.items():
             url = values.get("url", "")
             if section.startswith('remote "') and url and "://" not in url:
-                # DVC reads it from where the configuration lies, which is elsewhere in a worktree
+                # relative to the configuration file, which is elsewhere in a worktree
                 config.setdefault(section, {})["url"] = os.path.normpath(home / ".dvc" / url)
     path = root / LOCAL
     path.touch(mode=0o600)
@@ -32,7 +32,7 @@ def share_dvc(home: Path, root: Path, cache: Path | str) -> None:
 
 
 def push(root: Path) -> str | None:
-    """Send what the checkout `root` holds to its default remote, if it has one; why that failed, if it did."""
+    """Push the checkout `root` to its default remote, if any; return the reason of a failure, otherwise None."""
     status, lines = run_module(root, "dvc", "config", "core.remote")
     if status or not lines:
         return None

@@ -1,4 +1,4 @@
-"""What a finished run wrote, out of DVC's cache, without touching any checkout."""
+"""Fetch outputs of finished runs from DVC's cache, without changing any checkout."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from flows.processes.run_module import error_line, run_module
 
 
 def fetch_output(home: Path, path: str, tag: str, target: Path) -> None:
-    """Write the output `path` of the run `tag` to `target`; FlowError if DVC's cache and remote do not have it."""
+    """Write the output `path` of the run `tag` to `target`; FlowError if neither DVC's cache nor its remote has it."""
     status, lines = run_module(home, "dvc", "get", str(home), path, "--rev", tag, "--out", str(target))
     if status:
         reason = error_line(lines, status)
-        raise FlowError(f"cannot fetch {path} of {tag}: {reason}; `dvc pull` gets what only a remote has")
+        raise FlowError(f"cannot fetch {path} of {tag}: {reason}; `dvc pull` fetches it from a remote")

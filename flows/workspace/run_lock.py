@@ -1,4 +1,4 @@
-"""One run at a time in one checkout."""
+"""The lock that allows one run at a time in a checkout."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LOCK = Path(".modelpress/run.lock")
 
 @contextmanager
 def exclusive(root: Path) -> Iterator[None]:
-    """Hold the checkout `root`; FlowError names the process that holds it already."""
+    """Lock the checkout `root`; FlowError names the process that already holds it."""
     path = root / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
-        for wait in (0.1, 0.2, 0.0):  # somebody may only be looking: `is_held`
+        for wait in (0.1, 0.2, 0.0):  # `is_held` locks it for a moment
             try:
-                # the lock goes with the process, however it ends
+                # the lock ends with the process in any case
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
@@ -30,7 +30,7 @@ def exclusive(root: Path) -> Iterator[None]:
         else:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise FlowError(f"another run (process {holder}) is at work in {root}; wait until it ends")
+            raise FlowError(f"another run (process {holder}) is active in {root}; wait until it ends")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -38,7 +38,7 @@ def exclusive(root: Path) -> Iterator[None]:
 
 
 def is_held(root: Path) -> bool:
-    """Whether a run is at work in the checkout `root`."""
+    """Whether a run is active in the checkout `root`."""
     try:
         with (root / LOCK).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""A private checkout for each deployed run: a git worktree of its own that shares DVC's cache.
+"""A private checkout for each deployed run: a git worktree that shares DVC's cache.
 
-The person's checkout is never touched. What a run leaves is a commit with its parameters, dvc.lock and metrics, and
-the tag `run/NAME` on it, so `git checkout run/NAME && dvc repro` has nothing to do.
+The user's checkout is never changed. A run ends as a commit with its parameters, dvc.lock and metrics, and the tag
+`run/NAME`, so `git checkout run/NAME && dvc repro` has nothing to do.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tasks.settings import Settings, check_settings
 RUNS = Path(".modelpress/runs")
 ABOUT = Path(".modelpress/run.json")
 TAG = "run/"
-KEPT = ("params.yaml", "dvc.lock", "metrics")  # what a run commits
-# folders that a workspace shares with the user's checkout: what was fetched, and which items were scored
+KEPT = ("params.yaml", "dvc.lock", "metrics")  # committed by a run
+# shared with the user's checkout: what was fetched, and the scores of items
 SHARED = (".modelpress/downloads", ".modelpress/scores")
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A run's private checkout. started: seconds since 1970; changes: KEY=VALUE; error: why it failed, if it did."""
+    """A run's private checkout. started: seconds since 1970; changes: KEY=VALUE; error: the reason of a failure."""
 
     name: str
     home: str
@@ -47,25 +47,25 @@ class Workspace:
 
     @property
     def root(self) -> Path:
-        """Where it is."""
+        """The workspace's folder."""
         return Path(self.home) / RUNS / self.name
 
     @property
     def tag(self) -> str:
-        """The tag that its commit gets."""
+        """The tag of its commit."""
         return TAG + self.name
 
     @property
     def running(self) -> bool:
-        """Whether a process is at work in it."""
+        """Whether a run is active in it."""
         return is_held(self.root)
 
 
 def open_workspace(home: Path, wanted: str, flow_run: str, changes: Iterable[str]) -> Workspace:
-    """A worktree of `home` at its commit, with the changes (KEY=VALUE) in its params.yaml.
+    """Create a worktree of `home` at its commit, with the changes (KEY=VALUE) in its params.yaml.
 
-    wanted: the run's name, which becomes the workspace's; one that is taken gets a part of the `flow_run` id added.
-    A second attempt of the same flow run goes on in its workspace. FlowError if a change is refused, or git fails.
+    wanted: the run's and the workspace's name; if taken, part of the `flow_run` id is appended. A retry of the same
+    flow run reuses its workspace. FlowError if a change is refused, or git fails.
     """
     name = re.sub(r"[^a-z0-9]+", "-", wanted.lower()).strip("-") or "run"
     for candidate in (name, f"{name}-{flow_run[:8]}"):
@@ -75,7 +75,7 @@ def open_workspace(home: Path, wanted: str, flow_run: str, changes: Iterable[str
         if not space.root.exists() and not git_says(home, "tag", "--list", space.tag):
             break
     else:
-        raise FlowError(f"there is a run {name} already: {space.root}; see `modelpress runs`")
+        raise FlowError(f"the run {name} already exists: {space.root}; see `modelpress runs`")
     git(home, "worktree", "add", "--quiet", "--detach", str(space.root), "HEAD")
     try:
         share_dvc(home, space.root, cache_folder(home))
@@ -92,7 +92,7 @@ def open_workspace(home: Path, wanted: str, flow_run: str, changes: Iterable[str
 
 
 def commit(space: Workspace) -> str:
-    """Commit what the run leaves and tag it; the commit. What belongs to variants that are no more is left out."""
+    """Commit and tag the run's results, without those of removed variants; return the commit."""
     stages = read_plan(space.root)
     forget_others(space.root, stages)
     outs = {out.path for stage in stages.values() for out in stage.outs}
@@ -111,18 +111,18 @@ _NOBODY = ["-c", "user.name=modelpress", "-c", "user.email=modelpress@localhost"
 
 
 def fail(space: Workspace, error: str) -> None:
-    """Write down why the run failed, for whoever looks into the workspace."""
+    """Record the reason of the failure in the workspace."""
     _write(replace(space, error=error))
 
 
 def remove(space: Workspace) -> None:
-    """Delete the workspace; DVC's cache keeps what was made in it."""
+    """Delete the workspace; its results stay in DVC's cache."""
     shutil.rmtree(space.root, ignore_errors=True)
     git(Path(space.home), "worktree", "prune")
 
 
 def settings_at_commit(home: Path) -> Settings:
-    """params.yaml as it is committed, which is what a new workspace holds. FlowError if it is invalid."""
+    """The committed params.yaml, as in a new workspace. FlowError if it is invalid."""
     try:
         return check_settings(yaml.safe_load(git(home, "show", "HEAD:params.yaml")), "params.yaml, as committed,")
     except TaskError as error:
@@ -130,13 +130,13 @@ def settings_at_commit(home: Path) -> Settings:
 
 
 def workspaces(home: Path) -> list[Workspace]:
-    """All that are there, the oldest first."""
+    """All workspaces, oldest first."""
     folders = (home / RUNS).iterdir() if (home / RUNS).is_dir() else ()
     return sorted((space for folder in folders if (space := _read(folder))), key=lambda space: space.started)
 
 
 def tags(home: Path) -> list[str]:
-    """The tags of finished runs, the newest first."""
+    """The tags of finished runs, newest first."""
     return git_says(home, "tag", "--list", f"{TAG}*", "--sort=-creatordate").splitlines()
 
 

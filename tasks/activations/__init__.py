@@ -1,1 +1,1 @@
-"""What each layer reads: Gram matrices, magnitudes, the weights of tokens."""
+"""Statistics of each layer's inputs: Gram matrices, magnitudes, token weights."""

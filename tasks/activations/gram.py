@@ -1,7 +1,7 @@
-"""Sums over what the linear layers of a decoder layer read: Gram matrix, largest and mean magnitude by channel.
+"""Sums over the inputs of a decoder layer's linear layers: Gram matrix, largest and mean magnitude by channel.
 
-Layers that read the same tensor, as q, k and v do, share theirs, under the name of the first of them. The output layer
-has sums as well.
+Linear layers with the same input tensor, such as q, k and v, share their sums, under the name of the first. The output
+layer has sums as well.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from torch import Tensor, nn
 from tasks.activations.store import READERS, statistics_file
 from tasks.tensor_files import OUTPUT, save
 
-BLOCK = 384  # rows of a Gram matrix in one product; what is left of them mirrors what is above
+BLOCK = 384  # rows of a Gram matrix per product; only the upper blocks are computed, the lower ones are mirrored
 
 
 class Inputs:
-    """Names what the linear layers of a layer read, in one pass through it, by the first that reads it."""
+    """Identifies each distinct input tensor in one pass through a layer by the first linear layer that reads it."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[Tensor, str]] = []  # holding them keeps them apart
+        self._seen: list[tuple[Tensor, str]] = []  # keeps the tensors alive, so that identities stay distinct
 
     def first(self, name: str, x: Tensor) -> str:
-        """The first layer that read this very tensor; `name` itself if none did."""
+        """The first layer that read this tensor object; `name` if there is none."""
         found = next((other for tensor, other in self._seen if tensor is x), None)
         if found is None:
             self._seen.append((x, name))
         return found or name
 
     def clear(self) -> None:
-        """Another pass begins."""
+        """Start another pass."""
         self._seen.clear()
 
 
 class Sums:
-    """Over the tokens of one input, float32; readers: the layers that read it. tokens: counted so far."""
+    """Sums over the tokens of one input, float32. readers: the layers that read it; tokens: counted so far."""
 
     def __init__(self, readers: list[str], channels: int, device: torch.device) -> None:
         self.readers = readers
         self.tokens = 0
-        self._gram = torch.zeros(channels, channels, device=device)  # in `add` its upper blocks alone
+        self._gram = torch.zeros(channels, channels, device=device)  # `add` fills only the upper blocks
         self._largest, self._total = torch.zeros(2, channels, device=device)
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Count what the layers read, [..., channels]. weights: of its tokens in the Gram matrix; None: all are 1."""
+        """Add inputs [..., channels]. weights: of the tokens in the Gram matrix; None: all 1."""
         x = x.flatten(0, -2).float()
         magnitude = x.abs()
         torch.maximum(self._largest, magnitude.amax(0), out=self._largest)
@@ -62,7 +62,7 @@ class Sums:
                 self._gram[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
 
     def tensors(self) -> dict[str, Tensor]:
-        """As they are stored: `gram`, `largest` and `mean` of tasks.activations.store.Input."""
+        """The stored tensors: `gram`, `largest` and `mean` of tasks.activations.store.Input."""
         for start in range(0, len(self._gram), BLOCK):
             end = start + BLOCK
             self._gram[end:, start:end] = self._gram[start:end, end:].T
@@ -71,10 +71,9 @@ class Sums:
 
 @contextmanager
 def recording_inputs(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Sums]]:
-    """Sums of what the linear layers inside `layer` read, by the first that reads it.
+    """Record the sums of the inputs of the linear layers in `layer`, by the first reader of each input.
 
-    weights: of the tokens that will pass, [sequences, length] by the first layer that reads them; where there are none,
-    all weigh the same.
+    weights: of the tokens, [sequences, length] by first reader; missing: all equal.
     """
     sums: dict[str, Sums] = {}
     inputs = Inputs()
@@ -99,7 +98,7 @@ def recording_inputs(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
 
 @torch.no_grad()
 def save_output_sums(norm: nn.Module, hidden: Sequence[Tensor], work: Path) -> None:
-    """Those of what the output layer reads. norm: the module before it; hidden: what that reads, a batch each."""
+    """Save the sums of the output layer's input. norm: the module before it; hidden: its input, in batches."""
     sums = Sums([OUTPUT], hidden[0].shape[-1], hidden[0].device)
     for rows in hidden:
         sums.add(norm(rows.float()))
@@ -107,7 +106,7 @@ def save_output_sums(norm: nn.Module, hidden: Sequence[Tensor], work: Path) -> N
 
 
 def save_sums(sums: Mapping[str, Sums], path: Path) -> None:
-    """A layer's sums as `tasks.activations.store.load_statistics` reads them."""
+    """Save a layer's sums for `tasks.activations.store.load_statistics`."""
     readers = json.dumps({name: one.readers for name, one in sums.items()})
     found = {f"{name}.{key}": tensor for name, one in sums.items() for key, tensor in one.tensors().items()}
     save(found, path, {READERS: readers})

@@ -1,13 +1,12 @@
-"""Statistics whose tokens count by how much of what the model says hangs on them, in each layer.
+"""Statistics that weight each token, in each layer, by its influence on the output (Fisher information).
 
-An error that a layer makes at one token changes the model's answers, at another it is hardly seen. A token's weight is
-the gradient, with respect to what a linear layer makes of it, of the log-likelihood of words drawn from the model's own
-predictions (the Fisher information): squared, summed over the layer's outputs, and then its root, which noise moves
-less. Gram matrices of weighted tokens: GuidedQuant (arXiv 2505.07004), with the square itself; RSQ (arXiv 2503.01820),
-with weights from the attention.
+A token's weight is the gradient of the log-likelihood of tokens drawn from the model's predictions, with respect to a
+linear layer's output: squared, summed over the layer's outputs, then the square root, which is less sensitive to noise.
+Gram matrices of weighted tokens: GuidedQuant (arXiv 2505.07004), with the square; RSQ (arXiv 2503.01820), with weights
+from attention.
 
-The model runs forward layer by layer and then backward, each layer computed anew from what it had read; on that way
-back its inputs are summed, each sequence as soon as its weights are known. One layer's weights are in memory at a time.
+The model runs forward and then backward, layer by layer, recomputing each layer from its saved input. The backward pass
+sums the inputs of each sequence as soon as its weights are known. One layer's weights are in memory at a time.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from tasks.tensor_files import save
 if TYPE_CHECKING:
     from tasks.model.decoder import Decoder
 
-SEED = 0  # of the words that are drawn
-KEPT = torch.bfloat16  # of activations and gradients between the layers: a weight needs no more
+SEED = 0  # for drawing tokens
+KEPT = torch.bfloat16  # dtype of saved activations and gradients: precise enough for token weights
 ROWS = "rows"
 
 
 @dataclass
 class Read:
     """One distinct input of a layer's linear layers, in one pass. x: [rows, length, channels]; square: the squared
-    gradient of what its readers make of it, float32 [rows, length], once the way back has passed."""
+    gradient of its readers' outputs, float32 [rows, length], filled in the backward pass."""
 
     x: Tensor
     readers: list[str] = field(default_factory=list)
@@ -47,10 +46,10 @@ class Read:
 
 
 def collect_weighed(decoder: Decoder, tokens: Tensor, work: Path) -> None:
-    """Write each layer's sums, and as `importance.N.safetensors` its tokens' weights: of each distinct input, by the
+    """Write each layer's sums, and its token weights as `importance.N.safetensors`: for each distinct input, by the
     first linear layer that reads it, float32 [sequences, length], with a mean of 1 in each sequence.
 
-    tokens: int64 [sequences, length]. What was written before an interruption is not done again.
+    tokens: int64 [sequences, length]. Resumes after an interruption.
     """
     if not _file(work, "importance", 0).exists():
         embedded = [rows.to(KEPT) for rows in decoder.embed(list(tokens.split(1)))]
@@ -62,13 +61,13 @@ def collect_weighed(decoder: Decoder, tokens: Tensor, work: Path) -> None:
 
 
 def load_importance(directory: Path, layer: int, device: str) -> dict[str, Tensor]:
-    """The tokens' weights in decoder layer `layer`, as `collect_weighed` wrote them; empty if it did not."""
+    """Load the token weights of decoder layer `layer` from `collect_weighed`; empty if there are none."""
     path = _file(directory, "importance", layer)
     return load_file(path, device=device) if path.exists() else {}
 
 
 def _forward(decoder: Decoder, hidden: list[Tensor], work: Path) -> None:
-    """Keep what each layer reads, and the gradient of what the last one makes. hidden: what the first reads."""
+    """Save each layer's input, and the gradient of the last layer's output. hidden: the first layer's input."""
     last = len(decoder)
     begun = max((index for index in range(last + 1) if _file(work, "hidden", index).exists()), default=0)
     if begun:
@@ -80,30 +79,30 @@ def _forward(decoder: Decoder, hidden: list[Tensor], work: Path) -> None:
             hidden = [decoder.run(index, layer, rows.float()).to(KEPT) for rows in hidden]
         _keep(hidden, work, "hidden", index + 1)
     save_output_sums(decoder.norm(), hidden, work)
-    draw = torch.Generator().manual_seed(SEED)  # of the CPU's, so that a GPU draws the same words
+    draw = torch.Generator().manual_seed(SEED)  # on the CPU, so that a GPU draws the same tokens
     with decoder.head() as head:
         found = [_likelihood_gradient(head, rows, draw) for rows in tqdm(hidden, desc="predictions", unit="sequence")]
     _keep(found, work, "gradient", last)
 
 
 def _likelihood_gradient(head: Callable[[Tensor], Tensor], hidden: Tensor, draw: torch.Generator) -> Tensor:
-    """The gradient of the log-likelihood of drawn words, with respect to what the output layer reads."""
+    """The gradient of the log-likelihood of drawn tokens with respect to the output layer's input."""
     parts = []
     for chunk in hidden.split(PREDICTED, 1):
         x = chunk.float().requires_grad_()
         logits = head(x)
         slope = logits.detach().float().softmax(-1)
-        # where a random share of the probabilities, added up, is reached; torch.multinomial takes three times as long
+        # inverse transform sampling; torch.multinomial takes three times as long
         shares = torch.rand(slope.shape[1], 1, generator=draw).to(slope.device)
         words = torch.searchsorted(slope[0].cumsum(-1), shares).clamp_(max=slope.shape[2] - 1)
-        # of the cross-entropy: the probabilities, less one for the word itself
+        # gradient of the cross-entropy: the probabilities, minus 1 for the drawn token
         slope[0].scatter_add_(1, words, torch.full_like(words, -1, dtype=slope.dtype))
         parts += torch.autograd.grad(logits, x, slope.to(logits.dtype))
     return torch.cat(parts, 1).to(KEPT)
 
 
 def _backward(decoder: Decoder, work: Path) -> None:
-    """Carry the gradient from the last layer to the first, and write each layer's sums and weights on the way."""
+    """Propagate the gradient from the last layer to the first, and write each layer's sums and token weights."""
     last = len(decoder)
     begun = min(index for index in range(last + 1) if _file(work, "gradient", index).exists())
     gradient = _rows(work, "gradient", begun, decoder.device)
@@ -121,8 +120,8 @@ def _backward(decoder: Decoder, work: Path) -> None:
                 for name, read in seen.items():
                     weight = _weight(torch.as_tensor(read.square))
                     weights.setdefault(name, []).append(weight)
-                    # made for every sequence and thrown away, in next to no time: made once, the peak of the demo's
-                    # statistics was 1.2 GB, not 1.0, for the C library then gave less memory back
+                    # creating it for every sequence costs next to nothing; created once, the peak of the demo's
+                    # statistics was 1.2 GB instead of 1.0, because the C library returned less memory
                     own = sums.setdefault(name, Sums(read.readers, read.x.shape[-1], read.x.device))
                     own.add(read.x, weight)
                 seen.clear()
@@ -134,7 +133,7 @@ def _backward(decoder: Decoder, work: Path) -> None:
 
 
 def _weight(square: Tensor) -> Tensor:
-    """From the squared gradient [rows, length] to weights with a mean of 1; where nothing hangs on any, all weigh 1."""
+    """Turn squared gradients [rows, length] into weights with a mean of 1; all 1 if all gradients are 0."""
     root = square.sqrt()
     mean = root.mean(-1, keepdim=True)
     return torch.where(mean > 0, root / mean, 1.0)
@@ -142,8 +141,8 @@ def _weight(square: Tensor) -> Tensor:
 
 @contextmanager
 def _watching(layer: nn.Module) -> Iterator[dict[str, Read]]:
-    """What the linear layers in `layer` read in a pass through it and back, by the first that reads it; to be cleared
-    before the next."""
+    """Record the inputs and output gradients of the linear layers in `layer`, by the first reader of each input. Clear
+    the result before the next pass."""
     seen: dict[str, Read] = {}
     inputs = Inputs()
 

@@ -1,10 +1,10 @@
-"""The memory that the pass over the calibration tokens takes."""
+"""The memory of the pass over the calibration tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-PREDICTED = 128  # tokens whose predictions importance.py holds at once; here, where nothing imports torch
+PREDICTED = 128  # tokens whose predictions importance.py holds at once; defined here to avoid an import of torch
 
 
 def needed_bytes(
@@ -17,19 +17,19 @@ def needed_bytes(
     device: str,
     product: int,
 ) -> int:
-    """The memory, bytes, that the pass takes beyond what the process holds: all activations twice, and the most of
+    """The additional memory of the pass, in bytes: all activations twice, and the maximum of
 
-    - the embedding, as it is stored and as float32,
-    - one layer's weights as they are stored and as they are multiplied with, its Gram matrices, and what one sequence
-      passes through inside the layer,
-    - where tokens are weighed, the output layer as those, and the predictions of `PREDICTED` tokens five times over.
+    - the embedding, as stored and as float32,
+    - one layer's weights, as stored and in the product dtype, its Gram matrices, and the activations of one sequence
+      inside the layer,
+    - with token weights, the output layer, likewise twice, and the predictions of `PREDICTED` tokens five times.
 
-    Where tokens are weighed, what a sequence leaves inside a layer for the way back comes on top, for the process does
-    not give it back: three times what it passes through. What is stored is in the processor's memory: on a GPU, whose
-    memory is meant there, it does not count.
+    With token weights, add three times the activations of one sequence inside a layer: they are saved for the backward
+    pass, and the process does not return their memory. Stored weights are in CPU memory: with a GPU, where the result
+    is GPU memory, they do not count.
 
-    widths: of the distinct inputs in a layer; the first is that of the layer itself. product: bytes of a weight in a
-    matrix product.
+    widths: of the distinct inputs in a layer; the first is the layer's own. product: bytes per weight in a matrix
+    product.
     """
     hidden, inner = widths[0], max(widths)
     activations = tokens * hidden

@@ -1,4 +1,4 @@
-"""One forward pass over the calibration tokens, all of the same weight."""
+"""One forward pass over the calibration tokens, with equal token weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
     from tasks.model.decoder import Decoder
 
-STATE, DONE = "state.safetensors", "done"  # what the next layer reads, while there is one
+STATE, DONE = "state.safetensors", "done"  # the next layer's input, until the last layer
 
 
 def collect_plain(decoder: Decoder, tokens: Tensor, work: Path) -> None:
-    """Every layer once over all tokens, one sequence at a time: it stays in a CPU's cache."""
+    """Run all tokens through each layer, one sequence at a time, which fits into the CPU's cache."""
     import torch
 
     from tasks.activations.gram import recording_inputs, save_output_sums, save_sums
@@ -38,7 +38,7 @@ def collect_plain(decoder: Decoder, tokens: Tensor, work: Path) -> None:
 
 
 def _resume(state: Path, hidden: list[Tensor]) -> int:
-    """The layer to go on with; `hidden` becomes what it reads."""
+    """The layer to resume at; `hidden` becomes its input."""
     from safetensors import safe_open
 
     if not state.exists():
@@ -47,5 +47,5 @@ def _resume(state: Path, hidden: list[Tensor]) -> int:
         done = int(file.metadata()[DONE])
         rows = file.get_tensor("hidden").to(hidden[0].device)
     hidden[:] = rows.split(1)
-    print(f"going on at layer {done}", flush=True)
+    print(f"resuming at layer {done}", flush=True)
     return done

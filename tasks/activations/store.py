@@ -1,4 +1,4 @@
-"""Statistics of the layers' inputs, as the statistics stage leaves them in files."""
+"""Read the statistics stage's files: statistics of the layers' inputs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tasks.tensor_files import OUTPUT
 if TYPE_CHECKING:
     from torch import Tensor
 
-READERS = "readers"  # key in a file's metadata: the linear layers that read each input
+READERS = "readers"  # metadata key: the linear layers that read each input
 
 
 @dataclass(frozen=True)
 class Input:
-    """What is known of a linear layer's inputs X, over all calibration tokens.
+    """Statistics of a linear layer's inputs X over all calibration tokens.
 
-    gram: X^T X, float32 [channels, channels], its tokens weighed if that was asked for. largest, mean: of the
-    magnitudes, float32 [channels].
+    gram: X^T X, float32 [channels, channels], with token weights if configured. largest, mean: of the magnitudes,
+    float32 [channels].
     """
 
     gram: Tensor
@@ -30,18 +30,18 @@ class Input:
 
 
 def statistics_file(directory: Path, layer: int | None) -> Path:
-    """Where the statistics of decoder layer `layer` are kept; None: those of the output layer."""
+    """The statistics file of decoder layer `layer`; None: the output layer."""
     return directory / (f"{OUTPUT}.safetensors" if layer is None else f"layers.{layer}.safetensors")
 
 
 def load_statistics(directory: Path, layer: int | None, device: str) -> dict[str, Input]:
-    """What is known of the input of each linear layer in decoder layer `layer`, by its name there; layers that read the
-    same input have the same object. layer: None for the output layer, `OUTPUT`. TaskError if there are none."""
+    """Load the statistics of each linear layer in decoder layer `layer`, by name; layers with the same input share an
+    object. layer: None for the output layer, `OUTPUT`. TaskError if there are none."""
     from safetensors import safe_open
 
     path = statistics_file(directory, layer)
     if not path.is_file():
-        raise TaskError(f"{path} is not there; run the statistics stage first: modelpress run")
+        raise TaskError(f"{path} not found; run the statistics stage first: modelpress run")
     found: dict[str, Input] = {}
     with safe_open(path, framework="pt", device=device) as file:
         for first, readers in json.loads(file.metadata()[READERS]).items():

@@ -1,7 +1,7 @@
-"""Refuse what cannot work before any work starts: unknown tasks, settings that do not fit the downloaded model.
+"""Refuse unknown tasks and settings that do not fit the downloaded model before any work starts.
 
-python -m tasks.checks.preflight                  # the settings by themselves
-python -m tasks.checks.preflight models/source    # and whether the variants fit the model there
+python -m tasks.checks.preflight                  # only the settings
+python -m tasks.checks.preflight models/source    # also whether the variants fit this model
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tasks.settings import Settings
 
 
 def check(settings: Settings, model: Path | None, evals: Path) -> None:
-    """TaskError for the first thing that cannot work. `model` None: it is not downloaded yet."""
+    """TaskError for the first problem. `model` None: not downloaded yet."""
     check_tasks(settings.evaluation.tasks, evals)
     load_exporter(settings.target).check(settings, model)
     if model is not None:

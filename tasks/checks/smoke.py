@@ -1,4 +1,4 @@
-"""Does a bundle load in its runtime and write something that is not nonsense? One fresh process, one prompt.
+"""Smoke test: load a bundle in its runtime in a fresh process, and check the text after one prompt.
 
 python -m tasks.checks.smoke dist/name transformers float32
 """
@@ -15,20 +15,20 @@ from tasks.errors import TaskError
 
 PROMPT = "The capital of France is"
 NEW_TOKENS = 24
-REPEATS = 4  # a short piece of text this often, and nothing else, is a broken model
-PIECE = 16  # characters of such a piece
+REPEATS = 4  # a text that only repeats a short piece this often indicates a broken model
+PIECE = 16  # longest such piece, characters
 TIMEOUT = 1800.0
-ROOT = Path(__file__).resolve().parents[2]  # where `python -m` finds tasks/
+ROOT = Path(__file__).resolve().parents[2]  # working directory for `python -m tasks...`
 FILE = Path("tasks/checks/smoke.py")
 
 
 def generates(bundle: Path, target: str, dtype: str) -> str:
-    """What the bundle writes after a fixed prompt, greedily, loaded offline in a process of its own.
+    """Return the bundle's greedy continuation of a fixed prompt, loaded offline in its own process.
 
-    Raises TaskError if it does not load, writes nothing, or only repeats itself.
+    TaskError if it does not load, writes nothing, or only repeats itself.
     """
     if not (ROOT / FILE).is_file():
-        raise TaskError(f"{ROOT} has no {FILE}, the program that tries the bundle; nothing is packaged. Install anew")
+        raise TaskError(f"{ROOT} has no {FILE}, the bundle's smoke test; nothing is packaged. Reinstall modelpress")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     command = [sys.executable, "-m", "tasks.checks.smoke", str(bundle.resolve()), target, dtype]
     try:
@@ -45,7 +45,7 @@ def generates(bundle: Path, target: str, dtype: str) -> str:
         raise TaskError(f"the bundle wrote nothing within {TIMEOUT:.0f} s in {target}; nothing is packaged") from error
     if done.returncode != 0:
         last = "\n".join(done.stderr.strip().splitlines()[-12:])
-        raise TaskError(f"the bundle does not load in {target}; nothing is packaged. Its last words:\n{last}")
+        raise TaskError(f"the bundle does not load in {target}; nothing is packaged. Its last output:\n{last}")
     text: str = json.loads(done.stdout.strip().splitlines()[-1])["text"]
     problem = nonsense(text)
     if problem:
@@ -57,12 +57,12 @@ def generates(bundle: Path, target: str, dtype: str) -> str:
 
 
 def nonsense(text: str) -> str | None:
-    """What is wrong with a continuation: nothing there, or one short piece over and over; None if neither."""
+    """The problem with a continuation: empty, or one short piece repeated; None if it is fine."""
     plain = text.strip()
     if not plain:
         return "writes nothing"
     for length in range(1, min(PIECE, (len(plain) + 1) // REPEATS) + 1):
-        # shifted by its own period, a text that only repeats itself does not change
+        # a repetitive text equals itself shifted by its period
         if plain[length:] == plain[:-length]:
             return "only repeats itself"
     return None
@@ -72,7 +72,7 @@ def main() -> None:
     """Load the bundle, generate, and print the text as one line of JSON."""
     if len(sys.argv) != 4:
         sys.exit("usage: python -m tasks.checks.smoke DIRECTORY TARGET DTYPE")
-    # heavy, and needed in the new process only
+    # slow to import, and needed only in the new process
     from tasks.runtimes import load_runtime
 
     directory, target, dtype = sys.argv[1:]

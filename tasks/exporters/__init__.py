@@ -1,6 +1,6 @@
-"""From a pressed model to what a target's runtime loads: one module per target, behind one protocol.
+"""Exporters from a quantized model to a target's files: one module per target, behind one protocol.
 
-An exporter transcodes and never rounds: casts of scales and splits of blocks are all that it does to a weight.
+An exporter transcodes and never rounds: it only casts scales and splits blocks.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from tasks.settings import TARGETS, Settings
 
 
 class Exporter(Protocol):
-    """What the export stage asks of a target."""
+    """The export stage's interface to a target."""
 
     def check(self, settings: Settings, model: Path | None) -> None:
-        """TaskError for what cannot be exported, before any work: by the settings, and by the downloaded `model`."""
+        """TaskError before any work if the settings or the downloaded `model` cannot be exported."""
 
     def export(self, model: Path, destination: Path) -> None:
-        """Write to the folder `destination` what the runtime needs instead of the files of `model`; what is not
-        written is linked by the stage. TaskError if the runtime cannot load such a model."""
+        """Write to the folder `destination` the runtime's replacements of files of `model`; the stage links all other
+        files. TaskError if the runtime cannot load such a model."""
 
 
 def check_group_sizes(settings: Settings, block: int, why: str) -> None:
-    """TaskError, naming the variant's key, unless all groups are multiples of `block` weights; why: they must be."""
+    """TaskError naming the variant's key unless all group sizes are multiples of `block`; why: the reason."""
     for name, variant in settings.variants.items():
         for key, size in variant.group_sizes:
             if size % block:
@@ -35,7 +35,7 @@ def check_group_sizes(settings: Settings, block: int, why: str) -> None:
 
 
 def load_exporter(target: str) -> Exporter:
-    """The exporter of a target; TaskError if there is none."""
+    """Return the exporter of a target; TaskError if there is none."""
     match target:
         case "transformers":
             from tasks.exporters.transformers import TransformersExporter

@@ -1,6 +1,6 @@
-"""The target `gguf`: one file for llama.cpp, with the weights that were solved, in the blocks that fit them.
+"""The target `gguf`: one file for llama.cpp, with the quantized weights transcoded into its blocks.
 
-The extra `gguf` of pyproject.toml brings llama.cpp (make gguf).
+Needs llama.cpp, from the extra `gguf` of pyproject.toml (make gguf).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class GgufExporter:
     def check(self, settings: Settings, model: Path | None) -> None:
         """See `Exporter`."""
         if find_spec("llama_cpp") is None:
-            raise TaskError("target is gguf, but llama.cpp is not installed here; add it with: make gguf")
+            raise TaskError("target is gguf, but llama.cpp is not installed; install it with: make gguf")
         check_group_sizes(settings, BLOCK, f"GGUF has a scale for each {BLOCK} weights")
         if model is not None:
             _check_model(settings, model)
 
     def export(self, model: Path, destination: Path) -> None:
-        """Write model.gguf and config.json; nothing where llama.cpp's own quantizer has made the file. TaskError if
-        llama.cpp has no such model, tokenizer or type of weights."""
+        """Write model.gguf and config.json; nothing if llama.cpp's quantizer already wrote the file. TaskError if
+        llama.cpp does not support the model, its tokenizer or its weight types."""
         from tasks.formats.gguf.file import NAME, write_gguf
         from tasks.formats.gguf.llama_model import check_tokens
 

@@ -1,4 +1,4 @@
-"""The target `transformers`: the pressed model as it is, for Transformers and vLLM."""
+"""The target `transformers`: the quantized model unchanged, for Transformers and vLLM."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ class TransformersExporter:
 
 
 _TIED = (
-    "the model ties the output layer to the embedding, and the target transformers cannot hold the two apart; "
+    "the model ties the output layer to the embedding, and the target transformers cannot separate them; "
     "leave output_layer out, or set target to onnx or gguf"
 )

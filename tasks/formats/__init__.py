@@ -1,8 +1,7 @@
-"""How a pressed model is written down and read back: one module per format, behind one protocol.
+"""Serialization of quantized models: one module per format, behind one protocol.
 
-A weight that was solved is the same thing in all of them: integers, scales and zero points, bit for bit. Of these,
-compressed_tensors, awq and gptq are formats of a whole model directory, which `format` in params.yaml names; nbits
-and gguf/ are what an exporter transcodes into.
+Every format stores the solved integers, scales and zero points bit for bit. compressed_tensors, awq and gptq are
+formats of a model directory, selected by `format` in params.yaml; exporters transcode into nbits and gguf/.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Layout:
-    """A pressed model as a format is to write it.
+    """The description of a quantized model for a format.
 
-    shapes: (rows, width) of the linear layers that are quantized, by their whole names; precisions: theirs, by the same
-    names. skip_layers: decoder layers left alone. act_order, damping: of GPTQ, as formats record them.
+    shapes: (rows, width) of the quantized linear layers, by full name; precisions: by the same names. skip_layers:
+    decoder layers left unquantized. act_order, damping: GPTQ settings that formats record.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -39,7 +38,7 @@ class Layout:
     damping: float = 0.0
 
     def only_precision(self) -> Precision:
-        """Of a format that knows one for all layers. TaskError if there are several."""
+        """The precision of all layers, for formats that hold only one. TaskError if there are several."""
         found = set(self.precisions.values())
         if len(found) != 1:
             raise TaskError(
@@ -49,51 +48,51 @@ class Layout:
 
 
 class Format(Protocol):
-    """A format of a model directory."""
+    """The format of a model directory."""
 
     @property
     def native(self) -> bool:
-        """Whether Transformers loads it without a library for GPUs."""
+        """Whether Transformers loads it without a GPU library."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Ends of the names of a quantized linear layer's tensors."""
+        """Name suffixes of a quantized linear layer's tensors."""
 
     def scale_dtype(self, model: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-        """Of scales, and of all that is not quantized. TaskError if the format has no place for the one asked for."""
+        """The dtype of scales and unquantized tensors. TaskError if the format cannot store the requested one."""
 
     def grid(self, scheme: Scheme, scales: torch.dtype) -> Grid:
-        """The grid of a scheme's weights."""
+        """The grid of a scheme's weights in this format."""
 
     def check(self, layout: Layout) -> None:
-        """TaskError naming the layer, what was found and what would fit, if the format cannot hold it."""
+        """TaskError naming the layer, the value and the supported values if the format cannot hold the model."""
 
     def pack(self, weight: QuantizedWeight, precision: Precision) -> dict[str, Tensor]:
-        """The tensors of a linear layer, by the ends of their names."""
+        """The tensors of a linear layer, by name suffix."""
 
     def describe(self, layout: Layout) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
 
     def check_config(self, config: Mapping[str, Any], where: str) -> None:
-        """TaskError if a directory's quantization_config is of a kind that cannot be read."""
+        """TaskError if a directory's quantization_config is of an unsupported kind."""
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> StoredLinear:
-        """The linear layer `name` from its tensors, by the ends of their names: what `pack` packed."""
+        """The inverse of `pack`: the linear layer `name` from its tensors, by name suffix."""
 
     def shape(self, sizes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]) -> tuple[int, int]:
-        """(rows, width) of a linear layer from the sizes of its tensors, by the ends of their names; read: of one."""
+        """(rows, width) of a linear layer from its tensors' sizes, by name suffix; read: reads one tensor."""
 
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A linear layer as it was solved."""
+    """A quantized linear layer."""
 
     weight: QuantizedWeight
     precision: Precision
 
 
 def load_format(name: str) -> Format:
-    """The format of a model directory that is called `name`; TaskError if there is none."""
+    """Return the format `name` of a model directory; TaskError if there is none."""
     match name:
         case "compressed-tensors":
             from tasks.formats.compressed_tensors import CompressedTensors
@@ -112,7 +111,7 @@ def load_format(name: str) -> Format:
 
 
 def check_groups(layout: Layout, advice: str = "") -> None:
-    """TaskError, naming the sizes that fit, if groups do not divide a layer's width. advice: what else helps."""
+    """TaskError naming the valid group sizes if one does not divide a layer's width. advice: another remedy."""
     for name, precision in layout.precisions.items():
         size, width = precision.grid.group_size, layout.shapes[name][1]
         if size and width % size:
@@ -124,7 +123,7 @@ def check_groups(layout: Layout, advice: str = "") -> None:
 
 
 def check_rows(layout: Layout, together: int, name: str) -> None:
-    """TaskError if the rows of a layer cannot be packed so many together, as the format `name` does."""
+    """TaskError if a layer's number of rows is not a multiple of `together`, the packing unit of the format `name`."""
     for layer, (rows, _) in layout.shapes.items():
         if rows % together:
             raise TaskError(
@@ -134,22 +133,22 @@ def check_rows(layout: Layout, together: int, name: str) -> None:
 
 
 def check_uniform(layout: Layout, name: str, bits: Sequence[int]) -> None:
-    """TaskError unless all layers have one precision of so many bits, activations stay as they are, and the embedding
-    and the output layer as well: all that the format `name` holds."""
+    """TaskError if the format `name` cannot hold the model: it needs one weight-only precision of `bits` in all layers,
+    and an unquantized embedding and output layer."""
     for layer in (OUTPUT, EMBEDDING):
         if layer in layout.precisions:
             raise TaskError(
-                f"the precision of {layer} is set, but the format {name} holds quantized decoder layers alone; "
+                f"the precision of {layer} is set, but the format {name} holds only quantized decoder layers; "
                 "set format to compressed-tensors, or leave it out"
             )
     precision = layout.only_precision()
     if precision.symmetric_activations is not None or precision.grid.bits not in bits:
         what = "rounded activations" if precision.symmetric_activations is not None else f"{precision.grid.bits} bits"
-        raise TaskError(f"the format {name} has no place for {what}; set format to compressed-tensors")
+        raise TaskError(f"the format {name} does not support {what}; set format to compressed-tensors")
 
 
 def float16_alone(name: str, asked: torch.dtype | None) -> torch.dtype:
-    """Of formats that store float16; TaskError if another precision was asked for."""
+    """The scale dtype of formats that store float16; TaskError if another one is requested."""
     import torch
 
     if asked not in (None, torch.float16):

@@ -1,4 +1,4 @@
-"""AutoAWQ's GEMM layout: 4-bit weights in groups with zero points, columns of the output interleaved in a word.
+"""AutoAWQ's GEMM layout: 4-bit weights in groups with zero points, output columns interleaved in a word.
 
 Source: AutoAWQ, awq/modules/linear/gemm.py. `qweight` int32 [width, rows / 8], eight 4-bit columns in a word in the
 order 0 2 4 6 1 3 5 7; `qzeros` int32 [groups, rows / 8], packed alike; `scales` float16 [groups, rows].
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from tasks.schemes import Scheme
 
 BITS = 4
-ROWS = 32  # of a layer that are packed together
-# where the columns 0..7 stand in a word, lowest four bits first
+ROWS = 32  # packed together
+# positions of the columns 0..7 in a word, lowest four bits first
 _PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 
 
@@ -54,9 +54,9 @@ class Awq:
         }
 
     def describe(self, layout: Layout) -> dict[str, Any]:
-        """What AutoAWQ writes into config.json."""
+        """The quantization_config that AutoAWQ writes."""
         grid = layout.only_precision().grid
-        # what readers take for the beginning of a name, a pattern or a part of a name
+        # readers match these as name prefixes, patterns or substrings
         skipped = [f"model.layers.{i}.{part}" for i in layout.skip_layers for part in ("self_attn", "mlp")]
         return {
             "bits": grid.bits,
@@ -73,7 +73,7 @@ class Awq:
         if found != (BITS, "gemm"):
             raise TaskError(
                 f"{where} is AWQ with bits={found[0]}, version={found[1]}; "
-                "4 bits in GEMM layout can be loaded; quantize it again so"
+                "only 4 bits in GEMM layout are supported; quantize it again"
             )
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> StoredLinear:
@@ -96,6 +96,6 @@ def pack_columns(values: Tensor) -> Tensor:
 
 
 def unpack_columns(packed: Tensor) -> Tensor:
-    """int32 [rows, columns / 8] -> uint8 [rows, columns], the columns in their own order."""
+    """int32 [rows, columns / 8] -> uint8 [rows, columns], in the original column order."""
     values: Tensor = (packed[:, :, None] >> (_PLACES.to(packed.device) * BITS)) & (2**BITS - 1)
     return values.to(torch.uint8).flatten(1)

@@ -1,6 +1,6 @@
-"""compressed-tensors: weights packed in words, or of 8 bits as they are; what vLLM and transformers load.
+"""compressed-tensors, for vLLM and transformers: weights packed in words, or stored as int8.
 
-Source: https://github.com/vllm-project/compressed-tensors, which packs and describes.
+Packing and config are those of https://github.com/vllm-project/compressed-tensors.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from tasks.schemes import Scheme
 
 SMALLEST = 16  # a group size is halved until it divides a layer's width, but not below this
-_IN_BYTES = torch.float32  # of the scales where weights lie in bytes: one for a row costs nothing
+_INT8_SCALES = torch.float32  # dtype of the scales of int8 weights: one per row costs nothing
 
 
 class CompressedTensors:
-    """See the protocol `Format`. Layers may differ from each other; activations may be rounded."""
+    """See the protocol `Format`. Layers may have different precisions; activations may be quantized."""
 
     native = True
     parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight")
@@ -37,7 +37,7 @@ class CompressedTensors:
 
     def grid(self, scheme: Scheme, scales: torch.dtype) -> Grid:
         """See `Format`."""
-        return Grid(scheme.bits, scheme.group_size, scheme.symmetric, scales if scheme.weight_only else _IN_BYTES)
+        return Grid(scheme.bits, scheme.group_size, scheme.symmetric, scales if scheme.weight_only else _INT8_SCALES)
 
     def check(self, layout: Layout) -> None:
         """See `Format`."""
@@ -54,7 +54,7 @@ class CompressedTensors:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
         grid = precision.grid
-        if _in_bytes(precision):
+        if _is_int8(precision):
             return {"weight": _signed(weight.integers, grid.middle), "weight_scale": weight.scales.float()}
         tensors = {
             "weight_packed": pack_to_int32(_signed(weight.integers, grid.middle), grid.bits),
@@ -74,15 +74,15 @@ class CompressedTensors:
         for name, precision in layout.precisions.items():
             layers.setdefault(precision, []).append(name)
         groups = sorted(layers.items(), key=lambda group: -len(group[1]))
-        # the class says it for a uniform model; beside it, compressed-tensors would not look for names
+        # a uniform model targets the class; with a class target, compressed-tensors ignores names
         schemes = [
             _scheme(precision, names if len(groups) > 1 else ["Linear"], layout.act_order)
             for precision, names in groups
         ]
-        formats = {"int-quantized" if _in_bytes(precision) else "pack-quantized" for precision in layers}
+        formats = {"int-quantized" if _is_int8(precision) else "pack-quantized" for precision in layers}
         for scheme, (precision, _) in zip(schemes, groups, strict=True):
             if len(formats) > 1:
-                scheme.format = "int-quantized" if _in_bytes(precision) else "pack-quantized"
+                scheme.format = "int-quantized" if _is_int8(precision) else "pack-quantized"
         config = QuantizationConfig(
             config_groups={f"group_{number}": scheme for number, scheme in enumerate(schemes)},
             format=formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -96,7 +96,7 @@ class CompressedTensors:
         """See `Format`."""
         kinds = {config.get("format")} | {group.get("format") for group in config.get("config_groups", {}).values()}
         if unknown := kinds - {None, "pack-quantized", "int-quantized", "mixed-precision"}:
-            raise TaskError(f"{where} holds compressed-tensors of the kind {unknown.pop()}, which cannot be read")
+            raise TaskError(f"{where} holds compressed-tensors of the unsupported kind {unknown.pop()}")
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> StoredLinear:
         """See `Format`."""
@@ -120,15 +120,15 @@ class CompressedTensors:
 
 
 def left_alone(layout: Layout) -> list[str]:
-    """As compressed-tensors names what is not quantized: the output layer, decoder layers that are skipped, and others
-    among quantized ones."""
+    """compressed-tensors' ignore list: the output layer, skipped decoder layers, and other unquantized linear
+    layers."""
     skipped = [rf"re:.*\.layers\.{index}\..*" for index in layout.skip_layers]
     others = [name for name in layout.shapes if name not in layout.precisions]
     return [*([] if OUTPUT in layout.precisions else [OUTPUT]), *skipped, *others]
 
 
-def _in_bytes(precision: Precision) -> bool:
-    """Whether weights lie as 8-bit integers, not in words: where activations are rounded, for products of integers."""
+def _is_int8(precision: Precision) -> bool:
+    """Whether weights are stored as int8, not packed in words: where activations are quantized."""
     return precision.symmetric_activations is not None
 
 
@@ -136,7 +136,7 @@ def _scheme(precision: Precision, names: list[str], act_order: bool) -> Quantiza
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     grid = precision.grid
-    if _in_bytes(precision):
+    if _is_int8(precision):
         weights = QuantizationArgs(num_bits=grid.bits, symmetric=True, strategy="channel")
         inputs = QuantizationArgs(num_bits=8, symmetric=precision.symmetric_activations, strategy="token", dynamic=True)
         return QuantizationScheme(targets=names, weights=weights, input_activations=inputs)
@@ -151,7 +151,7 @@ def _scheme(precision: Precision, names: list[str], act_order: bool) -> Quantiza
 
 
 def _symmetric_activations(name: str, config: Mapping[str, Any]) -> bool | None:
-    """How the input of the layer `name` is rounded; None: not at all."""
+    """Whether the input of the layer `name` is rounded symmetrically; None: not quantized."""
     for group in config.get("config_groups", {}).values():
         if name in group["targets"] or "Linear" in group["targets"]:
             inputs = group.get("input_activations")
@@ -160,12 +160,12 @@ def _symmetric_activations(name: str, config: Mapping[str, Any]) -> bool | None:
 
 
 def _unpack_words(tensors: Mapping[str, Tensor]) -> tuple[QuantizedWeight, int]:
-    """Weights packed in words, and their bits."""
+    """Unpack weights from words; also return their bits."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     rows, width = tensors["weight_shape"].tolist()
     scales = tensors["weight_scale"]
-    # a word holds a whole number of weights, and a row a whole number of words
+    # words hold whole weights, and rows whole words
     bits = 32 * tensors["weight_packed"].shape[1] // width
     middle = 2 ** (bits - 1)
     integers = unpack_from_int32(tensors["weight_packed"], bits, torch.Size((rows, width)))

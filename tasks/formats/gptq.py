@@ -1,9 +1,9 @@
-"""AutoGPTQ's layout, as vLLM, GPTQModel and ONNX Runtime GenAI's model builder read it.
+"""AutoGPTQ's layout, for vLLM, GPTQModel and ONNX Runtime GenAI's model builder.
 
 Source: AutoGPTQ, auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py. `qweight` int32 [width * bits / 32, rows], the
-inputs one after another from a word's lowest bits up; `qzeros` int32 [groups, rows * bits / 32], packed along the rows,
-each zero point less one; `scales` float16 [groups, rows]; `g_idx` int32 [width], the group of each input.
-A zero point of 0 has no place in it: some readers take -1 as it is and others modulo 16. Grids keep it at 1.
+inputs in order from a word's lowest bits; `qzeros` int32 [groups, rows * bits / 32], packed along the rows, each zero
+point minus one; `scales` float16 [groups, rows]; `g_idx` int32 [width], the group of each input.
+A zero point of 0 cannot be stored: some readers take -1 literally, others modulo 16. Grids keep zero points above 0.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from tasks.schemes import Scheme
 
 WORD = 32
-MAKERS = ["modelpress:0.1.0", "gptqmodel:0.9.0"]  # constants: the bytes of a model do not depend on our version
-ROWS = 8  # of a layer that are packed together
+MAKERS = ["modelpress:0.1.0", "gptqmodel:0.9.0"]  # constants, so that a model's bytes do not depend on our version
+ROWS = 8  # packed together
 
 
 class Gptq:
@@ -44,7 +44,7 @@ class Gptq:
         """See `Format`."""
         if layout.skip_layers:
             raise TaskError(
-                "skip_layers is set, but the format gptq has no place for layers that are left alone; "
+                "skip_layers is set, but the format gptq does not support unquantized layers; "
                 "set format to compressed-tensors or awq"
             )
         check_uniform(layout, "gptq", (4, 8))
@@ -64,9 +64,9 @@ class Gptq:
         }
 
     def describe(self, layout: Layout) -> dict[str, Any]:
-        """What AutoGPTQ writes into config.json. The groups lie in their own order, so `desc_act` is false whatever the
-        order they were solved in was. GPTQModel takes zero points of this layout from itself alone, as of the version
-        that wrote none of 0: `meta` names it as the layout's maker."""
+        """The quantization_config that AutoGPTQ writes. Groups are stored in their original order, so `desc_act` is
+        false in any solving order. GPTQModel accepts this layout's zero points only from its own version that wrote no
+        zero point of 0, so `meta` names that version as the maker."""
         grid = layout.only_precision().grid
         return {
             "bits": grid.bits,
@@ -85,7 +85,7 @@ class Gptq:
     def check_config(self, config: Mapping[str, Any], where: str) -> None:
         """See `Format`."""
         if config.get("desc_act"):
-            raise TaskError(f"{where} is GPTQ with desc_act=true; groups in their own order can be loaded")
+            raise TaskError(f"{where} is GPTQ with desc_act=true; only desc_act=false is supported")
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> StoredLinear:
         """See `Format`."""

@@ -1,8 +1,8 @@
 """ONNX Runtime's MatMulNBits: integers in blocks along the input, each block with a scale and a zero point.
 
 Source: the operator's schema, https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. A weight is
-(integer - zero) * scale; integers lie in bytes from the lowest bits up. A block has a power of two of weights, at least
-16: where a solved group is longer, its scale and zero point stand at each of its blocks, which changes no weight.
+(integer - zero) * scale; integers are packed into bytes from the lowest bits. A block has a power of two of weights, at
+least 16. The scale and zero point of a longer group are repeated for each of its blocks, which changes no weight.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from tasks.errors import TaskError
 from tasks.grid import QuantizedWeight
 
 BYTE = 8
-SMALLEST, LARGEST = 16, 64  # of the blocks that divide, 64 is the fastest to decode with, at 4 bits and at 8
+SMALLEST, LARGEST = 16, 64  # 64 decodes fastest, with 4 bits and with 8
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A weight [rows, width] as the operator reads it. integers: uint8 [rows, blocks, bytes], scales: float32 [rows,
+    """A weight [rows, width] in the operator's layout. integers: uint8 [rows, blocks, bytes], scales: float32 [rows,
     blocks], zeros: uint8 [rows, bytes]."""
 
     integers: Tensor
@@ -31,7 +31,7 @@ class Blocks:
 
 
 def block_size(name: str, group: int) -> int:
-    """How many weights of layer `name` share a block, where `group` of them share a scale; TaskError if none fits."""
+    """The block size of layer `name` for groups of `group` weights; TaskError if no block size divides them."""
     size = LARGEST
     while group % size:
         size //= 2
@@ -44,7 +44,7 @@ def block_size(name: str, group: int) -> int:
 
 
 def pack_blocks(solved: QuantizedWeight, bits: int, size: int) -> Blocks:
-    """The weight in blocks of `size`, which must divide its groups."""
+    """Pack the weight in blocks of `size`, which must divide the group size."""
     rows, width = solved.integers.shape
     repeat = width // solved.scales.shape[1] // size
     scales, zeros = (part.repeat_interleave(repeat, dim=1) for part in (solved.scales.float(), solved.zeros))
@@ -53,7 +53,7 @@ def pack_blocks(solved: QuantizedWeight, bits: int, size: int) -> Blocks:
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """uint8 [rows, columns], `bits` of each in use -> uint8 [rows, bytes]; a row's last byte is filled up with 0."""
+    """uint8 [rows, columns] of `bits` each -> uint8 [rows, bytes]; a row's last byte is padded with 0."""
     each = BYTE // bits
     values = functional.pad(values, (0, -values.shape[1] % each)).view(len(values), -1, each)
     packed = torch.zeros_like(values[..., 0])
@@ -63,7 +63,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_blocks(packed: Blocks, bits: int) -> QuantizedWeight:
-    """What `pack_blocks` packed, in groups of one block."""
+    """The inverse of `pack_blocks`, with groups of one block."""
     rows, blocks, _ = packed.integers.shape
     return QuantizedWeight(
         unpack_bits(packed.integers.view(rows, -1), bits), packed.scales, unpack_bits(packed.zeros, bits)[:, :blocks]
@@ -71,7 +71,7 @@ def unpack_blocks(packed: Blocks, bits: int) -> QuantizedWeight:
 
 
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:
-    """uint8 [rows, bytes] -> [rows, bytes * 8 / bits], from the lowest bits up."""
+    """uint8 [rows, bytes] -> [rows, bytes * 8 / bits], from the lowest bits."""
     places = torch.arange(0, BYTE, bits, device=packed.device)
     values: Tensor = (packed[..., None] >> places) & (2**bits - 1)
     return values.to(torch.uint8).flatten(1)

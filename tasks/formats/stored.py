@@ -1,4 +1,4 @@
-"""A pressed model, read back from whichever format of a model directory it was written in."""
+"""Read a quantized model directory in any format."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tasks.tensor_files import TensorFiles
 
 
 class StoredModel:
-    """The tensors of a model directory, those of quantized linear layers unpacked.
+    """The tensors of a model directory, with quantized linear layers unpacked.
 
     quantized: names of these layers, such as model.layers.0.mlp.up_proj. dense: names of all other tensors.
-    TaskError if the directory is none of ours, or its quantization is of a kind that we do not write.
+    TaskError if the directory is not a model directory, or has an unsupported quantization.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -25,7 +25,7 @@ class StoredModel:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         self._config = config.get("quantization_config") or {}
         self._format = self._read_format(directory)
-        # a linear layer is quantized where it has more than a weight and a bias
+        # a quantized linear layer has more tensors than weight and bias
         ends = {"weight_packed", "weight_scale", "qweight"} if self._format else set()
         stems = {stem for stem, _, end in (name.rpartition(".") for name in self._files) if end in ends}
         parts = {f"{stem}.{end}" for stem in stems for end in (self._format.parts if self._format else ())}
@@ -34,13 +34,13 @@ class StoredModel:
         self.dense = [name for name in self._files if name not in parts]
 
     def linear(self, name: str) -> StoredLinear:
-        """One of `quantized`."""
-        assert self._format is not None  # or nothing would be in `quantized`
+        """Read one of `quantized`."""
+        assert self._format is not None  # otherwise `quantized` is empty
         tensors = {end: self._files.read(f"{name}.{end}") for end in self._ends(name)}
         return self._format.unpack(name, tensors, self._config)
 
     def tensor(self, name: str) -> Tensor:
-        """One of `dense`."""
+        """Read one of `dense`."""
         return self._files.read(name)
 
     def weights(self, name: str) -> Tensor:
@@ -50,8 +50,8 @@ class StoredModel:
         return self.tensor(f"{name}.weight").float()
 
     def bits_per_weight(self) -> float | None:
-        """Bits that a weight of the decoder's linear layers takes on disk: scales, zero points and layers left alone
-        counted. None where there are no decoder layers."""
+        """Bits per weight on disk of the decoder's linear layers, including scales, zero points and unquantized
+        layers. None if there are no decoder layers."""
         bits = weights = 0
         for name in self.quantized:
             if ".layers." in name:
@@ -80,7 +80,7 @@ class StoredModel:
         if method is None:
             return None
         if method not in ("compressed-tensors", "awq", "gptq"):
-            raise TaskError(f"{directory} is quantized by {method!r}; compressed-tensors, awq and gptq can be loaded")
+            raise TaskError(f"{directory} is quantized by {method!r}; supported: compressed-tensors, awq, gptq")
         found = load_format(method)
         found.check_config(self._config, str(directory))
         return found

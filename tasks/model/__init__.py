@@ -1,1 +1,1 @@
-"""The model itself: its layers, linear layers, size, and what fits it."""
+"""The model: its layers, linear layers, size and compatible settings."""

@@ -1,4 +1,4 @@
-"""Whether settings fit a model, told from its config.json and the heads of its safetensors files alone."""
+"""Check settings against a model, from its config.json and safetensors headers only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tasks.settings.variant import BUILTIN, VariantSettings
 
 
 def check_fit(name: str, variant: VariantSettings, model: Path) -> None:
-    """TaskError if `variant` cannot be made of the model, naming the layer and the values that would fit."""
+    """TaskError naming the layer and the valid values if `variant` does not fit the model."""
     if variant.is_baseline:
         return
     config = _json(model / "config.json")
@@ -55,12 +55,12 @@ def check_fit(name: str, variant: VariantSettings, model: Path) -> None:
 
 
 def _check_format(variant: VariantSettings, model: Path) -> None:
-    """TaskError if the variant's format cannot hold it, or its library cannot make it."""
+    """TaskError if the variant's format or library does not support it."""
     asked = dict.fromkeys(quantized_shapes(variant, model), asked_precision(variant, model))
     layout = model_layout(variant, model, asked | asked_outer_precisions(variant, model))
     load_format(variant.format).check(layout)
     if variant.backend != BUILTIN:
-        check_groups(layout)  # a library takes no smaller groups for a layer that needs them
+        check_groups(layout)  # libraries do not reduce the group size for a layer
 
 
 def _check_candidates(variant: VariantSettings, model: Path) -> None:
@@ -87,16 +87,16 @@ def _check_candidates(variant: VariantSettings, model: Path) -> None:
 
 
 def _check_grid(found: str, scheme: Scheme, model: Path) -> None:
-    """Weights that were once rounded to a grid lie on it: rounding to the same one again measures nothing."""
+    """Refuse a grid that the model's weights already lie on: rounding to it again changes nothing."""
     source = model / "source.json"
     grid = _json(source).get("grid") if source.exists() else None
     if not grid or grid["bits"] != scheme.bits or scheme.group_size is None:
         return
-    # a finer grouping holds the coarser grid; an asymmetric grid holds a symmetric one
+    # smaller groups contain the grid of larger ones; an asymmetric grid contains the symmetric one
     if grid["group_size"] % scheme.group_size == 0 and (not scheme.symmetric or grid["symmetric"]):
         raise TaskError(
             f"{found}, but the model was dequantized from {scheme.bits}-bit weights in "
-            f"groups of {grid['group_size']}: the result would be exactly the baseline and prove nothing; "
+            f"groups of {grid['group_size']}: the result would equal the baseline; "
             f"use a group size above {grid['group_size']}, or a model in full precision"
         )
 

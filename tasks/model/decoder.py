@@ -14,19 +14,19 @@ from torch.overrides import TorchFunctionMode
 from tasks.hardware import release_memory
 from tasks.tensor_files import TensorFiles
 
-LARGE = 1 << 26  # bytes of a layer's weights; of smaller ones little is kept, and to ask for it again takes longer
+LARGE = 1 << 26  # bytes of a layer's weights; releasing the memory of smaller ones frees little and costs time
 
 
 class Decoder:
     """Runs a model layer by layer: all sequences through one layer, then through the next.
 
-    dtype: of the activations; products: of the matrix products and their weights, the same if None; attention is
-    computed in `dtype` on a CPU (_ExactAttention). Memory: the embedding at first, then one layer's weights; never the
-    whole model. The families are those whose decoder transformers calls `model.layers` (tasks/model/compatibility.py).
+    dtype: of the activations; products: of the matrix products and their weights, None: `dtype`; on a CPU, attention is
+    computed in `dtype` (_ExactAttention). Memory: first the embedding, then one layer's weights; never the whole model.
+    Supports families whose decoder layers are `model.layers` in transformers (tasks/model/compatibility.py).
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: str, products: torch.dtype | None = None) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds, and `TensorFiles` does without
+        from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds to import
 
         self.files = TensorFiles(directory)
         self.dtype, self.device = dtype, device
@@ -34,25 +34,25 @@ class Decoder:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        # no gradient of a weight is ever asked for; that of an activation is, by whoever gives one that wants it
+        # weights need no gradient; an activation gets one if the caller's input requires it
         self._base = model.base_model.eval().requires_grad_(False)
         self.prefix = f"{model.base_model_prefix}."
         self._layers: list[nn.Module] = list(self._base.layers)
         self._arguments: dict[int, list[dict[str, Any]]] = {}
-        # what has no weights in the files, computed anew
+        # not in the weight files: recompute
         self._base.rotary_emb = type(self._base.rotary_emb)(config=config).to(device)
         self._norm: nn.Module = self._base.norm
         self._base.norm = nn.Identity()
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """Channels between the layers and inside their widest part, and words in the vocabulary."""
+        """Hidden size, largest size inside a layer, vocabulary size."""
         config = self._base.config
         return config.hidden_size, config.intermediate_size, config.vocab_size
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of the largest layer."""
+        """Number of weights in the largest layer."""
         return max(sum(parameter.numel() for parameter in layer.parameters()) for layer in self._layers)
 
     def __len__(self) -> int:
@@ -60,13 +60,13 @@ class Decoder:
 
     @torch.no_grad()
     def embed(self, batches: list[Tensor]) -> list[Tensor]:
-        """What the first layer reads: int64 [rows, tokens] -> [rows, tokens, channels] for each batch."""
+        """The input of the first layer: int64 [rows, tokens] -> [rows, tokens, channels] for each batch."""
         weight = self.files.read(f"{self.prefix}embed_tokens.weight").to(self.dtype)
         self._base.embed_tokens.load_state_dict({"weight": weight}, assign=True)
         self._base.embed_tokens.to(self.device)
         hidden = []
         for ids in batches:
-            # masks and positions are the model's own business: layers that only listen say what it gives them
+            # the model makes masks and positions: record the arguments that it passes to its layers
             recorders = [_Recorder() for _ in self._layers]
             self._base.layers = nn.ModuleList(recorders)
             self._base(input_ids=ids.to(self.device), use_cache=False)
@@ -77,7 +77,7 @@ class Decoder:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """The layer with its weights, for as long as the body runs."""
+        """Load the layer for the duration of the body."""
         layer = self._layers[index]
         layer.load_state_dict(self._read(self.layer_prefix(index)), assign=True)
         yield layer
@@ -86,30 +86,30 @@ class Decoder:
             release_memory()
 
     def layer_prefix(self, index: int) -> str:
-        """What the names of the layer's tensors begin with."""
+        """The prefix of the layer's tensor names."""
         return f"{self.prefix}layers.{index}."
 
     def run(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """One batch through the layer that `layer()` gave for `index`, as the whole model would run it."""
+        """Run one batch through `layer`, loaded by `layer(index)`, as in the whole model."""
         with self._mixed():
             found = layer(hidden, **self._arguments[len(hidden)][index])
         output: Tensor = found[0] if isinstance(found, tuple) else found
         return output
 
     def norm(self) -> nn.Module:
-        """What makes of the last layer's output what the output layer reads, with its weights."""
+        """The final norm, with its weights."""
         self._norm.load_state_dict(self._read(f"{self.prefix}norm."), assign=True)
         return self._norm
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """What comes after the last layer, for as long as the body runs: [rows, tokens, channels] -> the logits,
-        [rows, tokens, words].
+        """Load the final norm and the output layer for the duration of the body: [rows, tokens, channels] -> logits
+        [rows, tokens, vocabulary].
 
-        Memory: the output layer as it is stored and as it is multiplied with, besides the logits.
+        Memory: the output layer in its stored and in its product dtype, and the logits.
         """
         norm = self.norm()
-        # the output layer may share the embedding's weights and then has none of its own
+        # a tied output layer has no weights of its own
         own = "lm_head.weight"
         stored = self.files.read(own if own in set(self.files) else f"{self.prefix}embed_tokens.weight")
         weight = stored.to(self.device, self.products)
@@ -121,7 +121,7 @@ class Decoder:
         yield words
 
     def _read(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors below `prefix` as they are computed with: matrices in the products' dtype."""
+        """Read the tensors below `prefix` in their compute dtypes: matrices in the products' dtype."""
         return {
             name: tensor.to(self.device, self.products if tensor.dim() > 1 else self.dtype)
             for name, tensor in self.files.below(prefix).items()
@@ -138,10 +138,10 @@ class Decoder:
 
 
 class _ExactAttention(TorchFunctionMode):
-    """Computes attention in `dtype`, whatever autocast says.
+    """Computes attention in `dtype`, overriding autocast.
 
-    With AMX torch chooses between two ways to multiply bfloat16 in it by the number of threads
-    (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, need_pack), and their last bits are not the same.
+    With AMX, torch chooses between two bfloat16 attention kernels by the number of threads
+    (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, need_pack), and their last bits differ.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -162,7 +162,7 @@ class _ExactAttention(TorchFunctionMode):
 
 
 class _Recorder(nn.Module):
-    """Stands where a layer would, passes its input on, and keeps what it was given."""
+    """A stand-in for a layer that records its arguments and returns its input."""
 
     hidden: Tensor
 

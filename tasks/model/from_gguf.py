@@ -1,4 +1,4 @@
-"""A model out of a GGUF file: its tensors dequantized and written as safetensors, with its tokenizer."""
+"""Convert a GGUF file to safetensors: dequantize its tensors, and write its tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Grid = dict[str, int | bool]
 
-# where these types place their values: a rounding to the same grid would lose nothing
+# the grids of these types: rounding to the same grid loses nothing
 _GRIDS: dict[str, Grid] = {
     "Q4_0": {"bits": 4, "group_size": 32, "symmetric": True},
     "Q4_1": {"bits": 4, "group_size": 32, "symmetric": False},
@@ -31,7 +31,7 @@ _FULL = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Quantized:
-    """How a model's weights were held: the type of most of them (None: full precision), and its grid."""
+    """The original quantization of a model: the type of most weights (None: full precision), and its grid."""
 
     type: str | None = None
     grid: Grid | None = None
@@ -41,8 +41,8 @@ class Quantized:
 def dequantize(path: Path, destination: Path, dtype: str) -> Quantized:
     """Write the model in the GGUF file at `path` to the folder `destination` in `dtype`, with its tokenizer.
 
-    The whole model is in memory meanwhile. TaskError if the file is damaged, or transformers cannot read its
-    kind of model or of tokenizer right. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+    The whole model is held in memory. TaskError if the file is damaged, or transformers does not read its kind of model
+    or tokenizer correctly. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -66,8 +66,8 @@ def dequantize(path: Path, destination: Path, dtype: str) -> Quantized:
     except (ValueError, KeyError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise TaskError(f"transformers cannot read {name}: {reason}; use the model's safetensors") from error
-    _mend(tokenizer, reader, splitter)
-    # plain numbers by now, but the loaded model calls itself quantized and refuses to be saved
+    _fix(tokenizer, reader, splitter)
+    # already dequantized, but the loaded model is marked as quantized and refuses to be saved
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -88,12 +88,12 @@ def _read(path: Path) -> GGUFReader:
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError) as error:
-        raise TaskError(f"{path.name} is no whole GGUF file ({error}); fetch it again") from error
+        raise TaskError(f"{path.name} is not a complete GGUF file ({error}); fetch it again") from error
 
 
 @contextmanager
 def _parsed_once(reader: GGUFReader) -> Iterator[None]:
-    """Let transformers take what has been read: it would parse the whole file four times, seconds each."""
+    """Make transformers reuse `reader`: otherwise it parses the whole file four times, seconds each."""
     import gguf
 
     published = gguf.GGUFReader
@@ -110,7 +110,7 @@ def _field(reader: GGUFReader, name: str) -> Any:
 
 
 def _splitter(reader: GGUFReader, name: str) -> PreTokenizer | None:
-    """How a byte-level tokenizer of a llama cuts text into words; None where transformers knows it by itself.
+    """The pre-tokenizer of a llama's byte-level tokenizer; None where transformers handles it.
 
     The names and expressions are llama.cpp's (src/llama-vocab.cpp).
     """
@@ -134,13 +134,13 @@ def _splitter(reader: GGUFReader, name: str) -> PreTokenizer | None:
             return gpt2
         case other:
             raise TaskError(
-                f"{name} cuts text into words the way that llama.cpp calls {other!r}, which cannot be "
-                "done here: the model would read other tokens than it was trained on; use its safetensors"
+                f"{name} has llama.cpp's pre-tokenization {other!r}, which is not supported here: the model "
+                "would get other tokens than it was trained on; use its safetensors"
             )
 
 
-def _mend(tokenizer: Any, reader: GGUFReader, splitter: PreTokenizer | None) -> None:
-    """Set what transformers 5.17 gets wrong: the last token of a text, padding, and the rule for pretokenizer_rules."""
+def _fix(tokenizer: Any, reader: GGUFReader, splitter: PreTokenizer | None) -> None:
+    """Fix what transformers 5.17 gets wrong: the last token of a text, padding, and the pre-tokenization rule."""
     from tokenizers import decoders, processors
 
     for key, name in {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}.items():
@@ -155,7 +155,7 @@ def _mend(tokenizer: Any, reader: GGUFReader, splitter: PreTokenizer | None) -> 
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = splitter
     backend.decoder = decoders.ByteLevel()
-    # a clean-up would take spaces out of decoded text
+    # the clean-up would remove spaces from decoded text
     tokenizer.clean_up_tokenization_spaces = False
     bos = tokenizer.bos_token if _field(reader, "tokenizer.ggml.add_bos_token") else None
     backend.post_processor = (

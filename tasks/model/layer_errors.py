@@ -1,4 +1,4 @@
-"""What pressing did to each layer: the error that it adds to what the layer makes."""
+"""The relative output error of each quantized layer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from tasks.tensor_files import OUTPUT
 
 
 def layer_errors(model: Path, pressed: Path, tokens: Tensor) -> dict[str, float]:
-    """Relative error of what each decoder layer adds to its input, when it gets the baseline's own input.
+    """Relative error of each decoder layer's contribution to its output, on the baseline's input.
 
-    tokens: int64 [sequences, length]. The error of layer f pressed to g is |g(x) - f(x)| / |f(x) - x|, over all tokens:
-    no layer is blamed for the ones before it, and methods that rescale inside a layer compare with those that do not.
-    The output layer's, where it is quantized, is that of the logits. One layer of each model is in memory at a time.
+    tokens: int64 [sequences, length]. The error of layer f quantized to g is |g(x) - f(x)| / |f(x) - x|, over all
+    tokens: it excludes errors of earlier layers, and is comparable between methods that rescale inside a layer and
+    those that do not. For a quantized output layer it is the error of the logits. One layer of each model is in memory
+    at a time.
     """
     device = compute_device()
     base = Decoder(model, torch.float32, device)
@@ -43,7 +44,7 @@ def layer_errors(model: Path, pressed: Path, tokens: Tensor) -> dict[str, float]
 
 
 def _output_error(base: Decoder, stored: StoredModel, hidden: list[Tensor]) -> float:
-    """Of the logits, relative, where the output layer alone is quantized."""
+    """The relative error of the logits with only the output layer quantized."""
     twin = stored.weights(OUTPUT).to(base.device)
     error = size = 0.0
     norm = base.norm()
@@ -56,8 +57,8 @@ def _output_error(base: Decoder, stored: StoredModel, hidden: list[Tensor]) -> f
 
 
 def _dense(stored: StoredModel, prefix: str) -> tuple[dict[str, Tensor], dict[str, bool]]:
-    """A layer's tensors as numbers, float32, by the rest of their names; and, of linear layers that round their inputs,
-    whether they do so symmetrically."""
+    """A layer's dequantized tensors, float32, by the rest of the name; and for each linear layer with quantized inputs,
+    whether they are symmetric."""
     dense = {name: stored.tensor(name).float() for name in stored.dense if name.startswith(prefix)}
     rounding = {}
     for name in (name for name in stored.quantized if name.startswith(prefix)):

@@ -1,4 +1,4 @@
-"""What each linear layer of a model is to become under a variant's settings."""
+"""The precision of each linear layer of a model under a variant's settings."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ Shape = tuple[int, int]  # rows, width
 
 
 def precision(form: Format, scheme: Scheme, scales: torch.dtype) -> Precision:
-    """A scheme as the format stores it."""
+    """The precision of a scheme in a format."""
     return Precision(form.grid(scheme, scales), scheme.symmetric_activations)
 
 
 def scale_dtype(variant: VariantSettings, model: Path) -> torch.dtype:
-    """Of scales, and of all that is not quantized."""
+    """The dtype of scales and unquantized tensors."""
     own = getattr(torch, json.loads((model / "config.json").read_text(encoding="utf-8"))["dtype"])
     asked = None if variant.scale_dtype is None else getattr(torch, variant.scale_dtype)
     return load_format(variant.format).scale_dtype(own, asked)
 
 
 def quantized_shapes(variant: VariantSettings, model: Path) -> dict[str, Shape]:
-    """(rows, width) of the linear layers inside the decoder layers that are not skipped, by their whole names."""
+    """(rows, width) of the linear layers in decoder layers that are not skipped, by full name."""
     inside = tuple(f".layers.{index}." for index in variant.skip_layers)
     return {name: shape for name, shape in linear_shapes(model).items() if not any(part in name for part in inside)}
 
 
 def asked_precision(variant: VariantSettings, model: Path) -> Precision:
-    """Of all linear layers, whether its groups divide them or not."""
+    """The requested precision of all linear layers, even if its groups do not divide them."""
     return precision(load_format(variant.format), variant.precision, scale_dtype(variant, model))
 
 
 def uniform_precisions(variant: VariantSettings, model: Path) -> dict[str, Precision]:
-    """One scheme for all, in smaller groups where they must be."""
+    """The same scheme for all linear layers, with smaller groups where the width requires it."""
     asked = asked_precision(variant, model)
     return {
         name: replace(asked, grid=asked.grid.fitted(width))
@@ -53,25 +53,26 @@ def uniform_precisions(variant: VariantSettings, model: Path) -> dict[str, Preci
 
 
 def candidate_precisions(variant: VariantSettings, model: Path) -> dict[str, Precision | None]:
-    """Those of the scheme mixed by their labels; None: as it is."""
+    """The candidates of the scheme mixed by label; None: unquantized."""
     form, scales = load_format(variant.format), scale_dtype(variant, model)
     return {label: precision(form, one, scales) if one else None for label, one in variant.precisions.items()}
 
 
 def outer_precisions(variant: VariantSettings, model: Path) -> dict[str, Precision]:
-    """Of the output layer and the embedding, by their names, in smaller groups where they must be."""
+    """The precisions of the output layer and the embedding, with smaller groups where the width requires it."""
     asked = asked_outer_precisions(variant, model)
     shapes = outer_shapes(asked, model)
     return {name: replace(one, grid=one.grid.fitted(shapes[name][1])) for name, one in asked.items()}
 
 
 def asked_outer_precisions(variant: VariantSettings, model: Path) -> dict[str, Precision]:
-    """The same, whether their groups divide them or not. TaskError if the model ties what is set apart."""
+    """The requested ones, even if their groups do not divide the width. TaskError if the model ties the two and both
+    are set."""
     form, scales = load_format(variant.format), scale_dtype(variant, model)
     if variant.embedding and f"{OUTPUT}.weight" not in TensorFiles(model):
         raise TaskError(
             f"embedding is {variant.embedding}, but the model ties the embedding to the output layer; "
-            "set output_layer alone, which is both's"
+            "set only output_layer, which applies to both"
         )
     asked = {OUTPUT: variant.output_layer, EMBEDDING: variant.embedding}
     found = {name: parse_precision(text) for name, text in asked.items() if text}
@@ -79,7 +80,7 @@ def asked_outer_precisions(variant: VariantSettings, model: Path) -> dict[str, P
 
 
 def outer_shapes(precisions: Iterable[str], model: Path) -> dict[str, Shape]:
-    """(rows, width) of the output layer and the embedding, of those that are named in `precisions`."""
+    """(rows, width) of those of the output layer and the embedding that are in `precisions`."""
     files = TensorFiles(model)
     names = [name for name in precisions if name in (OUTPUT, EMBEDDING)]
     sizes = {name: files.entry(f"{outer_tensor(name, files)}.weight").shape for name in names}
@@ -87,12 +88,12 @@ def outer_shapes(precisions: Iterable[str], model: Path) -> dict[str, Shape]:
 
 
 def outer_tensor(name: str, files: TensorFiles) -> str:
-    """The layer whose weight that of `name` is: the embedding's, for an output layer that is tied to it."""
+    """The layer that stores the weight of `name`: the embedding for a tied output layer."""
     return name if f"{name}.weight" in files else EMBEDDING
 
 
 def model_layout(variant: VariantSettings, model: Path, precisions: Mapping[str, Precision]) -> Layout:
-    """All that is quantized, as the variant's format is to write it; precisions: of these layers, by their names."""
+    """The layout of the quantized model; precisions: of the quantized layers, by name."""
     return Layout(
         shapes=quantized_shapes(variant, model) | outer_shapes(precisions, model),
         precisions=precisions,
@@ -103,5 +104,5 @@ def model_layout(variant: VariantSettings, model: Path, precisions: Mapping[str,
 
 
 def bits_per_weight(precision: Precision | None, width: int, dtype: torch.dtype) -> float:
-    """What a weight takes on disk; of a layer that stays as it is, in `dtype`."""
+    """Bits per weight on disk; precision None: unquantized in `dtype`."""
     return precision.grid.bits_per_weight(width) if precision else torch.finfo(dtype).bits

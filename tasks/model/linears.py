@@ -1,4 +1,4 @@
-"""The linear layers of a model, read off the headers of its files."""
+"""The linear layers of a model, from its safetensors headers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tasks.errors import TaskError
 
 
 def linear_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """(rows, width) of every linear layer inside the decoder layers, by name, from the files' heads alone."""
+    """(rows, width) of every linear layer inside the decoder layers, by name, from the file headers only."""
     shapes = {}
     for file in sorted(model.glob("*.safetensors")):
         with file.open("rb") as stream:

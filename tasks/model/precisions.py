@@ -1,7 +1,7 @@
-"""The record of a mixed precision, in a pressed model's directory: what was measured of each linear layer, and chosen.
+"""The record of mixed precision in a quantized model's directory: measured costs and choice for each linear layer.
 
-precisions.json: by the layer's name, `chosen`, a precision as BITS@GROUP_SIZE, and `costs`, by precision: the
-divergence of the model that it brings, nats a token (tasks/quantizers/sensitivity.py).
+precisions.json: by layer name, `chosen`, a precision as BITS@GROUP_SIZE, and `costs`: by precision, the model's
+divergence, in nats per token (tasks/quantizers/sensitivity.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def write_precisions(directory: Path, chosen: Mapping[str, str], costs: Mapping[
 
 
 def read_precisions(directory: Path) -> list[dict[str, Any]]:
-    """`name`, `chosen` and `costs` of each linear layer; nothing where precisions are not mixed."""
+    """`name`, `chosen` and `costs` of each linear layer; empty without mixed precision."""
     path = directory / FILE
     if not path.exists():
         return []

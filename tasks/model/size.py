@@ -1,4 +1,4 @@
-"""The bits that a weight of a pressed model takes on disk."""
+"""The bits per weight of a quantized model on disk."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from tasks.formats.stored import StoredModel
 
 
 def weight_bits(directory: Path) -> float | None:
-    """Bits that a weight of the decoder's linear layers takes on disk, with scales, zero points and layers left alone.
+    """Bits per weight on disk of the decoder's linear layers, including scales, zero points and unquantized layers.
 
-    None where the directory holds neither safetensors nor GGUF.
+    None if the directory contains neither safetensors nor GGUF.
     """
     bits = weights = 0
     if packed := sorted(directory.glob("*.gguf")):

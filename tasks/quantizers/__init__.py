@@ -1,4 +1,4 @@
-"""From a variant's settings to a written model: our own quantizer (builtin.py), or a library that does the same."""
+"""Quantizers: write a model from a variant's settings, with our own quantizer (builtin.py) or a library."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizeJob:
-    """One model to press.
+    """One model to quantize.
 
     source: directory of the model, safetensors. tokens: int64 [samples, sequence_length], the calibration text.
-    statistics: directory that the statistics stage wrote. device: "cpu" or "cuda". destination: an empty directory.
+    statistics: output directory of the statistics stage. device: "cpu" or "cuda". destination: an empty directory.
     """
 
     source: Path
@@ -31,7 +31,7 @@ class QuantizeJob:
 
     @property
     def dtype(self) -> dtype:
-        """The precision that the model came in."""
+        """The dtype of the source model."""
         import torch
 
         config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
@@ -41,7 +41,7 @@ class QuantizeJob:
 def press(job: QuantizeJob) -> None:
     """Write a complete model directory (weights, config.json with its quantization_config) to `job.destination`.
 
-    Tokenizer and licence files, and writing whole or not at all, are the stage's work (tasks/quantize.py).
+    The stage adds tokenizer and licence files, and makes the output atomic (tasks/quantize.py).
     """
     variant = job.variant
     if variant.is_baseline:
@@ -67,4 +67,4 @@ def press(job: QuantizeJob) -> None:
 
             press_with_llama_cpp(job)
         case _:
-            raise TaskError(f"no backend {variant.backend!r}; {BUILTIN} is always there")
+            raise TaskError(f"no backend {variant.backend!r}; {BUILTIN} is always available")

@@ -1,4 +1,4 @@
-"""The baseline: the downloaded weights as they are, linked."""
+"""The baseline: links to the downloaded weights."""
 
 from __future__ import annotations
 

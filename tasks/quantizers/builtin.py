@@ -1,4 +1,4 @@
-"""Our own quantizer: for every scheme, scaling, rounding and format, layer by layer on the model's statistics."""
+"""Our quantizer: every scheme, scaling, rounding and format, layer by layer on the model's statistics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from tasks.schemes import MIXED
 
 
 def press_model(job: QuantizeJob) -> None:
-    """Solve every layer on the statistics of its inputs and write the model; TaskError if the format cannot hold it."""
+    """Quantize every layer with the statistics of its inputs and write the model; TaskError if it does not fit the
+    format."""
     variant = job.variant
     form = load_format(variant.format)
     mixed = variant.scheme == MIXED
@@ -42,12 +43,12 @@ def press_model(job: QuantizeJob) -> None:
     else:
         _press_apart(job, parts, precisions)
     parts.finish(form.describe(layout))
-    # not before: a run that is interrupted while it presses need not measure again
+    # only now, so that an interrupted run does not measure again
     (job.destination / STATE).unlink(missing_ok=True)
 
 
 def _press_outside(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision]) -> None:
-    """What is not in the decoder layers; precisions: of what is quantized there."""
+    """Write the tensors outside the decoder layers; precisions: of the quantized ones."""
     for name, precision in precisions.items():
         weight = solve_outer(job, parts.files, name, precision, Recipe.of(job.variant))
         parts.write_linear(name, weight, precision)
@@ -56,7 +57,7 @@ def _press_outside(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Prec
 
 
 def _press_apart(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision]) -> None:
-    """Layers one after another, or several at a time where that is worth it."""
+    """Quantize layers independently, several at a time where that pays off."""
     todo = parts.missing()
     if job.device == "cpu" and todo:
         weights = sum(rows * width for rows, width in linear_shapes(job.source).values()) // len(parts.prefixes)
@@ -69,13 +70,13 @@ def _press_apart(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precis
 
 
 def _press_alone(job: QuantizeJob, precisions: Mapping[str, Precision], index: int) -> None:
-    """One layer in a process of its own."""
+    """Quantize one layer in its own process."""
     parts = Parts(job, load_format(job.variant.format), scale_dtype(job.variant, job.source))
     _press_layer(job, parts, precisions, index)
 
 
 def _press_layer(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision], index: int) -> None:
-    """One layer by itself."""
+    """Quantize one layer independently of the others."""
     layer = _read(job, parts, index)
     own = _own(layer, precisions)
     solved = solve_layer(layer, own, Recipe.of(job.variant), parts.dtype) if own else {}
@@ -83,7 +84,7 @@ def _press_layer(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precis
 
 
 def _press_in_order(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision]) -> None:
-    """Layer after layer, each on its inputs as the layers before it, pressed, leave them."""
+    """Quantize layers in order, each with the activations of the quantized layers before it."""
     stream = PropagatedActivations(job)
     todo = parts.missing()
     for index in tqdm(todo, desc="pressing", unit="layer", disable=not todo):
@@ -101,7 +102,7 @@ def _press_in_order(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Pre
 
 
 def _read(job: QuantizeJob, parts: Parts, index: int) -> Layer:
-    """A layer; of one that is skipped, the weights as they are stored, and nothing of its inputs."""
+    """Read a layer; for a skipped one, only its stored weights."""
     prefix = parts.prefixes[index]
     if index in job.variant.skip_layers:
         return Layer(index, prefix, parts.files.below(prefix), {})
@@ -109,6 +110,6 @@ def _read(job: QuantizeJob, parts: Parts, index: int) -> Layer:
 
 
 def _own(layer: Layer, precisions: Mapping[str, Precision]) -> dict[str, Precision]:
-    """Those of a layer's linear layers, by the ends of their names."""
+    """The precisions of a layer's linear layers, by name suffix."""
     whole = {name: layer.prefix + name for name in layer.inputs}
     return {name: precisions[full] for name, full in whole.items() if full in precisions}

@@ -1,4 +1,4 @@
-"""A decoder layer as the solvers see it: its weights, and the statistics of its linear layers' inputs."""
+"""A decoder layer for the solvers: its weights, and the statistics of its linear layers' inputs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tasks.tensor_files import TensorFiles
 
 @dataclass
 class Layer:
-    """One decoder layer. prefix: of its tensors' names in the model; tensors: by the rest of their names, weights as
-    float32 on the job's device; inputs: by linear layer."""
+    """One decoder layer. prefix: of its tensor names in the model; tensors: by the rest of the name, weights as float32
+    on the job's device; inputs: by linear layer."""
 
     index: int
     prefix: str
@@ -27,11 +27,11 @@ class Layer:
     inputs: Mapping[str, Input]
 
     def weight(self, linear: str) -> Tensor:
-        """Of a linear layer: [rows, width]."""
+        """The weight of a linear layer: [rows, width]."""
         return self.tensors[f"{linear}.weight"]
 
     def readers(self) -> Iterator[tuple[list[str], Input]]:
-        """Linear layers that read the same input, and that input."""
+        """Groups of linear layers with the same input, and that input."""
         groups: dict[int, list[str]] = {}
         for linear, known in self.inputs.items():
             groups.setdefault(id(known), []).append(linear)
@@ -39,11 +39,11 @@ class Layer:
             yield names, self.inputs[names[0]]
 
     def stacked(self, linears: list[str]) -> Tensor:
-        """The weights of layers that read the same input, one below the other: solvers treat each row by itself."""
+        """The stacked weights of layers with the same input: solvers treat rows independently."""
         return torch.cat([self.weight(name) for name in linears])
 
     def split(self, solved: QuantizedWeight, linears: list[str]) -> Iterator[tuple[str, QuantizedWeight]]:
-        """The solution of `stacked` for each of the layers."""
+        """Split the solution of `stacked` into its layers."""
         start = 0
         for name in linears:
             rows = slice(start, start + len(self.weight(name)))
@@ -51,22 +51,22 @@ class Layer:
             start = rows.stop
 
     def scalable(self) -> Iterator[tuple[str, list[str]]]:
-        """What can take over a factor for each channel of its output, and the layers that read that."""
+        """Modules that can absorb a factor per output channel, and the linear layers that read their output."""
         for source, linears in SOURCES.items():
-            # with fewer heads for values than for queries, a value is read through several channels
+            # with grouped-query attention, a value feeds several channels
             if len(self.weight(source)) == len(self.inputs[linears[0]].mean):
                 yield source, linears
 
     def damp(self, linears: list[str], share: float) -> None:
-        """Add `share` of its mean diagonal to that of the Gram matrix that `linears` share: the calibration text's own
-        correlations count less, and GPTQ can invert it."""
+        """Add `share` of its mean diagonal to the diagonal of the Gram matrix shared by `linears`. This reduces the
+        effect of the calibration text's correlations, and makes the matrix invertible for GPTQ."""
         known = self.inputs[linears[0]]
         self.inputs = {**self.inputs, **dict.fromkeys(linears, replace(known, gram=damped(known.gram, share)))}
 
     def scale_input(self, source: str, linears: list[str], scale: Tensor, dtype: torch.dtype) -> None:
         """Multiply the weights of `linears` by `scale` [width] and divide the output of `source` by it.
 
-        A norm's weight is stored in `dtype`: its rounding is made up for in the layers that read it, exactly.
+        A norm's weight is stored in `dtype`; its rounding is compensated exactly in the layers that read it.
         """
         weight = self.tensors[f"{source}.weight"]
         divided = weight / (scale if weight.dim() == 1 else scale[:, None])
@@ -82,11 +82,11 @@ class Layer:
 
 
 def _scaled(known: Input, scale: Tensor) -> Input:
-    """Statistics of an input that was divided by `scale` [channels]."""
+    """The statistics of an input divided by `scale` [channels]."""
     return Input(known.gram / scale[:, None] / scale, known.largest / scale, known.mean / scale)
 
 
 def read_layer(job: QuantizeJob, files: TensorFiles, index: int, prefix: str) -> Layer:
-    """A layer with the statistics of its inputs."""
+    """Read a layer with the statistics of its inputs."""
     tensors = {name: tensor.to(job.device, torch.float32) for name, tensor in files.below(prefix).items()}
     return Layer(index, prefix, tensors, load_statistics(job.statistics, index, job.device))

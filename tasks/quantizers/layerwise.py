@@ -1,6 +1,6 @@
-"""Press one decoder layer after another, and write the model without ever holding it whole.
+"""Write a quantized model layer by layer, without holding it whole in memory.
 
-A layer that is done lies in a file of its own, so an interrupted run goes on where it was.
+Each finished layer is saved to its own file, so an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tasks.tensor_files import TensorFiles, join, save
 
 
 class Parts:
-    """The tensors of a pressed model on their way to disk: a file for each decoder layer, and for each tensor outside.
+    """The parts of a quantized model on disk: a file for each decoder layer, and for each tensor outside.
 
-    dtype: of all that is not quantized.
+    dtype: of unquantized tensors.
     """
 
     def __init__(self, job: QuantizeJob, form: Format, dtype: torch.dtype) -> None:
@@ -37,7 +37,7 @@ class Parts:
         self.prefixes = layer_prefixes(job.source, self.files)
 
     def missing(self) -> list[int]:
-        """The decoder layers that are still to be pressed."""
+        """The decoder layers still to be quantized."""
         return [index for index, prefix in enumerate(self.prefixes) if not self._path(prefix).exists()]
 
     def outside(self) -> list[str]:
@@ -47,7 +47,7 @@ class Parts:
     def write_layer(
         self, layer: Layer, solved: Mapping[str, QuantizedWeight], precisions: Mapping[str, Precision]
     ) -> None:
-        """A decoder layer, of which the linear layers in `solved` are quantized."""
+        """Write a decoder layer; the linear layers in `solved` are quantized."""
         tensors = {
             layer.prefix + name: self._stored(tensor)
             for name, tensor in layer.tensors.items()
@@ -58,16 +58,16 @@ class Parts:
         save(tensors, self._path(layer.prefix))
 
     def write_linear(self, name: str, weight: QuantizedWeight, precision: Precision) -> None:
-        """A quantized layer outside the decoder layers."""
+        """Write a quantized layer outside the decoder layers."""
         save(self._packed(name, weight, precision), self._path(f"{name}."))
 
     def write_dense(self, names: Iterable[str]) -> None:
-        """Tensors outside the decoder layers that are not quantized."""
+        """Write unquantized tensors outside the decoder layers."""
         for name in names:
             save({name: self._stored(self.files.read(name))}, self._path(f"{name}."))
 
     def finish(self, quantization_config: dict[str, Any]) -> None:
-        """Join the parts to the model's weights, and write config.json."""
+        """Join the parts into the model's weights, and write config.json."""
         join(sorted(self._folder.glob("*.safetensors")), self._job.destination)
         shutil.rmtree(self._folder)
         described = json.loads((self._job.source / "config.json").read_text(encoding="utf-8"))
@@ -84,19 +84,18 @@ class Parts:
         return {f"{name}.{end}": tensor for end, tensor in self._format.pack(weight, precision).items()}
 
     def _stored(self, tensor: Tensor) -> Tensor:
-        """As it goes into the file. TaskError if a number is too large for it, as may happen to a bfloat16 in
-        float16."""
+        """Convert to the stored dtype. TaskError if a value is too large, as a bfloat16 may be for float16."""
         stored = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         if self.dtype == torch.float16 and stored.isinf().any():
             raise TaskError(
-                f"the model holds numbers up to {tensor.abs().max():.3g}, but float16 ends at 65504; "
-                "set format to compressed-tensors and leave scale_dtype out, which keeps the model's own precision"
+                f"the model has values up to {tensor.abs().max():.3g}, but float16 ends at 65504; "
+                "set format to compressed-tensors and leave out scale_dtype, which keeps the model's dtype"
             )
         return stored
 
 
 def layer_prefixes(source: Path, files: TensorFiles) -> list[str]:
-    """What the names of each decoder layer's tensors begin with."""
+    """The prefix of each decoder layer's tensor names."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     name = next(name for name in files if ".layers." in name)
     start = name[: name.index(".layers.") + len(".layers.")]

@@ -1,8 +1,7 @@
-"""The scheme mixed: each linear layer gets the precision with which the model keeps the most for its size.
+"""The scheme mixed: a precision for each linear layer.
 
-First the cost of every candidate in every layer is measured (sensitivity.py), then one is chosen for each, so that the
-costs add up to the least in the size that is allowed, or the size is the least for what may be lost
-(tasks/solvers/allocate.py).
+Measures the cost of every candidate in every layer (sensitivity.py), then chooses one for each, minimizing the total
+cost within the allowed size, or the size within the allowed loss (tasks/solvers/allocate.py).
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from tasks.solvers.allocate import Cost, least_error, least_size
 
 
 def choose_precisions(job: QuantizeJob) -> dict[str, Precision]:
-    """Of each linear layer that does not stay as it is, by its whole name; the choice and what it rests on are recorded
-    in the destination. TaskError if no choice keeps what is asked for."""
+    """Choose the precision of each linear layer to quantize, by full name; record costs and choice in the destination.
+    TaskError if no choice meets the budget."""
     candidates = candidate_precisions(job.variant, job.source)
     shapes = quantized_shapes(job.variant, job.source)
     found = {name: one for name, one in measure(job, candidates).items() if name in shapes}
@@ -41,9 +40,9 @@ def choose(
     variant: VariantSettings,
     dtype: torch.dtype,
 ) -> dict[str, str]:
-    """The candidate for each linear layer, by its label.
+    """Choose the label of a candidate for each linear layer.
 
-    shapes: (rows, width) by the layer's name. dtype: of a layer that stays as it is. TaskError if none fits the budget.
+    shapes: (rows, width) by layer name. dtype: of unquantized layers. TaskError if no choice fits the budget.
     """
 
     def size(name: str, label: str) -> float:
@@ -69,7 +68,7 @@ def choose(
     if variant.bits_per_weight is not None:
         chosen = least_error(table, variant.bits_per_weight * sum(math.prod(shape) for shape in shapes.values()))
     else:
-        assert variant.retention is not None  # one of the two is given
+        assert variant.retention is not None  # the settings have exactly one budget
         best = math.exp(-sum(min(cost.error for cost in costs.values()) for costs in table.values()))
         if best < variant.retention:
             raise TaskError(
@@ -81,6 +80,6 @@ def choose(
 
 
 def _fused(name: str) -> str:
-    """The same for layers that an engine such as vLLM makes one of."""
+    """A name shared by layers that an engine such as vLLM fuses."""
     stem, _, linear = name.rpartition(".")
     return f"{stem}.{FUSED.get(linear, linear)}"

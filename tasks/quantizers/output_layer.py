@@ -1,4 +1,4 @@
-"""The output layer and the embedding on their grids: the one solved as the decoder's layers are, the other rounded."""
+"""Quantize the output layer, like the decoder's linear layers, and the embedding, by rounding to nearest."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ROWS = 1 << 14  # of the output layer in memory at once
 def solve_outer(
     job: QuantizeJob, files: TensorFiles, name: str, precision: Precision, recipe: Recipe
 ) -> QuantizedWeight:
-    """The output layer, by the recipe's clipping, rounding and refining on the statistics of its inputs; an embedding,
-    which has no such inputs, to the nearest."""
+    """Quantize the output layer by the recipe's clipping, rounding and refining with the statistics of its inputs; an
+    embedding has no such inputs and is rounded to nearest."""
     weight = files.read(f"{outer_tensor(name, files)}.weight").to(job.device, torch.float32)
     if name != OUTPUT:
         return precision.grid.round(weight)

@@ -1,7 +1,7 @@
-"""Statistics of what a layer reads once the layers before it are pressed, in place of what the statistics stage left.
+"""Statistics of a layer's inputs after quantizing the layers before it, instead of those of the statistics stage.
 
-GPTQ as published does so: each layer sees the errors of those before it. It takes the model through the calibration
-text twice more for every variant.
+As in the GPTQ paper, each layer sees the errors of the layers before it. Costs two more passes over the calibration
+set for every variant.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ HIDDEN = "hidden"
 
 
 class PropagatedActivations:
-    """The calibration text on its way through the pressed model, in front of a layer.
+    """The calibration set's activations in the quantized model, before a layer.
 
-    It is kept in the job's destination, so that an interrupted run goes on there: in front of a layer until that is
-    written, and behind it as well.
+    Saved in the job's destination, so that an interrupted run resumes: the activations before a layer are kept until
+    the layer is written, together with those after it.
     """
 
     def __init__(self, job: QuantizeJob) -> None:
@@ -38,7 +38,7 @@ class PropagatedActivations:
         self._embedded = self._decoder.embed(list(job.tokens.split(1)))
 
     def inputs(self, index: int) -> dict[str, Input]:
-        """What is known of the input of each linear layer in layer `index`, as `load_statistics` tells."""
+        """The statistics of each linear layer's input in layer `index`, as from `load_statistics`."""
         weights = load_importance(self._job.statistics, index, self._job.device)
         with self._decoder.layer(index) as layer, recording_inputs(layer, weights) as sums:
             for batch in self._before(index):
@@ -51,9 +51,9 @@ class PropagatedActivations:
     def advance(
         self, index: int, tensors: Mapping[str, Tensor] | None, precisions: Mapping[str, Precision] | None = None
     ) -> None:
-        """Go on through layer `index`, its tensors by the end of their names; None: as they are in the source.
+        """Run layer `index`; tensors: by name suffix; None: those of the source.
 
-        precisions: of its linear layers, for those that round their inputs.
+        precisions: of its linear layers, for quantized inputs.
         """
         hidden = self._before(index)
         rounding = {
@@ -69,7 +69,7 @@ class PropagatedActivations:
         self._file(index - 1).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leave no file behind."""
+        """Delete the saved files."""
         for path in self._job.destination.glob("stream.*.part.safetensors"):
             path.unlink()
 
@@ -77,7 +77,7 @@ class PropagatedActivations:
         if index == 0:
             return self._embedded
         if not self._file(index).exists():
-            self.advance(index - 1, None)  # that layer is left alone
+            self.advance(index - 1, None)  # a skipped layer
         return list(load_file(self._file(index), device=self._job.device)[HIDDEN].split(1))
 
     def _file(self, index: int) -> Path:

@@ -1,8 +1,8 @@
-"""What each precision would cost in each linear layer: the divergence of the model that rounding it alone brings.
+"""The sensitivity of each linear layer: the model's divergence when only that layer is quantized.
 
-The error of a layer's output comes from the Gram matrix of its inputs, for every candidate. What an error costs differs
-from layer to layer, and is measured: one rounded layer after another, its effect carried on through all later layers.
-All these streams pass through the model side by side, so one layer's weights are in memory at a time.
+The output error of a layer is computed from the Gram matrix of its inputs, for every candidate. The divergence that an
+error causes differs by layer and is measured: each layer is rounded alone, and its effect propagated through all later
+layers. All these streams pass through the model together, so one layer's weights are in memory at a time.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from tasks.quantizers.solve import Recipe, round_layer, scale_channels
 from tasks.solvers import output_error
 from tasks.tensor_files import save
 
-SEQUENCES, LENGTH = 4, 64  # of the calibration text, that the streams are of; half as many twice as long say less
+SEQUENCES, LENGTH = 4, 64  # of the calibration set, in a stream; half as many of twice the length are less informative
 STATE, HIDDEN, FOUND = "measured.part.safetensors", "hidden", "found"
 DAMPING = 0.05
-FINE = 8  # bits with which so little is lost that the way of rounding does not matter
-# the plainest way that tells the precisions apart
+FINE = 8  # bits with which the rounding method does not matter
+# the simplest recipe that distinguishes the precisions
 TRIAL = Recipe(rounding="gptq", damping=DAMPING)
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of one linear layer. errors: of its output at each candidate, squared, as a share of the output; divergence: of
-    the whole model from the baseline where it alone is at the coarsest candidate, nats a token."""
+    """The sensitivity of one linear layer. errors: its squared output error at each candidate, relative to the output;
+    divergence: of the model from the baseline with only this layer at the coarsest candidate, nats per token."""
 
     errors: Mapping[str, float]
     divergence: float
 
     def costs(self) -> dict[str, float]:
-        """The divergence at each candidate: as near as the errors are proportional to it (arXiv 2411.17525)."""
+        """The divergence at each candidate, assumed proportional to the errors (arXiv 2411.17525)."""
         coarsest = max(self.errors.values()) or 1.0
         return {label: self.divergence * error / coarsest for label, error in self.errors.items()}
 
 
 def measure(job: QuantizeJob, candidates: Mapping[str, Precision | None]) -> dict[str, Sensitivity]:
-    """By the whole names of all linear layers; a candidate of None leaves a layer as it is.
+    """Measure the sensitivity of all linear layers, by full name; a candidate of None is unquantized.
 
-    A run that was interrupted goes on at its layer. Memory beside a layer and its statistics: a stream of `SEQUENCES` x
+    An interrupted run resumes at its layer. Memory besides a layer and its statistics: a stream of `SEQUENCES` x
     `LENGTH` x channels for each linear layer.
     """
     decoder = Decoder(job.source, torch.float32, job.device)
@@ -86,7 +86,7 @@ def measure(job: QuantizeJob, candidates: Mapping[str, Precision | None]) -> dic
     with decoder.head() as head:
         baseline = head(hidden).log_softmax(-1)
         share = baseline.exp()
-        # in the order of `errors`: streams that were read back from a file have another
+        # in the order of `errors`: streams read from a file have another order
         for name in tqdm(errors, desc="divergence", unit="layer"):
             found[name] = Sensitivity(errors[name], _divergence(baseline, share, head(streams[name]).log_softmax(-1)))
     return found
@@ -95,9 +95,9 @@ def measure(job: QuantizeJob, candidates: Mapping[str, Precision | None]) -> dic
 def _trial(
     known: Layer, precision: Precision | None, inputs: Mapping[str, Tensor], smoothing: float | None
 ) -> dict[str, tuple[float, Tensor]]:
-    """The error of each linear layer whose width the precision's groups divide, and its weight with it.
+    """The error and the rounded weight of each linear layer whose width the precision's groups divide.
 
-    inputs: of some tokens, on which the rounding of activations is tried, smoothed as it will be.
+    inputs: of some tokens, for the error of rounding the smoothed activations.
     """
     if precision is None:
         return {name: (0.0, known.weight(name)) for name in known.inputs}
@@ -125,7 +125,7 @@ def _trial(
 
 @contextmanager
 def _recorded_inputs(layer: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """What the linear layers `names` read in the last pass, [..., channels]."""
+    """The inputs of the linear layers `names` in the last pass, [..., channels]."""
     inputs: dict[str, Tensor] = {}
 
     def record(name: str, x: Tensor) -> None:
@@ -141,7 +141,7 @@ def _recorded_inputs(layer: nn.Module, names: list[str]) -> Iterator[dict[str, T
 
 
 def _resume(state: Path, device: str) -> tuple[int, dict[str, dict[str, float]], dict[str, Tensor]]:
-    """The layer to go on with, the errors before it, and the streams that it reads."""
+    """The layer to resume at, the errors of earlier layers, and the layer's input streams."""
     if not state.exists():
         return 0, {}, {}
     with safe_open(state, framework="pt", device=device) as file:
@@ -153,7 +153,7 @@ def _resume(state: Path, device: str) -> tuple[int, dict[str, dict[str, float]],
 
 @contextmanager
 def _swapped(linear: nn.Module, weight: Tensor) -> Iterator[None]:
-    """The linear layer with another weight."""
+    """Replace the weight of a linear layer for the duration of the body."""
     own = linear.weight
     linear.weight = nn.Parameter(weight, requires_grad=False)
     yield
@@ -161,6 +161,6 @@ def _swapped(linear: nn.Module, weight: Tensor) -> Iterator[None]:
 
 
 def _divergence(baseline: Tensor, share: Tensor, other: Tensor) -> float:
-    """Kullback-Leibler divergence, mean over the tokens, of log-probabilities [rows, tokens, words]; share: exp of the
-    baseline's; `other` is overwritten, for fresh memory of this size costs more than the arithmetic."""
+    """Mean Kullback-Leibler divergence over the tokens of log-probabilities [rows, tokens, vocabulary]; share: exp of
+    the baseline's. Overwrites `other`: allocating memory of this size costs more than the arithmetic."""
     return max(0.0, torch.sub(baseline, other, out=other).mul_(share).sum(-1).double().mean().item())

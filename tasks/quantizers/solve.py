@@ -1,4 +1,4 @@
-"""A decoder layer's weights onto their grids: scaled, clipped, rounded and refined, as the recipe says."""
+"""Quantize a decoder layer's weights: scale, clip, round and refine, according to a recipe."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tasks.solvers.smoothquant import smooth
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a weight gets onto its grid: the axes of a variant by their names in params.yaml.
+    """The methods of a variant, by their names in params.yaml.
 
-    damping: None: by the bits of what reads the input.
+    damping: None: the default for the bits of the layers that read the input.
     """
 
     scaling: str = "none"
@@ -36,7 +36,7 @@ class Recipe:
 
     @classmethod
     def of(cls, variant: VariantSettings) -> Recipe:
-        """The variant's."""
+        """The recipe of a variant."""
         return cls(
             scaling=variant.scaling,
             smoothing=variant.smoothing,
@@ -48,7 +48,7 @@ class Recipe:
         )
 
     def damping_of(self, precisions: list[Precision]) -> float:
-        """The share of the diagonal that is added to the Gram matrix of an input with such readers."""
+        """The damping of the Gram matrix of an input whose readers have `precisions`."""
         if self.damping is not None:
             return self.damping
         return default_damping(min(precision.grid.bits for precision in precisions))
@@ -57,10 +57,10 @@ class Recipe:
 def solve_layer(
     layer: Layer, precisions: Mapping[str, Precision], recipe: Recipe, dtype: torch.dtype
 ) -> dict[str, QuantizedWeight]:
-    """The solution of each linear layer in `precisions`, by the end of its name; `layer` is scaled on the way.
+    """Solve each linear layer in `precisions`, by name suffix; scales `layer` in place.
 
-    dtype: in which norms are stored. AWQ and GPTQ see damped Gram matrices; SmoothQuant needs none, so where it scales,
-    GPTQ alone damps.
+    dtype: of stored norms. AWQ and GPTQ use damped Gram matrices; SmoothQuant does not need damping, so where it
+    scales, only GPTQ damps.
     """
     if recipe.rounding == "gptq" or recipe.scaling == "awq":
         for linears, _ in list(layer.readers()):
@@ -73,14 +73,14 @@ def solve_layer(
 
 
 def scale_channels(layer: Layer, precisions: Mapping[str, Precision], recipe: Recipe, dtype: torch.dtype) -> None:
-    """Scale each input that something can take over a factor for, as suits the coarsest grid that reads it."""
+    """Scale each input whose source can absorb the factors, for the coarsest grid among its readers."""
     for source, linears in layer.scalable():
         own = [precisions[name].grid for name in linears if name in precisions]
         if not own:
             continue
         known, weight = layer.inputs[linears[0]], layer.stacked(linears)
         if _smoothed(linears, precisions, recipe):
-            assert recipe.smoothing is not None  # the settings see to it
+            assert recipe.smoothing is not None  # checked by the settings
             factor = smooth(weight, known.gram, known.largest, recipe.smoothing)
         else:
             grid = min(own, key=lambda grid: grid.bits_per_weight(len(known.mean)))
@@ -89,7 +89,7 @@ def scale_channels(layer: Layer, precisions: Mapping[str, Precision], recipe: Re
 
 
 def round_layer(layer: Layer, precisions: Mapping[str, Precision], recipe: Recipe) -> dict[str, QuantizedWeight]:
-    """The solution of each layer in `precisions`; those that read the same input and share a grid are solved as one."""
+    """Solve each layer in `precisions`; layers with the same input and grid are solved together."""
     found: dict[str, QuantizedWeight] = {}
     for readers, known in layer.readers():
         smoothed = _smoothed(readers, precisions, recipe)
@@ -105,7 +105,7 @@ def round_layer(layer: Layer, precisions: Mapping[str, Precision], recipe: Recip
 def round_weight(
     weight: Tensor, gram: Tensor, grid: Grid, recipe: Recipe, clip: ClipRange | None, damping: float
 ) -> QuantizedWeight:
-    """`weight` [rows, width] on its grid; gram: [width, width] of its inputs; damping: that is still to be added."""
+    """Quantize `weight` [rows, width]; gram: of its inputs, [width, width]; damping: still to be added to it."""
     if recipe.rounding == "gptq":
         solved = gptq.solve(weight, gram, grid, act_order=recipe.act_order, damping=damping, clip_range=clip)
     else:
@@ -114,7 +114,7 @@ def round_weight(
 
 
 def _smoothed(linears: list[str], precisions: Mapping[str, Precision], recipe: Recipe) -> bool:
-    """Whether SmoothQuant scales the input of `linears`: where that was asked for, or all of them round it."""
+    """Whether SmoothQuant scales the input of `linears`: if configured, or if all of them quantize it."""
     own = [precisions[name] for name in linears if name in precisions]
     rounded = bool(own) and all(precision.symmetric_activations is not None for precision in own)
     return recipe.scaling == "smoothquant" or (recipe.smoothing is not None and rounded)

@@ -1,4 +1,4 @@
-"""Where a pressed model runs: one module per target behind one small protocol. Evaluation and benchmark run in it."""
+"""Runtimes for quantized models: one module per target, behind one protocol, for evaluation and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RuntimeInfo:
-    """What a figure was measured in."""
+    """The environment of a measurement."""
 
     name: str
     version: str
@@ -28,7 +28,7 @@ class RuntimeInfo:
 
 @dataclass(frozen=True)
 class Question:
-    """A context and the continuations whose likelihoods are asked for, as token ids; none of them is empty."""
+    """A context and its continuations to score, as non-empty lists of token ids."""
 
     context: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
@@ -36,7 +36,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """Log-likelihood (nats) of a continuation, and whether it is what the model would write greedily."""
+    """Log-likelihood (nats) of a continuation, and whether it is the greedy continuation."""
 
     logprob: float
     greedy: bool
@@ -45,8 +45,8 @@ class Score:
 class Runtime(Protocol):
     """A loaded model.
 
-    `fast` tells whether the runtime has a kernel for the model's format; where it has none, it computes with the
-    dequantized weights, the results are exact, and a speed would say nothing about the format: `note` says so.
+    `fast`: whether the runtime has a kernel for the model's format. Without one it computes with dequantized weights:
+    results are exact, but speed says nothing about the format, and `note` says so.
     """
 
     info: RuntimeInfo
@@ -56,19 +56,19 @@ class Runtime(Protocol):
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        """Those whose versions can change a number, by their names in the package index."""
+        """Libraries whose versions can affect results, by package name."""
 
     def score(self, questions: Sequence[Question], batch_tokens: int, progress: str) -> list[list[Score]]:
-        """Scores of every continuation of every question, in their order. progress: the bar's name; none without."""
+        """Score every continuation of every question, in order. progress: the name of the bar; none if empty."""
 
     def logprobs(self, ids: Tensor) -> Tensor:
         """Natural log-probabilities of the next token: int64 [rows, tokens] -> float32 [rows, tokens, vocabulary]."""
 
     def generate_ids(self, ids: Tensor, new_tokens: int) -> Tensor:
-        """Continue greedily, always by `new_tokens`: int64 [rows, tokens] -> [rows, tokens + new_tokens]."""
+        """Continue greedily by exactly `new_tokens`: int64 [rows, tokens] -> [rows, tokens + new_tokens]."""
 
     def generate(self, prompt: str, new_tokens: int) -> str:
-        """Continue a text greedily by at most `new_tokens`, ending where the model ends it."""
+        """Continue a text greedily by at most `new_tokens`, stopping at the model's end token."""
 
 
 @runtime_checkable
@@ -80,9 +80,9 @@ class RuntimeWithStates(Runtime, Protocol):
 
 
 def load_runtime(target: str, directory: Path, dtype: str) -> Runtime:
-    """Load the model in `directory` for `target`, computing in `dtype`; TaskError if the directory is no such model."""
+    """Load the model in `directory` for `target`, computing in `dtype`; TaskError if there is no such model."""
     if not (directory / "config.json").is_file():
-        raise TaskError(f"{directory} holds no model (no config.json); run the stage that makes it: modelpress run")
+        raise TaskError(f"{directory} holds no model (no config.json); run its stage: modelpress run")
     match target:
         case "transformers":
             from tasks.runtimes.transformers import TransformersRuntime

@@ -1,6 +1,6 @@
-"""A pressed model as a dense one: the weights that its integers stand for, exactly, and inputs rounded as they are.
+"""Load a quantized model as a dense one: exactly dequantized weights, and quantized activations.
 
-For formats that transformers alone refuses without a library for GPUs: AutoAWQ's and AutoGPTQ's.
+For formats that transformers does not load without a GPU library: AutoAWQ's and AutoGPTQ's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tasks.tensor_files import EMBEDDING, OUTPUT
 
 
 def load_dense(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A dense model of a pressed one's directory; TaskError if the two do not fit each other."""
+    """Load the quantized model in `directory` as a dense one; TaskError if the tensors do not match its config."""
     stored = StoredModel(directory)
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
@@ -28,16 +28,16 @@ def load_dense(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         dense[f"{name}.weight"] = linear.weight.weight().to(dtype)
         if linear.precision.symmetric_activations is not None:
             rounding[name] = linear.precision.symmetric_activations
-    if config.tie_word_embeddings and OUTPUT in stored.quantized:  # it is the embedding's weight as well
+    if config.tie_word_embeddings and OUTPUT in stored.quantized:  # also the embedding's weight
         dense[f"{EMBEDDING}.weight"] = dense[f"{OUTPUT}.weight"]
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(dense, strict=False)
-    # the output layer may share the embedding's weights and then has none of its own
+    # a tied output layer has no weights of its own
     tied = {f"{OUTPUT}.weight"} if config.tie_word_embeddings else set()
     if set(missing) - tied or unexpected:
         raise TaskError(
             f"{directory} does not fit its config.json: missing {sorted(set(missing) - tied)[:3]}, "
-            f"unexpected {sorted(unexpected)[:3]}; make it again: modelpress run"
+            f"unexpected {sorted(unexpected)[:3]}; rebuild it: modelpress run"
         )
     model.tie_weights()
     round_inputs(model, rounding)

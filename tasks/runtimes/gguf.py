@@ -1,7 +1,7 @@
-"""The runtime `gguf`: llama.cpp, by way of llama-cpp-python's binding of its C interface.
+"""The runtime `gguf`: llama.cpp, through llama-cpp-python's binding of its C interface.
 
-llama.cpp multiplies as the type of each weight wants it: by activations of 8 bits in blocks of 32 for Q4 and Q8, of 16
-bits for BF16 and F16. So `dtype` is what it keeps keys and values in; the sums are float32 everywhere.
+The weight type determines the activations: 8 bits in blocks of 32 for Q4 and Q8, 16 bits for BF16 and F16. So `dtype`
+is the dtype of the KV cache; sums are always float32.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tasks.runtimes.batches import batches
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SEQUENCES = 64  # that llama.cpp keeps apart at once: what a batch of questions may branch into
-_CACHE = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers of these types
-_LEAST = 512  # tokens that there is room for
+SEQUENCES = 64  # parallel sequences in llama.cpp: the limit of a batch's branches
+_CACHE = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's type numbers
+_LEAST = 512  # smallest context, tokens
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token to read: its number, its place, the sequences that it is part of, and whether to give its logits."""
+    """A token to read: its id, position, sequences, and whether to output its logits."""
 
     id: int
     position: int
@@ -59,7 +59,7 @@ class GgufRuntime:
         self._words = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self._context: Any = None
         self._free: Any = None
-        self._room = (0, 0)  # tokens and sequences
+        self._room = (0, 0)  # tokens and sequences of the context
         on_gpu = bool(llama_cpp.llama_supports_gpu_offload())
         self.info = RuntimeInfo(
             "llama-cpp-python",
@@ -73,7 +73,7 @@ class GgufRuntime:
         self.note: str | None = None
 
     def score(self, questions: Sequence[Question], batch_tokens: int, progress: str) -> list[list[Score]]:
-        """Scores of every continuation; those of one context share its tokens, each in a sequence of its own."""
+        """Score every continuation; those of one context share its tokens, each in its own sequence."""
         parts = [
             (index, Question(question.context, question.continuations[start : start + SEQUENCES]))
             for index, question in enumerate(questions)
@@ -93,7 +93,7 @@ class GgufRuntime:
 
     def _score(self, questions: list[Question]) -> list[list[Score]]:
         tokens: list[Token] = []
-        reads: list[list[list[int]]] = []  # of each continuation: rows of the output
+        reads: list[list[list[int]]] = []  # output rows of each continuation
         sequence = rows = 0
         for question in questions:
             start = len(question.context)
@@ -102,7 +102,7 @@ class GgufRuntime:
             shared, rows = rows, rows + 1
             reads.append([])
             for number, continuation in zip(own, question.continuations, strict=True):
-                # the last token is scored but never read on from
+                # the last token is scored, but not an input
                 tokens += [Token(t, start + i, [number], True) for i, t in enumerate(continuation[:-1])]
                 reads[-1].append([shared, *range(rows, rows + len(continuation) - 1)])
                 rows += len(continuation) - 1
@@ -125,7 +125,7 @@ class GgufRuntime:
         prompt = [
             Token(int(t), i, [number], i == start - 1) for number, row in enumerate(ids) for i, t in enumerate(row)
         ]
-        # numpy throughout: torch's threads would still be spinning when llama.cpp's want the processor
+        # numpy throughout: torch's threads would keep spinning and slow down llama.cpp's
         written = [self._read(prompt, rows, more=rows * new_tokens).argmax(-1)]
         for place in range(start, start + new_tokens - 1):
             step = [Token(int(t), place, [number], True) for number, t in enumerate(written[-1])]
@@ -149,9 +149,9 @@ class GgufRuntime:
     def _read(
         self, tokens: Sequence[Token], sequences: int, *, keep: bool = False, more: int = 0
     ) -> NDArray[np.float32]:
-        """Logits after each token that asks for them: [outputs, words], in llama.cpp's memory until the next call.
+        """Logits after each requested token: [outputs, vocabulary], in llama.cpp's memory until the next call.
 
-        keep: go on from what was read before; else forget it, and make room for these tokens and `more`.
+        keep: continue from the tokens read before; otherwise clear them, and make room for these tokens and `more`.
         """
         if not keep:
             self._make_room(len(tokens) + more, sequences)
@@ -173,7 +173,7 @@ class GgufRuntime:
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (outputs, self._words))
 
     def _make_room(self, tokens: int, sequences: int) -> None:
-        """A context for at least so many; the one there is, if it is large enough."""
+        """Create a context of at least this size, or keep the current one if it is large enough."""
         wanted = (max(tokens, _LEAST), max(sequences, SEQUENCES))
         if wanted[0] <= self._room[0] and wanted[1] <= self._room[1]:
             return
@@ -183,28 +183,28 @@ class GgufRuntime:
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = room[0]
         parameters.n_seq_max = room[1]
-        parameters.kv_unified = True  # a token may be part of several sequences
+        parameters.kv_unified = True  # sequences share tokens
         parameters.n_threads = parameters.n_threads_batch = self._threads
         parameters.type_k = parameters.type_v = _CACHE[self._dtype]
         LOG.listen()
         self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         if not self._context:
             self._room = (0, 0)
-            raise TaskError(f"llama.cpp made no room for {room[0]} tokens: {LOG.said()}")
+            raise TaskError(f"llama.cpp could not create a context of {room[0]} tokens: {LOG.said()}")
         self._free = weakref.finalize(self, llama_cpp.llama_free, self._context)
         self._room = room
 
 
 def gguf_file(directory: Path) -> Path:
-    """The one GGUF file of a directory; TaskError if there is none, or there are several."""
+    """The GGUF file of a directory; TaskError if there is not exactly one."""
     found = sorted(directory.glob("*.gguf"))
     if len(found) != 1:
-        raise TaskError(f"{directory} holds {len(found)} GGUF files, expected one; make it again: modelpress run")
+        raise TaskError(f"{directory} holds {len(found)} GGUF files, expected one; rebuild it: modelpress run")
     return found[0]
 
 
 def _apart(batch: list[int], sequences: list[int]) -> list[list[int]]:
-    """A batch in parts of at most `SEQUENCES` sequences."""
+    """Split a batch into parts of at most `SEQUENCES` sequences."""
     parts: list[list[int]] = [[]]
     for index in batch:
         if parts[-1] and sum(sequences[i] for i in parts[-1]) + sequences[index] > SEQUENCES:
@@ -218,7 +218,7 @@ def _logprobs(logits: NDArray[np.float32]) -> Tensor:
 
 
 def _scored(logits: Tensor, continuation: Sequence[int]) -> Score:
-    """logits: log-probabilities [tokens, words], of the places before each token of the continuation."""
+    """logits: log-probabilities [tokens, vocabulary] that predict each token of the continuation."""
     targets = torch.tensor(continuation)
     chosen = logits.gather(1, targets[:, None]).sum().item()
     return Score(chosen, bool((logits.argmax(-1) == targets).all()))

@@ -1,8 +1,8 @@
-"""W8A8 with integer arithmetic on a CPU: both factors of a product are 8-bit integers, their sum is 32-bit.
+"""W8A8 with integer arithmetic on a CPU: products of 8-bit integers, summed in 32 bits.
 
-Weights: an integer times the scale of its row. Activations: per token, x = (q - zero) * scale, found as the model runs
-(compressed-tensors' dynamic token strategy). So x W^T = scale_x * scale_w * (q W^T - zero * sum(W)), and the product of
-integers is exact: what differs from computing with the dequantized numbers is rounding in float32 alone.
+Weights: an integer times the scale of its row. Activations: per token, x = (q - zero) * scale, computed at run time
+(compressed-tensors' dynamic token strategy). So x W^T = scale_x * scale_w * (q W^T - zero * sum(W)), and the integer
+product is exact: the result differs from computing with dequantized values only by float32 rounding.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tasks.activation_rounding import Activations
 
 _BITS = 8
 _FEW_ROWS = 8
-_EXACT_IN_FLOAT32 = 2**24 // 2**14  # so many products of two 8-bit integers have a sum that float32 holds exactly
+_EXACT_IN_FLOAT32 = 2**24 // 2**14  # number of 8-bit products whose sum is exact in float32
 
 
 class Int8Linear(nn.Module):
-    """A linear layer that multiplies integers. weight: int8 [out, in], scale: float32 [out]."""
+    """A linear layer with integer arithmetic. weight: int8 [out, in], scale: float32 [out]."""
 
     weight: Tensor
     scale: Tensor
@@ -51,9 +51,9 @@ class Int8Linear(nn.Module):
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """The exact product `a b^T` of int8 [m, k] and int8 [n, k], as float32 [m, n].
 
-    torch's own product is fast where the processor has 8-bit dot products (VNNI). Elsewhere it is 20 times slower than
-    float32, but for a few rows, and wrong where pairs are summed in 16 bits. There, blocks of columns are multiplied in
-    float32, each exact.
+    torch's product is fast on processors with 8-bit dot products (VNNI). Elsewhere it is 20 times slower than float32,
+    except for a few rows, and wrong where pairs are summed in 16 bits. There, blocks of columns are multiplied exactly
+    in float32.
     """
     if torch.cpu._is_vnni_supported() or (len(a) <= _FEW_ROWS and _right()):
         return torch._int_mm(a, b.T).float()
@@ -61,26 +61,26 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     blocks: list[Tensor] = [x.float() @ y.float().T for x, y in columns]
     if len(blocks) == 1:
         return blocks[0]
-    # the sum of several can be longer than float32 holds
+    # the sum of several blocks can exceed float32's exact range
     return torch.stack([block.int() for block in blocks]).sum(0, dtype=torch.int32).float()
 
 
 @cache
 def _right() -> bool:
-    """Whether torch's product of a few rows is right for the largest integers."""
+    """Whether torch's product of a few rows is correct for the largest integers."""
     a, b = (torch.full((_FEW_ROWS, 64), least, dtype=torch.int8) for least in (-128, 127))
     return all(torch._int_mm(x, y.T).eq(64 * int(x[0, 0]) * int(y[0, 0])).all() for x in (a, b) for y in (a, b))
 
 
 def use_integers(model: nn.Module) -> bool:
-    """Replace the W8A8 layers of a model loaded with dequantized weights; whether all its quantized layers are such.
+    """Replace the layers of a W8A8 model that was loaded with dequantized weights; return whether that was possible.
 
-    Changes nothing and says no where a layer is quantized in another way.
+    Returns False and changes nothing if a layer is quantized in another way.
     """
     layers = [(name, module) for name, module in model.named_modules() if hasattr(module, "quantization_scheme")]
     if not layers or not all(_fits(module.quantization_scheme) for _, module in layers):
         return False
-    # one for all layers: it remembers a single tensor
+    # one for all layers: it caches a single tensor
     ways = {symmetric: Activations(symmetric) for symmetric in (False, True)}
     for name, module in layers:
         scale = module.weight_scale.detach().float()

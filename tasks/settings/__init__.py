@@ -1,7 +1,7 @@
-"""params.yaml as typed settings: the one module that both flows/ and tasks/ read.
+"""params.yaml as typed settings, shared by flows/ and tasks/.
 
-Every key has a place here, and a key that has none is refused. Defaults live in params.yaml alone; a field has
-a default here only where leaving it out means "not used".
+Unknown keys are refused. Defaults live in params.yaml; a field has a default here only where leaving it out means
+"not used".
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Settings(Section):
             key = variant.model_dump_json()
             if key in seen:
                 raise ValueError(
-                    f"{seen[key]} and {name} have the same settings, so they would be one model twice; "
+                    f"{seen[key]} and {name} have the same settings, so they would produce the same model; "
                     "change a setting of one or remove it"
                 )
             seen[key] = name
@@ -100,7 +100,7 @@ class Settings(Section):
             for name in names:
                 if name in owner:
                     raise ValueError(
-                        f"{owner[name]}.{name} and {group}.{name} have one name, but each data set is kept in "
+                        f"{owner[name]}.{name} and {group}.{name} have the same name, but each data set is stored in "
                         f"data/raw/{name}; rename one"
                     )
                 owner[name] = group
@@ -113,7 +113,7 @@ class Settings(Section):
             if wanted is not None and wanted > self.calibration.samples:
                 raise ValueError(
                     f"variants.{name}.samples is {wanted}, but calibration.samples is only "
-                    f"{self.calibration.samples}; lower the one or raise the other"
+                    f"{self.calibration.samples}; lower the former or raise the latter"
                 )
         return self
 
@@ -122,7 +122,7 @@ class Settings(Section):
         for name, variant in self.variants.items():
             if variant.format == "gguf" and self.target != "gguf":
                 raise ValueError(
-                    f"variants.{name}.scheme is {variant.scheme}, which only the target gguf can run, but target is "
+                    f"variants.{name}.scheme is {variant.scheme}, which only the target gguf runs, but target is "
                     f"{self.target}; set target to gguf, or remove the variant"
                 )
         return self
@@ -132,8 +132,8 @@ class Settings(Section):
         for section, dtype in (("evaluation", self.evaluation.dtype), ("benchmark", self.benchmark.dtype)):
             if self.target == "onnx" and dtype != "float32":
                 raise ValueError(
-                    f"{section}.dtype is {dtype}, but for the target onnx the exported graph decides: float32, and "
-                    f"integers of 8 bits where weights are integers; set {section}.dtype to float32"
+                    f"{section}.dtype is {dtype}, but for the target onnx the exported graph computes in float32, "
+                    f"and in 8-bit integers where weights are integers; set {section}.dtype to float32"
                 )
         return self
 
@@ -145,7 +145,7 @@ class Settings(Section):
 
 
 def load_settings(path: Path) -> Settings:
-    """Read and check params.yaml; TaskError naming each field, its value and what is expected there."""
+    """Read and validate params.yaml; TaskError naming each wrong field, its value and the expected one."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -160,11 +160,11 @@ def load_settings(path: Path) -> Settings:
 
 
 def check_settings(values: Any, origin: str = "params.yaml") -> Settings:
-    """Turn plain values into Settings; TaskError naming each field, its value and what is expected there."""
+    """Validate plain values as Settings; TaskError naming each wrong field, its value and the expected one."""
     if not isinstance(values, Mapping):
         raise TaskError(f"{origin} holds {type(values).__name__}, expected a mapping of sections")
     if old := new_words(values):
-        raise TaskError(f"{origin} is in the words of an earlier version; write instead:\n" + "\n".join(old))
+        raise TaskError(f"{origin} uses settings of an earlier version; replace them with:\n" + "\n".join(old))
     try:
         return Settings.model_validate(dict(values))
     except ValidationError as error:
@@ -172,16 +172,16 @@ def check_settings(values: Any, origin: str = "params.yaml") -> Settings:
 
 
 def _explain(error: Any) -> str:
-    """One finding of pydantic, in a person's words."""
+    """One validation error of pydantic as a readable message."""
     parts = [str(p) for p in error["loc"]]
     where = ".".join(p for p in parts if p != "[key]")
     match error["type"]:
         case "extra_forbidden":
-            return f"{where} is no setting (found {_short(error['input'])}); remove it or mend the spelling"
+            return f"{where} is not a setting (found {_short(error['input'])}); remove it or fix the spelling"
         case "missing":
             return f"{where} is missing"
         case "value_error":
-            # where the finding is about a whole section, its value would only repeat the file
+            # the value of a whole section would only repeat the file
             return f"{where + ': ' if where else ''}{error['ctx']['error']}"
         case _:
             return f"{where} is {_short(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"

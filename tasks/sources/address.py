@@ -1,4 +1,4 @@
-"""Where a model or a data set comes from, as params.yaml writes it. Pure text work: imports nothing heavy."""
+"""Parse the sources of models and data sets in params.yaml. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WHEEL = re.compile(r"(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\
 
 @dataclass(frozen=True)
 class HubAddress:
-    """`hf:organisation/name@revision`, and `/path/in/repository` if one file of it is meant."""
+    """`hf:organisation/name@revision`, with `/path/in/repository` for a single file."""
 
     repository: str
     revision: str
@@ -26,7 +26,7 @@ class HubAddress:
 
 @dataclass(frozen=True)
 class LocalAddress:
-    """`path:/a/folder/or/file`; a relative path starts at the project's folder."""
+    """`path:/a/folder/or/file`; a relative path is relative to the project's folder."""
 
     path: Path
 
@@ -44,7 +44,7 @@ Address = HubAddress | LocalAddress | WheelAddress
 
 
 def parse(source: str) -> Address:
-    """Take a source apart; ValueError with the forms there are."""
+    """Parse a source; ValueError naming the valid forms."""
     scheme, colon, rest = source.partition(":")
     if colon and scheme == "hf":
         if match := _HUB.fullmatch(rest):
@@ -60,30 +60,30 @@ def parse(source: str) -> Address:
         if match := _WHEEL.fullmatch(rest):
             return WheelAddress(**match.groupdict())
         raise ValueError(f"{source!r} is not wheel:package==version/member, with an exact version after ==")
-    raise ValueError(f"{source!r} is no source; {FORMS}")
+    raise ValueError(f"{source!r} is not a source; {FORMS}")
 
 
 def check_model_source(source: str) -> str:
-    """`source`, unless no model can come from it: then ValueError."""
+    """Return `source`; ValueError if it cannot be a model."""
     match parse(source):
         case HubAddress(file=str(name)) | WheelAddress(member=name) if not name.lower().endswith(".gguf"):
-            raise ValueError(f"{source!r} is one file, and the only file that is a whole model is a .gguf")
+            raise ValueError(f"{source!r} is a single file, which must be a .gguf")
     return source
 
 
 def check_data_source(source: str) -> str:
-    """`source`, unless no data file can come from it: then ValueError."""
+    """Return `source`; ValueError if it cannot be a data file."""
     match parse(source):
         case HubAddress(file=None):
-            raise ValueError(f"{source!r} names no file; add its path in the data set, such as /data/test.jsonl")
+            raise ValueError(f"{source!r} names no file; add a path in the data set, such as /data/test.jsonl")
     return source
 
 
 def check_model_checksum(source: str, sha256: str | None) -> None:
-    """ValueError if `sha256` is given where there is no one file that it could be the checksum of."""
+    """ValueError if `sha256` is given for a source that is not a single file."""
     match parse(source):
         case HubAddress(file=None) if sha256 is not None:
             raise ValueError(
-                f"sha256 cannot be given for {source!r}: a repository is many files, and each is checked "
-                "against the hub's own checksum; set it to null, and pin the model with a commit after the @"
+                f"sha256 cannot be given for {source!r}: each file of a repository is checked "
+                "against the hub's checksum; set it to null, and pin the model with a commit after the @"
             )

@@ -1,4 +1,4 @@
-"""Which weights of a model's folder or repository are taken, and whether the model can be pressed."""
+"""Select the weight files of a model, and check that the model can be quantized."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _INDEX = "model.safetensors.index.json"
 
 
 def weight_files(names: Iterable[str], where: str) -> list[str]:
-    """The safetensors files that hold the weights; TaskError naming what is there if there are none.
+    """The safetensors files of the weights; TaskError listing the files found if there are none.
 
-    One file or shards as transformers names them: copies of the weights under other names are left out.
+    One file, or shards, by transformers' names; copies of the weights under other names are left out.
     """
     top = [n for n in names if "/" not in n]
     if _INDEX in top:
@@ -25,33 +25,33 @@ def weight_files(names: Iterable[str], where: str) -> list[str]:
     tensors = [n for n in top if n.endswith(".safetensors")]
     if tensors:
         raise TaskError(
-            f"{where} has {_few(tensors)}, but neither model.safetensors nor {_INDEX}: no whole model under "
-            "the names that transformers knows (an adapter must be merged into its base model first)"
+            f"{where} has {_few(tensors)}, but neither model.safetensors nor {_INDEX}, the file names of a "
+            "complete model in transformers (merge an adapter into its base model first)"
         )
     pickles = [n for n in top if n.lower().endswith(_PICKLE)]
     if pickles:
         raise TaskError(
-            f"{where} has its weights only as {_few(pickles)}; such a file can run code when it is read, "
-            "so it is refused; choose a revision or a repository with safetensors"
+            f"{where} has weights only as {_few(pickles)}, which is refused because loading a pickle can run "
+            "code; choose a revision or a repository with safetensors"
         )
     raise TaskError(f"{where} has no weights; expected model.safetensors or {_INDEX} (found {_few(top)})")
 
 
 def check_config(config: Any, where: str) -> None:
-    """TaskError unless `config` (config.json) is of a decoder language model in full precision that transformers knows.
+    """TaskError unless `config` (config.json) describes an unquantized decoder language model of transformers.
 
-    A model that needs Python code of its own is refused: such code is never taken along and never run.
+    A model that needs custom Python code is refused: such code is never fetched and never run.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
-        raise TaskError(f"{where}: config.json names no model_type, so it is no model of transformers")
+        raise TaskError(f"{where}: config.json has no model_type, so this is not a transformers model")
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "an unknown method")
         raise TaskError(
-            f"{where} is already quantized ({method}); name the model in full precision, since a baseline "
-            "that has lost quality already hides what is lost on top"
+            f"{where} is already quantized ({method}); use the model in full precision, because a quantized "
+            "baseline hides the loss of further quantization"
         )
     names = config.get("architectures") or []
     fits = kind in KNOWN and (not names or any(n in _classes(KNOWN[kind]) for n in names))
@@ -61,10 +61,10 @@ def check_config(config: Any, where: str) -> None:
     code = config.get("auto_map", {}).get("AutoModelForCausalLM")
     if kind not in KNOWN and code is not None:
         raise TaskError(
-            f"{what} that needs Python code of its own ({code}), which is never run; choose a model that "
-            "transformers knows, such as llama"
+            f"{what} that needs custom Python code ({code}), which is never run; choose a model that "
+            "transformers supports, such as llama"
         )
-    raise TaskError(f"{what}, which transformers knows no decoder language model for; choose one such as llama")
+    raise TaskError(f"{what}, for which transformers has no decoder language model; choose one such as llama")
 
 
 def _classes(names: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What every kind of source shares: what a fetch returns, checksums, disk space, one download at a time."""
+"""Common parts of all sources: the result of a fetch, checksums, disk space, download locks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from typing import Literal
 from tasks.errors import TaskError
 from tasks.output import sha256
 
-DOWNLOADS = Path(".modelpress/downloads")  # survives an interruption, and DVC's deletion of a stage's outputs
+DOWNLOADS = Path(".modelpress/downloads")  # kept across interruptions and DVC's deletion of outputs
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What a source gave.
+    """The result of a fetch.
 
-    `file` is the one file asked for, None if it was a whole model; `files` are the model's files by name, or
-    the licence texts that came along with the one file. `revision` is the hub's commit or the wheel's
-    version. `pin` is the value for `sha256` in params.yaml, None for a folder. `own` is true for a person's
-    own files, which may be read and copied but not linked to.
+    `file`: the requested file, None for a whole model. `files`: the model's files by name, or the licence texts beside
+    a single file. `revision`: the hub's commit or the wheel's version. `pin`: the value for `sha256` in params.yaml,
+    None for a folder. `own`: whether these are the user's files, which may be copied but not linked to.
     """
 
     kind: Literal["hf", "path", "wheel"]
@@ -36,18 +35,18 @@ class Fetched:
 
 
 def check_pin(path: Path, expected: str | None, source: str) -> str:
-    """The sha256 of the file at `path`; TaskError if `expected` is another one."""
+    """Return the sha256 of the file at `path`; TaskError if it differs from `expected`."""
     found = sha256(path)
     if expected not in (None, found):
         raise TaskError(
             f"{source} has the sha256 {found}, but params.yaml expects {expected}; if you trust the new "
-            "bytes, write that checksum into params.yaml, else find out what changed them"
+            "bytes, write that checksum into params.yaml, otherwise find out what changed them"
         )
     return found
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """TaskError if fewer than `needed` bytes are free where `folder` is or will be."""
+    """TaskError if fewer than `needed` bytes are free on the disk of `folder`, which need not exist."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -59,7 +58,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 def size(number: float) -> str:
-    """Bytes in a person's unit: `size(98362432)` is `98.4 MB`."""
+    """Format bytes: `size(98362432)` is `98.4 MB`."""
     if number < 1000:
         return f"{number:.0f} bytes"
     steps = min(int(math.log10(number) // 3), 4)
@@ -68,7 +67,7 @@ def size(number: float) -> str:
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold the lock of a download that several stages may want at once; it ends with the process."""
+    """Hold the lock of a download that several stages may request at once; released when the process ends."""
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,8 @@
-"""A model or a data file on a model hub: a revision resolved to its commit, downloads resumed and checked.
+"""Fetch models and data files from a model hub: resolve revisions to commits, resume and verify downloads.
 
-The hub library resumes a broken connection within one call alone: it deletes what it has when it gives up, leaves it
-behind when it is killed, and checks sizes but no checksums (tests/functional/test_hub.py shows both). So listing,
-addresses, errors and the transfer itself are the library's, and the bytes are kept here, in `downloads/hub/`, under the
-checksum that the hub gives for them.
+The hub library resumes only within one call: it deletes partial files when it gives up, leaves them behind when it is
+killed, and checks sizes but not checksums (shown in tests/functional/test_hub.py). So the library does the listing,
+addresses, errors and transfers, and this module stores the files in `downloads/hub/`, named by the hub's checksum.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from tasks.sources.files import Fetched, check_pin, one_at_a_time, require_space
 
 Kind = Literal["model", "dataset"]
 
-_BUSY = (408, 429)  # took too long, was asked too much
+_BUSY = (408, 429)  # request timeout, too many requests
 
 
 @dataclass(frozen=True)
 class _Remote:
-    """A file on the hub; `digest` is its sha256 (64 digits), or for small files git's checksum (40)."""
+    """A file on the hub; `digest` is its sha256 (64 digits), or git's checksum (40) for small files."""
 
     name: str
     url: str
@@ -39,7 +38,7 @@ class _Remote:
 
 
 def fetch_file(address: HubAddress, expected: str | None, kind: Kind, downloads: Path) -> Fetched:
-    """Get one file of a repository; TaskError if it cannot be had, or is not what was promised."""
+    """Fetch one file of a repository; TaskError if it cannot be fetched or does not match its checksum."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     assert address.file is not None
@@ -51,7 +50,7 @@ def fetch_file(address: HubAddress, expected: str | None, kind: Kind, downloads:
 
         about = get_hf_file_metadata(url(address.revision), token=_token(), endpoint=_endpoint())
         if about.commit_hash is None or about.etag is None:
-            raise TaskError(f"{_endpoint()} gives no commit and no checksum, so it is no model hub")
+            raise TaskError(f"{_endpoint()} returns no commit and no checksum, so it is not a model hub")
         remote = _Remote(name, url(about.commit_hash), about.size, about.etag)
         path = _download(remote, downloads / "hub")
     pin = check_pin(path, expected, _name(address))
@@ -59,7 +58,7 @@ def fetch_file(address: HubAddress, expected: str | None, kind: Kind, downloads:
 
 
 def fetch_model(address: HubAddress, check: Callable[[dict[str, Path]], None], downloads: Path) -> Fetched:
-    """Get a whole repository: what describes the model first, the weights after `check` has agreed."""
+    """Fetch a whole repository: first the small files, then, after `check`, the weights."""
     from huggingface_hub import HfApi, hf_hub_url
 
     folder = downloads / "hub"
@@ -72,7 +71,7 @@ def fetch_model(address: HubAddress, check: Callable[[dict[str, Path]], None], d
             url = hf_hub_url(address.repository, f.rfilename, revision=commit, endpoint=_endpoint())
             digest = f.lfs.sha256 if f.lfs else f.blob_id
             if commit is None or digest is None:
-                raise TaskError(f"{_endpoint()} gives no commit and no checksums, so it is no model hub")
+                raise TaskError(f"{_endpoint()} returns no commit and no checksums, so it is not a model hub")
             remotes[f.rfilename] = _Remote(f.rfilename, url, f.size, digest)
         weights = weight_files(remotes, _name(address))
         files = {name: _download(remotes[name], folder) for name in small_files(remotes)}
@@ -85,7 +84,7 @@ def fetch_model(address: HubAddress, check: Callable[[dict[str, Path]], None], d
 
 
 def _download(remote: _Remote, folder: Path) -> Path:
-    """The file at `folder/<digest>`: as it is there, or with what is missing of it fetched, and checked."""
+    """Return `folder/<digest>`, after fetching any missing part and verifying the checksum."""
     from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -102,7 +101,7 @@ def _download(remote: _Remote, folder: Path) -> Path:
             had = 0
         if remote.bytes is not None and remote.bytes > MAX_HTTP_DOWNLOAD_SIZE:
             raise TaskError(
-                f"{remote.name} is {size(remote.bytes)}, and the hub gives no file over "
+                f"{remote.name} is {size(remote.bytes)}, and the hub serves no file over "
                 f"{size(MAX_HTTP_DOWNLOAD_SIZE)} by plain HTTP; fetch the repository with `hf download`, then name "
                 "its folder as path:"
             )
@@ -120,15 +119,15 @@ def _download(remote: _Remote, folder: Path) -> Path:
         if found != remote.digest:
             part.unlink()
             raise TaskError(
-                f"{remote.name} from {remote.url} has the checksum {found}, but the hub promised "
-                f"{remote.digest}; it was deleted. Run again; if it stays so, something on the way changes it"
+                f"{remote.name} from {remote.url} has the checksum {found}, but the hub lists "
+                f"{remote.digest}; it was deleted. Run again; if the error persists, something modifies the download"
             )
         part.replace(path)
     return path
 
 
 def _digest(path: Path, like: str) -> str:
-    """The checksum of the file, of the kind that `like` is."""
+    """The checksum of the file, of the same kind as `like`."""
     if len(like) == 64:
         return sha256(path)
     header = b"blob %d\0" % path.stat().st_size
@@ -141,7 +140,7 @@ def _endpoint() -> str:
 
 
 def _token() -> str | Literal[False]:
-    """The token of the environment; False keeps the library from reading one out of a file."""
+    """The token from the environment; False stops the library from reading one from a file."""
     return os.environ.get("HF_TOKEN", "").strip() or False
 
 
@@ -151,19 +150,19 @@ def _name(address: HubAddress) -> str:
 
 @contextmanager
 def _explained(address: HubAddress, kind: Kind) -> Iterator[None]:
-    """Turn what the hub or the network says into one line with a remedy."""
+    """Turn errors of the hub or the network into one line with a remedy."""
     import httpx
     from huggingface_hub import errors
 
     name, endpoint = _name(address), _endpoint()
     page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{address.repository}"
-    access = "HF_TOKEN is set, but to a token without access" if _token() else "HF_TOKEN is not set"
+    access = "HF_TOKEN is set, but its token has no access" if _token() else "HF_TOKEN is not set"
     try:
         yield
     except errors.GatedRepoError as error:
         raise TaskError(
-            f"{name} is gated, and {access}; ask for access on {page}, then set the environment variable "
-            "HF_TOKEN to a token of the account that has it"
+            f"{name} is gated, and {access}; request access on {page}, then set the environment variable "
+            "HF_TOKEN to a token of that account"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise TaskError(
@@ -175,27 +174,27 @@ def _explained(address: HubAddress, kind: Kind) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         raise TaskError(
             f"no {kind} {address.repository} on {endpoint}, or it is private ({access}); check the spelling, "
-            "or set the environment variable HF_TOKEN to a token that may read it"
+            "or set the environment variable HF_TOKEN to a token with read access"
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         answered = f"{endpoint} answered {status} for {name}"
         if status in (401, 403):
-            raise TaskError(f"{answered}; {access}: set it to one that may read it") from error
+            raise TaskError(f"{answered}; {access}: set it to one with read access") from error
         if status in _BUSY or status >= 500:
-            raise TransientError(f"{answered}; run again later, what was fetched is kept") from error
+            raise TransientError(f"{answered}; run again later; the partial download is kept") from error
         raise TaskError(f"{answered}; check the address and HF_ENDPOINT, then run again") from error
     except errors.HFValidationError as error:
-        raise TaskError(f"{address.repository!r} can be no repository's name: {error}") from error
+        raise TaskError(f"{address.repository!r} is not a valid repository name: {error}") from error
     except errors.OfflineModeIsEnabled as error:
-        raise TaskError(f"{name} is not here, and HF_HUB_OFFLINE forbids fetching it; unset it") from error
+        raise TaskError(f"{name} is not downloaded, and HF_HUB_OFFLINE forbids fetching it; unset it") from error
     except httpx.UnsupportedProtocol as error:
-        raise TaskError(f"{endpoint} is no address of a hub: {error}; mend HF_ENDPOINT") from error
+        raise TaskError(f"{endpoint} is not a valid address: {error}; fix HF_ENDPOINT") from error
     except (httpx.HTTPError, OSError) as error:
-        # the disk's errors have a number, and so has a connection that was reset
+        # disk errors have an errno, but so does a connection reset
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise
         raise TransientError(
             f"cannot fetch {name} from {endpoint}: {type(error).__name__}; check the network, a proxy and "
-            "HF_ENDPOINT, then run again: what was fetched is kept"
+            "HF_ENDPOINT, then run again; the partial download is kept"
         ) from error

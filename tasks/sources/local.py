@@ -1,4 +1,4 @@
-"""A model or a data file that is already on this machine: read and copied, never changed or linked to."""
+"""A model or a data file on this machine: copied, never changed or linked to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tasks.sources.files import Fetched, check_pin
 
 
 def fetch_file(address: LocalAddress, expected: str | None) -> Fetched:
-    """The file at the path; TaskError if there is none."""
+    """Return the file at the path; TaskError if there is none."""
     path = _present(address)
     if not path.is_file():
         raise TaskError(f"path:{address.path} is a folder, expected one file; name a file in it")
@@ -21,14 +21,14 @@ def fetch_file(address: LocalAddress, expected: str | None) -> Fetched:
 
 
 def fetch_model(address: LocalAddress, expected: str | None, check: Callable[[dict[str, Path]], None]) -> Fetched:
-    """The model's files in the folder at the path, or the GGUF file there."""
+    """Return the model files in the folder at the path, or the GGUF file."""
     path, where = _present(address), f"path:{address.path}"
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise TaskError(f"{where} is one file, and the only file that is a whole model is a .gguf")
+            raise TaskError(f"{where} is a single file, which must be a .gguf")
         return fetch_file(address, expected)
     if expected is not None:
-        raise TaskError(f"sha256 cannot be given for {where}: it is a folder of many files; set it to null")
+        raise TaskError(f"sha256 cannot be given for {where}: it is a folder; set it to null")
     names = [p.name for p in path.iterdir() if p.is_file()]
     weights = weight_files(names, where)
     files = {name: path / name for name in small_files(names)}
@@ -39,7 +39,7 @@ def fetch_model(address: LocalAddress, expected: str | None, check: Callable[[di
 def _present(address: LocalAddress) -> Path:
     if not address.path.exists():
         raise TaskError(
-            f"path:{address.path} not found (looked at {address.path.absolute()}); a relative path starts at "
-            "the project's folder"
+            f"path:{address.path} not found (looked at {address.path.absolute()}); a relative path is "
+            "relative to the project's folder"
         )
     return address.path

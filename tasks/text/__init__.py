@@ -1,1 +1,1 @@
-"""Texts as they come: documents, contamination, tokenizer rules."""
+"""Texts: documents, contamination, tokenizer rules."""

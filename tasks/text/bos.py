@@ -1,4 +1,4 @@
-"""The beginning-of-sequence token: whether a model expects one. Forgetting it can halve a score without a word."""
+"""Whether a model expects a beginning-of-sequence token. Omitting it can silently halve a score."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ if TYPE_CHECKING:
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether this tokenizer puts a beginning-of-sequence token before a text, as the model then expects it."""
+    """Whether this tokenizer, and so its model, starts a text with a beginning-of-sequence token."""
     ids = tokenizer("a").input_ids
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]

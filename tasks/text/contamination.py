@@ -1,6 +1,6 @@
-"""Contamination: evaluation items that stand in the calibration text, found by the word n-grams that they share.
+"""Contamination: evaluation items that share word n-grams with the calibration text.
 
-A variant that was calibrated on the questions it is tested with looks better than it is.
+A variant calibrated on its test questions scores too well.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from tasks.errors import TaskError
 from tasks.settings import DataSource, Overlap
 from tasks.text.documents import records, words
 
-NAMED = 10  # items that a message or report names; the count is complete
+NAMED = 10  # items listed in a message or report; the count is complete
 
 
 @dataclass(frozen=True)
 class Match:
-    """Of `items` in a set, `matching` share an n-gram; `short` have too few words to. `first` names some (from 0)."""
+    """Of `items` in a set, `matching` share an n-gram and `short` have too few words; `first`: some indices, from 0."""
 
     items: int
     matching: int
@@ -28,13 +28,13 @@ class Match:
 
 
 def ngrams(record: Any, size: int) -> set[int]:
-    """Hashes of all runs of `size` words in a record."""
+    """Hashes of all n-grams of `size` words in a record."""
     text = words(record)
     return {hash(tuple(text[i : i + size])) for i in range(len(text) - size + 1)}
 
 
 def find_overlap(raw: Path, name: str, source: DataSource, seen: set[int], size: int) -> Match:
-    """Which items of data set `name` share an n-gram of `size` words with the calibration text's n-grams, `seen`."""
+    """Find the items of data set `name` that share an n-gram of `size` words with `seen`, the calibration text's."""
     items, short, found = 0, 0, []
     for index, record in enumerate(records(raw, name, source)):
         items += 1
@@ -46,7 +46,7 @@ def find_overlap(raw: Path, name: str, source: DataSource, seen: set[int], size:
 
 
 def check_overlap(overlap: Mapping[str, Match], settings: Overlap) -> None:
-    """TaskError naming the items if more than `settings.limit` of them stand in the calibration text."""
+    """TaskError naming the items if more than `settings.limit` of them overlap with the calibration text."""
     total = sum(match.matching for match in overlap.values())
     if total <= settings.limit:
         return
@@ -57,5 +57,5 @@ def check_overlap(overlap: Mapping[str, Match], settings: Overlap) -> None:
     )
     raise TaskError(
         f"{total} evaluation items share {settings.ngram} words in a row with the calibration text ({named}), "
-        f"at most {settings.limit} may; use other calibration text, or raise calibration.overlap.limit"
+        f"at most {settings.limit} allowed; use other calibration text, or raise calibration.overlap.limit"
     )

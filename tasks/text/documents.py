@@ -1,4 +1,4 @@
-"""Documents out of data/raw, one at a time, whatever the file's format."""
+"""Read documents from data/raw one at a time, in any file format."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tasks.errors import TaskError
 from tasks.settings import DataSource
 
 FILES = {"text": "data.txt", "jsonl": "data.jsonl", "parquet": "data.parquet"}  # by format
-SEPARATOR = "\n\n"  # between two documents that are read one after the other
+SEPARATOR = "\n\n"  # between concatenated documents
 
 
 def records(raw: Path, name: str, source: DataSource) -> Iterator[Any]:
-    """The records of data set `name` under `raw` as published: strings of a text file, else mappings."""
+    """Yield the records of data set `name` under `raw` unchanged: strings from a text file, otherwise mappings."""
     path = raw / name / FILES[source.format]
     match source.format:
         case "text":
@@ -33,18 +33,16 @@ def records(raw: Path, name: str, source: DataSource) -> Iterator[Any]:
 
 
 def documents(raw: Path, name: str, source: DataSource) -> Iterator[Any]:
-    """The texts of data set `name`: the whole document or the record's `field`, `strip` cut out.
+    """Yield the texts of data set `name`: the document or the record's `field`, with `strip` removed.
 
-    A field that holds messages (a list) comes as it is. TaskError if a record lacks the field.
+    A list of messages is yielded unchanged. TaskError if a record lacks the field.
     """
     for number, record in enumerate(records(raw, name, source), start=1):
         value = record
         if source.field is not None:
             if not isinstance(record, dict) or source.field not in record:
                 has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise TaskError(
-                    f"record {number} of {name} has no field {source.field!r} (it has: {has}); mend `field`"
-                )
+                raise TaskError(f"record {number} of {name} has no field {source.field!r} (it has: {has}); fix `field`")
             value = record[source.field]
         if isinstance(value, str) and source.strip:
             value = re.sub(source.strip, "", value)
@@ -52,7 +50,7 @@ def documents(raw: Path, name: str, source: DataSource) -> Iterator[Any]:
 
 
 def words(record: Any) -> list[str]:
-    """All words of a record, in lower case: of a string, or of every string in a mapping or list."""
+    """The lower-case words of a string, or of every string in a mapping or list."""
     if isinstance(record, str):
         return re.findall(r"\w+", record.lower())
     values = record.values() if isinstance(record, dict) else record if isinstance(record, list) else ()

@@ -75,7 +75,7 @@ def test_a_parquet_file(corpus: Corpus) -> None:
         (b"", "the file is empty"),
         (b"\n\n", "holds no records"),
         (b'{"a": 1}\n{"a": \n', "line 2 is not JSON"),
-        (b'{"a": 1}\n\n[1]\n', "line 3 is JSON, but no object"),
+        (b'{"a": 1}\n\n[1]\n', "line 3 is JSON, but not an object"),
         (b'{"a": 1}\n{"a": "\xff"}\n', "line 2 is not UTF-8"),
         (b'\xef\xbb\xbf{"a": 1}\n', "line 1 is not JSON"),
     ],

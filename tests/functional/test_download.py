@@ -116,7 +116,7 @@ def test_weights_too_large_for_the_precision_are_refused(model: Path) -> None:
 def test_a_cut_off_file_is_refused(model: Path) -> None:
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    assert "no whole safetensors file" in refusal()
+    assert "not a complete safetensors file" in refusal()
 
 
 def test_only_pickles_are_refused_by_name(model: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_gguf_whose_words_are_unknown_is_refused(
 def test_a_damaged_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF" + bytes(100))
-    assert "no whole GGUF file" in refusal("path:tiny.gguf")
+    assert "not a complete GGUF file" in refusal("path:tiny.gguf")
 
 
 @pytest.mark.slow

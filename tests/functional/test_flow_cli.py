@@ -19,7 +19,7 @@ from tests.waiting import soon
     [
         ("variants.int8.smoothing=7", "variants.int8.smoothing is 7"),
         ("variants.int8.smothing=0.5", "variants.int8.smothing"),
-        ("+variants.int8.smothing=0.5", "variants.int8.smothing is no setting"),
+        ("+variants.int8.smothing=0.5", "variants.int8.smothing is not a setting"),
         ("gate", "expected KEY=VALUE"),
         ("~variants.base", "must hold the baseline"),
     ],
@@ -57,7 +57,7 @@ def test_a_failed_stage_is_one_clear_line(toy: Toy, prefect_server: str) -> None
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: report: report found 3, expected 4; mend it (log: ")
+    assert last.startswith("error: report: report found 3, expected 4; fix it (log: ")
 
 
 def test_a_plan_says_what_would_run_and_why_and_changes_nothing(toy: Toy) -> None:

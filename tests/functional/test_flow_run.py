@@ -91,7 +91,7 @@ def test_a_failed_stage_stops_what_follows_and_nothing_else(toy: Toy) -> None:
         toy.run()
 
     message = str(caught.value)
-    assert "quantize@int8: quantize@int8 found 3, expected 4; mend it (log: " in message
+    assert "quantize@int8: quantize@int8 found 3, expected 4; fix it (log: " in message
     assert message.endswith(
         "not run because of that: benchmark@int8, report; "
         "finished, and kept for the next run: quantize@gptq-int4, benchmark@gptq-int4; unchanged: 3 stages"
@@ -151,7 +151,7 @@ def test_what_cannot_work_is_refused_before_any_stage_runs(toy: Toy) -> None:
 
 
 def test_two_runs_in_one_checkout_are_refused(toy: Toy) -> None:
-    with exclusive(toy.root), pytest.raises(FlowError, match=r"another run \(process \d+\) is at work in"):
+    with exclusive(toy.root), pytest.raises(FlowError, match=r"another run \(process \d+\) is active in"):
         toy.run()
 
 
@@ -227,14 +227,14 @@ def test_a_stage_without_enough_memory_names_its_peak_and_what_to_lower(toy: Toy
     with pytest.raises(PipelineError) as caught:
         toy.run()
     message = re.search(
-        rf"quantize@int8: {what}; it was seen to hold (\d+\.\d) GB, and there are (\d+\.\d) GB; lower "
+        rf"quantize@int8: {what}; its peak was (\d+\.\d) GB of (\d+\.\d) GB; lower "
         r"calibration\.samples in params\.yaml, or run one stage at a time \(--jobs 1\)",
         str(caught.value),
     )
     assert message, caught.value
-    # it holds 300 MB before it ends, and Python and DVC are there too
+    # it allocates 300 MB, besides Python and DVC
     assert 0.3 <= float(message[1]) < float(message[2])
-    assert toy.executed()[before:] == ["quantize@int8"]  # the same again would end the same
+    assert toy.executed()[before:] == ["quantize@int8"]  # no retry
 
 
 def _gptq(group_size: int) -> dict[str, object]:

@@ -151,7 +151,7 @@ def test_a_small_file_is_checked_too(hub: FakeHub) -> None:
     assert "config.json" in refusal()
 
 
-@pytest.mark.parametrize(("token", "what"), [(None, "HF_TOKEN is not set"), ("hf_other", "a token without access")])
+@pytest.mark.parametrize(("token", "what"), [(None, "HF_TOKEN is not set"), ("hf_other", "its token has no access")])
 def test_a_gated_repository_says_how_to_get_in(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, token: str | None, what: str
 ) -> None:
@@ -219,13 +219,13 @@ def test_a_model_that_needs_code_of_its_own_is_refused_before_that_code_is_fetch
     config["auto_map"] = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}
     files["config.json"] = json.dumps(config).encode()
     files["mine.py"] = b"raise SystemExit('the code ran')"
-    assert "code of its own (mine.Mine), which is never run" in refusal()
+    assert "custom Python code (mine.Mine), which is never run" in refusal()
     assert hub.asked("mine.py") == []
     assert hub.asked("/cdn/") == []
 
 
 def test_a_name_that_no_repository_can_have(hub: FakeHub) -> None:
-    assert "'acme/a..b' can be no repository's name" in refusal("hf:acme/a..b@main")
+    assert "'acme/a..b' is not a valid repository name" in refusal("hf:acme/a..b@main")
 
 
 def test_no_hub_is_one_clear_line(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Records of before variants had a scheme: MLflow's runs, the registry, a champion and its tag, in old words.
+"""Records from before variants had a scheme: MLflow's runs, the registry, a champion and its tag.
 
 Flows of then wrote what those of today write but for the variants' settings, and DVC the rest, so old ones are made
 here by today's from an old params.yaml.
@@ -22,7 +22,7 @@ from tests.functional.toy import Toy
 
 LOG = logging.getLogger("flows.test")
 NAME = "smollm2-135m-instruct"
-# as in params.yaml of commit 7e53a78
+# from params.yaml of commit 7e53a78
 OLD = {
     "variants": {
         "base": {"method": "none"},
@@ -40,7 +40,7 @@ OLD = {
 
 
 def finish(toy: Toy, name: str) -> None:
-    """What a deployed run leaves: the stages' outputs, its record, a commit with a tag, a version in the registry."""
+    """The results of a deployed run: outputs, record, commit with a tag, version in the registry."""
     toy.dvc("repro")
     plan = read_plan(toy.root)
     with recorded(toy.root, toy.root, plan, LOG, {"name": name, "prefect.flow_run_id": name}) as record:
@@ -63,7 +63,7 @@ def write_params(toy: Toy, values: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def old_toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    """A toy after a run in old words, with params.yaml still in them; copy it, never change it."""
+    """A toy after a run with the old settings, still in params.yaml; copy it, never change it."""
     toy = Toy.create(tmp_path_factory.mktemp("old") / "toy", packaging=True)
     write_params(toy, yaml.safe_load(toy.read("params.yaml")) | OLD)
     finish(toy, "old")
@@ -78,7 +78,7 @@ def here(old_toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 
 def test_what_is_kept_is_in_old_words(here: Toy) -> None:
-    """Or the other tests would say nothing."""
+    """Otherwise the other tests would prove nothing."""
     child = next(run for run in here.mlflow_runs(parents=False) if run.info.run_name == "int8")
     assert (child.data.params["method"], "scheme" in child.data.params) == ("int8", False)
     kept = yaml.safe_load(here.command("git", "show", "run/old:params.yaml"))
@@ -110,7 +110,7 @@ def test_a_run_is_refused_with_the_new_words_for_each_old_one(here: Toy) -> None
     done = here.cli("run")
     assert (done.returncode, done.stdout) == (1, "")
     first, *lines = done.stderr.splitlines()
-    assert first.endswith("params.yaml is in the words of an earlier version; write instead:")
+    assert first.endswith("params.yaml uses settings of an earlier version; replace them with:")
     base, int8, onnx, gguf = (line.strip() for line in lines)
     assert base == "variants.base: {scheme: none}"
     assert yaml.safe_load(int8.removeprefix("variants.int8: ")) == {
@@ -120,8 +120,8 @@ def test_a_run_is_refused_with_the_new_words_for_each_old_one(here: Toy) -> None
         "rounding": "gptq",
         "symmetric_activations": False,
     }
-    assert onnx.startswith("onnx: remove the section; its output_layer is a setting of each variant")
-    assert gguf.startswith("gguf: remove the section; its output_layer is a setting of each variant")
+    assert onnx.startswith("onnx: remove the section; output_layer is now a setting of each variant")
+    assert gguf.startswith("gguf: remove the section; output_layer is now a setting of each variant")
 
 
 @pytest.mark.parametrize(("smoothing", "better"), [(0.4, False), (0.95, True)])

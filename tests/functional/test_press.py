@@ -72,7 +72,7 @@ def test_a_failed_run_keeps_its_workspace_and_a_second_attempt_goes_on_there(her
     here.wish("quantize@int8", "fail")
     here.command("git", "add", "wish")
     here.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "wish")
-    with pytest.raises(FlowError, match="quantize@int8: quantize@int8 found 3, expected 4; mend it"):
+    with pytest.raises(FlowError, match="quantize@int8: quantize@int8 found 3, expected 4; fix it"):
         press("otter", changes_to_params=["variants.int8.smoothing=0.1"])
     (space,) = workspaces(here.root)
     assert (space.name, space.running, space.changes) == ("otter", False, ("variants.int8.smoothing=0.1",))
@@ -93,8 +93,8 @@ def test_a_failed_run_keeps_its_workspace_and_a_second_attempt_goes_on_there(her
         ({"changes_to_params": ["model.source=path:/etc"]}, "is outside the run's workspace"),
         ({"changes_to_params": ["variants.int8.smoothing=9"]}, "variants.int8.smoothing is 9"),
         ({"changes_to_params": ["package.name='../../x'"]}, "package.name is '../../x'"),
-        ({"changes_to_params": ["model.licence=${oc.env:HOME}"]}, "is not filled in here"),
-        ({"variants": []}, "variants: nothing is chosen"),
+        ({"changes_to_params": ["model.licence=${oc.env:HOME}"]}, "is not supported"),
+        ({"variants": []}, "variants: none selected"),
     ],
 )
 def test_a_choice_that_cannot_be_is_refused_at_once_by_name(here: Toy, choices: dict[str, Any], reason: str) -> None:

@@ -71,7 +71,7 @@ def test_the_first_package_is_registered_as_a_pointer_and_is_the_champion(here: 
 def test_the_alias_moves_to_what_is_better_and_to_nothing_else(here: Toy, caplog: pytest.LogCaptureFixture) -> None:
     variant("worse", smoothing=0.4)
     assert champion(here) == "run/first"
-    assert "version 1 (run/first) stays the champion, since of the new package: it is not surely as good" in caplog.text
+    assert "version 1 (run/first) stays the champion; the new package: it is not surely as good" in caplog.text
 
     press("other", variants=["int8"], limit=100, changes_to_params=["variants.int8.smoothing=0.95"])
     assert champion(here) == "run/first"
@@ -79,19 +79,19 @@ def test_the_alias_moves_to_what_is_better_and_to_nothing_else(here: Toy, caplog
 
     variant("better", smoothing=0.95)
     assert champion(here) == "run/better"
-    assert "version 4 is the champion now" in caplog.text
+    assert "version 4 is now the champion" in caplog.text
 
     assert versions(here) == {1: "run/first", 2: "run/worse", 3: "run/other", 4: "run/better"}
     marks = {run.tag: run.champion_of for run in finished_runs(here.root)}
     assert marks == {"run/better": NAME, "run/other": None, "run/worse": None, "run/first": None}
-    assert next(iter(marks)) == "run/better"  # the newest first
+    assert next(iter(marks)) == "run/better"  # newest first
 
 
 @pytest.mark.slow
 def test_the_same_package_makes_no_second_version(here: Toy, caplog: pytest.LogCaptureFixture) -> None:
     press("again", variants=["int8"])
     assert versions(here) == {1: "run/first"}
-    assert f"the same package is version 1 of {NAME} already" in caplog.text
+    assert f"the same package is already version 1 of {NAME}" in caplog.text
     assert champion(here) == "run/first"
 
 

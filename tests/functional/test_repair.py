@@ -39,7 +39,7 @@ def test_damaged_objects_and_the_links_to_them_are_made_again(toy: Toy) -> None:
     toy.write("dvc.lock", "")
     refused = toy.call("run")
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert "`modelpress doctor --repair` mends it" in refused.stderr
+    assert "`modelpress doctor --repair` fixes it" in refused.stderr
 
     ran = len(toy.executed())
     done = toy.call("doctor", "--repair")

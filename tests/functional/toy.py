@@ -91,7 +91,7 @@ with open("times.jsonl", "a") as file:
     file.write(json.dumps([name, "start", time.time()]) + "\\n")
 print(f"working on {name}", flush=True)
 if wish == "fail":
-    sys.exit(f"error: {name} found 3, expected 4; mend it")
+    sys.exit(f"error: {name} found 3, expected 4; fix it")
 if wish.startswith("away"):  # so many times, then the network is there
     Path(f"tries-{name}").open("a").write("x")
     if len(Path(f"tries-{name}").read_text()) <= int(wish.split()[1]):

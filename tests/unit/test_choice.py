@@ -30,7 +30,7 @@ def test_shards_are_taken_where_there_is_an_index() -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["pytorch_model.bin", "config.json"], "only as pytorch_model.bin;"),
+        (["pytorch_model.bin", "config.json"], "only as pytorch_model.bin, which is refused"),
         (["adapter_model.safetensors"], "adapter_model.safetensors"),
         (["config.json"], "has no weights"),
         ([], "found nothing"),
@@ -69,8 +69,8 @@ def test_what_is_no_decoder_in_full_precision_is_refused(config: Any) -> None:
 
 
 @pytest.mark.parametrize("code", ["modeling_mine.Mine", "evil/code--modeling.Mine"])
-def test_a_model_that_needs_code_of_its_own_is_refused(code: str) -> None:
-    with pytest.raises(TaskError, match=rf"of its own \({re.escape(code)}\), which is never run"):
+def test_model_that_needs_custom_code_is_refused(code: str) -> None:
+    with pytest.raises(TaskError, match=rf"custom Python code \({re.escape(code)}\), which is never run"):
         check_config({**MINE, "auto_map": {"AutoModelForCausalLM": code}}, "here")
 
 

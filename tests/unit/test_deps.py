@@ -250,7 +250,7 @@ class TestGenerator:
             Code(room, Rules(packages=("toyroom",))).deps("toyroom.sibling")
 
     def test_rules_name_only_what_is_there(self, room: Path) -> None:
-        with pytest.raises(DependencyError, match=r"names toyroom\.gone, which is not there"):
+        with pytest.raises(DependencyError, match=r"names toyroom\.gone, which does not exist"):
             Code(room, Rules(packages=("toyroom",), left_out={"toyroom.gone": "a module that moved"}))
 
     def test_only_the_code_of_a_stage_is_replaced(self, room: Path) -> None:

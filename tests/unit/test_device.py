@@ -1,4 +1,4 @@
-"""What the processor is used for."""
+"""Fast dtypes by processor, and release of freed memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tasks.hardware import release_memory
         ({"neon": True, "bf16": True}, torch.bfloat16),
     ],
 )
-def test_a_processor_multiplies_what_it_multiplies_fast(
+def test_fast_dtype_by_cpu_capabilities(
     known: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
@@ -29,7 +29,7 @@ def test_a_processor_multiplies_what_it_multiplies_fast(
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep less")
-def test_what_was_freed_between_other_blocks_is_given_back() -> None:
+def test_freed_memory_between_blocks_in_use_is_returned() -> None:
     blocks = [torch.ones(16_000) for _ in range(4_000)]
     kept = blocks[::2]
     del blocks

@@ -48,7 +48,7 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(llama: 
 
 
 def test_a_format_without_a_place_for_layers_left_alone_says_so(llama: Path) -> None:
-    with pytest.raises(TaskError, match="skip_layers is set, but the format gptq has no place"):
+    with pytest.raises(TaskError, match="skip_layers is set, but the format gptq does not support"):
         check_fit("v", gptq(skip_layers=[1]), llama)
     check_fit("v", gptq(skip_layers=[1], format="awq"), llama)
 
@@ -58,10 +58,10 @@ def test_a_format_without_a_place_for_layers_left_alone_says_so(llama: Path) -> 
     [
         (
             {"scheme": "W8A16", "format": "awq"},
-            "the format awq has no place for 8 bits; set format to compressed-tensors",
+            "the format awq does not support 8 bits; set format to compressed-tensors",
         ),
-        ({"scheme": "W8A8", "group_size": None, "format": "awq"}, "has no place for rounded activations; set format"),
-        ({"scheme": "W8A8", "group_size": None}, "the format gptq has no place for rounded activations; set format"),
+        ({"scheme": "W8A8", "group_size": None, "format": "awq"}, "does not support rounded activations; set format"),
+        ({"scheme": "W8A8", "group_size": None}, "the format gptq does not support rounded activations; set format"),
         ({"format": "awq", "output_layer": "W8A16@64"}, "of lm_head is set, but the format awq holds"),
         ({"output_layer": "W8A16@64"}, "of lm_head is set, but the format gptq holds"),
         ({"scale_dtype": "bfloat16"}, "scale_dtype is bfloat16, but the format gptq stores float16"),
@@ -81,7 +81,7 @@ def test_what_a_format_cannot_hold_is_refused_before_work_starts(
 def test_a_tied_embedding_cannot_be_set_apart(llama: Path, tmp_path: Path) -> None:
     for variant in (gptq(format="compressed-tensors", embedding="W8A16@64"), auto(embedding="W8A16@64")):
         with pytest.raises(
-            TaskError, match=r"variants\.v: embedding is W8A16@64, but the model ties .* output_layer alone"
+            TaskError, match=r"variants\.v: embedding is W8A16@64, but the model ties .* only output_layer"
         ):
             check_fit("v", variant, llama)
         check_fit("v", variant, untied(llama, tmp_path / variant.scheme))
@@ -166,7 +166,7 @@ def test_the_grid_that_the_weights_came_from_is_refused_as_meaningless(
     (model / "source.json").write_text(json.dumps({"grid": grid}))
     variant = gptq(group_size=group, scheme="W4A16" if symmetric else "W4A16_ASYM")
     if refused:
-        with pytest.raises(TaskError, match="would be exactly the baseline and prove nothing"):
+        with pytest.raises(TaskError, match="would equal the baseline"):
             check_fit("v", variant, model)
     else:
         check_fit("v", variant, model)

@@ -37,7 +37,7 @@ def _findings(project: Path) -> dict[str, Finding]:
     return {finding.subject: finding for finding in examine(project)}
 
 
-def test_a_sound_project_has_nothing_to_mend(project: Path) -> None:
+def test_sound_project_needs_no_repair(project: Path) -> None:
     findings = _findings(project)
     assert not {name: finding for name, finding in findings.items() if finding.level == "bad"}
     assert "package index" not in findings
@@ -86,7 +86,7 @@ def test_the_hub_is_asked_where_a_source_needs_it(project: Path, monkeypatch: py
 def test_damage_that_dvc_does_not_get_over_is_named_with_its_remedy(project: Path) -> None:
     assert list(damage(project)) == []
     (project / "dvc.lock").touch()
-    with pytest.raises(FlowError, match=r"dvc\.lock is empty.*`modelpress doctor --repair` mends it"):
+    with pytest.raises(FlowError, match=r"dvc\.lock is empty.*`modelpress doctor --repair` fixes it"):
         check_dvc(project)
     for text in ("schema: '2.0'\nstages:\n  a:\n    c", "<<<<<<< HEAD\nschema: '2.0'\n", "schema: '2.0'\nstages: 1\n"):
         (project / "dvc.lock").write_text(text)
@@ -100,6 +100,6 @@ def test_damage_that_dvc_does_not_get_over_is_named_with_its_remedy(project: Pat
     assert "rwlock is damaged" in next(damage(project))
     # this very process has the number now, and it is not DVC
     lock.write_text(json.dumps({"write": {"models/a": {"pid": os.getpid(), "cmd": "dvc repro"}}}))
-    assert f"held by process {os.getpid()} (dvc repro), which is not DVC any more" in next(damage(project))
+    assert f"held by process {os.getpid()} (dvc repro), which is no longer DVC" in next(damage(project))
     lock.write_text(json.dumps({"read": {"models/a": [{"pid": 2**22 - 1, "cmd": "dvc repro"}]}}))
     assert list(damage(project)) == []

@@ -62,9 +62,9 @@ def test_another_model_leaves_nothing_of_the_first_behind() -> None:
 
 
 def test_nothing_chosen_is_refused_by_name() -> None:
-    with pytest.raises(FlowError, match=r"^variants: nothing is chosen"):
+    with pytest.raises(FlowError, match=r"^variants: none selected"):
         chosen(variants=[])
-    with pytest.raises(FlowError, match=r"^tasks: nothing is chosen"):
+    with pytest.raises(FlowError, match=r"^tasks: none selected"):
         chosen(tasks=[])
 
 

@@ -70,7 +70,7 @@ def test_no_change_leaves_the_very_bytes(params: Path) -> None:
     [
         ("variants.int8.smoothing=much", "variants.int8.smoothing is 'much'"),
         ("variants.int8.smothing=1", "--set variants.int8.smothing=1: Could not override"),
-        ("+nonsense=1", "nonsense is no setting"),
+        ("+nonsense=1", "nonsense is not a setting"),
         ("~variants.base", "must hold the baseline"),
         ("gate", "expected KEY=VALUE"),
         ("gate.four_bit=[1", "gate.four_bit is '[1'"),

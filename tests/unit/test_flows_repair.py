@@ -43,7 +43,7 @@ def _commit(root: Path) -> None:
     git(root, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "x")
 
 
-def mend(root: Path) -> list[str]:
+def run_repair(root: Path) -> list[str]:
     return list(repair(root, lambda read, total: None))
 
 
@@ -57,57 +57,57 @@ def keep(root: Path, content: bytes, suffix: str = "") -> Path:
     return path
 
 
-def test_a_sound_project_is_left_as_it_is(project: Path) -> None:
+def test_sound_project_is_unchanged(project: Path) -> None:
     sound = keep(project, b"sound")
     (project / "dvc.lock").write_text(LOCK)
-    assert mend(project) == []
+    assert run_repair(project) == []
     assert sound.read_bytes() == b"sound"
     assert (project / "dvc.lock").read_text() == LOCK
 
 
-def test_a_committed_lock_file_is_as_committed_again(project: Path) -> None:
+def test_lock_file_is_restored_from_git(project: Path) -> None:
     (project / "dvc.lock").write_text(LOCK)
     _commit(project)
     (project / "dvc.lock").write_text("")
-    assert mend(project) == ["dvc.lock is empty, as after a crash or a full disk: it is as committed again"]
+    assert run_repair(project) == ["dvc.lock is empty, as after a crash or a full disk: restored from git"]
     assert (project / "dvc.lock").read_text() == LOCK
     assert not (project / "dvc.lock.damaged").exists()
 
 
-def test_a_damaged_lock_file_is_moved_aside_where_git_has_none(project: Path) -> None:
+def test_damaged_lock_file_is_moved_aside_if_not_in_git(project: Path) -> None:
     (project / "dvc.lock").write_text(LOCK[:30])
-    (line,) = mend(project)
-    assert "what was left of it is in dvc.lock.damaged" in line
+    (line,) = run_repair(project)
+    assert "the damaged file is in dvc.lock.damaged" in line
     assert not (project / "dvc.lock").exists()
     assert (project / "dvc.lock.damaged").read_text() == LOCK[:30]
-    assert mend(project) == []
+    assert run_repair(project) == []
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "{", json.dumps({"write": {"a": {"pid": os.getpid(), "cmd": "dvc repro"}}})],
-    ids=["empty", "cut", "of a process that is no dvc"],
+    ids=["empty", "cut", "of a process other than dvc"],
 )
-def test_locks_that_nobody_holds_are_removed(project: Path, text: str) -> None:
+def test_stale_locks_are_removed(project: Path, text: str) -> None:
     lock = project / ".dvc/tmp/rwlock"
     lock.parent.mkdir()
     lock.write_text(text)
-    (line,) = mend(project)
+    (line,) = run_repair(project)
     assert line.startswith("removed .dvc/tmp/rwlock: is ")
     assert not lock.exists()
 
 
-def test_nothing_is_touched_while_a_run_or_dvc_is_at_work(project: Path) -> None:
+def test_nothing_is_changed_while_a_run_or_dvc_is_active(project: Path) -> None:
     (project / "dvc.lock").touch()
     with exclusive(project), pytest.raises(FlowError, match="another run"):
-        mend(project)
+        run_repair(project)
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "dvc"])
     try:
         (project / ".dvc/tmp").mkdir()
         held = {"read": {"a": [{"pid": sleeper.pid, "cmd": "dvc repro"}]}}
         (project / ".dvc/tmp/rwlock").write_text(json.dumps(held))
-        with pytest.raises(FlowError, match=rf"`dvc repro` \(process {sleeper.pid}\) is at work"):
-            mend(project)
+        with pytest.raises(FlowError, match=rf"`dvc repro` \(process {sleeper.pid}\) is running"):
+            run_repair(project)
     finally:
         sleeper.kill()
         sleeper.wait()
@@ -115,7 +115,7 @@ def test_nothing_is_touched_while_a_run_or_dvc_is_at_work(project: Path) -> None
     assert (project / ".dvc/tmp/rwlock").exists()
 
 
-def test_a_damaged_object_goes_with_all_links_to_it(project: Path) -> None:
+def test_damaged_object_is_deleted_with_all_links_to_it(project: Path) -> None:
     sound, bad, listing = keep(project, b"sound"), keep(project, b"was sound"), keep(project, b"[]", ".dir")
     links = [project / "models/a/weights", project / ".modelpress/runs/x/models/a/weights", project / "results/link"]
     for link in links:
@@ -131,14 +131,14 @@ def test_a_damaged_object_goes_with_all_links_to_it(project: Path) -> None:
         path.chmod(0o444)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    lines = mend(project)
+    lines = run_repair(project)
     assert len(lines) == 5
     assert not any(os.path.lexists(path) for path in [*links, bad, listing])
     assert (project / "models/a/config").read_bytes() == sound.read_bytes() == b"sound"
-    assert mend(project) == []
+    assert run_repair(project) == []
 
 
-def test_what_is_no_object_is_neither_read_nor_deleted(project: Path) -> None:
+def test_other_files_are_neither_read_nor_deleted(project: Path) -> None:
     cache = project / ".dvc/cache"
     strange = [cache / "files/md5/ab/short", cache / "runs/ab/abc", cache / "files/md5/zz/" / ("0" * 30)]
     for path in strange:
@@ -146,11 +146,11 @@ def test_what_is_no_object_is_neither_read_nor_deleted(project: Path) -> None:
         path.write_text("x")
     assert damaged_objects(cache, lambda read, total: None) == []
     assert links_to(project, [], cache) == []
-    assert mend(project) == []
+    assert run_repair(project) == []
     assert all(path.exists() for path in strange)
 
 
-def test_progress_ends_with_all_that_was_read(project: Path) -> None:
+def test_progress_ends_with_all_bytes_read(project: Path) -> None:
     keep(project, b"12345")
     keep(project, b"123")
     told: list[tuple[int, int]] = []
@@ -158,23 +158,23 @@ def test_progress_ends_with_all_that_was_read(project: Path) -> None:
     assert told[-1] == (8, 8)
 
 
-def test_what_a_killed_run_took_away_is_back(project: Path) -> None:
+def test_backup_of_a_killed_run_is_restored(project: Path) -> None:
     (project / ".modelpress/kept/quantize@a").mkdir(parents=True)
     (project / ".modelpress/kept/quantize@a/models%2Fa").write_text("old")
-    assert mend(project) == ["models/a is back: a run that was killed had taken it away"]
+    assert run_repair(project) == ["models/a restored: a killed run had moved it away"]
     assert (project / "models/a").read_text() == "old"
 
 
-def test_worktrees_of_which_half_is_left_are_forgotten(project: Path) -> None:
+def test_half_created_and_half_removed_worktrees_are_cleaned_up(project: Path) -> None:
     runs = project / ".modelpress/runs"
     for name in ("gone", "unbegun", "opening"):
         git(project, "worktree", "add", "--quiet", "--detach", str(runs / name), "HEAD")
     shutil.rmtree(runs / "gone")
     then = time.time() - 2 * OPENING
     os.utime(runs / "unbegun", (then, then))
-    lines = mend(project)
-    assert "deleted .modelpress/runs/unbegun, the workspace of a run that had not begun" in lines
-    assert lines[1] == f"git forgets worktrees that are gone: {runs / 'gone'}, {runs / 'unbegun'}"
+    lines = run_repair(project)
+    assert "deleted .modelpress/runs/unbegun, the workspace of a run that had not started" in lines
+    assert lines[1] == f"removed missing worktrees from git: {runs / 'gone'}, {runs / 'unbegun'}"
     assert len(lines) == 2
     assert git(project, "worktree", "list").count("\n") == 1
     assert (runs / "opening").is_dir()
@@ -184,7 +184,7 @@ def git_findings(root: Path) -> list[Finding]:
     return [finding for finding in examine(root) if finding.subject == "git lock"]
 
 
-def test_locks_of_a_git_that_was_killed_are_named_and_removed(project: Path) -> None:
+def test_locks_of_a_killed_git_are_named_and_removed(project: Path) -> None:
     space = project / ".modelpress/runs/otter"
     git(project, "worktree", "add", "--quiet", "--detach", str(space), "HEAD")
     left = [project / ".git/index.lock", project / ".git/worktrees/otter/index.lock"]
@@ -192,18 +192,18 @@ def test_locks_of_a_git_that_was_killed_are_named_and_removed(project: Path) -> 
         lock.touch()
         os.utime(lock, (time.time() - git_locks.AGE,) * 2)
     for checkout in (project, space):
-        with pytest.raises(FlowError, match=r"index\.lock is in the way; .*`modelpress doctor --repair` removes it"):
+        with pytest.raises(FlowError, match=r"index\.lock exists; .*`modelpress doctor --repair` removes it"):
             git(checkout, "add", "--all")
     assert [finding.found.partition(" ")[0] for finding in git_findings(project)] == [str(lock) for lock in left]
 
-    lines = mend(project)
-    assert lines == [f"removed {lock}: no git is at work that could hold it" for lock in left]
+    lines = run_repair(project)
+    assert lines == [f"removed {lock}: no running git holds it" for lock in left]
     assert git_findings(project) == []
     _commit(project)
     git(space, "add", "--all")
 
 
-def test_a_young_lock_is_given_its_time(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_young_lock_is_waited_for(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = project / ".git/index.lock"
     lock.touch()
     assert git_findings(project) == []
@@ -214,12 +214,12 @@ def test_a_young_lock_is_given_its_time(project: Path, monkeypatch: pytest.Monke
         os.utime(lock, (time.time() - git_locks.AGE,) * 2)
 
     monkeypatch.setattr(time, "sleep", wait)
-    assert mend(project) == [f"removed {lock}: no git is at work that could hold it"]
+    assert run_repair(project) == [f"removed {lock}: no running git holds it"]
     assert waited == [pytest.approx(git_locks.AGE, abs=5)]
 
 
-def test_the_lock_of_a_git_at_work_stays(project: Path) -> None:
-    """A commit whose message is being written, in a worktree of the person's own."""
+def test_lock_of_a_running_git_is_kept(project: Path) -> None:
+    """A commit whose message is being edited, in a worktree of the user's."""
     elsewhere = project.parent / "elsewhere"
     git(project, "worktree", "add", "--quiet", "--detach", str(elsewhere), "HEAD")
     (elsewhere / "dvc.yaml").write_text("stages: {a: {cmd: x}}\n")
@@ -230,10 +230,10 @@ def test_the_lock_of_a_git_at_work_stays(project: Path) -> None:
         assert soon(lock.exists, 10)
         os.utime(lock, (0, 0))
         assert git_findings(project) == []
-        with pytest.raises(FlowError, match=rf"`git -c` \(process {commit.pid}\) is at work"):
-            mend(project)
+        with pytest.raises(FlowError, match=rf"`git -c` \(process {commit.pid}\) is running"):
+            run_repair(project)
         assert lock.exists()
     finally:
         os.killpg(commit.pid, signal.SIGKILL)
         commit.wait()
-    assert mend(project) == [f"removed {lock}: no git is at work that could hold it"]
+    assert run_repair(project) == [f"removed {lock}: no running git holds it"]

@@ -124,9 +124,9 @@ def test_layers_of_every_precision_stand_side_by_side_in_compressed_tensors() ->
 @pytest.mark.parametrize(
     ("form", "precisions", "changes", "message"),
     [
-        ("awq", {NAME: "W8A16@32"}, {}, "awq has no place for 8 bits; set format to compressed-tensors"),
-        ("awq", {NAME: "W8A8"}, {}, "awq has no place for rounded activations; set format to compressed-tensors"),
-        ("gptq", {NAME: "W8A8"}, {}, "gptq has no place for rounded activations; set format to compressed-tensors"),
+        ("awq", {NAME: "W8A16@32"}, {}, "awq does not support 8 bits; set format to compressed-tensors"),
+        ("awq", {NAME: "W8A8"}, {}, "awq does not support rounded activations; set format to compressed-tensors"),
+        ("gptq", {NAME: "W8A8"}, {}, "gptq does not support rounded activations; set format to compressed-tensors"),
         ("awq", {NAME: "W4A16_ASYM@32", "b": "W4A16_ASYM@64"}, {}, "different precisions.*set format to compressed-t"),
         ("gptq", {NAME: "W4A16_ASYM@32", "b": "W8A16@32"}, {}, "different precisions.*set format to compressed-t"),
         ("awq", {NAME: "W4A16@32", OUTPUT: "W4A16@32"}, {}, "of lm_head is set, but the format awq .*leave it out"),
@@ -172,10 +172,10 @@ def test_a_format_that_there_is_not_is_refused_with_those_that_there_are() -> No
 @pytest.mark.parametrize(
     ("form", "config", "message"),
     [
-        ("awq", {"bits": 8, "version": "gemm"}, "is AWQ with bits=8, version=gemm; 4 bits in GEMM layout can be"),
+        ("awq", {"bits": 8, "version": "gemm"}, "is AWQ with bits=8, version=gemm; only 4 bits in GEMM layout are"),
         ("awq", {"bits": 4, "version": "gemv"}, "is AWQ with bits=4, version=gemv"),
         ("gptq", {"desc_act": True}, "is GPTQ with desc_act=true"),
-        ("compressed-tensors", {"format": "marlin-24"}, "holds compressed-tensors of the kind marlin-24"),
+        ("compressed-tensors", {"format": "marlin-24"}, "holds compressed-tensors of the unsupported kind marlin-24"),
     ],
 )
 def test_a_directory_of_another_kind_is_refused(form: str, config: dict[str, Any], message: str) -> None:

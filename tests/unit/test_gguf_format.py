@@ -275,7 +275,7 @@ def test_another_tokenizer_is_refused(described: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma2"}, "'gemma2'; the target gguf knows llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gemma2"}, "'gemma2'; the target gguf supports llama, mistral, qwen2, qwen3"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"hidden_act": "gelu"}, "'gelu'"),
@@ -307,7 +307,7 @@ def test_it_is_refused_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> No
     values["variants"]["gptq-int4"]["group_size"] = 16
     settings = check_settings(values)
     monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: None)
-    with pytest.raises(TaskError, match="add it with: make gguf"):
+    with pytest.raises(TaskError, match="install it with: make gguf"):
         GgufExporter().check(settings, None)
     monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: object())
     with pytest.raises(TaskError, match=r"variants.gptq-int4.group_size has groups of 16.*32 and its multiples"):
@@ -336,7 +336,7 @@ def test_a_report_says_where_llama_cpps_quantizer_is_flattered() -> None:
 def test_llama_cpps_quantizer_is_for_its_own_target() -> None:
     values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     values["variants"]["q4"] = {"scheme": "Q4_K_M", "imatrix": True}
-    with pytest.raises(TaskError, match="only the target gguf can run, but target is transformers"):
+    with pytest.raises(TaskError, match="only the target gguf runs, but target is transformers"):
         check_settings(values)
     values["target"] = "gguf"
     found = check_settings(values).variant("q4")

@@ -1,4 +1,4 @@
-"""The memory that a process may use, on made-up trees of the two versions of control groups."""
+"""The memory limit of a process, on fake trees of both control group versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tasks.hardware import available_memory, total_memory
 
 GB = 10**9
-HUGE = 9223372036854771712  # what version 1 says where there is no limit
+HUGE = 9223372036854771712  # version 1's value for no limit
 MOUNT_V2 = "31 23 0:28 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 MOUNT_V1 = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
 V2 = ("memory.max", "memory.current", "inactive_file")
@@ -20,7 +20,7 @@ V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of 64 GB, of which 40 are free."""
+    """A machine with 64 GB, 40 GB of it free."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GB, available=40 * GB))
 
 
@@ -52,7 +52,7 @@ def group(
     ids=["v2", "v1"],
 )
 class TestBothVersions:
-    def test_the_smallest_limit_of_all_groups_counts(
+    def test_smallest_limit_of_all_groups_applies(
         self, tmp_path: Path, line: str, mount: str, top: str, names: tuple[str, str, str], unlimited: int | str
     ) -> None:
         process(tmp_path, line, mount)
@@ -62,7 +62,7 @@ class TestBothVersions:
         group(tmp_path / top / "app/other", names, 1 * GB)  # not ours
         assert total_memory(tmp_path) == 8 * GB
 
-    def test_without_a_limit_it_is_the_machine(
+    def test_without_a_limit_the_machine_decides(
         self, tmp_path: Path, line: str, mount: str, top: str, names: tuple[str, str, str], unlimited: int | str
     ) -> None:
         process(tmp_path, line, mount)
@@ -71,7 +71,7 @@ class TestBothVersions:
         assert total_memory(tmp_path) == 64 * GB
         assert available_memory(tmp_path) == 40 * GB
 
-    def test_what_is_left_is_the_least_of_any_group(
+    def test_available_memory_is_the_smallest_remainder_of_any_group(
         self, tmp_path: Path, line: str, mount: str, top: str, names: tuple[str, str, str], unlimited: int | str
     ) -> None:
         process(tmp_path, line, mount)
@@ -87,7 +87,7 @@ class TestBothVersions:
         group(tmp_path / top / "app/worker", names, 2 * GB, 2 * GB + 4096)
         assert available_memory(tmp_path) == 0
 
-    def test_a_machine_with_less_free_than_the_limit_has_the_last_word(
+    def test_machine_with_less_free_memory_than_the_limit_decides(
         self, tmp_path: Path, line: str, mount: str, top: str, names: tuple[str, str, str], unlimited: int | str
     ) -> None:
         process(tmp_path, line, mount)
@@ -96,7 +96,7 @@ class TestBothVersions:
         assert available_memory(tmp_path) == 40 * GB
 
 
-def test_a_container_that_sees_its_own_group_as_the_top(tmp_path: Path) -> None:
+def test_container_that_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
     mount = "35 31 0:32 /docker/c0ffee /sys/fs/cgroup/memory ro,relatime master:15 - cgroup cgroup rw,memory"
     process(tmp_path, "4:memory:/docker/c0ffee/job", mount)
     group(tmp_path / "sys/fs/cgroup/memory", V1, 6 * GB)
@@ -104,13 +104,13 @@ def test_a_container_that_sees_its_own_group_as_the_top(tmp_path: Path) -> None:
     assert total_memory(tmp_path) == 6 * GB
 
 
-def test_a_group_outside_of_what_is_mounted(tmp_path: Path) -> None:
+def test_group_outside_the_mounted_tree(tmp_path: Path) -> None:
     process(tmp_path, "0::/../elsewhere", MOUNT_V2.replace(" / /", " /here /"))
     group(tmp_path / "sys/fs/cgroup", V2, 7 * GB)
     assert total_memory(tmp_path) == 7 * GB
 
 
-def test_a_mixed_system_has_its_memory_under_version_1(tmp_path: Path) -> None:
+def test_hybrid_system_has_memory_under_version_1(tmp_path: Path) -> None:
     unified = "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw"
     process(tmp_path, "4:memory:/job\n1:cpu:/\n0::/", MOUNT_V1, unified)
     (tmp_path / "sys/fs/cgroup/unified").mkdir(parents=True)
@@ -119,13 +119,13 @@ def test_a_mixed_system_has_its_memory_under_version_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["0::/app", "4:memory:/app", ""])
-def test_without_files_it_is_the_machine(tmp_path: Path, line: str) -> None:
+def test_without_group_files_the_machine_decides(tmp_path: Path, line: str) -> None:
     assert (total_memory(tmp_path), available_memory(tmp_path)) == (64 * GB, 40 * GB)  # no /proc at all
     process(tmp_path, line, MOUNT_V1, MOUNT_V2)
     assert (total_memory(tmp_path), available_memory(tmp_path)) == (64 * GB, 40 * GB)
 
 
-def test_a_limit_without_a_count_of_what_is_used_tells_the_total_alone(tmp_path: Path) -> None:
+def test_limit_without_usage_gives_only_the_total(tmp_path: Path) -> None:
     process(tmp_path, "0::/app", MOUNT_V2)
     group(tmp_path / "sys/fs/cgroup/app", V2, 5 * GB)
     assert (total_memory(tmp_path), available_memory(tmp_path)) == (5 * GB, 40 * GB)

@@ -1,4 +1,4 @@
-"""A params.yaml in the words of commit 7e53a78 is refused, and each line that is printed is valid settings."""
+"""A params.yaml of commit 7e53a78 is refused, and each printed replacement is valid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.old_words import new_variant
 from tasks.settings import Settings, check_settings
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
-# as they stood in params.yaml at that commit
+# from params.yaml of that commit
 OLD: dict[str, dict[str, Any]] = {
     "base": {"method": "none"},
     "int8": {
@@ -59,7 +59,7 @@ OLD: dict[str, dict[str, Any]] = {
     },
 }
 GPTQ, AWQ = OLD["gptq-int4"], OLD["awq-int4"]
-# a case for each key, and what its variant is called now
+# a case for each key: the old variant, the new variant
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (OLD["base"], {"scheme": "none"}),
     (
@@ -155,7 +155,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 def settings(variant: dict[str, Any]) -> Settings:
-    """params.yaml with this variant, for the target that can run it."""
+    """params.yaml with this variant, for a target that runs it."""
     values = {**PARAMS, "variants": {"base": {"scheme": "none"}, "other": {"scheme": "W8A8"}}}
     if variant.get("scheme", "").startswith("Q"):
         values["target"] = "gguf"
@@ -165,17 +165,17 @@ def settings(variant: dict[str, Any]) -> Settings:
 
 
 @pytest.mark.parametrize(("old", "new"), CASES)
-def test_a_variant_is_said_in_new_words(old: dict[str, Any], new: dict[str, Any]) -> None:
+def test_variant_is_translated(old: dict[str, Any], new: dict[str, Any]) -> None:
     assert new_variant(old) == new
     assert settings(new)
 
 
 @pytest.mark.parametrize(("old", "new"), CASES)
-def test_the_line_that_is_printed_is_valid_settings(old: dict[str, Any], new: dict[str, Any]) -> None:
+def test_printed_line_is_valid(old: dict[str, Any], new: dict[str, Any]) -> None:
     values = copy.deepcopy(PARAMS)
     values["variants"]["v"] = old
     with pytest.raises(
-        TaskError, match=r"^params\.yaml is in the words of an earlier version; write instead:\n"
+        TaskError, match=r"^params\.yaml uses settings of an earlier version; replace them with:\n"
     ) as caught:
         check_settings(values)
     (line,) = str(caught.value).splitlines()[1:]
@@ -196,8 +196,8 @@ def test_the_line_that_is_printed_is_valid_settings(old: dict[str, Any], new: di
         ("gguf", 32, None),
     ],
 )
-def test_a_whole_file_of_that_commit_becomes_valid_line_by_line(target: str, bits: int, now: str | None) -> None:
-    """The output layer, which exports rounded, becomes a setting of each variant that is ours."""
+def test_whole_file_of_that_commit_becomes_valid_line_by_line(target: str, bits: int, now: str | None) -> None:
+    """The output layer, formerly quantized by the export, becomes a setting of each of our variants."""
     library = {**AWQ, "backend": "autoawq", "rounding": "nearest", "refine": 0}
     variants = {**OLD, "theirs": library}
     values = {**PARAMS, "variants": variants, "target": target}
@@ -206,7 +206,7 @@ def test_a_whole_file_of_that_commit_becomes_valid_line_by_line(target: str, bit
         check_settings(values)
     lines = dict(line.split(": ", 1) for line in str(caught.value).splitlines()[1:])
     assert list(lines) == [*(f"variants.{name}" for name in variants), "onnx", "gguf"]
-    assert lines["onnx"].startswith("remove the section; its output_layer is a setting of each variant")
+    assert lines["onnx"].startswith("remove the section; output_layer is now a setting of each variant")
     told = {name: yaml.safe_load(lines[f"variants.{name}"]) for name in variants}
     found = check_settings({**PARAMS, "variants": told, "target": target}).variants
     for name, variant in found.items():
@@ -215,14 +215,14 @@ def test_a_whole_file_of_that_commit_becomes_valid_line_by_line(target: str, bit
     assert found["awq-int4"].scale_dtype == (None if now is None else "float16")
 
 
-def test_one_old_variant_among_new_ones_is_named_alone() -> None:
+def test_only_the_old_variant_among_new_ones_is_named() -> None:
     with pytest.raises(TaskError) as caught:
         check_settings({**PARAMS, "variants": {**PARAMS["variants"], "old": GPTQ}})
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_a_record_whose_values_are_text_is_read_as_well() -> None:
-    """As MLflow keeps them."""
+def test_record_of_strings_is_translated() -> None:
+    """As stored by MLflow."""
     found = new_variant({key: str(value) for key, value in GPTQ.items()} | {"symmetric": "True"})
     assert (found["scheme"], found["group_size"]) == ("W4A16", "64")
     assert new_variant({"method": "gguf", "type": "Q4_K_M", "importance": "False"}) == {"scheme": "Q4_K_M"}

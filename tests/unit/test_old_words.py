@@ -1,4 +1,4 @@
-"""Records in the words of before variants had a scheme, read in today's."""
+"""Records from before variants had a scheme, translated into the current keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LABELS = {"W4A16_ASYM@64": "4@64", "W8A8": "8@64"}
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """metrics/quantize as commit 7e53a78 wrote it; the other measurements had the form that they have today."""
+    """metrics/quantize as commit 7e53a78 wrote it; the other metrics had their current form."""
     made_up(tmp_path, VARIANTS)
     for name, method in METHODS.items():
         path = tmp_path / f"metrics/quantize/{name}.json"
@@ -92,7 +92,7 @@ def test_precisions_and_what_is_new_are_as_in_todays_records() -> None:
         ({"method": "none"}, "none"),
         ({"method": "gptq", "symmetric": "true"}, "W4A16"),
         ({"method": "gptq", "symmetric": "false", "group_size": "64"}, "W4A16_ASYM"),
-        ({"method": "gptq", "bits": 4}, "W4A16 or W4A16_ASYM"),  # the file does not tell
+        ({"method": "gptq", "bits": 4}, "W4A16 or W4A16_ASYM"),  # not in the file
         ({"method": "gguf", "type": "Q6_K", "importance": "true"}, "Q6_K"),
         ({"method": "gguf", "bits": 5}, "Q5_K_M"),
         ({"method": "awq", "rounding": "nearest"}, "W4A16_ASYM"),

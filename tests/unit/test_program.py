@@ -1,4 +1,4 @@
-"""What a stage's program says when something goes wrong."""
+"""Error messages and exit statuses of a stage's program."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FULL = SafetensorError("Error while serializing: I/O error: No space left on dev
         ),
     ],
 )
-def test_what_a_person_can_mend_is_one_line(error: Exception, message: str) -> None:
+def test_user_error_is_one_line(error: Exception, message: str) -> None:
     def work(settings: Settings) -> None:
         raise error
 
@@ -54,7 +54,7 @@ TORCH = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can'
         (OSError(errno.ENOMEM, "Cannot allocate memory"), MEMORY_STATUS, "error: out of memory; lower"),
     ],
 )
-def test_what_the_flow_treats_in_a_way_of_its_own_has_a_status_of_its_own(
+def test_transient_and_memory_errors_have_their_own_status(
     error: Exception, status: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def work(settings: Settings) -> None:
@@ -67,7 +67,7 @@ def test_what_the_flow_treats_in_a_way_of_its_own_has_a_status_of_its_own(
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), FileNotFoundError(errno.ENOENT, "No such file", "x")])
-def test_a_defect_keeps_its_traceback(error: Exception) -> None:
+def test_unexpected_error_keeps_its_traceback(error: Exception) -> None:
     def work(settings: Settings) -> None:
         raise error
 
@@ -75,7 +75,7 @@ def test_a_defect_keeps_its_traceback(error: Exception) -> None:
         run_stage(work)
 
 
-# few rows and long sums, as of a wide model's activations: by default MKL splits the sums among its threads
+# few rows and long sums, as in a wide model's activations: by default MKL splits the sums among its threads
 _PRODUCTS = """
 import hashlib, torch
 from tasks.program import run_stage
@@ -92,7 +92,7 @@ run_stage(work)
 """
 
 
-def test_a_stages_products_do_not_depend_on_the_number_of_threads() -> None:
+def test_matrix_products_do_not_depend_on_the_number_of_threads() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
     found = dict(
         subprocess.run(

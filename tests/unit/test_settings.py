@@ -1,4 +1,4 @@
-"""params.yaml is refused, with the field, its value and the remedy, when something in it cannot be."""
+"""Wrong values in params.yaml are refused with the field, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("evaluation/limits", 5, r"evaluation\.limits is no setting \(found 5\); remove it or mend the spelling"),
+        ("evaluation/limits", 5, r"evaluation\.limits is not a setting \(found 5\); remove it or fix the spelling"),
         ("evaluation/limit", "many", r"evaluation\.limit is 'many': input should be a valid integer"),
         ("evaluation/limit", 0, r"evaluation\.limit is 0: input should be greater than or equal to 1"),
         ("evaluation/limit", True, r"evaluation\.limit is True"),
@@ -53,9 +53,9 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         (
             "variants/v",
             {**GPTQ, "output_layer": "W8A8"},
-            r"variants\.v\.output_layer: is for weights alone: write W8A16@64",
+            r"variants\.v\.output_layer: must be weight-only: write W8A16@64",
         ),
-        ("variants/v", {**GPTQ, "embedding": "none"}, r"variants\.v\.embedding: is for weights alone"),
+        ("variants/v", {**GPTQ, "embedding": "none"}, r"variants\.v\.embedding: must be weight-only"),
         ("target", "tpu", r"target is 'tpu': input should be 'transformers', 'onnx' or 'gguf'"),
         ("variants", {}, r"variants: must hold the baseline"),
         ("variants", {"base": {"scheme": "none"}}, r"variants: holds nothing to compare"),
@@ -68,7 +68,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
             r"variants\.int8\.scheme is 'int3': input should be 'none', 'W4A16', .*'W8A8', 'mixed', 'Q4_K_M'",
         ),
         ("variants/int8/smoothing", 2, r"variants\.int8\.smoothing is 2: input should be less than or equal to 1"),
-        ("variants/gptq-int4/bits", 3, r"variants\.gptq-int4\.bits is no setting \(found 3\); remove it"),
+        ("variants/gptq-int4/bits", 3, r"variants\.gptq-int4\.bits is not a setting \(found 3\); remove it"),
         ("variants/v", {**LIBRARY, "samples": 4096}, r"variants\.v\.samples is 4096, but calibration\.samples is only"),
         ("variants/int8/samples", 4, r"variants\.int8: samples is 4, but the backend modelpress uses the statistics"),
         ("variants/gptq-int4/backend", "llm-compressor", r"variants\.gptq-int4: clip is true, which llm-compressor"),
@@ -114,59 +114,68 @@ def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
-        ({**INT8, "group_size": 64}, "group_size is 64, but W8A8 has no groups of its own; remove it"),
-        ({**AUTO, "group_size": 64}, "group_size is 64, but the scheme mixed has one for each candidate, as in W4A16_"),
-        ({"scheme": "none", "clip": True}, "scheme is none, the model as it came, so clip says nothing; remove it"),
-        ({"scheme": "none", "format": "awq"}, "scheme is none, the model as it came, so format says nothing"),
-        ({**GPTQ, "symmetric_activations": True}, "symmetric_activations is set, but W4A16_ASYM rounds no activations"),
-        ({**GPTQ, "smoothing": 0.5}, "smoothing is set, but nothing is smoothed; set scaling to smoothquant or remove"),
+        ({**INT8, "group_size": 64}, "group_size is 64, but W8A8 takes no group size; remove it"),
+        (
+            {**AUTO, "group_size": 64},
+            "group_size is 64, but each candidate of the scheme mixed has its own, as in W4A16_",
+        ),
+        ({"scheme": "none", "clip": True}, r"scheme is none \(unquantized\), so clip has no effect; remove it"),
+        ({"scheme": "none", "format": "awq"}, r"scheme is none \(unquantized\), so format has no effect"),
+        (
+            {**GPTQ, "symmetric_activations": True},
+            "symmetric_activations is set, but W4A16_ASYM does not quantize activations",
+        ),
+        ({**GPTQ, "smoothing": 0.5}, "smoothing is set, but scaling is not smoothquant; set scaling to smoothquant or"),
         (
             without(INT8, "smoothing"),
-            "smoothing is missing: how much of the difficulty moves to the weights, such as 0",
+            "smoothing is missing: the share of the difficulty that moves to the weights, such as 0",
         ),
         (without(AUTO, "smoothing"), "smoothing is missing"),
-        ({**GPTQ, "fused": True}, "fused is for the scheme mixed, but scheme is W4A16_ASYM; remove it"),
-        ({**GPTQ, "candidates": ["W8A8", "none"]}, "candidates is for the scheme mixed, but scheme is W4A16_ASYM"),
-        ({**GPTQ, "retention": 0.9}, "retention is for the scheme mixed"),
+        ({**GPTQ, "fused": True}, "fused applies only to the scheme mixed, but scheme is W4A16_ASYM; remove it"),
+        (
+            {**GPTQ, "candidates": ["W8A8", "none"]},
+            "candidates applies only to the scheme mixed, but scheme is W4A16_ASYM",
+        ),
+        ({**GPTQ, "retention": 0.9}, "retention applies only to the scheme mixed"),
         (without(AUTO, "bits_per_weight"), "needs one budget: bits_per_weight, such as 4.5, or retention, such as 0.9"),
         ({**AUTO, "retention": 0.9}, "needs one budget"),
         (without(AUTO, "candidates"), "candidates are missing: the precisions to choose from, such as"),
-        (without(AUTO, "fused"), "fused is missing: true where the engine joins q, k and v, as vLLM does, else false"),
-        ({**AUTO, "format": "awq"}, "format is awq, which knows one scheme for all layers; set format to compressed-t"),
-        ({**GPTQ, "scheme": "Q4_K_M"}, "group_size is 64, but Q4_K_M has no groups of its own; remove it"),
+        (without(AUTO, "fused"), "fused is missing: true if the engine fuses q, k and v, as vLLM does, else false"),
+        ({**AUTO, "format": "awq"}, "format is awq, which holds one scheme for all layers; set format to compressed-t"),
+        ({**GPTQ, "scheme": "Q4_K_M"}, "group_size is 64, but Q4_K_M takes no group size; remove it"),
         (
             {"scheme": "Q4_K_M", "clip": True},
-            "clip is true, which llama.cpp cannot do; set clip to false or backend to modelpress",
+            "clip is true, which llama.cpp does not support; set clip to false or backend to modelpress",
         ),
         (
             {"scheme": "Q4_K_M", "backend": "modelpress"},
-            "Q4_K_M, which llama.cpp alone makes; set backend to llama.cpp",
+            "Q4_K_M, which only llama.cpp supports; set backend to llama.cpp",
         ),
-        ({**GPTQ, "imatrix": True}, "imatrix is for llama.cpp's schemes; remove it"),
-        ({**GPTQ, "format": "gguf"}, "format is gguf, which is written by the target gguf from any other; remove form"),
+        ({**GPTQ, "imatrix": True}, "imatrix applies only to llama.cpp's schemes; remove it"),
+        ({**GPTQ, "format": "gguf"}, "format is gguf, but the target gguf converts from any other format; remove form"),
         (
             {**GPTQ, "samples": 4},
             "samples is 4, but the backend modelpress uses the statistics of all sequences; remove",
         ),
         (
             {**AWQ, "backend": "autoawq", "rounding": "nearest"},
-            "refine is 1, which autoawq cannot do; set refine to 0 or backend to modelpress",
+            "refine is 1, which autoawq does not support; set refine to 0 or backend to modelpress",
         ),
         (
             {**AWQ, "backend": "autoawq", "rounding": "nearest", "refine": 0, "skip_layers": [1]},
-            r"skip_layers is \[1\], which autoawq cannot do; set skip_layers to \[\] or backend to modelpress",
+            r"skip_layers is \[1\], which autoawq does not support; set skip_layers to \[\] or backend to modelpress",
         ),
         (
             {**AWQ, "backend": "autoawq", "rounding": "nearest", "refine": 0, "scheme": "W4A16"},
-            "scheme is W4A16, which autoawq cannot do; set scheme to W4A16_ASYM or backend to modelpress",
+            "scheme is W4A16, which autoawq does not support; set scheme to W4A16_ASYM or backend to modelpress",
         ),
         (
             {**LIBRARY, "output_layer": "W8A16@64"},
-            "output_layer is W8A16@64, which llm-compressor cannot do; set output_layer to null or backend",
+            "output_layer is W8A16@64, which llm-compressor does not support; set output_layer to null or backend",
         ),
         (
             {**AUTO, "backend": "llm-compressor"},
-            "scheme is mixed, which llm-compressor cannot do; set scheme to W8A8 or",
+            "scheme is mixed, which llm-compressor does not support; set scheme to W8A8 or",
         ),
     ],
 )

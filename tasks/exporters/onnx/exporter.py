@@ -1,4 +1,4 @@
-"""What the target `onnx` can take, and its export."""
+"""Checks and export for the target `onnx`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tasks.errors import TaskError
 from tasks.exporters import check_group_sizes
 from tasks.settings import Settings
 
-BLOCK = 16  # weights, at least, that share a scale
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # for which a graph is made (graph.py)
+BLOCK = 16  # smallest number of weights that share a scale
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # supported by graph.py
 
 
 class OnnxExporter:
@@ -31,9 +31,9 @@ class OnnxExporter:
 
 
 def check_family(model: Path) -> None:
-    """TaskError if no graph is made for the model's family."""
+    """TaskError if the model's family is not supported."""
     family = json.loads((model / "config.json").read_text(encoding="utf-8")).get("model_type")
     if family not in FAMILIES:
         raise TaskError(
-            f"{model} is of type {family!r}, for which no ONNX graph is made; there are: {', '.join(FAMILIES)}"
+            f"{model} is of type {family!r}, for which there is no ONNX export; supported: {', '.join(FAMILIES)}"
         )

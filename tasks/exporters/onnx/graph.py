@@ -1,8 +1,8 @@
-"""The graph and the weights of the target `onnx`: those that were solved, bit for bit.
+"""Graph and weights of the target `onnx`, with the quantized weights bit for bit.
 
-The graph is what onnxruntime-genai's model builder makes of the architecture in float32, attention and all. Its
-products with weights are ours: MatMulNBits where the model holds integers, whatever their bits and groups are, MatMul
-elsewhere. Weights are read one by one as the file is written, so the model is never whole in memory.
+onnxruntime-genai's model builder makes the graph of the architecture in float32. The weight products are ours:
+MatMulNBits for quantized layers, with any bits and group size, MatMul otherwise. Weights are read one at a time while
+the file is written, so the whole model is never in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tasks.output import write_json
 from tasks.tensor_files import EMBEDDING, OUTPUT
 
 GRAPH, WEIGHTS, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
-# accuracy_level of MatMulNBits: its inputs as they are, or rounded to 8 bits, block by block, for products of integers
+# accuracy_level of MatMulNBits: float32 inputs, or inputs rounded to 8 bits per block for integer products
 FLOATS, INTEGERS = 0, 4
 UNQUANTIZED = 32
 
@@ -40,16 +40,16 @@ _DOMAIN = "com.microsoft"
 
 
 def export_onnx(model: Path, destination: Path, accuracy_level: int = INTEGERS) -> None:
-    """Write the graph of a pressed or unpressed model, its weights, genai_config.json and config.json.
+    """Write the graph of a quantized or unquantized model, its weights, genai_config.json and config.json.
 
     TaskError if tensors are missing.
     """
     config: Any = AutoConfig.from_pretrained(model, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the builder knows other formats than ours
+        del config.quantization_config  # the builder does not support our formats
     stored = StoredModel(model)
     make = type("Graph", (_Graph, _BUILDERS[config.model_type]), {})
-    # the builder says a line a layer
+    # the builder prints a line per layer
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(io.StringIO()):
         graph = make(config, stored, accuracy_level, cache)
         graph.make_model(str(model))
@@ -62,7 +62,7 @@ def export_onnx(model: Path, destination: Path, accuracy_level: int = INTEGERS) 
 
 
 class _Graph(Model):
-    """What is ours in the builder's class of an architecture: which weights its products read, and how."""
+    """Mixin for the builder's class of an architecture that replaces its weight products."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class _Graph(Model):
         super().__init__(config, _FLOAT, _FLOAT, "cpu", cache, options)
 
     def load_weights(self, input_path: str) -> nn.Module:
-        """The model with its norms and biases; the weights of linear layers and of the embedding are shapes alone."""
+        """Load the model with its norms and biases; linear layers and the embedding have meta weights."""
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, trust_remote_code=False)
         self._names = {module: name for name, module in model.named_modules()}
@@ -97,30 +97,30 @@ class _Graph(Model):
         if lacking or unexpected:
             raise TaskError(
                 f"{input_path} does not fit its config.json: missing {lacking[:3]}, unexpected {unexpected[:3]}; "
-                "make it again: modelpress run"
+                "rebuild it: modelpress run"
             )
         shapes: nn.Module = model
         return shapes
 
     def make_matmul(self, matmul: nn.Module, basename: str, root_input: str, **options: Any) -> str:
-        """The product with one linear layer."""
+        """Add the product with one linear layer."""
         return self._product([self._names[matmul]], basename, root_input, **options)
 
     def make_packed_matmul(
         self, q_matmul: nn.Module, k_matmul: nn.Module, v_matmul: nn.Module, basename: str, root_input: str, **_: Any
     ) -> str:
-        """One product for queries, keys and values."""
-        # the builder would give the attention those of the layer before, too
+        """Add one product for queries, keys and values."""
+        # otherwise the builder also passes those of the previous layer to the attention
         self.attention_attrs["k_path"] = self.attention_attrs["v_path"] = ""
         return self._product([self._names[m] for m in (q_matmul, k_matmul, v_matmul)], basename, root_input)
 
     def is_qkv_projection_packable(self, layer_id: int, attention: Any) -> bool:
-        """Whether all three have as many bits; for groups of different sizes there is a common block."""
+        """Whether all three have the same bits; different group sizes have a common block size."""
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         return len({self._kind(self._names[part])[0] for part in parts}) == 1
 
     def make_embedding_lookup(self, embedding: Tensor, basename: str, lm_head: nn.Module) -> str:
-        """The rows of the embedding; of the output layer's integers where the two share them."""
+        """Add the embedding lookup; a tied, quantized embedding uses the output layer's integers."""
         source = self._source(EMBEDDING)
         if source not in self.stored.quantized:
             if self.tied:
@@ -133,7 +133,7 @@ class _Graph(Model):
             stem = f"{OUTPUT}.MatMulNBits" if self.tied else f"{EMBEDDING}.GatherBlockQuantized"
             if not self.tied:
                 self._blocks(stem, [EMBEDDING], bits, size)
-            # the lookup wants the bytes of a row in one piece
+            # the lookup needs a row's bytes contiguous
             flat = [self.vocab_size, self.hidden_size * bits // BYTE]
             shape = f"/model/constants/INT64/[{flat[0]}, {flat[1]}]"
             self.make_reshape(f"{basename}/Reshape", [f"{stem}.qweight", shape], dtype=_BYTES, shape=flat)
@@ -147,7 +147,7 @@ class _Graph(Model):
     def _product(
         self, names: list[str], basename: str, root_input: str, logits: bool = False, seq_dim: str = "sequence_length"
     ) -> str:
-        """The product of `root_input` with the weights of these layers, one below the other; the name of its node."""
+        """Add the product of `root_input` with the stacked weights of these layers; return its node's name."""
         shapes = [self.weights.get_submodule(name).weight.shape for name in names]
         rows, width = sum(shape[0] for shape in shapes), shapes[0][1]
         bits, _ = self._kind(names[0])
@@ -167,7 +167,7 @@ class _Graph(Model):
         return node
 
     def _kind(self, name: str) -> tuple[int, int]:
-        """Bits of a layer's weights, and how many of them share a block."""
+        """Bits and block size of a layer's weights."""
         if name not in self._kinds:
             kind = (UNQUANTIZED, 0)
             if name in self.stored.quantized:
@@ -177,17 +177,17 @@ class _Graph(Model):
         return self._kinds[name]
 
     def _source(self, name: str) -> str:
-        """The layer that holds the weight of `name`: of a tied pair, the quantized one, else the embedding."""
+        """The layer that stores the weight of `name`: of a tied pair, the quantized one, otherwise the embedding."""
         if self.tied and name in (OUTPUT, EMBEDDING):
             return OUTPUT if OUTPUT in self.stored.quantized else EMBEDDING
         return name
 
     def _floats(self, names: list[str]) -> Tensor:
-        """Their weights one below the other, float32 [rows, width]."""
+        """The stacked weights, float32 [rows, width]."""
         return torch.cat([self.stored.tensor(f"{self._source(name)}.weight").float() for name in names])
 
     def _blocks(self, stem: str, names: list[str], bits: int, size: int) -> list[str]:
-        """The three initializers of a quantized weight, by name."""
+        """Add the three initializers of a quantized weight; return their names."""
         rows = sum(self.weights.get_submodule(name).weight.shape[0] for name in names)
         count = self.weights.get_submodule(names[0]).weight.shape[1] // size
         parts = {
@@ -200,7 +200,7 @@ class _Graph(Model):
         return [f"{stem}.{end}" for end, _, _ in parts.values()]
 
     def _part(self, part: str, names: list[str], bits: int, size: int) -> Tensor:
-        """One tensor of `Blocks`, for layers one below the other. Asked for three times in a row, once for each."""
+        """One tensor of `Blocks` for stacked layers. Called three times in a row, once per tensor."""
         if self._packed is None or self._packed[0] != names:
             blocks = [pack_blocks(self.stored.linear(name).weight, bits, size) for name in names]
             joined = (torch.cat([getattr(one, field.name) for one in blocks]) for field in fields(Blocks))
@@ -209,7 +209,7 @@ class _Graph(Model):
         return found
 
     def _initializer(self, name: str, dtype: Any, shape: Sequence[int], read: Callable[[], Tensor]) -> None:
-        """A constant that is read when it is written."""
+        """Add a constant that is read when it is written."""
         sizes = onnx_ir.Shape(shape)
         value = self.make_value(name, dtype, sizes)
         value.const_value = onnx_ir.LazyTensor(

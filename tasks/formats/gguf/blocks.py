@@ -1,4 +1,4 @@
-"""GGUF's blocks of 32 weights, and how our integers fit into them: what llama.cpp computes with.
+"""GGUF's blocks of 32 weights, as llama.cpp computes with them, and their packing.
 
 Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h. A block is a float16 scale d (and a
 float16 minimum m), then the integers q: Q8_0 is d * q with q in -128..127, Q4_0 is d * (q - 8) and Q4_1 is d * q + m
@@ -25,7 +25,7 @@ FLOATS = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type
 
 
 def block_type(name: str, solved: QuantizedWeight, bits: int) -> Type:
-    """The type whose blocks hold the layer `name`; TaskError, naming what would fit, if none does."""
+    """The GGUF type for the layer `name`; TaskError naming the supported values if there is none."""
     width, groups = solved.integers.shape[1], solved.scales.shape[1]
     if width % BLOCK or (groups > 1 and width // groups % BLOCK):
         raise TaskError(
@@ -38,17 +38,17 @@ def block_type(name: str, solved: QuantizedWeight, bits: int) -> Type:
             return Type.Q8_0
         case 8:
             raise TaskError(
-                f"{name} has 8-bit weights with zero points, which GGUF has no type for; use a symmetric scheme, "
+                f"{name} has 8-bit weights with zero points, for which GGUF has no type; use a symmetric scheme, "
                 "such as W8A16"
             )
         case 4:
             return Type.Q4_0 if bool((solved.zeros == 8).all()) else Type.Q4_1
         case _:
-            raise TaskError(f"{name} has {bits}-bit weights, which GGUF has no type for; it has them for 4 and 8 bits")
+            raise TaskError(f"{name} has {bits}-bit weights, for which GGUF has no type; use 4 or 8 bits")
 
 
 def pack_blocks(solved: QuantizedWeight, kind: Type) -> NDArray[np.uint8]:
-    """The layer as blocks of `kind`: uint8 [rows, bytes]. TaskError if a scale is too large for float16."""
+    """Pack the layer in blocks of `kind`: uint8 [rows, bytes]. TaskError if a scale is too large for float16."""
     d = _each_block(solved.scales.float(), solved).to(torch.float16)
     if not d.isfinite().all():
         raise TaskError(f"a scale is {solved.scales.abs().max().item():.3g}, too large for GGUF's float16")
@@ -59,14 +59,14 @@ def pack_blocks(solved: QuantizedWeight, kind: Type) -> NDArray[np.uint8]:
         case Type.Q4_0:
             parts = [_bytes(d), _halves(q)]
         case _:
-            # of the scale as it is stored, so that the zero point stays where it was solved to be
+            # from the stored scale, so that the zero point does not move
             m = -d.float() * _each_block(solved.zeros.float(), solved)
             parts = [_bytes(d), _bytes(m.to(torch.float16)), _halves(q)]
     return torch.cat(parts, -1).flatten(1).numpy()
 
 
 def unpack_blocks(packed: NDArray[np.uint8], kind: Type, width: int) -> QuantizedWeight:
-    """What `pack_blocks` packed, in groups of one block; zero points of Q4_1, which holds minima, to the nearest."""
+    """The inverse of `pack_blocks`, with groups of one block; zero points of Q4_1 are rounded from its minima."""
     rows = len(packed)
     blocks = torch.from_numpy(np.array(packed)).view(rows, width // BLOCK, -1)
     d = blocks[..., :2].contiguous().view(torch.float16)[..., 0]

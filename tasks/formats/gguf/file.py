@@ -1,7 +1,7 @@
-"""A whole model as one GGUF file: its weights as they are stored, its configuration and its tokenizer.
+"""Write a whole model as one GGUF file: weights, configuration and tokenizer.
 
-Layers are written as they were solved (tasks/formats/gguf/blocks.py), one in memory at a time. The metadata is what
-llama.cpp's own converter writes (https://github.com/ggml-org/llama.cpp/tree/master/conversion).
+Quantized layers are transcoded (tasks/formats/gguf/blocks.py), one in memory at a time. The metadata is that of
+llama.cpp's converter (https://github.com/ggml-org/llama.cpp/tree/master/conversion).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NAME = "model.gguf"
-# llama.cpp's names of the families; of the first two it wants the rows of queries and keys in an order of its own
+# llama.cpp's names of the families; the first two need the rows of queries and keys reordered
 FAMILIES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mistral": gguf.MODEL_ARCH.LLAMA,
@@ -59,8 +59,8 @@ class _Part:
 
 
 def write_gguf(model: Path, destination: Path) -> None:
-    """Write the model of the directory `model` to the folder `destination`: model.gguf, and a config.json that says
-    nothing of a quantization. TaskError if llama.cpp has no such model, tokenizer, or type of weights.
+    """Write the model of the directory `model` to the folder `destination`: model.gguf, and a config.json without
+    quantization_config. TaskError if llama.cpp does not support the model, its tokenizer or its weight types.
     """
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     stored = StoredModel(model)
@@ -89,24 +89,24 @@ def write_gguf(model: Path, destination: Path) -> None:
 
 
 def check_family(config: dict[str, Any], where: str) -> None:
-    """TaskError if the target gguf does not know the family of this config.json, or something that is special in it."""
+    """TaskError if the target gguf does not support the family or a feature of this config.json."""
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise TaskError(f"{where} is of type {family!r}; the target gguf knows {', '.join(FAMILIES)}")
+        raise TaskError(f"{where} is of type {family!r}; the target gguf supports {', '.join(FAMILIES)}")
     turn = _rope(config)["rope_type"]
     if turn not in ("default", "linear", "llama3"):
-        raise TaskError(f"{where} has rope_type {turn!r}; the target gguf knows default, linear and llama3")
+        raise TaskError(f"{where} has rope_type {turn!r}; the target gguf supports default, linear and llama3")
     if config.get("hidden_act", "silu") != "silu":
-        raise TaskError(f"{where} has hidden_act {config['hidden_act']!r}; llama.cpp's {family} has silu alone")
+        raise TaskError(f"{where} has hidden_act {config['hidden_act']!r}; llama.cpp's {family} supports only silu")
 
 
 def _parts(stored: StoredModel, config: dict[str, Any], arch: gguf.MODEL_ARCH) -> list[_Part]:
-    """Every tensor of the file, in the order of the model's files."""
+    """All tensors of the file, in the order of the model's files."""
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     tied = bool(config.get("tie_word_embeddings"))
     parts = []
     for name in stored.dense:
-        # the rotary table is computed, and a tied output layer is the embedding
+        # the rotary table is computed, a tied output layer is the embedding
         if "rotary_emb" in name or (name == f"{OUTPUT}.weight" and tied):
             continue
         parts.append(_dense(stored, name, _name(names, name), _order(name, config)))
@@ -130,7 +130,7 @@ def _parts(stored: StoredModel, config: dict[str, Any], arch: gguf.MODEL_ARCH) -
 def _dense(stored: StoredModel, name: str, own: str, order: Tensor | None) -> _Part:
     tensor = stored.tensor(name)
     shape = tuple(tensor.shape)
-    # llama.cpp wants vectors in float32, which holds all others
+    # llama.cpp requires vectors in float32
     kind = FLOATS[tensor.dtype] if len(shape) > 1 else Type.F32
 
     def read() -> NDArray[np.uint8]:
@@ -148,13 +148,13 @@ def _size(part: _Part) -> int:
 def _name(names: gguf.TensorNameMap, name: str) -> str:
     own = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if own is None:
-        raise TaskError(f"the model has {name}, which llama.cpp has no place for in a model of this family")
+        raise TaskError(f"the model has the tensor {name}, which llama.cpp does not support in this family")
     return own
 
 
 def _order(name: str, config: dict[str, Any]) -> Tensor | None:
-    """The rows of a layer of queries or keys as llama.cpp wants them: it turns neighbours, transformers the two halves
-    of a head. None: as they are."""
+    """llama.cpp's row order of a query or key layer: its rotary embedding rotates neighbours, that of transformers the
+    two halves of a head. None: unchanged."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     layer = next((part for part in name.split(".") if part in heads), None)
     if layer is None or FAMILIES[config["model_type"]] != gguf.MODEL_ARCH.LLAMA:
@@ -166,7 +166,7 @@ def _order(name: str, config: dict[str, Any]) -> Tensor | None:
 def _rows(data: NDArray[np.uint8], order: Tensor | None) -> NDArray[np.uint8]:
     if order is None:
         return data
-    if data.ndim == 1:  # a bias: rows of one number
+    if data.ndim == 1:  # a bias
         return np.ascontiguousarray(data.reshape(len(order), -1)[order.numpy()].reshape(-1))
     return np.ascontiguousarray(data[order.numpy()])
 
@@ -176,14 +176,14 @@ def _head(config: dict[str, Any]) -> int:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """How positions are told: with the names of transformers 5, also where an older one wrote config.json."""
+    """The rotary embedding's parameters by transformers 5's names, also from an older config.json."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = found.get("rope_theta", config.get("rope_theta", 10000.0))
     return {**found, "rope_type": found.get("rope_type", found.get("type", "default")), "rope_theta": theta}
 
 
 def _llama3_factors(config: dict[str, Any]) -> Tensor:
-    """What Llama 3 divides each frequency by: float32 [head / 2] (transformers, modeling_rope_utils.py)."""
+    """Llama 3's divisor of each frequency: float32 [head / 2] (transformers, modeling_rope_utils.py)."""
     rope, size = _rope(config), _head(config)
     wavelength = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -195,7 +195,7 @@ def _llama3_factors(config: dict[str, Any]) -> Tensor:
 def _add_configuration(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     context = config["max_position_embeddings"]
     if config.get("sliding_window") and config.get("use_sliding_window", True):
-        context = min(context, config["sliding_window"])  # up to there it is the same as a full one
+        context = min(context, config["sliding_window"])  # within it, equal to full attention
     heads, rope = config["num_attention_heads"], _rope(config)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_context_length(context)

@@ -1,4 +1,4 @@
-"""What llama.cpp says, caught."""
+"""Capture llama.cpp's log."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 import llama_cpp
 
-_ERROR, _SAME = 4, 5  # levels of its log: an error, and the rest of the line before
+_ERROR, _SAME = 4, 5  # log levels: error, continuation of the previous line
 
 
 class _Log:
-    """What llama.cpp says: kept, so that an error can be told in its own words."""
+    """llama.cpp's messages, kept for error reports."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
         self._last = 0
-        self.callback = llama_cpp.llama_log_callback(self._hear)  # must live as long as llama.cpp may call it
+        self.callback = llama_cpp.llama_log_callback(self._hear)  # keep alive while llama.cpp may call it
 
     def _hear(self, level: int, text: bytes, _: Any) -> None:
         self._last = self._last if level == _SAME else level
@@ -28,7 +28,7 @@ class _Log:
         llama_cpp.llama_log_set(self.callback, ctypes.c_void_p(0))
 
     def said(self) -> str:
-        return "; ".join(error for error in self.errors if error) or "it said nothing"
+        return "; ".join(error for error in self.errors if error) or "no message"
 
 
 LOG = _Log()

@@ -1,7 +1,7 @@
-"""A tokenizer as GGUF describes it: tokens, their kinds, merges, and how llama.cpp cuts text into pretokenizer_rules.
+"""A tokenizer in GGUF metadata: tokens, their types, merges and llama.cpp's pre-tokenization rule.
 
-Two kinds of tokenizer are known: byte-level BPE whose rule for words is one of `_rules()`, and BPE in the way of
-SentencePiece (Llama 2, Mistral). The names and rules are llama.cpp's (src/llama-vocab.cpp).
+Two kinds of tokenizer are supported: byte-level BPE with one of the rules in `_rules()`, and SentencePiece-style BPE
+(Llama 2, Mistral). The names and rules are llama.cpp's (src/llama-vocab.cpp).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tasks.text.bos import begins_with_bos
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_SPACE = "\u2581"  # SentencePiece's own
+_SPACE = "\u2581"  # SentencePiece's
 
 
 def add_vocabulary(writer: GGUFWriter, model: Path, size: int) -> None:
     """Write the tokenizer of the directory `model` into the file; `size`: rows of the model's embedding.
 
-    TaskError if llama.cpp has no such tokenizer. Tokens for which the embedding has no row are left out.
+    TaskError if llama.cpp does not support the tokenizer. Tokens without a row in the embedding are left out.
     """
     from transformers import AutoTokenizer
 
@@ -42,7 +42,7 @@ def add_vocabulary(writer: GGUFWriter, model: Path, size: int) -> None:
     tokens, kinds = _tokens(tokenizer, size, sentencepiece=rule is None)
     writer.add_token_list(tokens)
     if rule is None:
-        # the order of the tokens is the order of the merges: an earlier one wins
+        # tokens are in the order of the merges: an earlier one wins
         writer.add_token_scores([-float(number) for number in range(size)])
     else:
         writer.add_token_merges([_merge(merge) for merge in described["model"]["merges"]])
@@ -63,7 +63,7 @@ def add_vocabulary(writer: GGUFWriter, model: Path, size: int) -> None:
 
 
 def rule_for_words(described: dict[str, Any], model: Path) -> str | None:
-    """llama.cpp's name of the rule that cuts text into words; None: SentencePiece's way."""
+    """llama.cpp's name of the pre-tokenization rule; None: SentencePiece."""
     kind = described["model"]["type"]
     if kind == "BPE":
         steps = _steps(described["pre_tokenizer"])
@@ -72,11 +72,11 @@ def rule_for_words(described: dict[str, Any], model: Path) -> str | None:
                 return name
         if described["model"].get("byte_fallback") and not any(step[0] == "ByteLevel" for step in steps):
             return None
-        found = f"a BPE tokenizer that cuts text into words by {steps}"
+        found = f"a BPE tokenizer with the pre-tokenization {steps}"
     else:
         found = f"a tokenizer of the kind {kind}"
     raise TaskError(
-        f"{model} has {found}; the target gguf knows the rules of {', '.join(_rules())} and SentencePiece's; "
+        f"{model} has {found}; the target gguf supports the rules of {', '.join(_rules())} and SentencePiece; "
         "use another target"
     )
 
@@ -91,7 +91,7 @@ def _rules() -> dict[str, list[tuple[Any, ...]]]:
 
 
 def _steps(described: dict[str, Any] | None) -> list[tuple[Any, ...]]:
-    """A pre-tokenizer's steps, each by its name and the one option that tells it from others of the name."""
+    """The steps of a pre-tokenizer, each as its name and its distinguishing option."""
     if described is None:
         return []
     steps: list[tuple[Any, ...]] = []
@@ -109,13 +109,13 @@ def _steps(described: dict[str, Any] | None) -> list[tuple[Any, ...]]:
 
 
 def _space_first(described: dict[str, Any]) -> bool:
-    """Whether SentencePiece's tokenizer puts a space before the text."""
+    """Whether a SentencePiece tokenizer prepends a space to the text."""
     found = json.dumps([described["normalizer"], described["pre_tokenizer"]], ensure_ascii=False)
     return '"Prepend"' in found or '"prepend_scheme": "first"' in found or '"prepend_scheme": "always"' in found
 
 
 def _tokens(tokenizer: Any, size: int, sentencepiece: bool) -> tuple[list[str], list[int]]:
-    """Every token in the order of its number and what it is, with fillers where the embedding has rows to spare."""
+    """All tokens by id and their types, with fillers for surplus rows of the embedding."""
     known = {token: number for token, number in tokenizer.get_vocab().items() if number < size}
     tokens = [f"[PAD{number}]" for number in range(size)]
     kinds = [int(TokenType.UNUSED)] * size

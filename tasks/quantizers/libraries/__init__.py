@@ -1,1 +1,1 @@
-"""The same work by libraries (`backend` in params.yaml): what our own quantizer is measured against."""
+"""Quantization by libraries (`backend` in params.yaml), which our quantizer is measured against."""

@@ -1,6 +1,6 @@
-"""AWQ (arXiv 2306.00978) with autoawq: channels that matter are scaled up before the weights are rounded to 4 bits.
+"""AWQ (arXiv 2306.00978) with autoawq: scale up salient channels before rounding the weights to 4 bits.
 
-autoawq as published destroys a model on a CPU without a word; `GramAwqQuantizer` says why and does it right.
+autoawq as published silently destroys a model on a CPU; `GramAwqQuantizer` fixes this and explains why.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    # triton compiles for GPUs; here autoawq would only import it, and it complains of leaks when the process ends
+    # triton is for GPUs; autoawq would only import it, and it reports leaks when the process ends
     sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
 
 import transformers
@@ -25,22 +25,22 @@ from transformers import AutoTokenizer
 
 from tasks.quantizers import QuantizeJob
 
-with warnings.catch_warnings(record=True):  # autoawq tells of its age; the versions are pinned and tested here
+with warnings.catch_warnings(record=True):  # a deprecation notice; our versions are pinned and tested
     from awq import AutoAWQForCausalLM
     from awq.quantize.quantizer import AwqQuantizer
 
-# Calibration samples that go through a block at once: bounds memory, changes no result beyond rounding.
+# Calibration samples per block run: bounds memory, no effect on the result beyond rounding.
 PARALLEL_SAMPLES = 4
 SCALE_GRID = 20
 
 
 class GramAwqQuantizer(AwqQuantizer):
-    """autoawq's quantizer with both searches on Gram matrices: right on a CPU, and many times faster there.
+    """autoawq's quantizer with both searches on Gram matrices: correct on a CPU, and many times faster there.
 
-    For a linear layer with inputs X, a weight change D costs ||X D^T||^2 = trace(D H D^T) with H = X^T X. So a trial of
-    a scale or of a clip needs H only, not a forward pass. autoawq's own scale search changes the live weights, keeps
-    the way back as `{k: v.cpu()}`, and so never finds it on a CPU, where `.cpu()` is the weight itself and not a copy:
-    the model is destroyed without a word. This search changes nothing.
+    For a linear layer with inputs X, a weight change D causes the error ||X D^T||^2 = trace(D H D^T) with H = X^T X. So
+    a trial of a scale or a clip needs only H, not a forward pass. autoawq's scale search changes the live weights and
+    backs them up as `{k: v.cpu()}`; on a CPU, `.cpu()` is the weight itself and not a copy, so they are never restored.
+    This search does not change the weights.
     """
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class GramAwqQuantizer(AwqQuantizer):
 
 
 def _gram(x: Tensor) -> Tensor:
-    """X^T X in float32, summed sample by sample: [..., tokens, channels] -> [channels, channels]."""
+    """X^T X in float32, accumulated by sample: [..., tokens, channels] -> [channels, channels]."""
     total = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
     for sample in x.reshape(-1, x.shape[-2], x.shape[-1]):
         total.addmm_(sample.float().T, sample.float())
@@ -118,7 +118,7 @@ def press_with_autoawq(job: QuantizeJob) -> None:
         safetensors=True,
         trust_remote_code=False,
     )
-    # autoawq collects garbage after every step; what is here now need not be looked through each time
+    # autoawq collects garbage after every step: exclude the objects that exist now
     gc.freeze()
     model.quantize(
         AutoTokenizer.from_pretrained(job.source),
@@ -136,17 +136,17 @@ def press_with_autoawq(job: QuantizeJob) -> None:
         quantizer_cls=GramAwqQuantizer,
     )
     gc.unfreeze()
-    # the format's scales are float16; what is not quantized goes with them
+    # the format's scales are float16, and so are unquantized tensors
     _save(model, job.destination)
 
 
 def _save(model: Any, destination: Path) -> None:
-    """Write weights and config.json. autoawq's own save switches sampling on, and its bytes differ from run to run."""
+    """Write weights and config.json. autoawq's save turns sampling on, and its bytes differ between runs."""
     inner = model.model.to(torch.float16)
     inner.config.dtype = torch.float16
     inner.config.use_cache = True
     inner.config.quantization_config = model.quant_config.to_transformers_dict()
-    # a tied output layer is the embedding under another name
+    # a tied output layer is an alias of the embedding
     tied = {"lm_head.weight"} if inner.config.tie_word_embeddings else set()
     state = {name: tensor.contiguous() for name, tensor in inner.state_dict().items() if name not in tied}
     save_torch_state_dict(state, destination)
@@ -154,10 +154,10 @@ def _save(model: Any, destination: Path) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the next tensor instead of giving it back to the kernel.
+    """Make glibc keep freed memory for the next tensor instead of returning it to the kernel.
 
-    Without it a search on a CPU spends more time clearing fresh pages than computing. Elsewhere: does nothing.
-    Source: mallopt(3).
+    Without it, a search on a CPU spends more time on clearing fresh pages than on computing. No effect with other C
+    libraries. Source: mallopt(3).
     """
     if sys.platform != "linux":
         return

@@ -1,6 +1,6 @@
-"""llama.cpp's own quantizer: a mixture of its types, chosen layer by layer, as llama-quantize makes it.
+"""llama.cpp's quantizer: a mixture of its types, chosen per layer, as by llama-quantize.
 
-Where a layer's width is no multiple of 256, llama.cpp takes blocks of 32 with more bits in place of Q4_K and its like.
+For a layer whose width is not a multiple of 256, llama.cpp uses blocks of 32 with more bits instead of K-quants.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tasks.quantizers import QuantizeJob
 
 
 def press_with_llama_cpp(job: QuantizeJob) -> None:
-    """Write the model in its own precision, and let llama.cpp round that."""
+    """Write the model in its original precision, and quantize it with llama.cpp."""
     import llama_cpp
 
     from tasks.formats.gguf.llama_log import LOG
@@ -37,12 +37,12 @@ def press_with_llama_cpp(job: QuantizeJob) -> None:
         str(whole).encode(), str(job.destination / NAME).encode(), ctypes.byref(parameters)
     )
     if status:
-        raise TaskError(f"llama.cpp could not make {variant.scheme} of {job.source}: {LOG.said()}")
+        raise TaskError(f"llama.cpp could not quantize {job.source} to {variant.scheme}: {LOG.said()}")
     whole.unlink()
 
 
 def _importance(job: QuantizeJob) -> Any:
-    """Each layer's mean square of its inputs by llama.cpp's names, ended by an empty entry."""
+    """The mean square of each layer's inputs by llama.cpp's names, terminated by an empty entry."""
     import llama_cpp
 
     config = json.loads((job.source / "config.json").read_text(encoding="utf-8"))

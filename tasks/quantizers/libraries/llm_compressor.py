@@ -1,7 +1,7 @@
-"""The same by llm-compressor: SmoothQuant, then GPTQ or rounding to the nearest, in compressed-tensors.
+"""llm-compressor: SmoothQuant, then GPTQ or rounding to nearest, in compressed-tensors.
 
-The arithmetic runs in float32: it is exact enough for Hessians and, on processors without fast bfloat16 units,
-also faster. What is saved has the precision that the model came in.
+Computes in float32: precise enough for Hessians, and faster on processors without fast bfloat16. Saves in the source
+model's precision.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ def press_with_llm_compressor(job: QuantizeJob) -> None:
         model=model,
         dataset=data,
         recipe=_recipe(job.variant),
-        # GPTQ goes layer by layer, each on its inputs behind the pressed layers before it; else one pass is enough
+        # GPTQ solves each layer on the output of the quantized layers before it; otherwise one pass is enough
         pipeline="sequential" if job.variant.rounding == "gptq" else "basic",
         num_calibration_samples=len(rows),
         max_seq_length=job.tokens.shape[1],
         shuffle_calibration_samples=False,
         batch_size=min(BATCH, len(rows)),
     )
-    # scales of whole rows stay float32, which costs nothing
+    # per-row scales stay float32, which costs nothing
     _narrow(model, job.dtype, keep_scales=not job.variant.precision.weight_only)
     model.save_pretrained(job.destination, save_compressed=True)
 
 
 def _recipe(variant: VariantSettings) -> list[Any]:
-    """What llm-compressor calls so: its modifiers, in order."""
+    """llm-compressor's recipe: its modifiers, in order."""
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
@@ -61,7 +61,7 @@ def _recipe(variant: VariantSettings) -> list[Any]:
     ignore = [OUTPUT, *(rf"re:.*\.layers\.{index}\..*" for index in variant.skip_layers)]
     groups = {"group_0": _scheme(variant)}
     recipe: list[Any] = []
-    if variant.scaling == "smoothquant" and variant.smoothing is not None:  # the settings give both or neither
+    if variant.scaling == "smoothquant" and variant.smoothing is not None:  # the settings have both or neither
         recipe.append(SmoothQuantModifier(smoothing_strength=variant.smoothing, ignore=ignore))
     if variant.rounding == "gptq":
         order = None if variant.act_order == "none" else variant.act_order
@@ -73,7 +73,7 @@ def _recipe(variant: VariantSettings) -> list[Any]:
 
 
 def _scheme(variant: VariantSettings) -> dict[str, Any]:
-    """A scale for each group or row; of activations, a scale per token, found as the model runs."""
+    """A scale per group or row; for activations, a dynamic scale per token."""
     scheme = variant.precision
     weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric}
     weights |= {"strategy": "group", "group_size": scheme.group_size} if scheme.group_size else {"strategy": "channel"}
@@ -90,22 +90,22 @@ def _scheme(variant: VariantSettings) -> dict[str, Any]:
 
 
 def _only_warnings() -> None:
-    """llm-compressor tells of every layer; its bars and its warnings are what a person needs."""
+    """Reduce llm-compressor's log to warnings; its progress bars stay."""
     transformers.utils.logging.disable_progress_bar()
     logger.remove()
-    # METRIC, a level of its own above WARNING, is two lines for every linear layer
+    # METRIC, a custom level above WARNING, logs two lines per linear layer
     logger.add(sys.stderr, level="WARNING", format="{message}", filter=_is_news)
     warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
 
 
 def _is_news(record: Any) -> bool:
-    """Whether a person can do something about it: that there is no GPU, they know, and the pipeline is our choice."""
+    """Whether the user can act on a message: a missing GPU is known, and the pipeline is our choice."""
     known = ("No accelerator available", "Attempting to calibrate on CPU", "Calibration pipeline is set to")
     return record["level"].name != "METRIC" and not record["message"].startswith(known)
 
 
 def _narrow(model: PreTrainedModel, dtype: torch.dtype, keep_scales: bool) -> None:
-    """Store weights, and scales unless kept, in the model's own precision; integers stay integers."""
+    """Store weights, and scales unless kept, in the model's precision; integers are left unchanged."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.dtype == torch.float32 and not (keep_scales and name.endswith("_scale")):
             tensor.data = tensor.data.to(dtype)
