@@ -17,7 +17,7 @@ import psutil
 
 from flows.errors import FlowError
 from flows.processes.forked import Forked, fork_server
-from flows.processes.memory import group_memory
+from flows.processes.memory import GroupMemory
 
 GUARD = Path(__file__).with_name("guard.py")
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
@@ -59,7 +59,6 @@ class Process:
             raise FlowError(f"{GUARD} is missing, without which a stage could outlive its run; install modelpress anew")
         self._stop = threading.Event()
         self._looked = 0.0
-        self._peak = 0
         self._popen: subprocess.Popen[bytes] | Forked = (
             forked and _forked(command, cwd, env, keep)
         ) or subprocess.Popen(
@@ -72,6 +71,7 @@ class Process:
             start_new_session=True,
             pass_fds=tuple(keep),
         )
+        self._memory = GroupMemory(self._popen.pid)
 
     def __enter__(self) -> Process:
         with _lock:
@@ -93,7 +93,7 @@ class Process:
     @property
     def peak_memory(self) -> int:
         """The most that its whole group was seen to hold, in bytes; a peak between two looks is missed."""
-        return self._peak
+        return self._memory.peak
 
     def chunks(self, timeout: float | None = None) -> Iterator[bytes]:
         """Its output as it comes, b"" after each half second of silence, until it ends.
@@ -159,7 +159,7 @@ class Process:
         now = time.monotonic()
         if now - self._looked >= TICK:
             self._looked = now
-            self._peak = max(self._peak, group_memory(self._popen.pid))
+            self._memory.look()
 
     def _signal(self, sign: int) -> bool:
         try:
