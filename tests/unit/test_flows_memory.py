@@ -33,9 +33,9 @@ def test_the_peak_counts_shared_memory_once(tmp_path: Path, monkeypatch: pytest.
         output = b""
         for chunk in process.chunks(60):
             output += chunk
-            if b"own" in output and process.peak_memory > 1.5 * LARGE:
+            if b"own" in output and process.peak_memory > 1.7 * LARGE:
                 break
-        assert 2 * LARGE < process.peak_memory < 2.6 * LARGE
+        assert process.peak_memory < 2.5 * LARGE  # resident, the two hold three times that
 
 
 def test_an_exact_look_waits_until_the_group_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
