@@ -1,4 +1,4 @@
-"""Fixtures that many tests share."""
+"""Shared fixtures."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # files run side by side: more threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # test files run in parallel: more threads would compete
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # as in tasks/quantizers/awq.py: it is of no use here, and complains of leaks when the process ends
+    # see tasks/quantizers/libraries/autoawq.py: not needed here, and it reports leaks when the process ends
     sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
 
 
@@ -26,7 +26,7 @@ LEFT_OUT = {"gpu": "needs an NVIDIA GPU", "slow": "takes minutes"}  # marker -> 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--run-gpu, --run-slow: also the tests with that marker."""
+    """Add --run-gpu and --run-slow, which include the tests with that marker."""
     for marker, why in LEFT_OUT.items():
         parser.addoption(f"--run-{marker}", action="store_true", help=f"also run the tests of which each {why}")
 
@@ -42,7 +42,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked, unless it is asked for, or what needs an extra that is not installed."""
+    """Skip marked tests unless requested, and tests that need an extra that is not installed."""
     if find_spec("llama_cpp") is None:
         for item in items:
             if item.get_closest_marker("gguf"):
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama that was trained a little, so that damage shows. Read only."""
+    """A tiny llama, trained a little, so that damage shows. Read only."""
     return tiny_model(tmp_path_factory.mktemp("llama") / "model", steps=60)
 
 

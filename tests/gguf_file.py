@@ -1,4 +1,4 @@
-"""A GGUF file of a tiny llama, as llama.cpp's converter would write it."""
+"""A GGUF file of a tiny llama, like that of llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LAYER = {
 def write_gguf(path: Path, model: Path, kind: str = "Q4_1", *, words: str = "smollm") -> Path:
     """Write the tiny llama in the folder `model` (float32 safetensors) to `path`, its matrices as `kind`.
 
-    `words` is llama.cpp's name for the rule that cuts text into words.
+    `words`: llama.cpp's name of the pre-tokenization rule.
     """
     config = json.loads((model / "config.json").read_text())
     tokenizer = json.loads((model / "tokenizer.json").read_text())
@@ -75,7 +75,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], words: st
 
 
 def _rotated(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of the rows that the rotary embedding turns."""
+    """llama.cpp's order of the rows of queries and keys."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 

@@ -1,6 +1,6 @@
-"""A model hub on this machine: what downloads use of the Hugging Face Hub's HTTP API, and its faults.
+"""A fake model hub: the parts of the Hugging Face Hub's HTTP API that downloads use, and its faults.
 
-Large files are served as the real hub does it: a redirect to another host, which must not see the token.
+Large files are served like the real hub's: by a redirect to another host, which must not see the token.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _CDN = re.compile(r"/cdn/(?P<digest>[0-9a-f]{64})")
 
 @dataclass
 class Repository:
-    """One repository with one commit; files named in `large` are kept as LFS keeps them."""
+    """One repository with one commit; files named in `large` are LFS files."""
 
     files: dict[str, bytes]
     large: tuple[str, ...] = (".safetensors", ".gguf", ".bin", ".parquet")
     gated: bool = False
     licence: str | None = None
-    wrong: dict[str, bytes] = field(default_factory=dict)  # what is sent instead of a file
+    wrong: dict[str, bytes] = field(default_factory=dict)  # bytes sent instead of a file
 
     @property
     def commit(self) -> str:
-        """The commit that the branch main stands at."""
+        """The commit of the branch main."""
         listing = sorted((name, _git(content)) for name, content in self.files.items())
         return hashlib.sha1(repr(listing).encode()).hexdigest()
 
 
 @dataclass
 class Request:
-    """What the hub was asked."""
+    """A request to the hub."""
 
     method: str
     host: str
@@ -54,9 +54,8 @@ class Request:
 class FakeHub:
     """The hub: `repositories` by "org/name", or "datasets/org/name" for data sets.
 
-    `token` may read the gated ones. The next answers with a large file end after as many bytes as
-    `break_after` says, one entry an answer; with `hang` they then wait instead, and `hanging` is set.
-    With a `status` every answer is that one.
+    `token` grants access to the gated ones. The next responses with a large file end after the bytes in `break_after`,
+    one entry per response; with `hang` they wait instead, and `hanging` is set. With a `status` every response has it.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -70,17 +69,17 @@ class FakeHub:
         self.requests: list[Request] = []
 
     def ranges(self) -> list[str]:
-        """The Range headers seen so far with large files."""
+        """The Range headers of requests for large files so far."""
         return [r.headers["range"] for r in self.asked("/cdn/") if "range" in r.headers]
 
     def asked(self, part: str) -> list[Request]:
-        """The requests for a path that holds `part`."""
+        """The requests for paths that contain `part`."""
         return [r for r in self.requests if part in r.path]
 
 
 @contextmanager
 def running_hub() -> Iterator[FakeHub]:
-    """A hub that answers until the block ends."""
+    """Run a hub for the duration of the block."""
 
     class Handler(_Handler):
         pass
@@ -106,11 +105,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Keep quiet."""
 
     def do_HEAD(self) -> None:
-        """As GET, without the bytes."""
+        """Like GET, without the body."""
         self.do_GET()
 
     def do_GET(self) -> None:
-        """Answer, or fail as the real hub does."""
+        """Answer, or fail like the real hub."""
         path = unquote(urlsplit(self.path).path)
         host = self.headers.get("Host", "")
         self.hub.requests.append(Request(self.command, host, path, {k.lower(): v for k, v in self.headers.items()}))
@@ -130,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _find(self, key: str, revision: str | None) -> Repository | None:
         repository = self.hub.repositories.get(key)
         if repository is None:
-            # the hub does not tell strangers what is missing and what is private
+            # without access, the hub does not distinguish missing from private
             self._fail(404 if self._allowed() else 401, "RepoNotFound")
         elif revision not in (None, "main", "v1", repository.commit):
             self._fail(404, "RevisionNotFound")
@@ -162,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
 
     def _tree(self, kind: str, name: str, revision: str, folder: str | None) -> None:
-        """The files and folders in a folder and below."""
+        """All files and folders below a folder."""
         repository = self._find(name if kind == "models" else f"datasets/{name}", revision)
         if repository is None:
             return
@@ -189,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.endswith(repository.large):
             self._send(200, repository.wrong.get(file, content), {**commit, "ETag": f'"{_git(content)}"'})
             return
-        # another name of this machine is another host
+        # another name of this machine counts as another host
         cdn = self.hub.endpoint.replace("127.0.0.1", "localhost") + f"/cdn/{_sha256(content)}"
         linked = {
             "Location": cdn,
@@ -222,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        with suppress(ConnectionError):  # whoever asked was killed
+        with suppress(ConnectionError):  # the client was killed
             self.wfile.write(body[:limit])
             self.wfile.flush()
         if limit is not None:

@@ -1,4 +1,4 @@
-"""A pressed model whose layers differ in bits, groups and zero points, as the scheme mixed leaves it."""
+"""A quantized model whose layers differ in bits, groups and zero points, like the scheme mixed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.formats import Layout, load_format
 from tasks.grid import Grid, Precision
 from tasks.tensor_files import EMBEDDING, OUTPUT
 
-ALONE = "gate_proj"  # the layer that stays as it is
+ALONE = "gate_proj"  # the unquantized layer
 GRIDS = {
     "q_proj": Grid(4, 32, False, torch.bfloat16),
     "k_proj": Grid(4, 64, False, torch.bfloat16),
@@ -33,10 +33,10 @@ def mixed_model(model: Path, directory: Path) -> Path:
 def rounded_model(
     model: Path, directory: Path, precisions: Mapping[str, Precision | None], form: str = "compressed-tensors"
 ) -> Path:
-    """Write the tiny `model` to `directory`, its linear layers rounded to the nearest; returns `directory`.
+    """Write the tiny `model` to `directory`, its linear layers rounded to nearest; returns `directory`.
 
-    precisions: each layer takes that of the first key that its name ends with, "" for all others in the decoder; None
-    and no key: as it is. A tied output layer is the embedding, which then has no weight of its own.
+    precisions: by name suffix; the first match applies, "" matches all other layers in the decoder; None or no match:
+    unquantized. A tied output layer replaces the embedding, which then has no weight.
     """
     directory.mkdir()
     way, tensors = load_format(form), load_file(model / "model.safetensors")
@@ -65,7 +65,7 @@ def rounded_model(
 
 
 def untied(model: Path, directory: Path) -> Path:
-    """Write the tiny `model` with an output layer of its own to `directory`; returns `directory`."""
+    """Write the tiny `model` with an untied output layer to `directory`; returns `directory`."""
     directory.mkdir()
     for file in model.iterdir():
         (directory / file.name).write_bytes(file.read_bytes())

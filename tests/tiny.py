@@ -1,4 +1,4 @@
-"""A tiny random model and a tiny corpus: real files in the real formats, the same every time."""
+"""A tiny random model and a tiny corpus: reproducible files in the real formats."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ("<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>")
-CONTEXT = 256  # positions that the model has
-NO_STATISTICS = Path("no", "statistics")  # where nothing may ask for them
+CONTEXT = 256  # the model's context length
+NO_STATISTICS = Path("no", "statistics")  # for tests that must not read statistics
 
 _PEOPLE, _THINGS, _VERBS, _PLACES = (
     words.split()
@@ -34,7 +34,7 @@ _WHEN = ["at dawn", "after lunch", "in winter", "every Monday", "before the stor
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where `tiny_corpus` put its files; the data sets have the keys of the embedded defaults' files."""
+    """The files of `tiny_corpus`, with the same keys as the embedded default data sets."""
 
     text: Path  # documents, one blank line between two
     tagged: Path  # documents in <doc id="..."> ... </doc>, as the wiki text of the defaults
@@ -63,8 +63,8 @@ def tiny_model(
     """Write a model of the `family` (its model_type in config.json) with tied embeddings, and its tokenizer, to
     `directory` (bfloat16 safetensors).
 
-    The weights are random, with logits about 2 apart. With `steps` > 0 the model is trained for so many steps
-    on the corpus' sentences, so that damage to it shows in its perplexity. Returns `directory`.
+    The weights are random, with logits about 2 apart. With `steps` > 0 the model is trained for that many steps on the
+    corpus's sentences, so that damage shows in its perplexity. Returns `directory`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -117,7 +117,7 @@ def _train(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int
 
 
 def tiny_tokenizer(vocab: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab` tokens, trained on the corpus' own sentences."""
+    """A byte-level BPE of at most `vocab` tokens, trained on the corpus's sentences."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

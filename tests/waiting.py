@@ -1,4 +1,4 @@
-"""Waiting for what must come, in tests and drills."""
+"""Wait for conditions in tests and drills."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-halted = threading.Event()  # set where nobody is to wait any longer, in no thread
+halted = threading.Event()  # set to end all waiting, in all threads
 
 
 class Halted(Exception):  # noqa: N818 - a request, not an error
-    """The waiting was ended from elsewhere."""
+    """The waiting was ended by `halted`."""
 
 
 def soon(condition: Callable[[], T], seconds: float, tick: float = 0.1) -> T:
-    """What the condition says as soon as that is true, or at the latest when the time is up; a look every `tick`."""
+    """Poll the condition every `tick`; return its value once it is true, or at the latest when the time is up."""
     end = time.monotonic() + seconds
     while not (found := condition()) and time.monotonic() < end:
         if halted.wait(tick):

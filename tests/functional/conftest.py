@@ -1,4 +1,4 @@
-"""What functional tests share: one Prefect server, and a finished toy pipeline to start from."""
+"""Shared fixtures of functional tests: one Prefect server, and a finished toy pipeline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shared = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """Folders by name, each made by one of the workers and read by all; `make` gets the path of one to create."""
+    """Folders by name, each created by one test worker and read by all; `make` gets the path to create."""
     base = tmp_path_factory.getbasetemp()
     home = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -27,7 +27,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
         path, done = home / f"shared-{name}", home / f"shared-{name}.done"
         with FileLock(home / f"shared-{name}.lock"):
             if not done.exists():
-                shutil.rmtree(path, ignore_errors=True)  # of a worker that failed
+                shutil.rmtree(path, ignore_errors=True)  # left by a failed worker
                 make(path)
                 done.touch()
         return path
@@ -37,7 +37,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 @pytest.fixture(scope="session")
 def prefect_database(shared: Shared) -> Path:
-    """An empty Prefect database, to copy to where a server starts: to make its own takes each a dozen seconds."""
+    """An empty Prefect database to copy for each server: creating one takes a dozen seconds."""
 
     def make(home: Path) -> None:
         command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
@@ -49,12 +49,12 @@ def prefect_database(shared: Shared) -> Path:
 
 @pytest.fixture(scope="session")
 def prefect_server(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a real Prefect server with a database of its own; flows in this process use it."""
+    """The URL of a real Prefect server with its own database; flows in this process use it."""
     from flows.server.ephemeral import quiet, server
 
     home, other = tmp_path_factory.mktemp("prefect"), tmp_path_factory.mktemp("prefect")
     shutil.copy(prefect_database, home)
-    shutil.copy(prefect_database, other)  # for a run that starts a server of its own
+    shutil.copy(prefect_database, other)  # for a run that starts its own server
     before = dict(os.environ)
     os.environ["PREFECT_HOME"] = str(home)
     os.environ.pop("PREFECT_API_URL", None)
@@ -83,5 +83,5 @@ def finished_toy(prefect_server: str, shared: Shared) -> Toy:
 
 @pytest.fixture
 def toy(finished_toy: Toy, tmp_path: Path) -> Toy:
-    """A toy pipeline of this test's own in which everything is up to date."""
+    """A toy pipeline for this test, with everything up to date."""
     return finished_toy.copy(tmp_path / "toy")

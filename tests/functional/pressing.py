@@ -1,4 +1,4 @@
-"""A tiny model with its calibration text and statistics, to press variants of."""
+"""A tiny model with its calibration set and statistics, for quantizing variants."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tasks.settings import VariantSettings, check_settings
 from tasks.statistics import collect
 from tests.tiny import Corpus, tiny_corpus
 
-LENGTH, SAMPLES, HELD_OUT = 32, 16, 40  # tokens of a sequence, and how many of them
+LENGTH, SAMPLES, HELD_OUT = 32, 16, 40  # tokens per sequence, calibration sequences, held-out sequences
 PARAMS = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
 
 
 def settings(values: dict[str, Any], target: str = "transformers") -> VariantSettings:
-    """A variant of these settings."""
+    """A variant with these settings."""
     params = {**PARAMS, "target": target, "variants": {"base": {"scheme": "none"}, "v": values}}
     return check_settings(params).variant("v")
 
 
 @dataclass(frozen=True)
 class Pressing:
-    """Folders as the stages before quantize leave them, and `text`: held out, int64 [rows, tokens]."""
+    """The outputs of the stages before quantize, and held-out `text`: int64 [rows, tokens]."""
 
     model: Path
     calibration: Path
@@ -55,15 +55,15 @@ class Pressing:
 
     @property
     def tokens(self) -> torch.Tensor:
-        """Of the calibration: int64 [rows, tokens]."""
+        """The calibration tokens: int64 [rows, tokens]."""
         return load_file(self.calibration / "tokens.safetensors")["input_ids"]
 
     def press(self, values: dict[str, Any], destination: Path, target: str = "transformers") -> QuantizeReport:
-        """The variant of these settings, as its stage makes it."""
+        """Make the variant with these settings, like its stage."""
         variant = settings(values, target)
         return quantize("v", variant, self.model, self.calibration, self.statistics, destination)
 
     def perplexity(self, directory: Path, target: str = "transformers") -> float:
-        """On the held-out text, in the runtime of the target."""
+        """Perplexity on the held-out text, in the runtime of the target."""
         rows = load_runtime(target, directory, "float32").logprobs(self.text)[:, :-1]
         return float(rows.gather(2, self.text[:, 1:, None]).mean().neg().exp())

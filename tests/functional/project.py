@@ -1,4 +1,4 @@
-"""A checkout of the project with a tiny model and corpus, so that its real stages take seconds."""
+"""A checkout of the project with a tiny model and corpus, whose real stages take seconds."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.functional.toy import PROJECT, cli_command, cli_env
 from tests.tiny import Corpus
 
 PATH = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # an activated environment
-ITEMS = 60  # of each task: with fewer, a resample may hold none that the baseline answers
+ITEMS = 60  # per task: with fewer, a resample may contain none that the baseline answers
 CODE = ("tasks", "flows", "evals", "dvc.yaml", "pyproject.toml", ".gitignore", ".dvcignore", ".dvc/config")
 
 
 def params(llama: Path, corpus: Corpus) -> dict[str, Any]:
-    """params.yaml with the tiny model and corpus in the places of the real ones, and tasks that take seconds."""
+    """params.yaml with the tiny model and corpus, and tasks that take seconds."""
     values: dict[str, Any] = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
     values["model"] |= {"source": f"path:{llama}", "sha256": None, "licence": "Apache-2.0"}
     values["calibration"] |= {
@@ -40,7 +40,7 @@ def params(llama: Path, corpus: Corpus) -> dict[str, Any]:
     for variant in values["variants"].values():
         variant.pop("samples", None)
     values["variants"]["awq-int4"]["group_size"] = 32
-    del values["variants"]["gptq-int4"], values["variants"]["auto"]  # each takes as long as awq-int4 and shows no more
+    del values["variants"]["gptq-int4"], values["variants"]["auto"]  # each takes as long as awq-int4 and adds nothing
     values["benchmark"] |= {"prompt_tokens": 8, "new_tokens": 4, "repeats": 1}
     values["gate"] = {"sequential": True, "four_bit": 0.5, "eight_bit": 0.5, "confidence": 0.9, "resamples": 200}
     return values
@@ -82,7 +82,7 @@ class Checkout:
         return self.command(sys.executable, "-P", "-m", "dvc", *arguments)
 
     def stage(self, name: str, *arguments: str) -> str:
-        """Run a stage's program by itself."""
+        """Run a single stage's program."""
         command = ["python", "-m", f"tasks.{name}", *arguments]
         with Process(command, self.root, cli_env(PATH=PATH), forked=True) as process:
             output = b"".join(process.chunks(1800)).decode()
@@ -94,7 +94,7 @@ class Checkout:
         return self.command(*cli_command("run", *arguments), **env)
 
     def stages(self) -> dict[str, list[str]]:
-        """Digests of each stage's outputs that the cache holds (metrics hold seconds, which differ)."""
+        """Digests of each stage's cached outputs (metrics contain seconds, which differ)."""
         lock = yaml.safe_load((self.root / "dvc.lock").read_text(encoding="utf-8"))
         return {
             name: [out["md5"] for out in stage.get("outs", []) if not out["path"].startswith("metrics")]

@@ -1,4 +1,4 @@
-"""Schemes and ways combine: what no method could do before, mixtures with rounded activations, and the output layer."""
+"""Combinations of schemes and methods, mixtures with quantized activations, and the output layer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tied(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def apart(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Pressing:
-    """With an output layer of its own."""
+    """A model with an untied output layer."""
     folder = tmp_path_factory.mktemp("apart")
     return Pressing.create(untied(llama, folder / "model"), corpus, folder)
 
@@ -55,7 +55,7 @@ def apart(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory)
         "-".join(str(value.get(key)) for key in ("scheme", "scaling", "propagate")) if isinstance(value, dict) else None
     ),
 )
-def test_schemes_and_ways_combine(values: dict[str, Any], loss: float, tied: Pressing, tmp_path: Path) -> None:
+def test_schemes_and_methods_combine(values: dict[str, Any], loss: float, tied: Pressing, tmp_path: Path) -> None:
     report = tied.press(values, tmp_path / "out")
     baseline, result = tied.perplexity(tied.model), tied.perplexity(tmp_path / "out")
     assert baseline != result < baseline * loss
@@ -87,8 +87,8 @@ MIXED = {
 }
 
 
-# a choice of all three, in both layers, that shares what an engine joins; on a model so small 8 bits are almost as good
-# as 16, so that no budget would choose all three
+# all three precisions in both layers, shared by fused layers; on a model so small 8 bits are almost as good as 16, so
+# no budget would choose all three
 CHOICE = {
     "0.self_attn.q_proj": "W4A16_ASYM@64",
     "0.self_attn.k_proj": "W4A16_ASYM@64",
@@ -121,7 +121,7 @@ def chosen(report: QuantizeReport) -> dict[str, str]:
     return {entry["name"]: entry["chosen"] for entry in report.linears}
 
 
-def test_a_mixture_holds_what_was_chosen(mixed: tuple[Path, QuantizeReport]) -> None:
+def test_mixture_has_the_chosen_precisions(mixed: tuple[Path, QuantizeReport]) -> None:
     folder, report = mixed
     stored, found = StoredModel(folder), chosen(report)
     assert set(found.values()) == set(CANDIDATES)
@@ -139,7 +139,7 @@ def test_a_mixture_holds_what_was_chosen(mixed: tuple[Path, QuantizeReport]) -> 
     assert {group["format"] for group in config["config_groups"].values()} == {"pack-quantized", "int-quantized"}
 
 
-def test_what_an_engine_joins_shares_a_scheme(tied: Pressing, tmp_path: Path) -> None:
+def test_fused_layers_share_a_scheme(tied: Pressing, tmp_path: Path) -> None:
     report = tied.press(MIXED, tmp_path / "out")
     found = chosen(report)
     assert {"W4A16_ASYM@64", "W8A8"} <= set(found.values())
@@ -156,16 +156,16 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return found
 
 
-def test_transformers_loads_a_mixture_and_computes_what_we_read(
+def test_transformers_loads_a_mixture_with_the_stored_weights(
     tied: Pressing, mixed: tuple[Path, QuantizeReport], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As it comes, and in our runtime: 4-bit weights dequantized, inputs of W8A8 layers rounded, others as they are."""
+    """Loaded as is, and in our runtime: 4-bit weights dequantized, inputs of only W8A8 layers rounded."""
     folder, _ = mixed
     ids = tied.text[:4]
     ours = logits(load_dense(folder, torch.float32), ids)
     theirs = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
     runtime = load_runtime("transformers", folder, "float32")
-    # of activations that lie between two integers, the last bits of a sum decide
+    # activations half-way between two integers may round either way
     for found in (theirs, runtime.logprobs(ids)):
         assert (found.log_softmax(-1) - ours.log_softmax(-1)).abs().mean() < 1e-3
     assert not runtime.fast
@@ -174,8 +174,8 @@ def test_transformers_loads_a_mixture_and_computes_what_we_read(
     assert tied.perplexity(folder) < 1.05 * tied.perplexity(tied.model)
 
 
-def test_in_a_mixture_only_what_is_w8a8_rounds_its_input(mixed: tuple[Path, QuantizeReport]) -> None:
-    """By compressed-tensors, as our own rounding does it."""
+def test_in_a_mixture_only_w8a8_layers_round_their_inputs(mixed: tuple[Path, QuantizeReport]) -> None:
+    """compressed-tensors rounds like our own code."""
     folder, report = mixed
     stored, model = StoredModel(folder), load_runtime("transformers", folder, "float32").model  # type: ignore[attr-defined]
     seen = set()
@@ -249,7 +249,7 @@ def test_gptq_solves_the_output_layer_better_than_nearest(apart: Pressing, tmp_p
     assert errors["gptq measured"] < errors["nearest measured"]
 
 
-def test_the_identity_tells_an_output_layer_and_its_precision(tied: Pressing) -> None:
+def test_identity_includes_the_output_layers_precision(tied: Pressing) -> None:
     folders, libraries = [tied.model, tied.calibration], {"torch": "1"}
     found = [
         identity(settings({**GPTQ, **changes}), folders, libraries)
@@ -275,7 +275,7 @@ def test_a_tied_output_layer_is_for_targets_that_can_untie_it(precision: str, ti
     ids = tied.text[:4]
     ours = logits(load_dense(tmp_path / "out", torch.float32), ids).log_softmax(-1)
     found = load_runtime("onnx", tmp_path / "export", "float32").logprobs(ids)
-    assert (ours.exp() * (ours - found)).sum(-1).mean() < 0.01  # kernels that round activations
+    assert (ours.exp() * (ours - found)).sum(-1).mean() < 0.01  # the kernels round activations
     baseline = tied.perplexity(tied.model)
     assert baseline != tied.perplexity(tmp_path / "export", "onnx") < 1.25 * baseline
 

@@ -1,4 +1,4 @@
-"""Stages on a real Dask cluster of two worker processes: spread, done again after a loss, ended with their run."""
+"""Stages on a real Dask cluster of two worker processes: distributed, retried after a loss, ended with their run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.waiting import soon
 pytest.importorskip("prefect_dask")
 pytestmark = pytest.mark.slow
 
-MADE = ("models", "metrics", "report")  # what the toy's stages write
+MADE = ("models", "metrics", "report")  # outputs of the toy's stages
 
 
 def outputs(toy: Toy) -> dict[str, bytes]:
-    """Every byte that stages wrote, and what DVC wrote down about it."""
+    """The bytes of all outputs, and DVC's records of them."""
     files = [path for folder in MADE for path in (toy.root / folder).rglob("*") if path.is_file()]
     return {path.relative_to(toy.root).as_posix(): path.read_bytes() for path in [*files, toy.root / "dvc.lock"]}
 
 
 def stage_process(toy: Toy, stage: str, other_than: int = 0) -> int:
-    """The pid of the stage, which must be asleep by wish; `other_than` an earlier one."""
+    """The pid of the sleeping stage, other than the pid `other_than`."""
     mark = toy.root / f"pid-{stage}"
 
     def there() -> bool:
@@ -46,20 +46,20 @@ def worker_of(pid: int) -> int:
 
 
 class Run:
-    """`modelpress run` on a cluster, in a process of its own."""
+    """`modelpress run` on a cluster, in its own process."""
 
     def __init__(self, toy: Toy, *options: str, **env: str) -> None:
         self.process = toy.start_cli("run", "--runner", "dask", *options, **env)
 
     def end(self) -> str:
-        """What it printed, once it has ended."""
+        """Its output, once it has ended."""
         output, _ = self.process.communicate(timeout=180)
         return output
 
 
 @pytest.fixture
 def start(prefect_server: str) -> Iterator[Callable[..., Run]]:
-    """Starts runs on a cluster; none is left at the end."""
+    """Start runs on a cluster; all are ended afterwards."""
     runs: list[Run] = []
 
     def begin(toy: Toy, *options: str, **env: str) -> Run:
@@ -89,7 +89,7 @@ def test_variants_spread_over_workers_and_a_killed_workers_stage_is_done_again(
 
     os.kill(workers["int8"], signal.SIGKILL)
     again = stage_process(toy, "quantize@int8", other_than=stages["int8"])
-    # the two attempts never work at the same time
+    # the two attempts never overlap
     assert not psutil.pid_exists(stages["int8"])
     assert worker_of(again) != workers["int8"]
     output = run.end()
@@ -105,7 +105,7 @@ def test_variants_spread_over_workers_and_a_killed_workers_stage_is_done_again(
 
 
 def _check_records(server: str, toy: Toy) -> None:
-    """Prefect has every stage as completed, and the lines of its log that were written on a worker."""
+    """Check that Prefect has every stage as completed, with its log lines from a worker."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, LogFilter, LogFilterFlowRunId
     from prefect.client.schemas.objects import TaskRunResult
@@ -120,7 +120,7 @@ def _check_records(server: str, toy: Toy) -> None:
     assert needs == ["quantize@int8"]
     assert {run.name: run.state_name for run in runs} == dict.fromkeys(STAGES, "Completed")
     lines = [log.message for log in logs]
-    # what the worker that was killed had not sent yet is lost with it: the first stage may have been its own
+    # pending logs of the killed worker are lost: the first stage may have been its own
     assert {f"working on {stage}" for stage in STAGES if stage != "download"} <= set(lines)
     assert len({line for line in lines if ", worker process " in line}) >= 2
 
@@ -141,7 +141,7 @@ def test_a_run_that_ends_takes_its_stages_and_workers_along(toy: Toy, start: Cal
     family = psutil.Process(run.process.pid).children(recursive=True)
     assert not (toy.root / "models/int8").exists()
     if sign == signal.SIGINT:
-        os.killpg(run.process.pid, sign)  # as a terminal does: to the workers too
+        os.killpg(run.process.pid, sign)  # like a terminal: also to the workers
     else:
         os.kill(run.process.pid, sign)
     output = run.end()
@@ -172,14 +172,14 @@ def test_a_deployed_run_on_a_cluster_leaves_the_same_as_one_in_threads(
         assert output.splitlines()[-1] == str(dict.fromkeys(STAGES, "executed"))
     kept, same = (checked_out(run, "run/otter", tmp_path / f"{run.root.name}-kept") for run in (toy, alike))
     files, others = outputs(kept), outputs(same)
-    # which of two stages ends first decides their order in dvc.lock
+    # the order in dvc.lock depends on which of two stages ends first
     assert yaml.safe_load(files.pop("dvc.lock")) == yaml.safe_load(others.pop("dvc.lock"))
     assert files == others
     assert "report/summary.json" in files
 
 
 def press(toy: Toy, name: str, **env: str) -> str:
-    """What the deployed flow prints and returns, in a process of its own as a worker starts it."""
+    """Output and result of the deployed flow, in its own process like a worker's."""
     code = (
         "from flows.press import press;"
         f"results = press.with_options(flow_run_name={name!r})();"
@@ -193,7 +193,7 @@ def press(toy: Toy, name: str, **env: str) -> str:
 
 
 def checked_out(toy: Toy, tag: str, place: Path) -> Toy:
-    """A clone at the tag with all that stages have left, from the cache alone."""
+    """A clone at the tag with all outputs from the cache only."""
     clone = Toy(place)
     toy.command("git", "clone", "--quiet", "--branch", tag, str(toy.root), str(place))
     clone.write(".dvc/config.local", f"[cache]\n    dir = {toy.root}/.dvc/cache\n")
@@ -203,7 +203,7 @@ def checked_out(toy: Toy, tag: str, place: Path) -> Toy:
 
 @pytest.fixture
 def cluster(tmp_path: Path, prefect_server: str) -> Iterator[str]:
-    """The address of a Dask cluster that was there before, as its own commands start it, with one worker."""
+    """The address of an existing Dask cluster with one worker, started by Dask's commands."""
     file = tmp_path / "scheduler.json"
     common = ["--scheduler-file", str(file), "--no-dashboard"]
     words = [
@@ -249,7 +249,7 @@ def test_stages_on_a_cluster_that_stays_end_with_their_run(
     worker = worker_of(stage.pid)
     os.kill(run.process.pid, sign)
     run.end()
-    if sign == signal.SIGKILL:  # it could not say so: the next run in this checkout does
+    if sign == signal.SIGKILL:  # it could not stop them: the next run in this checkout does
         toy.wish("quantize@int8", "fail")
         with pytest.raises(Exception, match="found 3, expected 4"):
             toy.run(runner="dask", cluster=cluster)

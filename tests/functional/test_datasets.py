@@ -1,4 +1,4 @@
-"""Calibration and evaluation data at their fixed paths, and the files that are refused."""
+"""Calibration and evaluation data at their fixed paths, and refused files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
 
 
 def refusal(path: Path, content: bytes, **more: Any) -> str:
-    """What is said of a file of evaluation items with this content; nothing may be left of it."""
+    """The error for a file of evaluation items with this content; nothing may be left of it."""
     path.write_bytes(content)
     source = DataSource.model_validate({"source": f"path:{path}", "format": "jsonl", **more})
     with pytest.raises(TaskError) as caught:
@@ -37,7 +37,7 @@ def refusal(path: Path, content: bytes, **more: Any) -> str:
     return str(caught.value)
 
 
-def test_every_source_is_one_file_at_a_path_of_its_own(corpus: Corpus) -> None:
+def test_every_source_is_one_file_at_its_own_path(corpus: Corpus) -> None:
     reports = datasets(
         {"prose": CalibrationSource(source=f"path:{corpus.text}")},
         {"piqa": DataSource(source=f"path:{corpus.piqa}", format="jsonl")},
@@ -94,7 +94,7 @@ def test_a_field_that_no_record_has_is_refused(corpus: Corpus) -> None:
     assert "no record has the field 'b'; there are: a" in refusal(Path("quiz.jsonl"), b'{"a": 1}\n', field="b")
 
 
-def test_a_file_that_is_no_parquet_is_refused(corpus: Corpus) -> None:
+def test_invalid_parquet_is_refused(corpus: Corpus) -> None:
     assert "not Parquet" in refusal(Path("some.parquet"), b"PAR1 but no more", format="parquet")
 
 
@@ -108,7 +108,7 @@ def test_a_folder_is_no_data_file(corpus: Corpus) -> None:
         datasets({"all": CalibrationSource(source="path:corpus")}, {}, {}, RAW)
 
 
-def test_what_was_there_stays_when_one_source_fails(corpus: Corpus) -> None:
+def test_failed_source_leaves_the_destination_unchanged(corpus: Corpus) -> None:
     good = CalibrationSource(source=f"path:{corpus.text}")
     datasets({"prose": good}, {}, {}, RAW)
     before = checksums(RAW)

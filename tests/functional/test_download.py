@@ -1,4 +1,4 @@
-"""Models from this machine: folders of safetensors and GGUF files, written as the pipeline wants them."""
+"""Local models: folders of safetensors and GGUF files."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_weights_too_large_for_the_precision_are_refused(model: Path) -> None:
     assert "bfloat16" in said
 
 
-def test_a_cut_off_file_is_refused(model: Path) -> None:
+def test_truncated_file_is_refused(model: Path) -> None:
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     assert "not a complete safetensors file" in refusal()
@@ -149,13 +149,13 @@ def test_an_encoder_is_refused(model: Path) -> None:
     assert "BertForMaskedLM" in refusal()
 
 
-def test_code_of_its_own_is_refused(model: Path) -> None:
+def test_custom_code_is_refused(model: Path) -> None:
     (model / "modeling_mine.py").write_text("raise SystemExit('the code ran')")
     edit(model / "config.json", model_type="mine", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
     assert "modeling_mine.Mine" in refusal()
 
 
-def test_code_that_is_not_needed_stays_behind(model: Path) -> None:
+def test_unneeded_custom_code_is_left_out(model: Path) -> None:
     (model / "modeling_mine.py").write_text("raise SystemExit('the code ran')")
     edit(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
     take()
@@ -163,7 +163,7 @@ def test_code_that_is_not_needed_stays_behind(model: Path) -> None:
     assert "auto_map" not in json.loads(Path("models/source/config.json").read_text())
 
 
-def test_what_was_there_stays_when_a_download_fails(model: Path) -> None:
+def test_failed_download_leaves_the_destination_unchanged(model: Path) -> None:
     take()
     before = checksums(Path("models/source"))
     with pytest.raises(TaskError):
@@ -171,8 +171,8 @@ def test_what_was_there_stays_when_a_download_fails(model: Path) -> None:
     assert checksums(Path("models/source")) == before
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(model: Path) -> None:
-    # a file full of holes takes no room, but what would be written of it does
+def test_full_disk_is_detected_before_writing(model: Path) -> None:
+    # a sparse file takes no space, but its copy would
     count = shutil.disk_usage(model).free * 3 // 8
     tensor = {"dtype": "BF16", "shape": [count], "data_offsets": [0, count * 2]}
     header = json.dumps({"model.norm.weight": tensor}).encode()
@@ -221,7 +221,7 @@ def test_a_gguf_in_full_precision_was_not_quantized(
     assert (report.dequantized_from, report.grid) == (None, None)
 
 
-def test_a_gguf_tokenizer_reads_text_as_the_model_learned_it(
+def test_gguf_tokenizer_gives_the_models_tokens(
     llama_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -244,7 +244,7 @@ def test_a_smollm_gguf_splits_digits_off_the_space_before_them(
     assert [w for w, _ in words.pre_tokenize_str("a\n\n12")] == ["a", "ĊĊ", "1", "2"]
 
 
-def test_a_gguf_whose_words_are_unknown_is_refused(
+def test_gguf_with_an_unknown_pre_tokenization_is_refused(
     llama_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

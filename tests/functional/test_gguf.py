@@ -1,4 +1,4 @@
-"""The target gguf in llama.cpp: it computes what transformers computes, of every family and kind of weight."""
+"""The target gguf: llama.cpp's results equal those of transformers for every family and weight type."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Change = Callable[[dict[str, Any]], None]
 
 
 def whole(model: Path, folder: Path, changes: dict[str, Any] | None = None) -> Path:
-    """A copy with a manifest, in float32: products of such weights are not rounded in either runtime."""
+    """A copy with a manifest, in float32: neither runtime rounds activations for such weights."""
     with whole_directory(folder) as work:
         for file in model.iterdir():
             (work / file.name).write_bytes(file.read_bytes())
@@ -105,7 +105,7 @@ def base(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(model, tmp_path_factory.mktemp("exports") / "base")
 
 
-def test_it_scores_and_writes_as_transformers_does(model: Path, base: Path) -> None:
+def test_scores_and_text_equal_those_of_transformers(model: Path, base: Path) -> None:
     ours, theirs = (load_runtime(t, d, "float32") for t, d in (("gguf", base), ("transformers", model)))
     for batch_tokens in (1, 4096):
         for found, expected in zip(
@@ -120,7 +120,7 @@ def test_it_scores_and_writes_as_transformers_does(model: Path, base: Path) -> N
     assert (ours.info.dtype, ours.info.threads, ours.fast) == ("float32", torch.get_num_threads(), True)
 
 
-def test_more_continuations_than_sequences_are_asked_in_parts(model: Path, base: Path) -> None:
+def test_more_continuations_than_sequences_are_split(model: Path, base: Path) -> None:
     question = Question((5, 9, 30), tuple((i, i + 1) for i in range(3, 153)))
     ours, theirs = (
         load_runtime(t, d, "float32").score([question, QUESTIONS[0]], 512, "a")
@@ -130,7 +130,7 @@ def test_more_continuations_than_sequences_are_asked_in_parts(model: Path, base:
         assert [s.logprob for s in found] == pytest.approx([s.logprob for s in expected], abs=1e-2)
 
 
-def test_text_ends_where_the_model_ends_it(base: Path, tmp_path: Path) -> None:
+def test_text_ends_at_the_end_token(base: Path, tmp_path: Path) -> None:
     runtime: Any = load_runtime("gguf", base, "float32")
     first = runtime.tokenizer("Ada repairs the").input_ids
     written = runtime.generate_ids(torch.tensor([first]), 3)[0, len(first) :].tolist()
@@ -153,7 +153,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def pressed(model: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Each variant as its quantize stage leaves it, made once; beside it its bits a weight, in a file."""
+    """Each variant's output of the quantize stage, made once; next to it a file with its bits per weight."""
     root = tmp_path_factory.mktemp("pressed")
     tokens: Any = load_runtime("transformers", model, "float32").tokenizer(corpus.text.read_text()).input_ids
     with whole_directory(root / "calibration") as work:
@@ -176,21 +176,23 @@ def pressed(model: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_each_variant_computes_what_its_weights_say(name: str, pressed: Callable[[str], Path], tmp_path: Path) -> None:
+def test_each_variant_computes_with_its_stored_weights(
+    name: str, pressed: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = exported(pressed(name), tmp_path / "export")
     ours = load_runtime("gguf", folder, "float32")
     ids: Any = torch.tensor([ours.tokenizer("Ada repairs the lamp of Ben near the harbour at dawn. " * 6).input_ids])
-    if name.startswith("output-layer"):  # which Transformers cannot hold apart from the embedding
+    if name.startswith("output-layer"):  # Transformers cannot separate it from the embedding
         with torch.inference_mode():
             theirs = load_dense(pressed(name), torch.float32)(ids).logits.log_softmax(-1)
     else:
         theirs = load_runtime("transformers", pressed(name), "float32").logprobs(ids)
     found, expected = (one[0, :-1].gather(1, ids[0, 1:, None]).mean().item() for one in (ours.logprobs(ids), theirs))
-    # activations of 8 bits in blocks, scales of float16
+    # 8-bit activations in blocks, float16 scales
     assert found == pytest.approx(expected, abs=0.02)
 
 
-def test_a_model_with_layers_of_every_kind_computes_what_its_weights_say(model: Path, tmp_path: Path) -> None:
+def test_mixed_model_computes_with_its_stored_weights(model: Path, tmp_path: Path) -> None:
     pressed = mixed_model(model, tmp_path / "pressed")
     write_manifest(pressed)
     theirs = load_runtime("transformers", pressed, "float32")
@@ -201,10 +203,10 @@ def test_a_model_with_layers_of_every_kind_computes_what_its_weights_say(model: 
     assert 0 < divergence < 1e-3
 
 
-def test_llama_cpps_quantizer_says_what_it_took(pressed: Callable[[str], Path]) -> None:
+def test_llama_cpps_mixture_is_reported(pressed: Callable[[str], Path]) -> None:
     folder = pressed("plain")
     assert sorted(p.name for p in folder.iterdir() if p.suffix in (".gguf", ".safetensors", ".part")) == ["model.gguf"]
-    # no width here is a multiple of 256, so Q4_K became Q5_0, and Q6_K Q8_0
+    # no width is a multiple of 256, so Q4_K became Q5_0, and Q6_K Q8_0
     assert 5.5 <= float(folder.with_suffix(".bits").read_text()) <= 7
     weighed = (pressed("weighed") / "model.gguf").read_bytes()
     assert weighed != (folder / "model.gguf").read_bytes()
@@ -219,14 +221,14 @@ def test_a_benchmark_has_speeds(base: Path) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_tokenizer_in_the_way_of_sentencepiece(model: Path, first: bool, tmp_path: Path) -> None:
+def test_sentencepiece_style_tokenizer(model: Path, first: bool, tmp_path: Path) -> None:
     sentencepiece(corpus_text(), first).save_pretrained(tmp_path / "tokenizer")
     other = whole(model, tmp_path / "model")
     for file in other.glob("*token*"):
         file.unlink()
     for file in (tmp_path / "tokenizer").iterdir():
         (other / file.name).write_bytes(file.read_bytes())
-    exported(other, tmp_path / "export")  # which compares the tokens of both
+    exported(other, tmp_path / "export")  # compares the tokens of both
 
 
 def corpus_text() -> list[str]:
@@ -234,7 +236,7 @@ def corpus_text() -> list[str]:
 
 
 def sentencepiece(texts: list[str], first: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer as Llama 2 has one; `first`: it puts a space before a text."""
+    """A tokenizer like Llama 2's; `first`: it prepends a space to a text."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -250,7 +252,7 @@ def sentencepiece(texts: list[str], first: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused(model: Path, tmp_path: Path) -> None:
+def test_tokenizer_that_llama_cpp_reads_differently_is_refused(model: Path, tmp_path: Path) -> None:
     other = whole(model, tmp_path / "model")
     described = json.loads((other / "tokenizer.json").read_text())
     described["normalizer"] = {"type": "Lowercase"}
@@ -260,7 +262,7 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused(model: Path, tmp_
     assert not (tmp_path / "export").exists()
 
 
-def test_what_is_no_model_is_refused_in_llama_cpps_words(base: Path, tmp_path: Path) -> None:
+def test_invalid_file_is_refused_with_llama_cpps_message(base: Path, tmp_path: Path) -> None:
     for file in base.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[:100_000])
     with pytest.raises(TaskError, match=r"llama.cpp cannot load .*model.gguf: .*(tensor|bounds|load)"):

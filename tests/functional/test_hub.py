@@ -1,4 +1,4 @@
-"""Models and data files from a model hub that speaks the real one's HTTP, and its failures."""
+"""Models and data files from a fake model hub with the real one's HTTP API, and its failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def llama_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    # larger than the pieces of 10 MiB in which the hub's library writes
+    # larger than the 10 MiB chunks in which the hub's library writes
     folder = tiny_model(tmp_path_factory.mktemp("llama"), hidden=320, layers=10)
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
@@ -52,10 +52,10 @@ def settings(source: str = f"hf:{MODEL}@main", **more: str) -> ModelSettings:
 
 
 def refusal(source: str = f"hf:{MODEL}@main", *, transient: bool = False) -> str:
-    """What the download says when it refuses; nothing may be left of it."""
+    """The error of the download; nothing may be left of it."""
     with pytest.raises(TaskError) as caught:
         download(settings(source), Path("models/source"))
-    # only what may work a moment later is tried again
+    # only transient errors are retried
     assert isinstance(caught.value, TransientError) == transient
     assert not Path("models/source").exists()
     assert [p.name for p in Path("models").iterdir()] == []
@@ -94,14 +94,14 @@ def test_a_second_download_fetches_no_file_again(hub: FakeHub) -> None:
     assert hub.asked("/resolve/") == hub.asked("/cdn/") == []
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(hub: FakeHub, llama_files: dict[str, bytes]) -> None:
+def test_broken_connection_is_resumed(hub: FakeHub, llama_files: dict[str, bytes]) -> None:
     hub.break_after = [11 << 20]
     download(settings(), Path("models/source"))
     assert hub.ranges() == [f"bytes={10 << 20}-"]
     assert Path("models/source/model.safetensors").read_bytes() == llama_files["model.safetensors"]
 
 
-def test_a_killed_download_is_taken_up_by_the_next_run(hub: FakeHub, llama_files: dict[str, bytes]) -> None:
+def test_killed_download_is_resumed_by_the_next_run(hub: FakeHub, llama_files: dict[str, bytes]) -> None:
     hub.break_after, hub.hang = [11 << 20], True
     program = [
         sys.executable,
@@ -132,7 +132,7 @@ download(ModelSettings(source="hf:{MODEL}@main", dtype="bfloat16"), Path("models
     assert list(Path(".modelpress/downloads/hub").glob("*.part")) == []
 
 
-def test_bytes_that_are_not_those_promised_are_deleted_and_refused(hub: FakeHub) -> None:
+def test_bytes_with_a_wrong_checksum_are_deleted_and_refused(hub: FakeHub) -> None:
     repository = hub.repositories[MODEL]
     content = repository.files["model.safetensors"]
     repository.wrong["model.safetensors"] = content[:-1] + bytes([content[-1] ^ 1])
@@ -152,7 +152,7 @@ def test_a_small_file_is_checked_too(hub: FakeHub) -> None:
 
 
 @pytest.mark.parametrize(("token", "what"), [(None, "HF_TOKEN is not set"), ("hf_other", "its token has no access")])
-def test_a_gated_repository_says_how_to_get_in(
+def test_gated_repository_names_the_remedy(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, token: str | None, what: str
 ) -> None:
     hub.repositories[MODEL].gated = True
@@ -213,7 +213,7 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(hub: 
     assert hub.asked("/cdn/") == []
 
 
-def test_a_model_that_needs_code_of_its_own_is_refused_before_that_code_is_fetched(hub: FakeHub) -> None:
+def test_model_that_needs_custom_code_is_refused_before_the_code_is_fetched(hub: FakeHub) -> None:
     files = hub.repositories[MODEL].files
     config = {**json.loads(files["config.json"]), "model_type": "mine", "architectures": ["Mine"]}
     config["auto_map"] = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}
@@ -224,11 +224,11 @@ def test_a_model_that_needs_code_of_its_own_is_refused_before_that_code_is_fetch
     assert hub.asked("/cdn/") == []
 
 
-def test_a_name_that_no_repository_can_have(hub: FakeHub) -> None:
+def test_invalid_repository_name_is_refused(hub: FakeHub) -> None:
     assert "'acme/a..b' is not a valid repository name" in refusal("hf:acme/a..b@main")
 
 
-def test_no_hub_is_one_clear_line(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_hub_is_one_clear_line(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda _: None)
     said = refusal(transient=True)
@@ -240,7 +240,7 @@ def test_no_hub_is_one_clear_line(hub: FakeHub, monkeypatch: pytest.MonkeyPatch)
     ("status", "transient", "remedy"),
     [(503, True, "run again later"), (429, True, "run again later"), (403, False, "HF_TOKEN"), (400, False, "address")],
 )
-def test_only_a_busy_hub_is_worth_another_try(
+def test_only_a_busy_hub_is_transient(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, status: int, transient: bool, remedy: str
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
@@ -269,8 +269,8 @@ def test_a_missing_file_of_a_data_set_is_named(hub: FakeHub, tmp_path: Path) -> 
 
 
 class TestTheLibraryAlone:
-    """Why tasks/sources/hub.py keeps the bytes itself: `hf_hub_download` and `snapshot_download`, as locked, neither
-    resume what an earlier call fetched nor check it. Where one of these tests fails, the library has learned it."""
+    """Why tasks/sources/hub.py stores the bytes itself: `hf_hub_download` and `snapshot_download`, in the locked
+    version, neither resume an earlier call nor verify checksums. If one of these tests fails, the library now does."""
 
     @pytest.fixture(autouse=True)
     def _impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,8 +284,8 @@ class TestTheLibraryAlone:
         )
         return Path(found) / "model.safetensors"
 
-    def test_a_download_that_was_given_up_starts_anew(self, hub: FakeHub, llama_files: dict[str, bytes]) -> None:
-        breaks = [11 << 20, *[0] * 5]  # as often as one call tries
+    def test_abandoned_download_starts_from_scratch(self, hub: FakeHub, llama_files: dict[str, bytes]) -> None:
+        breaks = [11 << 20, *[0] * 5]  # the number of tries in one call
         hub.break_after = [*breaks]
         with pytest.raises(httpx.RemoteProtocolError):
             self.library(hub)
@@ -300,7 +300,7 @@ class TestTheLibraryAlone:
         download(settings(), Path("models/source"))
         assert hub.ranges() == [f"bytes={10 << 20}-"]
 
-    def test_wrong_bytes_are_taken(self, hub: FakeHub) -> None:
+    def test_wrong_bytes_are_accepted(self, hub: FakeHub) -> None:
         repository = hub.repositories[MODEL]
         content = repository.files["model.safetensors"]
         repository.wrong["model.safetensors"] = content[:-1] + bytes([content[-1] ^ 1])

@@ -1,4 +1,4 @@
-"""The Prefect server that a run starts for itself."""
+"""The Prefect server of a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_server_that_dies_is_started_again_and_ends_with_the_run(
     assert _uvicorn(prefect) == []
 
 
-def test_who_else_listens_at_its_port_is_not_taken_for_it(
+def test_another_server_at_its_port_is_not_mistaken_for_it(
     prefect_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _settings(tmp_path, monkeypatch)
@@ -52,7 +52,7 @@ def test_who_else_listens_at_its_port_is_not_taken_for_it(
                 prefect.wait()
 
 
-def test_a_port_on_which_somebody_listens_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ports_in_use_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         taken = stranger.getsockname()[1]
         monkeypatch.setattr("random.sample", lambda ports, _: [taken, *ports[:50]])
@@ -65,12 +65,12 @@ def test_a_port_on_which_somebody_listens_is_passed_over(monkeypatch: pytest.Mon
 def _settings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PREFECT_API_URL", "PREFECT_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "environ", os.environ.copy())  # what `quiet` sets stays in this test
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # `quiet` changes only this test's environment
     quiet(home)
 
 
 def _hang_up(listener: socket.socket) -> None:
-    """Answer now nothing, now no HTTP."""
+    """Answer alternately with nothing and with non-HTTP bytes."""
     with suppress(OSError):
         for answer in itertools.cycle([b"", b"hello\r\n"]):
             with listener.accept()[0] as caller:

@@ -1,4 +1,4 @@
-"""Deployed runs: a private workspace each, committed and tagged, and nothing of the person's checkout touched."""
+"""Deployed runs: a private workspace each, committed and tagged; the user's checkout is unchanged."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tests.functional.toy import STAGES, Toy, cli_env
 
 @pytest.fixture
 def here(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
-    """The person's checkout, in which a worker starts its runs."""
+    """The user's checkout, in which a worker starts its runs."""
     monkeypatch.chdir(toy.root)
     return toy
 
 
 def press(name: str, **choices: Any) -> dict[str, str]:
-    """A deployed run of this name, in this process."""
+    """A deployed run with this name, in this process."""
     from flows.press import press as flow
 
     return dict(flow.with_options(flow_run_name=name)(**choices))
 
 
 def snapshot(toy: Toy) -> dict[str, bytes]:
-    """Every file of the person's checkout that git or DVC could have changed."""
+    """Every file of the user's checkout that git or DVC could have changed."""
     aside = (".git", ".modelpress", ".dvc/cache", ".dvc/tmp", "mlflow.db", "mlruns", ".prefect")
     files = (path for path in toy.root.rglob("*") if path.is_file())
     names = {path.relative_to(toy.root).as_posix(): path for path in files}
@@ -41,7 +41,7 @@ def snapshot(toy: Toy) -> dict[str, bytes]:
 def test_a_run_is_kept_as_a_tag_that_reproduces_it(here: Toy, tmp_path: Path) -> None:
     before, head = snapshot(here), here.command("git", "rev-parse", "HEAD")
     results = press("Quiet Otter", gate_four_bit=0.85, variants=["int8"])
-    assert results["quantize@int8"] == "restored"  # made by the first run, in the person's checkout
+    assert results["quantize@int8"] == "restored"  # made by the first run, in the user's checkout
     assert "quantize@gptq-int4" not in results
     assert results["report"] == "executed"
     assert snapshot(here) == before
@@ -61,14 +61,14 @@ def test_a_run_is_kept_as_a_tag_that_reproduces_it(here: Toy, tmp_path: Path) ->
     assert clone.command("git", "diff") == ""
 
 
-def test_the_record_is_in_the_persons_mlflow(here: Toy) -> None:
+def test_record_is_in_the_users_mlflow(here: Toy) -> None:
     press("otter", gate_four_bit=0.85)
     run = here.mlflow_runs()[-1]
     assert (run.info.run_name, run.info.status) == ("otter", "FINISHED")
     assert run.data.params["gate.four_bit"] == "0.85"
 
 
-def test_a_failed_run_keeps_its_workspace_and_a_second_attempt_goes_on_there(here: Toy) -> None:
+def test_failed_run_keeps_its_workspace_and_a_retry_resumes_there(here: Toy) -> None:
     here.wish("quantize@int8", "fail")
     here.command("git", "add", "wish")
     here.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "wish")
@@ -97,7 +97,7 @@ def test_a_failed_run_keeps_its_workspace_and_a_second_attempt_goes_on_there(her
         ({"variants": []}, "variants: none selected"),
     ],
 )
-def test_a_choice_that_cannot_be_is_refused_at_once_by_name(here: Toy, choices: dict[str, Any], reason: str) -> None:
+def test_invalid_choice_is_refused_by_name_at_once(here: Toy, choices: dict[str, Any], reason: str) -> None:
     with pytest.raises(FlowError) as caught:
         press("otter", **choices)
     assert reason in str(caught.value)
@@ -114,7 +114,7 @@ def test_a_dry_run_does_nothing(here: Toy) -> None:
 
 
 @pytest.mark.slow
-def test_a_name_that_is_taken_gets_a_part_of_the_runs_id(here: Toy) -> None:
+def test_duplicate_name_gets_part_of_the_runs_id(here: Toy) -> None:
     press("otter")
     press("otter")
     first, second = here.command("git", "tag", "--list", "run/*").split()
@@ -123,8 +123,8 @@ def test_a_name_that_is_taken_gets_a_part_of_the_runs_id(here: Toy) -> None:
 
 
 @pytest.mark.parametrize("runs", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_runs_at_once_lose_nothing_and_compute_the_same_once(here: Toy, prefect_server: str, runs: int) -> None:
-    """In processes of their own, as a worker starts them: what all of them need is computed by one."""
+def test_concurrent_runs_lose_nothing_and_share_stages(here: Toy, prefect_server: str, runs: int) -> None:
+    """In separate processes, like a worker's: a stage that all need is computed by one."""
     here.wish("quantize@int8", "sleep 2")
     here.set(variants__int8__smoothing=0.3)
     here.command("git", "add", "wish", "params.yaml")

@@ -1,4 +1,4 @@
-"""Variants on a small trained llama: what they write loads, fits its settings and keeps the quality."""
+"""Variants of a small trained llama: they load, match their settings and keep the quality."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.tiny import Corpus, tiny_corpus, tiny_model
 
 LENGTH = 32
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
-# those of params.yaml, but in groups that divide a small model
+# those of params.yaml, with groups that divide a small model
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8": PARAMS["variants"]["int8"],
     "gptq": {**PARAMS["variants"]["gptq-int4"], "group_size": 32},
@@ -49,7 +49,7 @@ LIBRARY: dict[str, dict[str, Any]] = {
     "gptq": {"backend": "llm-compressor", "clip": False, "refine": 0},
     "awq": {"backend": "autoawq", "rounding": "nearest", "refine": 0},
 }
-# perplexity against the baseline's; measured on this model: 1.00, 1.02, 1.03 and 1.02
+# perplexity relative to the baseline; measured on this model: 1.00, 1.02, 1.03 and 1.02
 LOSS = {"int8": 1.03, "gptq": 1.15, "awq": 1.15, "auto": 1.1}
 Quantized = Callable[[str], Path]
 
@@ -85,7 +85,7 @@ def model(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _downloaded(model: Path, folder: Path) -> Path:
-    """The tiny model as the download stage leaves one: with a manifest."""
+    """The tiny model with a manifest, like the download stage's output."""
     with whole_directory(folder) as work:
         for file in model.iterdir():
             (work / file.name).write_bytes(file.read_bytes())
@@ -111,7 +111,7 @@ def quantized(model: Path, calibration: Path, statistics: Path, tmp_path_factory
 
 @pytest.fixture(scope="module")
 def perplexity(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], float]:
-    """Perplexity on text of the same kind that was not calibrated on."""
+    """Perplexity on similar text outside the calibration set."""
     held_out = tiny_corpus(tmp_path_factory.mktemp("held-out"), seed=7).text.read_text()
     ids = torch.tensor(AutoTokenizer.from_pretrained(llama)(held_out).input_ids[: 40 * LENGTH]).view(40, LENGTH)
 
@@ -127,7 +127,7 @@ def test_the_result_keeps_the_quality(
     name: str, quantized: Quantized, model: Path, perplexity: Callable[[Path], float]
 ) -> None:
     baseline = perplexity(model)
-    assert baseline < 20  # the model has learnt something that could be lost
+    assert baseline < 20  # the model has learned something that could be lost
     result = perplexity(quantized(name))
     assert result < baseline * LOSS[name]
     assert result != baseline
@@ -142,7 +142,7 @@ def test_ours_is_as_good_as_the_library(
     perplexity: Callable[[Path], float],
     tmp_path: Path,
 ) -> None:
-    """And the library's way works, with no statistics."""
+    """Also, the library works without statistics."""
     library = variant(name, **LIBRARY[name])
     report = quantize("v", library, model, calibration, tmp_path / "none", tmp_path / "theirs")
     assert report.backend == LIBRARY[name]["backend"]
@@ -151,7 +151,7 @@ def test_ours_is_as_good_as_the_library(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_only_what_has_a_kernel_calls_itself_fast(name: str, quantized: Quantized) -> None:
+def test_fast_requires_a_kernel(name: str, quantized: Quantized) -> None:
     runtime = load_runtime("transformers", quantized(name), "float32")
     assert runtime.fast == (name == "int8" and runtime.info.device == "cpu")
     assert runtime.fast == (runtime.note is None)
@@ -178,7 +178,7 @@ def test_the_directory_is_complete_and_small(name: str, quantized: Quantized, mo
     names = {file.name for file in directory.iterdir()}
     assert {"config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "manifest.json"} <= names
     assert not {name for name in names if name.endswith((".bin", ".pt", ".pkl", ".yaml"))}
-    # the generation config is the model's own: autoawq would switch sampling on
+    # the generation config is the model's: autoawq would turn sampling on
     assert (directory / "generation_config.json").read_bytes() == (model / "generation_config.json").read_bytes()
     weights = {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
     assert all(t.dtype != torch.float32 or k.endswith("weight_scale") for k, t in weights.items())
@@ -198,7 +198,7 @@ def test_the_report_counts_bits_and_errors(name: str, low: float, high: float, q
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_twice_the_same_gives_the_same_bytes(
+def test_quantization_is_reproducible(
     name: str, quantized: Quantized, model: Path, calibration: Path, statistics: Path, tmp_path: Path
 ) -> None:
     threads = torch.get_num_threads()
@@ -237,7 +237,7 @@ def test_several_processes_give_the_same_bytes(
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
 @pytest.mark.parametrize("form", ["compressed-tensors", "awq", "gptq"])
-def test_any_method_goes_into_any_format(
+def test_any_method_works_with_any_format(
     name: str,
     form: str,
     model: Path,
@@ -247,13 +247,13 @@ def test_any_method_goes_into_any_format(
     tmp_path: Path,
 ) -> None:
     plain = tmp_path / "compressed-tensors"
-    for folder in {plain, tmp_path / form}:  # scales as AutoAWQ's and AutoGPTQ's formats have them
+    for folder in {plain, tmp_path / form}:  # scales as in AutoAWQ's and AutoGPTQ's formats
         known = variant(name, format=folder.name, scale_dtype="float16")
         quantize("v", known, model, calibration, statistics, folder)
     config = json.loads((tmp_path / form / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == form
     assert perplexity(tmp_path / form) < perplexity(model) * LOSS[name]
-    # unpacked by us, and from compressed-tensors by its own library: the same numbers
+    # equal, whether unpacked by us or, from compressed-tensors, by its library
     dense = load_dense(tmp_path / form, torch.float32)
     ids = load_file(calibration / "tokens.safetensors")["input_ids"][:2]
     expected = load_runtime("transformers", plain, "float32").logprobs(ids)
@@ -282,7 +282,7 @@ def test_errors_can_be_propagated(
     perplexity: Callable[[Path], float],
     tmp_path: Path,
 ) -> None:
-    """The first layer reads the same as without; the second reads what the pressed first one makes."""
+    """The first layer's input is unchanged; the second's comes from the quantized first layer."""
 
     def press(name: str, known: Path, **changes: Any) -> StoredModel:
         quantize("v", variant("gptq", **changes), model, calibration, known, tmp_path / name)
@@ -294,9 +294,9 @@ def test_errors_can_be_propagated(
         assert unchanged == (".layers.0." in name)
     assert perplexity(tmp_path / "out") < perplexity(model) * LOSS["gptq"]
     assert not [file for file in (tmp_path / "out").iterdir() if ".part" in file.name]
-    # behind a layer that nobody touched there is nothing to propagate
+    # nothing to propagate after an unquantized layer
     collect(model, calibration, tmp_path / "plain", importance=False)
-    for known, least in ((tmp_path / "plain", 1.0), (statistics, 0.98)):  # those of weighed tokens keep 16 bits
+    for known, least in ((tmp_path / "plain", 1.0), (statistics, 0.98)):  # saved in 16 bits with token weights
         skipped, alone = (
             press(f"{known.name}-{propagate}", known, propagate=propagate, skip_layers=[0])
             for propagate in (True, False)
@@ -324,9 +324,7 @@ def test_mixed_precisions_are_those_that_were_chosen(
     assert "Could not match" not in capfd.readouterr().err
 
 
-def test_what_an_engine_makes_one_layer_of_shares_a_precision(
-    model: Path, calibration: Path, statistics: Path, tmp_path: Path
-) -> None:
+def test_fused_layers_share_a_precision(model: Path, calibration: Path, statistics: Path, tmp_path: Path) -> None:
     changes = {"fused": True, "bits_per_weight": 6.5}
     report = quantize("v", variant("auto", **changes), model, calibration, statistics, tmp_path / "out")
     chosen = {entry["name"]: entry["chosen"] for entry in report.linears}
@@ -385,7 +383,7 @@ def test_autoawq_as_published_destroys_the_model_on_a_cpu_and_ours_does_not(
     def press(name: str, quantizer: type[AwqQuantizer]) -> float:
         monkeypatch.setattr(autoawq, "GramAwqQuantizer", quantizer)
         shutil.copytree(uneven, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
-        # published, the clip search only takes layers of a multiple of 64 rows; the defect is in the scale search
+        # the published clip search needs layers with a multiple of 64 rows; the defect is in the scale search
         own = variant("awq", clip=False, **LIBRARY["awq"])
         autoawq.press_with_autoawq(QuantizeJob(uneven, tokens, tmp_path, own, "cpu", tmp_path / name))
         return perplexity(tmp_path / name)
@@ -396,7 +394,7 @@ def test_autoawq_as_published_destroys_the_model_on_a_cpu_and_ours_does_not(
 
 
 def _with_uneven_channels(model: Path, destination: Path) -> Path:
-    """The same function from other weights: each channel of the inputs scaled by a power of two, and back."""
+    """The same function with other weights: each input channel scaled by a power of two, and back."""
     shutil.copytree(model, destination)
     file = destination / "model.safetensors"
     weights = load_file(file)
@@ -413,7 +411,7 @@ def _with_uneven_channels(model: Path, destination: Path) -> Path:
     return destination
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_written(model: Path, calibration: Path, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused_and_nothing_is_written(model: Path, calibration: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("from before")
     with pytest.raises(TaskError, match="does not divide"):
@@ -422,7 +420,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(model: Path, calibr
     assert (tmp_path / "out/precious").read_text() == "from before"
 
 
-def test_a_failure_in_the_middle_leaves_what_was_there(
+def test_failure_leaves_the_destination_unchanged(
     model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(job: QuantizeJob) -> None:
@@ -437,7 +435,7 @@ def test_a_failure_in_the_middle_leaves_what_was_there(
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["out", "precious"]
 
 
-def test_the_identity_is_of_bytes_settings_and_libraries(
+def test_identity_covers_bytes_settings_and_libraries(
     model: Path, calibration: Path, statistics: Path, quantized: Quantized, tmp_path: Path
 ) -> None:
     from tasks.quantize import identity
@@ -452,7 +450,7 @@ def test_the_identity_is_of_bytes_settings_and_libraries(
         identity(variant("awq"), [model, calibration], {"torch": "2"}),
     ]
     assert len(set(identities)) == 6
-    # neither the order in which settings and libraries are named counts, nor where the bytes are
+    # neither the order of settings and libraries matters, nor the location of the bytes
     elsewhere = shutil.copytree(model, tmp_path / "elsewhere")
     libraries = {"torch": "1", "transformers": "2"}
     again = dict(reversed(libraries.items()))
@@ -465,7 +463,7 @@ def _none() -> VariantSettings:
     return VariantSettings(scheme="none")
 
 
-def test_a_mixture_interrupted_while_it_presses_measures_nothing_again(
+def test_interrupted_mixture_does_not_measure_again(
     quantized: Quantized,
     model: Path,
     calibration: Path,

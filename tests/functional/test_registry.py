@@ -1,4 +1,4 @@
-"""MLflow as the memory of a team: packages in its registry, their champion, and the history of the runs."""
+"""MLflow's registry: packages, their champion, and the history of the runs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_first_package_is_registered_as_a_pointer_and_is_the_champion(here: 
 
 
 @pytest.mark.slow
-def test_the_alias_moves_to_what_is_better_and_to_nothing_else(here: Toy, caplog: pytest.LogCaptureFixture) -> None:
+def test_alias_moves_only_to_a_better_version(here: Toy, caplog: pytest.LogCaptureFixture) -> None:
     variant("worse", smoothing=0.4)
     assert champion(here) == "run/first"
     assert "version 1 (run/first) stays the champion; the new package: it is not surely as good" in caplog.text
@@ -96,7 +96,7 @@ def test_the_same_package_makes_no_second_version(here: Toy, caplog: pytest.LogC
 
 
 @pytest.mark.slow
-def test_a_champion_that_is_not_to_be_found_keeps_its_place_and_costs_the_run_nothing(
+def test_missing_champion_keeps_its_alias_and_does_not_fail_the_run(
     here: Toy, caplog: pytest.LogCaptureFixture
 ) -> None:
     here.command("git", "tag", "--delete", "run/first")
@@ -106,7 +106,7 @@ def test_a_champion_that_is_not_to_be_found_keeps_its_place_and_costs_the_run_no
 
 
 @pytest.mark.slow
-def test_a_store_that_is_away_costs_the_registration_and_not_the_run(
+def test_unreachable_store_skips_registration_but_not_the_run(
     here: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -133,7 +133,7 @@ def test_the_champion_is_fetched_by_its_name(here: Toy, tmp_path: Path) -> None:
         "error: no champion of another-name yet; a deployed run makes one: `modelpress serve`\n",
     )
     with pytest.raises(MlflowException):
-        client(here).get_registered_model("another-name")  # looking did not make it
+        client(here).get_registered_model("another-name")  # the lookup did not create it
 
 
 def test_the_history_compares_finished_runs(here: Toy) -> None:

@@ -1,4 +1,4 @@
-"""Artifacts travel between the checkouts of two machines by way of a DVC remote: a folder, or a bucket."""
+"""Artifacts shared between checkouts of two machines through a DVC remote: a folder, or a bucket."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUCKET = "s3://artifacts/modelpress"
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """The address of a server that speaks S3's API, with one bucket; its credentials are in the environment."""
+    """The address of a server with S3's API and one bucket; its credentials are in the environment."""
     pytest.importorskip("dvc_s3")
     import boto3
     from moto.server import ThreadedMotoServer
@@ -38,13 +38,13 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 
 def commit(toy: Toy) -> None:
-    """As docs/operating.md says: parameters, dvc.lock and metrics are in git."""
+    """Commit as in docs/operating.md: parameters, dvc.lock and metrics are in git."""
     toy.command("git", "add", "--force", ".dvc/config", "params.yaml", "dvc.lock", "metrics")
     toy.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "a run")
 
 
 def clone(toy: Toy, root: Path, revision: str = "HEAD") -> Toy:
-    """Another machine's checkout, with a cache of its own that is empty."""
+    """Another machine's checkout, with its own, empty cache."""
     toy.command("git", "clone", "--quiet", str(toy.root), str(root))
     other = Toy(root)
     other.command("git", "checkout", "--quiet", "--detach", revision)
@@ -52,7 +52,7 @@ def clone(toy: Toy, root: Path, revision: str = "HEAD") -> Toy:
 
 
 def check_has_all_after_pull(other: Toy, like: Toy) -> None:
-    """Before the pull there is much to do; after it nothing, for DVC and for modelpress, with the same bytes."""
+    """After the pull, neither DVC nor modelpress has anything to do, and the bytes are the same."""
     assert "8 stages: 8 unchanged" not in other.call("plan").stdout
     other.dvc("pull")
     assert "Running stage" not in other.dvc("repro")
@@ -87,7 +87,7 @@ def test_a_deployed_run_pushes_where_there_is_a_default_remote(
     from flows.press import press
 
     monkeypatch.chdir(toy.root)
-    # one that is named from where the checkout is, and only on this machine
+    # a remote relative to the checkout, configured only on this machine
     toy.dvc("remote", "add", "--local", "--default", "share", "../share")
     commit(toy)
     press.with_options(flow_run_name="otter")(gate_four_bit=0.85)
@@ -101,7 +101,7 @@ def test_a_deployed_run_pushes_where_there_is_a_default_remote(
 
 
 @pytest.mark.slow
-def test_a_push_that_fails_is_told_and_the_run_is_kept(
+def test_failed_push_is_logged_and_the_run_is_kept(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from flows.press import press
@@ -116,7 +116,7 @@ def test_a_push_that_fails_is_told_and_the_run_is_kept(
     assert "`dvc push --all-tags` sends it" in caplog.text
 
 
-def test_a_workspace_knows_the_remote_and_what_only_this_machine_knows_of_it(toy: Toy, tmp_path: Path) -> None:
+def test_workspace_has_the_remote_and_its_local_settings(toy: Toy, tmp_path: Path) -> None:
     from flows.workspace.dvc_remote import share_dvc
 
     toy.dvc("remote", "add", "--default", "share", BUCKET)

@@ -1,4 +1,4 @@
-"""`modelpress doctor --repair`, and the run after it: the same bytes as before the damage."""
+"""`modelpress doctor --repair` and a further run restore the bytes from before the damage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.functional.toy import Toy
 
 
 def _damage(path: Path) -> None:
-    """Another byte with the same size, time and mode: nothing but reading it tells."""
+    """Change a byte but not size, time or mode: only reading the file reveals it."""
     before, content = path.stat(), path.read_bytes()
     path.chmod(0o644)
     path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
@@ -24,10 +24,10 @@ def _outputs(toy: Toy) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in files if path.is_file()}
 
 
-def test_damaged_objects_and_the_links_to_them_are_made_again(toy: Toy) -> None:
+def test_damaged_objects_and_their_links_are_recreated(toy: Toy) -> None:
     toy.set(gate__four_bit=0.85)
     toy.run()
-    toy.dvc("checkout", "--relink")  # the copy of the toy has copies for links
+    toy.dvc("checkout", "--relink")  # the toy's copy has copies instead of links
     before = _outputs(toy)
     model = toy.root / "models/int8/content.json"
     cache = toy.root / ".dvc/cache/files/md5"
@@ -56,7 +56,7 @@ def test_damaged_objects_and_the_links_to_them_are_made_again(toy: Toy) -> None:
     assert toy.dvc("status").strip() == "Data and pipelines are up to date."
 
 
-def test_damage_is_not_mended_while_a_run_is_at_work(toy: Toy) -> None:
+def test_no_repair_while_a_run_is_active(toy: Toy) -> None:
     from flows.workspace.run_lock import exclusive
 
     toy.write("dvc.lock", "")

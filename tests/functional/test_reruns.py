@@ -1,4 +1,4 @@
-"""What DVC itself finds out of date after a change in the code; no stage runs."""
+"""The stages that DVC finds out of date after a change in the code; no stage runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CODE = ("tasks", "evals", "dvc.yaml", "params.yaml", "pyproject.toml", ".dvcigno
 
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project in which, as far as DVC can tell, every stage has run."""
+    """A copy of the project in which, according to DVC, every stage has run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     for name in CODE:
@@ -28,7 +28,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     with Repo.init(".", no_scm=True) as repo:
         for out in (out for stage in repo.index.stages for out in stage.outs):
-            # of two folders, other stages read one file
+            # other stages read one file of two of the folders
             path = Path(out.fs_path)
             for file in [path] if path.suffix else [path / "source.json", path / "sources.json"]:
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Where settings mean the same, integers and scales have the bytes that commit 7e53a78 gave them, on this machine.
+"""With equivalent settings, integers and scales equal those of commit 7e53a78 on this machine.
 
-Both are computed here, for the last bits of a result depend on the processor: the old code runs from a copy of that
-commit in a process of its own, on the same model and the same statistics.
+Both are computed here, because the last bits of a result depend on the processor: the old code runs from a copy of that
+commit in its own process, on the same model and statistics.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tasks.statistics import collect
 from tests.tiny import Corpus
 
 ROOT = Path(__file__).resolve().parents[2]
-BEFORE = "7e53a78"  # the last commit that knew methods
+BEFORE = "7e53a78"  # the last commit with methods
 LENGTH = 32
 INT8 = {"method": "int8", "backend": "modelpress", "smoothing": 0.5, "rounding": "gptq", "symmetric_activations": False}
 GPTQ = {
@@ -65,7 +65,7 @@ AUTO = {
     "candidates": ["4@32", "4@64", "8@32"],
     "propagate": False,
 }
-# a variant in the words of that commit
+# variants with the settings of that commit
 OLD: dict[str, dict[str, Any]] = {
     "int8": INT8,
     "int8-nearest": {**INT8, "rounding": "nearest", "symmetric_activations": True, "skip_layers": [1]},
@@ -78,7 +78,7 @@ OLD: dict[str, dict[str, Any]] = {
     "auto": AUTO,
     "auto-fused": {**AUTO, "fused": True},
 }
-# in a copy of the old code: presses each variant, and writes what its layers were solved to
+# runs in a copy of the old code: quantizes each variant, and writes the solutions of its layers
 PRESS = """
 import json, sys
 from pathlib import Path
@@ -135,7 +135,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def old(before: Path, inputs: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with what the old code solved, a file for each variant."""
+    """The folder with the old code's solutions, a file for each variant."""
     out = tmp_path_factory.mktemp("old")
     arguments = [str(before / "params.yaml"), json.dumps(OLD), *map(str, inputs.values()), str(out)]
     done = subprocess.run(
@@ -146,9 +146,7 @@ def old(before: Path, inputs: Mapping[str, Path], tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.parametrize("name", OLD)
-def test_a_variant_in_new_words_has_the_bytes_of_the_old_ones(
-    name: str, old: Path, inputs: Mapping[str, Path], tmp_path: Path
-) -> None:
+def test_translated_variant_has_the_old_bytes(name: str, old: Path, inputs: Mapping[str, Path], tmp_path: Path) -> None:
     values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     values["variants"] = {"base": {"scheme": "none"}, name: new_variant(OLD[name])}
     variant = check_settings(values).variant(name)
@@ -164,7 +162,7 @@ def test_a_variant_in_new_words_has_the_bytes_of_the_old_ones(
             assert torch.equal(before, now), (layer, part)
 
 
-def test_the_statistics_are_those_of_before(before: Path, inputs: Mapping[str, Path], tmp_path: Path) -> None:
+def test_statistics_have_the_old_bytes(before: Path, inputs: Mapping[str, Path], tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tasks.program import set_environment; set_environment()\n"
         "from tasks.statistics import collect; collect(*map(Path, sys.argv[1:]), True)"

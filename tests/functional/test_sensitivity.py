@@ -1,4 +1,4 @@
-"""What a rounded layer does to the whole model, measured layer by layer: as the whole model would tell."""
+"""The divergence caused by one rounded layer, measured layer by layer, equals that of the whole model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def job(made: QuantizeJob, tmp_path: Path) -> QuantizeJob:
     return QuantizeJob(made.source, made.tokens, made.statistics, made.variant, made.device, tmp_path)
 
 
-def test_the_divergence_is_that_of_the_whole_model(job: QuantizeJob) -> None:
+def test_divergence_equals_that_of_the_whole_model(job: QuantizeJob) -> None:
     found = measure(job, PRECISIONS)
     model: Any = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32)
     assert len(found) == 14
@@ -78,13 +78,13 @@ def test_the_divergence_is_that_of_the_whole_model(job: QuantizeJob) -> None:
             assert found[name].errors[COARSE] == pytest.approx(error.item(), rel=1e-3)
 
 
-def test_costs_fall_as_the_errors_do() -> None:
+def test_costs_decrease_with_the_errors() -> None:
     one = Sensitivity({COARSE: 0.02, FINE: 0.0001}, 0.004)
     assert one.costs() == {COARSE: pytest.approx(0.004), FINE: pytest.approx(0.00002)}
     assert Sensitivity({COARSE: 0.0}, 0.0).costs() == {COARSE: 0.0}
 
 
-def test_an_interrupted_run_goes_on_at_its_layer(job: QuantizeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_run_resumes_at_its_layer(job: QuantizeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = measure(job, PRECISIONS)
     (job.destination / STATE).unlink()
     solved = []

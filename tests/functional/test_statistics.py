@@ -1,4 +1,4 @@
-"""One pass, layer by layer: the same activations as in the whole model, and their sums."""
+"""The layer-by-layer pass: same activations as in the whole model, and their sums."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def whole(model: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """What each linear layer of the whole model reads, by name, and the output of its last decoder layer."""
+    """The inputs of each linear layer of the whole model, by name, and the output of its last decoder layer."""
     found: dict[str, list[Tensor]] = {}
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     for name, module in loaded.model.layers.named_modules():
@@ -54,7 +54,7 @@ def whole(model: Path) -> tuple[dict[str, Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("weighed", [False, True])
-def test_what_the_output_layer_reads_is_summed_as_well(
+def test_output_layers_input_is_summed_as_well(
     model: Path, weighed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -64,7 +64,7 @@ def test_what_the_output_layer_reads_is_summed_as_well(
     save_file({"input_ids": TOKENS}, tmp_path / "tokens.safetensors")
     collect(model, tmp_path, tmp_path / "out", importance=weighed)
     (known,) = load_statistics(tmp_path / "out", None, "cpu").values()
-    # where tokens are weighed, what passes between layers is bfloat16
+    # with token weights, activations between layers are bfloat16
     near = 0.01 if weighed else 1e-5
     for found, right in ((known.gram, x.T @ x), (known.largest, x.abs().amax(0)), (known.mean, x.abs().mean(0))):
         assert found.dtype == torch.float32
@@ -72,7 +72,7 @@ def test_what_the_output_layer_reads_is_summed_as_well(
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_layer_at_a_time_is_the_whole_model(model: Path, whole: tuple[dict[str, Tensor], Tensor], rows: int) -> None:
+def test_layer_by_layer_equals_the_whole_model(model: Path, whole: tuple[dict[str, Tensor], Tensor], rows: int) -> None:
     decoder = Decoder(model, torch.float32, "cpu")
     hidden = decoder.embed(list(TOKENS.split(rows)))  # the last batch is smaller
     for index in range(len(decoder)):
@@ -83,7 +83,7 @@ def test_a_layer_at_a_time_is_the_whole_model(model: Path, whole: tuple[dict[str
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_sums_are_those_of_the_whole_model(
+def test_sums_equal_those_of_the_whole_model(
     model: Path,
     whole: tuple[dict[str, Tensor], Tensor],
     dtype: torch.dtype,
@@ -115,10 +115,10 @@ def test_the_sums_are_those_of_the_whole_model(
                     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_a_weight_is_how_much_of_the_likelihood_hangs_on_a_token(
+def test_token_weights_are_fisher_information(
     model: Path, whole: tuple[dict[str, Tensor], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against a backward pass of the whole model, the drawn words being known: the first of the vocabulary."""
+    """Against a backward pass of the whole model, with known drawn tokens: the first of the vocabulary."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     slopes: dict[str, list[Tensor]] = {}
     for name, module in loaded.model.layers.named_modules():
@@ -148,7 +148,7 @@ def test_a_weight_is_how_much_of_the_likelihood_hangs_on_a_token(
         for first, names in readers.items():
             root = sum((squares[f"{layer}.{name}"] for name in names), torch.zeros(TOKENS.shape)).sqrt()
             expected = root / root.mean(-1, keepdim=True)
-            # what passes between layers is bfloat16
+            # activations between layers are bfloat16
             assert (weighed[first] - expected).norm() < 0.03 * expected.norm()
             x = whole[0][f"{layer}.{first}"]
             gram = (x * weighed[first].flatten()[:, None]).T @ x
@@ -156,7 +156,7 @@ def test_a_weight_is_how_much_of_the_likelihood_hangs_on_a_token(
                 assert (found - right).norm() < 0.01 * right.norm()
 
 
-def test_weights_from_bfloat16_products_are_much_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_weights_from_bfloat16_products_are_similar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tmp_path / "model")
     save_file({"input_ids": TOKENS}, tmp_path / "tokens.safetensors")
     monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(size))
@@ -170,7 +170,7 @@ def test_weights_from_bfloat16_products_are_much_the_same(tmp_path: Path, monkey
 
 
 class Attended(TorchDispatchMode):
-    """Notes in which dtype attention is computed."""
+    """Records the dtype of attention."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -198,18 +198,18 @@ def test_bfloat16_products_give_the_same_bytes_with_any_number_of_threads(
                 assert collect(model, tmp_path, tmp_path / str(count), weighed).dtype == "bfloat16"
             finally:
                 torch.set_num_threads(threads)
-    # of bfloat16's attention the last bits depend on them, with AMX; this machine may have none
+    # with AMX, which this machine may lack, the last bits of bfloat16 attention depend on the number of threads
     assert attended.dtypes == {torch.float32}
     assert checksums(tmp_path / "1") == checksums(tmp_path / "2") == checksums(tmp_path / "16")
 
 
-def test_tokens_on_which_nothing_hangs_weigh_the_same() -> None:
+def test_tokens_without_influence_have_equal_weights() -> None:
     assert importance._weight(torch.tensor([[0.0, 0.0], [1.0, 9.0]])).tolist() == [[1.0, 1.0], [0.5, 1.5]]
 
 
 @pytest.mark.parametrize("saved", [1, 3, 4, 5, 6, 7, 8, 10, 14])
-def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path, saved: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward (4 files), the output layer's sums and the gradient (2), backward (3 a layer)."""
+def test_interrupted_pass_resumes(tmp_path: Path, saved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward (4 files), the output layer's sums and the gradient (2), backward (3 per layer)."""
     model = tiny_model(tmp_path / "model", layers=3)
     (tmp_path / "calibration").mkdir()
     save_file({"input_ids": TOKENS}, tmp_path / "calibration/tokens.safetensors")
@@ -232,12 +232,12 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path, saved: int, mo
     collect(model, tmp_path / "calibration", tmp_path / "out", importance=True)
     assert checksums(tmp_path / "out") == checksums(tmp_path / "at-once")
     files.remove("interrupted")
-    # of the three files of a layer, two may have to be written again
+    # two of a layer's three files may have to be written again
     assert len(files) <= 15 + 2
     assert not list(tmp_path.glob(".*.part"))
 
 
-def test_all_tokens_weigh_the_same_unless_asked_otherwise(tmp_path: Path) -> None:
+def test_tokens_have_equal_weights_by_default(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     save_file({"input_ids": TOKENS}, tmp_path / "tokens.safetensors")
     collect(model, tmp_path, tmp_path / "out", importance=False)
@@ -245,7 +245,7 @@ def test_all_tokens_weigh_the_same_unless_asked_otherwise(tmp_path: Path) -> Non
     assert not list((tmp_path / "out").glob("importance*"))
 
 
-def test_what_was_begun_for_another_model_is_thrown_away(tmp_path: Path) -> None:
+def test_partial_output_for_another_model_is_deleted(tmp_path: Path) -> None:
     with suppress(KeyboardInterrupt), resumable_directory(tmp_path / "out", "one") as work:
         (work / "begun").write_text("x")
         raise KeyboardInterrupt
@@ -255,7 +255,7 @@ def test_what_was_begun_for_another_model_is_thrown_away(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_statistics_that_are_not_there_are_asked_for(tmp_path: Path) -> None:
+def test_missing_statistics_name_the_stage(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="run the statistics stage first"):
         load_statistics(tmp_path, 0, "cpu")
 
@@ -298,11 +298,11 @@ print(json.dumps(asdict(collect(Path("model"), Path("calibration"), Path("out"),
 
 
 @pytest.mark.slow
-def test_a_large_model_takes_the_memory_that_was_estimated(tmp_path: Path) -> None:
-    """A llama of 1.1 billion weights: 2.2 GB as it is stored, 4.4 GB as it is computed with."""
+def test_large_model_takes_the_estimated_memory(tmp_path: Path) -> None:
+    """A llama with 1.1 billion weights: 2.2 GB as stored, 4.4 GB in float32."""
 
     def run(program: str) -> Any:
-        # processes of their own: one inherits the peak of the process that starts it
+        # separate processes, because a forked process inherits its parent's peak
         command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": os.getcwd()}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])

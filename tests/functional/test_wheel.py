@@ -1,4 +1,4 @@
-"""Files inside Python wheels: fetched by the real pip from an index that is a folder, and pip's failures."""
+"""Files inside Python wheels: fetched by the real pip from a local index, and pip's failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POEM = b"a line\nand another\n"
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that pip takes for its index, with one wheel; the working directory is a project of its own."""
+    """A local pip index with one wheel; the working directory is a separate project."""
     folder = tmp_path / "index"
     folder.mkdir()
     write_wheel(folder / WHEEL, POEM)
@@ -54,7 +54,7 @@ def fetch(source: str = SOURCE, expected: str | None = None) -> Fetched:
 def refusal(source: str = SOURCE, expected: str | None = None, *, transient: bool = False) -> str:
     with pytest.raises(TaskError) as caught:
         fetch(source, expected)
-    # only what may work a moment later is tried again
+    # only transient errors are retried
     assert isinstance(caught.value, TransientError) == transient
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -78,13 +78,13 @@ def test_without_a_checksum_the_one_found_is_given_to_pin(index: Path) -> None:
     assert fetch().pin == sha256(index / WHEEL)
 
 
-def test_a_wheel_that_is_there_is_not_fetched_again(index: Path) -> None:
+def test_existing_wheel_is_not_fetched_again(index: Path) -> None:
     fetch()
     (index / WHEEL).rename(index / "gone")
     assert fetch("wheel:tiny-texts==1.0/tiny_texts/poems/second.txt").file is not None
 
 
-def test_what_an_interruption_left_is_replaced(index: Path) -> None:
+def test_partial_download_is_replaced(index: Path) -> None:
     good = sha256(index / WHEEL)
     kept().parent.mkdir(parents=True)
     kept().write_bytes((index / WHEEL).read_bytes()[:100])
@@ -97,7 +97,7 @@ def test_what_an_interruption_left_is_replaced(index: Path) -> None:
     assert not stale.exists()
 
 
-def test_half_a_wheel_is_noticed_without_a_checksum(index: Path) -> None:
+def test_truncated_wheel_is_detected_without_a_checksum(index: Path) -> None:
     kept().parent.mkdir(parents=True)
     kept().write_bytes((index / WHEEL).read_bytes()[:100])
     assert fetch().pin == sha256(index / WHEEL)
@@ -110,7 +110,7 @@ def test_another_checksum_is_refused_and_the_wheel_deleted(index: Path) -> None:
     assert not kept().exists()
 
 
-def test_a_kept_wheel_that_fails_the_check_is_fetched_once_again(index: Path) -> None:
+def test_kept_wheel_that_fails_the_check_is_fetched_again_once(index: Path) -> None:
     write_wheel(index / WHEEL, b"an older poem")
     fetch()
     write_wheel(index / WHEEL, POEM)
@@ -119,19 +119,19 @@ def test_a_kept_wheel_that_fails_the_check_is_fetched_once_again(index: Path) ->
     assert fetched.file.read_bytes() == POEM
 
 
-def test_a_missing_member_names_those_alike(index: Path) -> None:
+def test_missing_member_names_similar_ones(index: Path) -> None:
     said = refusal("wheel:tiny-texts==1.0/tiny_texts/poem/first.txt")
     assert "'tiny_texts/poem/first.txt'" in said
     assert "tiny_texts/poems/first.txt" in said
 
 
-def test_a_missing_version_names_those_there(index: Path) -> None:
+def test_missing_version_names_the_existing_ones(index: Path) -> None:
     said = refusal("wheel:tiny-texts==9.9/tiny_texts/poems/first.txt")
     assert "tiny-texts==9.9" in said
     assert "1.0" in said.replace("tiny-texts==9.9", "")
 
 
-def test_a_missing_package_is_told_from_a_missing_network(index: Path) -> None:
+def test_missing_package_is_distinguished_from_a_network_failure(index: Path) -> None:
     said = refusal("wheel:tinny-texts==1.0/x.txt")
     assert "has no wheel of tinny-texts==1.0" in said
     assert "network" not in said
@@ -147,6 +147,6 @@ def test_no_network_says_what_to_check(index: Path, monkeypatch: pytest.MonkeyPa
     assert "secret" not in said
 
 
-def test_a_failure_leaves_no_half_of_anything(index: Path) -> None:
+def test_failure_leaves_no_partial_files(index: Path) -> None:
     refusal("wheel:tiny-texts==9.9/tiny_texts/poems/first.txt")
     assert list((DOWNLOADS / "wheels" / "tiny-texts-9.9").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Prefect's own commands on a real server: the work pools of deploy/, and what prefect.yaml says to do by hand."""
+"""Prefect's commands on a real server: the work pools of deploy/, and the manual steps in prefect.yaml."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def create(name: str, kind: str, template: Path, server: str) -> subprocess.Comp
 
 
 @pytest.mark.parametrize("kind", ["docker", "kubernetes"])
-def test_a_server_takes_the_pool_as_it_is(kind: str, prefect_server: str) -> None:
+def test_server_accepts_the_pool(kind: str, prefect_server: str) -> None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import PrefectHTTPStatusError
@@ -51,7 +51,7 @@ def test_a_server_takes_the_pool_as_it_is(kind: str, prefect_server: str) -> Non
 @pytest.mark.slow
 def test_a_run_by_hand_as_prefect_yaml_says(toy: Toy, prefect_server: str) -> None:
     shutil.copy(PROJECT / "prefect.yaml", toy.root)
-    (toy.root / "flows").symlink_to(PROJECT / "flows")  # where prefect.yaml says that the flow is
+    (toy.root / "flows").symlink_to(PROJECT / "flows")  # the flow's location in prefect.yaml
     create_pool, deploy, start_worker = re.findall(r"^# +(prefect .+)$", toy.read("prefect.yaml"), re.MULTILINE)
     page = (PROJECT / "docs/operating.md").read_text(encoding="utf-8").splitlines()
     assert {create_pool, deploy, start_worker} <= set(page)
@@ -66,7 +66,7 @@ def test_a_run_by_hand_as_prefect_yaml_says(toy: Toy, prefect_server: str) -> No
 
 
 def by_hand(toy: Toy, command: str, server: str) -> str:
-    """What a command prints in an activated environment; it must succeed."""
+    """Return the output of a command in an activated environment; it must succeed."""
     done = subprocess.run(
         command.split(),
         cwd=toy.root,
@@ -82,7 +82,7 @@ def by_hand(toy: Toy, command: str, server: str) -> str:
 
 @contextmanager
 def at_work(toy: Toy, command: str, server: str) -> Iterator[None]:
-    """The command runs meanwhile; Ctrl-C ends it."""
+    """Run the command during the body; end it by Ctrl-C."""
     with (toy.root / "worker.log").open("w") as log:
         process = subprocess.Popen(
             command.split(), cwd=toy.root, env=activated(server), stdout=log, stderr=log, start_new_session=True
@@ -100,7 +100,7 @@ def activated(server: str) -> dict[str, str]:
 
 
 def state_of(tag: str) -> str | None:
-    """What the server says of the run that ended as `tag`."""
+    """The server's state of the run that ended as `tag`."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 

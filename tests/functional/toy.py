@@ -1,4 +1,4 @@
-"""A pipeline in the shape of the real one whose stages take no time: real git, DVC and dvc.yaml, no models."""
+"""A pipeline like the real one with instant stages: real git, DVC and dvc.yaml, no models."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ stages:
     outs: [report]
 """
 
-# what a pipeline needs beyond that to end with a package: every item's result, and the bundle
+# additions for a pipeline that ends with a package: every item's result, and the bundle
 PACKAGING = """
   evaluate:
     foreach: ${variants}
@@ -66,7 +66,7 @@ PACKAGING = """
     outs: ["dist/${package.name}"]
 """
 
-# the package of the stages: the real one, but for the program that checks the settings, which would look for a model
+# the real package of the stages, except the program that checks the settings, which needs a model
 TASKS = f"""
 __path__.append({str(PROJECT / "tasks")!r})
 """
@@ -78,7 +78,7 @@ wish = Path("wish/preflight")
 sys.exit(wish.read_text() if wish.exists() else 0)
 """
 
-# what a stage does beyond writing its outputs is said by files in wish/, which no stage depends on
+# files in wish/, which no stage depends on, control a stage's behaviour
 STAGE = """
 import hashlib, json, os, signal, sys, time
 from pathlib import Path
@@ -155,7 +155,7 @@ class Toy:
 
     @classmethod
     def create(cls, root: Path, *, packaging: bool = False) -> Toy:
-        """A git and DVC repository in which nothing has run; with `packaging` its last stage makes a package."""
+        """Create a git and DVC repository in which nothing has run; packaging: with a last stage that packages."""
         root.mkdir(parents=True)
         toy = cls(root)
         params = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
@@ -175,7 +175,7 @@ class Toy:
         return toy
 
     def copy(self, root: Path) -> Toy:
-        """The same state elsewhere."""
+        """Copy the state to another folder."""
         shutil.copytree(self.root, root, symlinks=True)
         return Toy(root)
 
@@ -186,13 +186,13 @@ class Toy:
         return dict(optimize(str(self.root), **options))
 
     def cli(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run `modelpress` in a process of its own, to its end."""
+        """Run `modelpress` in its own process until it ends."""
         return subprocess.run(
             cli_command(*arguments), cwd=self.root, env=cli_env(**env), capture_output=True, text=True, timeout=300
         )
 
     def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run `modelpress` in this process: as `cli`, where it is not the process that is tested."""
+        """Run `modelpress` in this process: like `cli`, if the process itself is not under test."""
         from flows.cli import main
 
         out, err = StringIO(), StringIO()
@@ -208,11 +208,11 @@ class Toy:
         return subprocess.CompletedProcess(["modelpress", *arguments], status, out.getvalue(), err.getvalue())
 
     def start_cli(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
-        """Start `modelpress` in a session of its own."""
+        """Start `modelpress` in its own session."""
         return self.start(cli_command(*arguments), **env)
 
     def start(self, command: list[str], **env: str) -> subprocess.Popen[str]:
-        """Start a command in a session of its own."""
+        """Start a command in its own session."""
         return subprocess.Popen(
             command,
             cwd=self.root,
@@ -224,11 +224,11 @@ class Toy:
         )
 
     def dvc(self, *arguments: str) -> str:
-        """What `dvc ARGUMENTS` prints."""
+        """Return the output of `dvc ARGUMENTS`."""
         return self.command(sys.executable, "-P", "-m", "dvc", *arguments)
 
     def command(self, *words: str) -> str:
-        """What a command prints; it must succeed."""
+        """Return the output of a command, which must succeed."""
         path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
         done = subprocess.run(words, cwd=self.root, env={**os.environ, "PATH": path}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -246,9 +246,10 @@ class Toy:
         self.write("params.yaml", yaml.safe_dump(params, sort_keys=False))
 
     def wish(self, stage: str, what: str = "") -> None:
-        """Let a stage `fail`, `sleep SECONDS`, have the network `away TIMES`, be `killed` or have `no memory`.
+        """Make a stage `fail`, `sleep SECONDS`, lose the network (`away TIMES`), be `killed` or run out of memory
+        (`no memory`).
 
-        `wait` lets it wait for the file go-STAGE beside dvc.yaml. What `preflight` is given is why it refuses.
+        `wait` makes it wait for the file go-STAGE beside dvc.yaml. The value for `preflight` is its reason to refuse.
         """
         self.write(f"wish/{stage}", what)
 
@@ -260,16 +261,16 @@ class Toy:
         return (self.root / path).read_text(encoding="utf-8")
 
     def times(self) -> list[tuple[str, str, float]]:
-        """When each stage that really ran started and ended, in order."""
+        """Start and end of each executed stage, in order."""
         path = self.root / "times.jsonl"
         return [tuple(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
 
     def executed(self) -> list[str]:
-        """The stages that ran, in the order in which they started."""
+        """The executed stages, in order of their start."""
         return [name for name, what, _ in self.times() if what == "start"]
 
     def mlflow_runs(self, parents: bool = True) -> list[Any]:
-        """The runs in the MLflow store that were not deleted: parents or children, the oldest first."""
+        """The runs in the MLflow store that were not deleted: parents or children, oldest first."""
         from mlflow import MlflowClient
 
         client = MlflowClient(f"sqlite:///{self.root / 'mlflow.db'}")
@@ -280,10 +281,10 @@ class Toy:
 
 
 def cli_command(*arguments: str) -> list[str]:
-    """The words that run `modelpress` from this source tree."""
+    """The command that runs `modelpress` from this source tree."""
     return [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
 
 
 def cli_env(**env: str) -> dict[str, str]:
-    """The environment in which `cli_command` works."""
+    """The environment for `cli_command`."""
     return {**os.environ, "PYTHONPATH": str(PROJECT), **TERMINAL, **env}

@@ -1,4 +1,4 @@
-"""The paths that only an NVIDIA GPU takes: pytest --run-gpu."""
+"""Code paths for NVIDIA GPUs: pytest --run-gpu."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def calibration(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_gpu_is_found_and_named() -> None:
+def test_gpu_is_found_and_named() -> None:
     assert compute_device() == "cuda"
     assert processor_name() == torch.cuda.get_device_name(0)
     torch.zeros(2**20, device="cuda")
     assert peak_memory() >= 2**22
 
 
-def test_the_statistics_are_those_of_a_cpu(
+def test_statistics_equal_those_of_a_cpu(
     llama: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for importance in (False, True):
@@ -51,13 +51,13 @@ def test_the_statistics_are_those_of_a_cpu(
             found, expected = (load_statistics(folder, layer, "cpu") for folder in (on_gpu, on_cpu))
             assert found.keys() == expected.keys()
             for name, known in expected.items():
-                share = 0.05 if importance else 0.02  # bfloat16 products, and once more on the way back
+                share = 0.05 if importance else 0.02  # bfloat16 products, also in the backward pass
                 assert (found[name].gram - known.gram).norm() < share * known.gram.norm()
                 assert (found[name].mean - known.mean).norm() < 0.02 * known.mean.norm()
 
 
 @pytest.mark.parametrize("importance", [False, True])
-def test_the_statistics_take_the_memory_that_was_estimated(tmp_path: Path, importance: bool) -> None:
+def test_statistics_take_the_estimated_memory(tmp_path: Path, importance: bool) -> None:
     model = tiny_model(tmp_path / "model", hidden=2048, layers=3, heads=32, kv_heads=4)
     (tmp_path / "calibration").mkdir()
     tokens = torch.randint(3, 300, (16, 256), generator=torch.Generator().manual_seed(0))
@@ -69,7 +69,7 @@ def test_the_statistics_take_the_memory_that_was_estimated(tmp_path: Path, impor
 
 
 @pytest.mark.parametrize("name", ["int8", "gptq-int4", "awq-int4", "auto"])
-def test_a_variant_makes_a_model_that_scores_as_on_a_cpu(
+def test_variants_score_as_on_a_cpu(
     name: str, llama: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collect(llama, calibration, tmp_path / "statistics", importance=True)
@@ -97,7 +97,7 @@ def test_errors_are_propagated(llama: Path, calibration: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("importance", [False, True])
-def test_the_same_statistics_twice(llama: Path, calibration: Path, tmp_path: Path, importance: bool) -> None:
+def test_statistics_are_reproducible(llama: Path, calibration: Path, tmp_path: Path, importance: bool) -> None:
     for time in ("first", "second"):
         collect(llama, calibration, tmp_path / time, importance)
     assert checksums(tmp_path / "first") == checksums(tmp_path / "second")

@@ -1,4 +1,4 @@
-"""What params.yaml may write as a source."""
+"""The sources that params.yaml may contain."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_anything_else_is_refused(source: str) -> None:
         parse(source)
 
 
-def test_the_refusal_says_all_three_forms() -> None:
+def test_refusal_names_all_forms() -> None:
     with pytest.raises(ValueError, match="hf:") as caught:
         parse("acme/tiny")
     assert all(form in str(caught.value) for form in ("hf:", "path:", "wheel:"))

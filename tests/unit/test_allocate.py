@@ -1,4 +1,4 @@
-"""Precisions within a budget: never beyond it, and no other choice is better."""
+"""Precisions within a budget: never beyond it, and optimal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def total(table: Table, chosen: dict[int, str]) -> Cost:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_it_is_the_best_of_all_choices(seed: int) -> None:
+def test_choice_is_optimal(seed: int) -> None:
     table = made_up(6, seed)
     every = [total(table, dict(enumerate(choice))) for choice in itertools.product(LABELS, repeat=len(table))]
     allowed = sorted(cost.bits for cost in every)[len(every) // 3]
@@ -43,13 +43,13 @@ def test_it_is_the_best_of_all_choices(seed: int) -> None:
     assert found.bits == pytest.approx(min(cost.bits for cost in every if cost.error <= tolerated))
 
 
-def test_the_order_of_the_parts_changes_no_choice() -> None:
+def test_choice_is_independent_of_order() -> None:
     table = made_up(100, 1)
     allowed = 1.1 * total(table, dict.fromkeys(table, COARSE)).bits
     assert least_error(dict(reversed(table.items())), allowed) == least_error(table, allowed)
 
 
-def test_all_of_the_smallest_fit_into_exactly_their_size_and_less_is_refused() -> None:
+def test_smallest_choices_fit_exactly_and_a_smaller_budget_is_refused() -> None:
     table = made_up(20, 2)
     smallest = total(table, dict.fromkeys(table, COARSE)).bits
     assert set(least_error(table, smallest).values()) == {COARSE}

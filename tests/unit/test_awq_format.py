@@ -1,4 +1,4 @@
-"""AutoAWQ's packed weights, dequantized as AutoAWQ's own layer does it."""
+"""AutoAWQ's packed weights, compared with AutoAWQ's own dequantization."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROWS, WIDTH, GROUP = 32, 64, 32
 
 
 def packed_layer() -> tuple[WQLinear_GEMM, torch.Tensor]:
-    """A layer packed by AutoAWQ from random integers, and the weight that they stand for, exactly."""
+    """A layer packed by AutoAWQ from random integers, and its exact dequantized weight."""
     random = torch.Generator().manual_seed(0)
     integers = torch.randint(0, 16, (ROWS, WIDTH), generator=random)
     zeros = torch.randint(0, 16, (ROWS, WIDTH // GROUP), generator=random)
@@ -37,8 +37,8 @@ def test_the_weight_is_exact() -> None:
     assert torch.equal(unpacked(layer).weight(), weight)
 
 
-def test_it_is_what_autoawq_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("awq.modules.linear.gemm.TRITON_AVAILABLE", False)  # its own path for a machine without a GPU
+def test_weight_equals_autoawqs_dequantized_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("awq.modules.linear.gemm.TRITON_AVAILABLE", False)  # its CPU path
     layer, _ = packed_layer()
     theirs = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, GROUP).T
     ours = unpacked(layer).weight().half()
@@ -48,6 +48,6 @@ def test_it_is_what_autoawq_computes_with(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_unpacking_reads_every_bit() -> None:
-    # the highest place of a word is negative in int32
+    # the highest position of a word is negative in int32
     assert unpack_columns(torch.tensor([[-1]], dtype=torch.int32)).tolist() == [[15] * 8]
     assert unpack_columns(torch.tensor([[0x76543210]], dtype=torch.int32)).tolist() == [[0, 4, 1, 5, 2, 6, 3, 7]]

@@ -1,4 +1,4 @@
-"""The bench: contenders whose settings are valid and comparable, and figures that reach table and picture."""
+"""The benchmark suite: valid and comparable contenders, and figures in table and plot."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tasks.settings import BUILTIN, check_settings, load_settings
 SETTINGS = load_settings(Path(__file__).resolve().parents[2] / "params.yaml")
 
 
-def test_every_contender_is_a_variant_that_can_be_made() -> None:
+def test_every_contender_is_a_valid_variant() -> None:
     assert len({one.name for one in CONTENDERS}) == len(CONTENDERS)
     for one in CONTENDERS:
         variant = check_settings(changed(SETTINGS, one)).variant(one.variant)
         assert variant.scheme == SETTINGS.variant(one.variant).scheme
         assert one.own == (variant.backend == BUILTIN)
-        assert variant.samples is None  # all see the same tokens
+        assert variant.samples is None  # all use the same tokens
 
 
-def test_what_decodes_has_an_output_layer_of_8_bits_that_its_format_holds() -> None:
+def test_decoding_contenders_have_a_supported_8_bit_output_layer() -> None:
     for name in DECODE:
         one = find(name)
         variant = check_settings(changed(SETTINGS, replace(one, changes={**one.changes, **DECODING}))).variant(
@@ -40,7 +40,7 @@ def test_what_decodes_has_an_output_layer_of_8_bits_that_its_format_holds() -> N
 
 
 @pytest.mark.parametrize("name", ["int8", "gptq-int4", "awq-int4"])
-def test_ours_meets_a_library_with_the_same_settings(name: str) -> None:
+def test_ours_and_the_library_have_the_same_settings(name: str) -> None:
     def settings(backend_is_ours: bool) -> list[dict[str, Any]]:
         found = []
         for one in (one for one in CONTENDERS if one.variant == name and one.own == backend_is_ours):
@@ -65,7 +65,7 @@ def found() -> dict[str, Any]:
     }
 
 
-def test_rows_hold_what_was_measured() -> None:
+def test_rows_contain_the_measurements() -> None:
     ours, theirs = rows(found())
     assert (ours.seconds, ours.shared, theirs.seconds, theirs.shared) == (10.0, 40.0, 100.0, 0.0)
     assert ours.change == {"news": pytest.approx(0.1), "medical": pytest.approx(0.1)}
@@ -74,7 +74,7 @@ def test_rows_hold_what_was_measured() -> None:
     assert table([ours, theirs]).row_count == 2
 
 
-def test_a_goal_is_reached_or_missed_by_what_was_found() -> None:
+def test_goals_are_reached_or_missed_by_the_measurements() -> None:
     names = {name for pair in BETTER for name in pair} | {name for ours, theirs, _ in FASTER for name in (ours, theirs)}
     assert names | DECODE.keys() | {INT8[0], *TOGETHER[0], *(n for other in LIBRARIES.values() for n in other)} <= {
         one.name for one in CONTENDERS

@@ -1,4 +1,4 @@
-"""The benchmark stage: ratios stand a machine that is slower for a while, and memory is the variant's alone."""
+"""The benchmark stage: ratios are robust to a temporary slowdown, and memory is the variant's only."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tasks.runtimes import RuntimeInfo
 from tasks.settings import BenchmarkSettings
 
 SETTINGS = BenchmarkSettings(dtype="float32", prompt_tokens=10, new_tokens=5, batch_size=2, repeats=3)
-LAPS = (1.0, 4.0, 0.5)  # how slow the machine is, round by round
-PROMPT, TOKEN = 8.0, 2.0  # seconds that the baseline takes for a prompt with its first token, and for one after that
+LAPS = (1.0, 4.0, 0.5)  # the machine's slowdown by round
+PROMPT, TOKEN = 8.0, 2.0  # the baseline's seconds for a prompt with its first token, and for each further token
 
 Measure = Callable[..., tuple[BenchmarkReport, list[str]]]
 
 
 class Machine:
-    """A clock, what was done on it, and models that take their time there."""
+    """A fake clock, a log of work, and models that advance the clock."""
 
     def __init__(self, slower: dict[str, float], fast: bool) -> None:
         self.now, self.done, self.slower, self.fast = 0.0, list[str](), slower, fast
@@ -62,16 +62,16 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
     return measured
 
 
-def test_ratios_hold_on_a_machine_that_is_slower_for_a_while(measure: Measure) -> None:
+def test_ratios_are_robust_to_a_temporary_slowdown(measure: Measure) -> None:
     report, _ = measure()
     assert (report.prefill_ratio, report.decode_ratio) == (2.0, 2.0)
-    # the median round is the one of a quiet machine
+    # the median round has no slowdown
     assert report.time_to_first_token_seconds == PROMPT / 2
     assert report.prefill_tokens_per_second == 20 / (PROMPT / 2)
     assert report.decode_tokens_per_second == 2 * 4 / (4 * TOKEN / 2)
 
 
-def test_the_two_alternate_after_an_answer_of_each_that_does_not_count(measure: Measure) -> None:
+def test_models_alternate_after_an_untimed_warm_up_of_each(measure: Measure) -> None:
     report, done = measure()
     assert done == [
         *("load int8", "answer int8", "memory", "load base", "answer base"),
@@ -87,7 +87,7 @@ def test_the_baseline_is_not_compared_with_itself(measure: Measure) -> None:
     assert done.count("answer base") == 1 + SETTINGS.repeats
 
 
-def test_what_has_no_kernel_gets_no_speed(measure: Measure) -> None:
+def test_no_speed_without_a_kernel(measure: Measure) -> None:
     report, done = measure(fast=False)
     assert (report.decode_tokens_per_second, report.prefill_ratio, report.decode_ratio) == (None, None, None)
     assert done == ["load int8", "memory"]

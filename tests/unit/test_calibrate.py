@@ -1,4 +1,4 @@
-"""Packing calibration text, and finding evaluation items in it."""
+"""Pack calibration text, and find evaluation items in it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def raw(tmp_path: Path, corpus: Corpus) -> Path:
     return tmp_path / "raw"
 
 
-def test_full_sequences_in_the_shares_of_their_weights(llama: Path, raw: Path, tmp_path: Path) -> None:
+def test_sequences_are_shared_by_weight(llama: Path, raw: Path, tmp_path: Path) -> None:
     report = calibrate(settings(), {}, llama, raw, tmp_path / "out")
     ids = load_file(tmp_path / "out/tokens.safetensors")["input_ids"]
     assert tuple(ids.shape) == (8, LENGTH)
@@ -64,7 +64,7 @@ def test_full_sequences_in_the_shares_of_their_weights(llama: Path, raw: Path, t
 
 
 @pytest.mark.parametrize(("excerpt", "cuts"), [(16, (16, 16)), (24, (24, 8)), (None, (32,)), (64, (32,))])
-def test_a_sequence_is_made_of_excerpts(
+def test_a_sequence_consists_of_excerpts(
     llama: Path, raw: Path, tmp_path: Path, excerpt: int | None, cuts: tuple[int, ...]
 ) -> None:
     one = settings(excerpt=excerpt, sources={"text": {"source": "path:x"}})
@@ -80,7 +80,7 @@ def test_a_sequence_is_made_of_excerpts(
             assert any(place[: len(other)] == tuple(other.tolist()) for place in places)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_gives_others(llama: Path, raw: Path, tmp_path: Path) -> None:
+def test_bytes_depend_on_the_seed(llama: Path, raw: Path, tmp_path: Path) -> None:
     sums = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         calibrate(settings(seed=seed), {}, llama, raw, tmp_path / name)
@@ -107,19 +107,19 @@ def test_short_documents_and_other_values_are_dropped_and_counted(llama: Path, t
     assert report.sources["set"].dropped == {"too short": 2, "not text": 1}
 
 
-def test_too_little_text_names_the_source_and_what_it_has(llama: Path, raw: Path, tmp_path: Path) -> None:
+def test_too_little_text_names_the_source_and_its_tokens(llama: Path, raw: Path, tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"calibration source \w+ has \d+ tokens, its share is"):
         calibrate(settings(samples=60000), {}, llama, raw, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_field_names_the_fields_that_are_there(llama: Path, raw: Path, tmp_path: Path) -> None:
+def test_missing_field_names_the_existing_fields(llama: Path, raw: Path, tmp_path: Path) -> None:
     wrong = {"chats": {"source": "path:x", "format": "jsonl", "field": "body"}}
     with pytest.raises(TaskError, match=r"no field 'body'.*messages"):
         calibrate(settings(sources=wrong), {}, llama, raw, tmp_path / "out")
 
 
-def test_evaluation_items_in_the_text_stop_the_run(llama: Path, raw: Path, tmp_path: Path, corpus: Corpus) -> None:
+def test_evaluation_items_in_the_text_are_refused(llama: Path, raw: Path, tmp_path: Path, corpus: Corpus) -> None:
     stolen = corpus.text.read_text().split("\n\n")
     (raw / "quiz").mkdir()
     rows = [{"question": "What is it that nobody has ever written down anywhere before now?"}]

@@ -1,4 +1,4 @@
-"""Which files of a model are taken, and which models are refused."""
+"""The selection of a model's files, and refused models."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def test_shards_are_taken_where_there_is_an_index() -> None:
         ([], "found nothing"),
     ],
 )
-def test_no_safetensors_is_refused_with_what_is_there(names: list[str], said: str) -> None:
+def test_missing_safetensors_are_refused_with_the_files_found(names: list[str], said: str) -> None:
     with pytest.raises(TaskError, match=said):
         weight_files(names, "here")
 
 
-def test_what_describes_a_model_is_taken_and_nothing_else() -> None:
+def test_only_model_files_are_taken() -> None:
     taken = ["LICENSE", "LICENCE.md", "NOTICE", "chat_template.jinja", "config.json", "merges.txt", "tokenizer.model"]
     left = ["README.md", ".gitattributes", "modeling_x.py", "pytorch_model.bin", "onnx/config.json", "logo.png"]
     assert small_files([*left, *taken]) == sorted(taken)
 
 
-def test_a_decoder_is_taken_without_its_own_code() -> None:
+def test_decoder_is_accepted_without_its_custom_code() -> None:
     with_code = {**LLAMA, "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}
     check_config(with_code, "here")
 
@@ -63,7 +63,7 @@ def test_a_decoder_is_taken_without_its_own_code() -> None:
         {**LLAMA, "quantization_config": {"quant_method": "awq"}},
     ],
 )
-def test_what_is_no_decoder_in_full_precision_is_refused(config: Any) -> None:
+def test_only_unquantized_decoders_are_accepted(config: Any) -> None:
     with pytest.raises(TaskError, match=r"^here"):
         check_config(config, "here")
 
@@ -78,11 +78,11 @@ def test_model_that_needs_custom_code_is_refused(code: str) -> None:
     ("number", "text"),
     [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (98362432, "98.4 MB"), (2e15, "2000.0 TB")],
 )
-def test_sizes_are_in_a_unit_that_people_read(number: float, text: str) -> None:
+def test_sizes_have_readable_units(number: float, text: str) -> None:
     assert size(number) == text
 
 
-def test_space_is_looked_for_where_the_folder_will_be(tmp_path: Any) -> None:
+def test_free_space_is_checked_on_the_disk_of_a_new_folder(tmp_path: Any) -> None:
     require_space(tmp_path / "a" / "b", 1, "a download")
     with pytest.raises(TaskError, match=r"^a download needs 1000\.0 TB"):
         require_space(tmp_path / "a" / "b", 10**15, "a download")

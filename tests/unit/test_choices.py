@@ -1,4 +1,4 @@
-"""Reading the multiple-choice sets."""
+"""Parse multiple-choice data sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evals.choices import answer_index, multiple_choice, split_options, yes_no
         ("A. one\nB. two", ["one", "two"]),
         ("\nA. bank\nB. new york\nC. mall", ["bank", "new york", "mall"]),
         ("A. finish with  bobby pin \nB. end ", ["finish with  bobby pin", "end"]),
-        ("A. vitamin\nC. is good\nB. no", ["vitamin\nC. is good", "no"]),  # only letters in order are markers
+        ("A. vitamin\nC. is good\nB. no", ["vitamin\nC. is good", "no"]),  # only consecutive letters are markers
         ("no marker", []),
     ],
 )

@@ -1,4 +1,4 @@
-"""What can be said of the image and the job templates without an engine that runs them."""
+"""Static checks of the image and the job templates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOLUME = "/workspace"
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(instruction, the rest) of every line of the Dockerfile, with continued lines joined."""
+    """(instruction, arguments) of every line of the Dockerfile, with continued lines joined."""
     text = (PROJECT / "Dockerfile").read_text(encoding="utf-8")
     lines = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
     return [(word.upper(), " ".join(rest.split())) for word, _, rest in (line.partition(" ") for line in lines) if word]
@@ -30,7 +30,7 @@ def template(kind: str) -> dict[str, Any]:
 
 
 def default_template(kind: str) -> dict[str, Any]:
-    """Prefect's own template of this type of work pool."""
+    """Prefect's template for this type of work pool."""
     file = Path(prefect.server.api.__file__).parent / "collections_data/views/aggregate-worker-metadata.json"
     workers = json.loads(file.read_text(encoding="utf-8"))
     return dict(workers[f"prefect-{kind}"][kind]["default_base_job_configuration"])
@@ -63,7 +63,7 @@ def test_the_images_user_is_not_root_and_the_one_that_kubernetes_runs_it_as() ->
     assert [rest for word, rest in found if word == "USER"] == [made[2]]
     job = template("kubernetes")["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
     assert job["securityContext"]["runAsUser"] == int(made[1]) != 0
-    # what is installed is that user's, who may write to the volume and starts there
+    # that user owns the installed files and the volume, and starts there
     assert all(found.index(step) > found.index(("USER", made[2])) for step in found if step[1].startswith("make "))
     assert all(f"--chown={made[2]}:{made[2]}" in rest for word, rest in found if word == "COPY")
     assert any(re.search(rf"chown {made[2]}:{made[2]} .*{VOLUME}", rest) for word, rest in found if word == "RUN")
@@ -86,7 +86,7 @@ def test_no_secret_gets_into_the_image() -> None:
     assert not re.search(r"token|secret|password|key", " ".join(named), re.IGNORECASE)
     ignored = (PROJECT / ".dockerignore").read_text(encoding="utf-8").split("\n")
     assert {".git", ".dvc/config.local", ".env", ".netrc", ".aws", "mlflow.db", ".prefect"} <= set(ignored)
-    # nothing that the image needs is left out
+    # everything that the image needs is included
     copied = " ".join(rest for word, rest in instructions() if word == "COPY").split()
     assert not {part for part in copied if part != "."} & set(ignored)
 
@@ -95,7 +95,7 @@ def test_no_secret_gets_into_the_image() -> None:
 def test_a_template_says_all_that_prefects_own_says(kind: str) -> None:
     ours, theirs = template(kind), default_template(kind)
     assert set(ours["job_configuration"]) == set(theirs["job_configuration"])
-    # fixed, and so no variable: nobody who starts a run may ask for it
+    # fixed, not a variable: no run may change it
     assert set(theirs["variables"]["properties"]) - set(ours["variables"]["properties"]) <= {"privileged"}
 
 

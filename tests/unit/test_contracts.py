@@ -1,4 +1,4 @@
-"""Places that must agree: params.yaml, dvc.yaml, the settings, pyproject.toml, the lock, Makefile and README."""
+"""Files that must agree: params.yaml, dvc.yaml, the settings, pyproject.toml, the lock, Makefile and README."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_lock_holds_every_direct_dependency_at_an_exact_version() -> None:
     lock = {name.lower().replace("_", "-").replace(".", "-"): version for name, version in lock.items()}
     for requirement in [
         *PROJECT["dependencies"],
-        # Ray is for those who have a cluster of it, llama.cpp for those who have its target
+        # Ray and llama.cpp are optional
         *(r for name, extra in PROJECT["optional-dependencies"].items() if name not in ("ray", "gguf") for r in extra),
     ]:
         name, *pin = requirement.split("==")

@@ -1,4 +1,4 @@
-"""dvc.yaml lists the code that each stage's program imports, no more and no less: what a change runs again."""
+"""dvc.yaml lists exactly the code that each stage's program imports, which determines the effect of a change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def code() -> Code:
     return Code()
 
 
-def test_dvc_yaml_is_what_is_generated(code: Code) -> None:
+def test_dvc_yaml_equals_the_generated_one(code: Code) -> None:
     new = rewritten(TEXT, code)
     generated = yaml.safe_load(new)["stages"]
     stale = [name for name in STAGES if STAGES[name] != generated[name]]
@@ -32,7 +32,7 @@ def test_dvc_yaml_is_what_is_generated(code: Code) -> None:
     assert new == TEXT, "the layout of dvc.yaml is not the generated one; run make deps"
 
 
-def test_what_decides_a_results_bits_is_a_dependency_of_every_stage(code: Code) -> None:
+def test_determinism_is_a_dependency_of_every_stage(code: Code) -> None:
     for name, stage in STAGES.items():
         listed = stage.get("do", stage)["deps"]
         assert "tasks/determinism.py" in listed, name
@@ -46,8 +46,8 @@ def test_every_import_by_a_computed_name_is_declared(code: Code) -> None:
     assert computed == set(RULES.dynamic), "correct `dynamic` in tools/deps.py"
 
 
-def test_no_number_of_a_method_stands_in_the_settings(code: Code) -> None:
-    """No stage depends on that module, so a number there could change without a stage running again."""
+def test_settings_contain_no_constants_of_methods(code: Code) -> None:
+    """No stage depends on that module, so a change of a number there would not rerun any stage."""
     for module in sorted(code.graph.find_modules_that_directly_import("tasks.settings")):
         for node in ast.walk(code.tree(module)):
             if isinstance(node, ast.ImportFrom) and node.module == "tasks.settings":
@@ -57,7 +57,7 @@ def test_no_number_of_a_method_stands_in_the_settings(code: Code) -> None:
 
 
 def _computed_imports(tree: ast.Module) -> Iterator[ast.Call]:
-    """Calls that import or run a module whose name does not stand there as a string."""
+    """Calls that import or run a module whose name is not a string literal."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             function = ast.unparse(node.func).rpartition(".")[2]
@@ -68,10 +68,10 @@ def _computed_imports(tree: ast.Module) -> Iterator[ast.Call]:
 
 
 class TestExamples:
-    """What runs again if every stage that runs writes other bytes than before.
+    """The stages that a change reruns if every rerun writes other bytes than before.
 
-    quantize@base does not: it takes the model's files as they are. All variants share one list of deps, so a change in
-    a solver runs it again, for a second, and DVC finds its output unchanged.
+    quantize@base does not: it links the model's files. All variants share one list of deps, so a change in a solver
+    reruns it, for a second, and DVC finds its output unchanged.
     """
 
     UNCHANGED = "quantize@base"
@@ -99,7 +99,7 @@ class TestExamples:
                 id="a runtime",
             ),
             pytest.param(
-                "tasks/formats/compressed_tensors.py",  # quantize packs, everything after it reads
+                "tasks/formats/compressed_tensors.py",  # packed by quantize, read by all later stages
                 {"quantize@int8", "export@int8", "evaluate@int8", "evaluate@base", "benchmark@int8", "package"},
                 {"download", "datasets", "calibrate", "statistics"},
                 id="a format",
@@ -118,7 +118,7 @@ class TestExamples:
             ),
         ],
     )
-    def test_a_change_runs_what_needs_it(self, changed: str, again: set[str], never: set[str]) -> None:
+    def test_a_change_reruns_its_dependents(self, changed: str, again: set[str], never: set[str]) -> None:
         assert (ROOT / changed).is_file()
         ran = self._runs_again(changed)
         assert ran >= again
@@ -126,7 +126,7 @@ class TestExamples:
 
     def _runs_again(self, changed: str) -> set[str]:
         moved, ran = {changed}, set()
-        for name, deps, outs in _expanded():  # every stage after those that it needs
+        for name, deps, outs in _expanded():  # in topological order
             if any(_touch(dep, path) for dep in deps for path in moved):
                 ran.add(name)
                 moved |= {out for out in outs if name != self.UNCHANGED}
@@ -146,13 +146,13 @@ def _expanded() -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def _touch(one: str, other: str) -> bool:
-    """Whether one path is the other or inside it."""
+    """Whether one path equals or is inside the other."""
     return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
 @pytest.fixture
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package in which every kind of import is used."""
+    """A package with every kind of import."""
     monkeypatch.syspath_prepend(str(tmp_path))
     files = {
         "toyroom/__init__.py": "",
@@ -219,7 +219,7 @@ class TestGenerator:
         expected = sorted([*(f"toyroom/{name}.py" for name in names.split()), "toyroom/pages"])
         assert Code(room, TOY_RULES).deps("toyroom.program") == ["toyroom/program.py", *expected]
 
-    def test_a_program_with_an_interpreter_of_its_own_brings_its_modules_and_its_lock(self, room: Path) -> None:
+    def test_program_with_its_own_interpreter_adds_its_modules_and_lock(self, room: Path) -> None:
         _write(
             room / "toyroom/sibling.py",
             """
@@ -244,12 +244,12 @@ class TestGenerator:
             ('Interpreter("toyroom.unused", "a.lock")', r"sibling:1 holds .*; expected entry and lock by name"),
         ],
     )
-    def test_a_declaration_that_says_nothing_is_refused(self, room: Path, declaration: str, error: str) -> None:
+    def test_incomplete_declaration_is_refused(self, room: Path, declaration: str, error: str) -> None:
         _write(room / "toyroom/sibling.py", declaration)
         with pytest.raises(DependencyError, match=error):
             Code(room, Rules(packages=("toyroom",))).deps("toyroom.sibling")
 
-    def test_rules_name_only_what_is_there(self, room: Path) -> None:
+    def test_rules_name_only_existing_modules(self, room: Path) -> None:
         with pytest.raises(DependencyError, match=r"names toyroom\.gone, which does not exist"):
             Code(room, Rules(packages=("toyroom",), left_out={"toyroom.gone": "a module that moved"}))
 
@@ -299,7 +299,7 @@ stages:
 """
         )
 
-    def test_a_stage_that_is_no_module_is_refused(self, room: Path) -> None:
+    def test_stage_without_a_module_is_refused(self, room: Path) -> None:
         code = Code(room, TOY_RULES)
         with pytest.raises(DependencyError, match=r"stage one runs 'sh run\.sh'; expected python -m MODULE"):
             rewritten("stages: {one: {cmd: sh run.sh}}", code)

@@ -19,9 +19,9 @@ from tests.mixed import untied
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
 VARIANTS = PARAMS["variants"]
-# of a mixture that rounds no activations
+# of a weight-only mixture
 PLAIN = {"smoothing": None, "symmetric_activations": None}
-# in a format that knows only one group size
+# in a format with only one group size
 GPTQ = {**VARIANTS["gptq-int4"], "group_size": 32, "format": "gptq"}
 
 
@@ -35,7 +35,7 @@ def test_a_group_size_that_fits_passes(llama: Path) -> None:
     check_fit("v", VariantSettings.model_validate(VARIANTS["int8"]), llama)
 
 
-def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(llama: Path) -> None:
+def test_group_size_that_does_not_divide_names_the_layer_and_valid_sizes(llama: Path) -> None:
     with pytest.raises(TaskError) as caught:
         check_fit("v", gptq(group_size=128), llama)
     message = str(caught.value)
@@ -47,7 +47,7 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_what_fits(llama: 
         check_fit("v", gptq(group_size=72, format="compressed-tensors"), llama)
 
 
-def test_a_format_without_a_place_for_layers_left_alone_says_so(llama: Path) -> None:
+def test_format_without_unquantized_layers_refuses_skip_layers(llama: Path) -> None:
     with pytest.raises(TaskError, match="skip_layers is set, but the format gptq does not support"):
         check_fit("v", gptq(skip_layers=[1]), llama)
     check_fit("v", gptq(skip_layers=[1], format="awq"), llama)
@@ -71,7 +71,7 @@ def test_a_format_without_a_place_for_layers_left_alone_says_so(llama: Path) -> 
         ),
     ],
 )
-def test_what_a_format_cannot_hold_is_refused_before_work_starts(
+def test_unsupported_settings_of_a_format_are_refused_before_work_starts(
     changes: dict[str, Any], message: str, llama: Path
 ) -> None:
     with pytest.raises(TaskError, match=rf"^variants\.v: .*{message}"):
@@ -88,7 +88,7 @@ def test_a_tied_embedding_cannot_be_set_apart(llama: Path, tmp_path: Path) -> No
 
 
 def test_a_mixtures_output_layer_must_fit_as_well(llama: Path) -> None:
-    check_fit("v", auto(output_layer="W8A16@128"), llama)  # in smaller groups
+    check_fit("v", auto(output_layer="W8A16@128"), llama)  # with smaller groups
     with pytest.raises(
         TaskError, match=r"variants\.v: group_size is 72, which does not divide the width 64 of lm_head"
     ):
@@ -96,7 +96,7 @@ def test_a_mixtures_output_layer_must_fit_as_well(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["output_layer", "embedding"])
-def test_a_target_that_cannot_load_it_is_named_before_work_starts(key: str, llama: Path, tmp_path: Path) -> None:
+def test_target_that_cannot_load_a_variant_is_refused_before_work_starts(key: str, llama: Path, tmp_path: Path) -> None:
     def settings(target: str) -> Settings:
         variants = {"base": {"scheme": "none"}, "v": {**VARIANTS["gptq-int4"], key: "W8A16@64"}}
         return check_settings(PARAMS | {"target": target, "variants": variants})
@@ -152,13 +152,13 @@ def test_an_unsupported_architecture_is_named_with_the_supported_ones(llama: Pat
     ("grid_symmetric", "group", "symmetric", "refused"),
     [
         (False, 32, False, True),
-        (False, 16, False, True),  # a finer grouping holds the coarser grid
+        (False, 16, False, True),  # smaller groups contain the grid of larger ones
         (False, 64, False, False),
-        (False, 32, True, False),  # a symmetric grid does not hold an asymmetric one
+        (False, 32, True, False),  # a symmetric grid does not contain an asymmetric one
         (True, 32, True, True),
     ],
 )
-def test_the_grid_that_the_weights_came_from_is_refused_as_meaningless(
+def test_grid_of_the_dequantized_weights_is_refused(
     llama: Path, tmp_path: Path, grid_symmetric: bool, group: int, symmetric: bool, refused: bool
 ) -> None:
     model = shutil.copytree(llama, tmp_path / "model")

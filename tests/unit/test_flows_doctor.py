@@ -18,7 +18,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A repository whose sources are folders of this machine, so that nothing on the network is asked."""
+    """A repository whose sources are local folders, so that nothing needs the network."""
     shutil.copy(PROJECT / "params.yaml", tmp_path)
     text = (tmp_path / "params.yaml").read_text()
     lines = [
@@ -44,7 +44,7 @@ def test_sound_project_needs_no_repair(project: Path) -> None:
     assert "model hub" not in findings
 
 
-def test_another_version_than_the_locked_one_is_found(project: Path) -> None:
+def test_version_other_than_the_locked_one_is_found(project: Path) -> None:
     (project / "requirements.lock").write_text("pydantic==1.0.0\nnot-there==1\n")
     finding = _findings(project)["packages"]
     assert finding.level == "bad"
@@ -60,7 +60,7 @@ def test_bad_settings_and_a_missing_folder_are_found(project: Path) -> None:
     assert _findings(project)["params.yaml"].level == "bad"
 
 
-def test_the_index_is_asked_by_pip_as_it_is_configured(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_is_queried_through_pips_configuration(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheels = project / "wheels"
     wheels.mkdir()
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -74,7 +74,7 @@ def test_the_index_is_asked_by_pip_as_it_is_configured(project: Path, monkeypatc
     assert _findings(project)["package index"].level == "ok"
 
 
-def test_the_hub_is_asked_where_a_source_needs_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_is_checked_only_if_a_source_needs_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     override(project / "params.yaml", ["model.source=hf:org/name@main", "model.sha256=null"])
     finding = _findings(project)["model hub"]
@@ -83,7 +83,7 @@ def test_the_hub_is_asked_where_a_source_needs_it(project: Path, monkeypatch: py
     assert "HF_ENDPOINT" in finding.remedy
 
 
-def test_damage_that_dvc_does_not_get_over_is_named_with_its_remedy(project: Path) -> None:
+def test_damage_that_stops_dvc_is_named_with_its_remedy(project: Path) -> None:
     assert list(damage(project)) == []
     (project / "dvc.lock").touch()
     with pytest.raises(FlowError, match=r"dvc\.lock is empty.*`modelpress doctor --repair` fixes it"):
@@ -98,7 +98,7 @@ def test_damage_that_dvc_does_not_get_over_is_named_with_its_remedy(project: Pat
     lock.parent.mkdir()
     lock.touch()
     assert "rwlock is damaged" in next(damage(project))
-    # this very process has the number now, and it is not DVC
+    # the id of this process, which is not DVC
     lock.write_text(json.dumps({"write": {"models/a": {"pid": os.getpid(), "cmd": "dvc repro"}}}))
     assert f"held by process {os.getpid()} (dvc repro), which is no longer DVC" in next(damage(project))
     lock.write_text(json.dumps({"read": {"models/a": [{"pid": 2**22 - 1, "cmd": "dvc repro"}]}}))

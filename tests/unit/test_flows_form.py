@@ -1,4 +1,4 @@
-"""The form of a deployed run: what its fields offer, what they change, and what they may not reach."""
+"""The form of a deployed run: its fields, the changes that they make, and the sources that they may not name."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def settings(**changes: Any) -> Settings:
     return check_settings(values)
 
 
-def test_an_untouched_form_changes_nothing() -> None:
+def test_unchanged_form_changes_nothing() -> None:
     assert chosen() == []
 
 
-def test_only_what_differs_is_changed() -> None:
+def test_only_differences_are_changed() -> None:
     values = {"calibration.samples": 8, "evaluation.limit": None}
     assert chosen(values=values) == ["calibration.samples=8", "evaluation.limit=null"]
     assert chosen(variants=["int8"]) == ["~variants.gptq-int4", "~variants.awq-int4", "~variants.auto"]
@@ -50,7 +50,7 @@ def test_only_what_differs_is_changed() -> None:
     assert chosen(others=["variants.int8.smoothing=0.5"]) == ["variants.int8.smoothing=0.5"]
 
 
-def test_another_model_leaves_nothing_of_the_first_behind() -> None:
+def test_another_model_resets_checksum_and_licence() -> None:
     found = chosen(model="hf:acme/Tiny.LM-1B@v1")
     assert found == [
         "model.source=hf:acme/Tiny.LM-1B@v1",
@@ -61,7 +61,7 @@ def test_another_model_leaves_nothing_of_the_first_behind() -> None:
     assert chosen(model="hf:acme/x@v1", package="mine")[-1] == "package.name=mine"
 
 
-def test_nothing_chosen_is_refused_by_name() -> None:
+def test_empty_selection_is_refused_by_field() -> None:
     with pytest.raises(FlowError, match=r"^variants: none selected"):
         chosen(variants=[])
     with pytest.raises(FlowError, match=r"^tasks: none selected"):
@@ -77,7 +77,7 @@ def test_a_path_outside_the_workspace_is_refused_unless_it_is_committed(source: 
     check_reach(settings(model__source="path:models/mine", model__sha256=None), NOW)
 
 
-def test_the_form_has_drop_downs_bounds_descriptions_and_the_defaults_of_params_yaml() -> None:
+def test_form_has_drop_downs_bounds_descriptions_and_defaults() -> None:
     schema = parameter_schema_from_entrypoint("flows/press.py:press")
     fields, kinds = schema.properties, schema.definitions
     assert list(fields) == list(inspect.signature(press.fn).parameters)
@@ -86,7 +86,7 @@ def test_the_form_has_drop_downs_bounds_descriptions_and_the_defaults_of_params_
     assert kinds["TaskName"]["enum"] == [
         *NOW.evaluation.tasks,
         "boolq_local",
-    ]  # those of the run, then what else there is
+    ]  # those of the run, then the others
     assert fields["variants"]["default"] == VARIANTS
     assert fields["model"]["default"] == NOW.model.source
     assert fields["gate_four_bit"]["default"] == NOW.gate.four_bit
@@ -100,12 +100,12 @@ SETTING = {  # field of the form -> the setting that it changes
     "gate_four_bit": "gate.four_bit",
     "gate_eight_bit": "gate.eight_bit",
 }
-OF_THE_FORM_ALONE = {"model", "jobs"}  # settings say by a function what a model's address may be, and know no jobs
+OF_THE_FORM_ALONE = {"model", "jobs"}  # a model's source is checked by a function; jobs are not a setting
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength", "pattern")
 
 
 def bounds(field: dict[str, Any]) -> dict[str, Any]:
-    """What a JSON schema demands of a value; of one that may be empty, what it demands of the others."""
+    """The bounds of a value in a JSON schema; for an optional value, those of a non-empty one."""
     (there,) = [choice for choice in field.get("anyOf", [field]) if choice.get("type") != "null"]
     return {key: there[key] for key in BOUNDS if key in there}
 
@@ -117,7 +117,7 @@ def setting(schema: dict[str, Any], key: str) -> dict[str, Any]:
     return dict(schema["$defs"][reference]["properties"][name])
 
 
-def test_every_bound_of_the_form_is_that_of_the_setting() -> None:
+def test_bounds_of_the_form_equal_those_of_the_settings() -> None:
     fields = parameter_schema_from_entrypoint("flows/press.py:press").properties
     schema = Settings.model_json_schema()
     form = {name: found for name, field in fields.items() if (found := bounds(field))}

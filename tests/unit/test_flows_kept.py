@@ -15,7 +15,7 @@ def _model(root: Path, text: str) -> None:
 
 
 def _remove(root: Path) -> None:
-    """What DVC does before it runs a stage."""
+    """Delete a stage's outputs, as DVC does before running it."""
     (root / "models/a/weights").unlink()
     (root / "models/a").rmdir()
     (root / "metrics.json").unlink()
@@ -24,7 +24,7 @@ def _remove(root: Path) -> None:
 OUTS = ["models/a", "metrics.json", "never/there"]
 
 
-def test_a_stage_that_works_leaves_only_what_it_wrote(tmp_path: Path) -> None:
+def test_successful_stage_leaves_only_its_outputs(tmp_path: Path) -> None:
     _model(tmp_path, "old")
     with kept(tmp_path, "stage@a", OUTS):
         _remove(tmp_path)
@@ -33,7 +33,7 @@ def test_a_stage_that_works_leaves_only_what_it_wrote(tmp_path: Path) -> None:
     assert not list((tmp_path / KEPT).iterdir())
 
 
-def test_a_stage_that_fails_gives_back_what_was_there(tmp_path: Path) -> None:
+def test_failed_stage_restores_its_outputs(tmp_path: Path) -> None:
     _model(tmp_path, "old")
     inode = (tmp_path / "models/a/weights").stat().st_ino
     with contextlib.suppress(RuntimeError), kept(tmp_path, "stage@a", OUTS):
@@ -43,17 +43,17 @@ def test_a_stage_that_fails_gives_back_what_was_there(tmp_path: Path) -> None:
         raise RuntimeError
     assert [p.name for p in (tmp_path / "models/a").iterdir()] == ["weights"]
     assert (tmp_path / "models/a/weights").read_text() == "old"
-    # the very file, so that neither time nor space was spent and DVC need not read it again
+    # the same file, so that neither time nor space is spent and DVC need not read it again
     assert (tmp_path / "models/a/weights").stat().st_ino == inode
     assert (tmp_path / "metrics.json").read_text() == "old"
     assert not (tmp_path / "never").exists()
     assert not list((tmp_path / KEPT).iterdir())
 
 
-def test_the_next_run_puts_back_what_a_killed_one_took_away(tmp_path: Path) -> None:
+def test_next_run_restores_the_backup_of_a_killed_one(tmp_path: Path) -> None:
     _model(tmp_path, "old")
     killed = kept(tmp_path, "stage@a", OUTS)
-    killed.__enter__()  # and never left
+    killed.__enter__()  # never exited
     _remove(tmp_path)
     (tmp_path / "metrics.json").write_text("new")
     assert recover(tmp_path) == ["models/a"]
@@ -62,10 +62,10 @@ def test_the_next_run_puts_back_what_a_killed_one_took_away(tmp_path: Path) -> N
     assert recover(tmp_path) == []
 
 
-def test_a_second_attempt_keeps_what_was_there_before_the_first(tmp_path: Path) -> None:
+def test_retry_keeps_the_first_backup(tmp_path: Path) -> None:
     _model(tmp_path, "old")
     killed = kept(tmp_path, "stage@a", OUTS)
-    killed.__enter__()  # and never left
+    killed.__enter__()  # never exited
     _remove(tmp_path)
     (tmp_path / "models/a").mkdir()
     (tmp_path / "models/a/half").write_text("half")
@@ -77,14 +77,14 @@ def test_a_second_attempt_keeps_what_was_there_before_the_first(tmp_path: Path) 
     assert (tmp_path / "metrics.json").read_text() == "old"
 
 
-def test_a_copy_that_was_not_finished_is_never_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_backup_is_never_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _model(tmp_path, "old")
 
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr("flows.execution.output_backup.os.replace", fail)  # killed after linking, before the copy counts
+        patch.setattr("flows.execution.output_backup.os.replace", fail)  # killed before the backup is complete
         kept(tmp_path, "stage@a", OUTS).__enter__()
     _remove(tmp_path)
     assert recover(tmp_path) == []

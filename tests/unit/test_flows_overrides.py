@@ -19,7 +19,7 @@ def params(tmp_path: Path) -> Path:
     return Path(shutil.copy(PARAMS, tmp_path / "params.yaml"))
 
 
-def test_only_the_line_that_changes_changes(params: Path) -> None:
+def test_only_the_changed_line_differs(params: Path) -> None:
     before = params.read_text().splitlines()
     assert override(params, ["variants.int8.smoothing=0.6"]) == ["variants.int8.smoothing: 0.5 -> 0.6"]
     after = params.read_text().splitlines()
@@ -38,7 +38,7 @@ def test_a_list_stays_on_its_line_and_null_is_written_out(params: Path) -> None:
 
 
 def test_a_variant_can_be_added_and_removed(params: Path) -> None:
-    """As the help of `modelpress run` shows it."""
+    """As in the help of `modelpress run`."""
     (example,) = re.findall(r"--set '(\+variants\..*)'", run.__doc__ or "")
     override(params, [example, "~variants.int8"])
     variants = yaml.safe_load(params.read_text())["variants"]
@@ -46,19 +46,19 @@ def test_a_variant_can_be_added_and_removed(params: Path) -> None:
     assert variants["hard"]["smoothing"] == 0.9
 
 
-def test_every_change_in_the_help_is_one_that_works(params: Path) -> None:
+def test_every_change_in_the_help_works(params: Path) -> None:
     examples = re.findall(r"--set (?:'([^']+)'|(\S+))", run.__doc__ or "")
     assert len(examples) == 5
     for quoted, plain in examples:
         assert override(Path(shutil.copy(PARAMS, params)), [quoted or plain])
 
 
-def test_a_value_that_is_no_expression_is_taken_as_text(params: Path) -> None:
+def test_value_that_hydra_cannot_parse_is_text(params: Path) -> None:
     override(params, ["model.source=wheel:mine==1.0/it's (1).gguf"])
     assert read_settings(params).model.source == "wheel:mine==1.0/it's (1).gguf"
 
 
-def test_no_change_leaves_the_very_bytes(params: Path) -> None:
+def test_no_change_keeps_the_bytes(params: Path) -> None:
     before = params.read_bytes()
     assert override(params, ["variants.int8.smoothing=0.5"]) == []
     assert override(params, []) == []
@@ -76,7 +76,7 @@ def test_no_change_leaves_the_very_bytes(params: Path) -> None:
         ("gate.four_bit=[1", "gate.four_bit is '[1'"),
     ],
 )
-def test_a_bad_change_leaves_the_file_as_it_was(params: Path, change: str, words: str) -> None:
+def test_invalid_change_leaves_the_file_unchanged(params: Path, change: str, words: str) -> None:
     before = params.read_bytes()
     with pytest.raises(FlowError) as caught:
         override(params, ["gate.eight_bit=0.9", change])

@@ -8,7 +8,7 @@ from flows.execution.log_lines import Lines
 
 
 class Clock:
-    """A clock that moves when it is told to."""
+    """A manual clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -30,7 +30,7 @@ def test_finished_lines_pass_at_once_and_whole() -> None:
     assert list(lines.close()) == ["rest"]
 
 
-def test_a_character_cut_in_two_is_read_whole() -> None:
+def test_split_character_is_decoded() -> None:
     text = "größer\n".encode()
     assert _lines(text[:3], text[3:]) == ["größer"]
 
@@ -51,7 +51,7 @@ def test_a_bar_becomes_a_line_every_three_seconds_with_item_total_and_time_left(
     assert seen[-1][1] == "evaluate: 20 of 20, 00:20 spent"
 
 
-def test_the_end_of_a_bar_that_was_shown_is_told_once() -> None:
+def test_end_of_a_shown_bar_is_logged_once() -> None:
     clock = Clock()
     lines = Lines(clock=clock)
     half, end = (f"\rx: {p}%|#| {n}/2 [00:01<00:01, 1it/s]".encode() for p, n in ((50, 1), (100, 2)))
@@ -62,7 +62,7 @@ def test_the_end_of_a_bar_that_was_shown_is_told_once() -> None:
     assert list(lines.feed(end + b"\n")) == []
 
 
-def test_bars_that_differ_only_in_a_number_share_one_pace() -> None:
+def test_bars_that_differ_only_in_digits_are_one_bar() -> None:
     clock = Clock()
     lines, seen = Lines(clock=clock), []
     for layer in range(100):
@@ -86,7 +86,7 @@ def test_a_real_tqdm_is_understood() -> None:
     assert [line.split(",")[0] for line in seen] == ["items: 2 of 4", "items: 3 of 4", "items: 4 of 4"]
 
 
-def test_a_bar_in_silence_is_shown_before_its_next_move() -> None:
+def test_silent_bar_is_shown_before_its_next_update() -> None:
     clock = Clock()
     lines = Lines(clock=clock)
     assert list(lines.feed(b"\rslow: 10%|#| 1/10 [00:30<04:30, 30s/it]")) == []
@@ -94,7 +94,7 @@ def test_a_bar_in_silence_is_shown_before_its_next_move() -> None:
     assert list(lines.feed(b"")) == ["slow: 1 of 10, 00:30 spent, 04:30 left"]
 
 
-def test_a_bar_whose_total_is_not_known_keeps_the_same_pace() -> None:
+def test_bar_without_a_total_has_the_same_interval() -> None:
     clock = Clock()
     lines, seen = Lines(clock=clock), []
     for n in range(1, 9):
@@ -103,7 +103,7 @@ def test_a_bar_whose_total_is_not_known_keeps_the_same_pace() -> None:
     assert seen == ["wheel==1.2: 3.0MB, 00:01 spent"]
 
 
-def test_the_share_that_is_done_counts_all_of_several_bars() -> None:
+def test_finished_share_covers_all_of_several_bars() -> None:
     clock = Clock()
     lines = Lines(clock=clock)
     shares = []

@@ -1,4 +1,4 @@
-"""The page of a result in Prefect: every figure of the summary, in words that a person reads."""
+"""The page of a result in Prefect: every figure of the summary, in readable form."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def summary(tmp_path: Path) -> dict[str, Any]:
-    """Of made-up measurements, by the code of the stage `report`."""
+    """The summary of fake measurements, by the code of the stage `report`."""
     made_up(tmp_path, VARIANTS)
     return summarize(list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json")
 
 
 def table_of(page: str) -> dict[str, list[str]]:
-    """Row -> its other cells; all rows are as wide as the first."""
+    """Row name -> its other cells; all rows have the same width."""
     rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
     assert {len(row) for row in rows} == {len(rows[0])}
     return {first.strip(): [cell.strip() for cell in rest] for first, *rest in rows}
@@ -61,16 +61,16 @@ def test_reasons_winner_plot_notes_and_the_contract_follow_in_this_order(summary
     ]
     assert sorted(found, key=page.index) == found
     assert "- **base**" not in page
-    # of the contract its hash alone
+    # only the contract's hash
     assert "lm-eval" not in page
     assert max(len(line) for line in page.splitlines() if line not in summary["notes"]) < 200
 
 
-def test_no_winner_is_said(summary: dict[str, Any]) -> None:
+def test_missing_winner_is_stated(summary: dict[str, Any]) -> None:
     assert "nothing will be packaged" in result({**summary, "winner": None}, "")
 
 
-def test_what_a_report_of_ones_own_leaves_out_is_empty() -> None:
+def test_parts_missing_in_a_custom_report_are_empty() -> None:
     page = result({"variants": {"base": {}, "int8": {"verdict": "pass"}}, "winner": "int8"}, "")
     assert table_of(page)["int8"] == [*[""] * 7, "pass"]
     assert re.search(r"\n\n\n", page) is None

@@ -1,4 +1,4 @@
-"""Where stages run: the choice, the environment behind it, and what is said where a library is missing."""
+"""The task runner: choice, environment, and the error for a missing library."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CLUSTER_ENV, raising=False)
 
 
-def test_threads_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert executor_of(None) == Executor()
     monkeypatch.setenv(RUNNER_ENV, "dask")
     monkeypatch.setenv(CLUSTER_ENV, "tcp://scheduler:8786")
     assert executor_of(None) == Executor(RunnerName.dask, "tcp://scheduler:8786")
-    # the address is of a Dask cluster
+    # the address of a Dask cluster
     assert executor_of(RunnerName.ray) == Executor(RunnerName.ray)
     assert executor_of(RunnerName.threads) == Executor()
 
 
-def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incompatible_choices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FlowError, match=r"found the cluster tcp://x with the runner threads.*--runner dask"):
         Executor(cluster="tcp://x")
     monkeypatch.setenv(RUNNER_ENV, "slurm")
@@ -40,7 +40,7 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("runner", "module"), [(RunnerName.dask, "prefect_dask.task_runners"), (RunnerName.ray, "ray")]
 )
-def test_a_missing_extra_is_said_with_what_to_run(
+def test_missing_extra_names_the_install_command(
     runner: RunnerName, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -48,7 +48,7 @@ def test_a_missing_extra_is_said_with_what_to_run(
         task_runner(Executor(runner), 2, tmp_path)
 
 
-def test_the_pulse_is_felt_while_the_body_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeat_is_fresh_while_the_body_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "LOOK", 0.0)
     with beating(tmp_path, "run") as path:
         is_gone = gone(path)
@@ -56,7 +56,7 @@ def test_the_pulse_is_felt_while_the_body_runs(tmp_path: Path, monkeypatch: pyte
     assert is_gone()
 
 
-def test_a_pulse_that_stands_still_is_gone_after_many_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_heartbeat_counts_as_gone_after_many_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "LOOK", 0.0)
     path = tmp_path / "run"
     path.write_text("7")
@@ -67,7 +67,7 @@ def test_a_pulse_that_stands_still_is_gone_after_many_looks(tmp_path: Path, monk
     assert not is_gone()
 
 
-def test_a_new_run_ends_what_a_killed_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_run_removes_the_heartbeat_of_a_killed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "LOOK", 0.0)
     left = tmp_path / heartbeat.PULSES / "killed"
     left.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Formats of a model directory: what is read back is what was packed, bit for bit; what does not fit is refused."""
+"""Formats of a model directory: exact round trips, and refused models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tasks.tensor_files import EMBEDDING, OUTPUT
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, WIDTH, GROUP = 64, 128, 32
 NAME = "model.layers.0.mlp.up_proj"
-# what each format holds
+# the precisions of each format
 HELD = {
     "compressed-tensors": ["W4A16@32", "W4A16_ASYM@32", "W4A16_ASYM@128", "W8A16@64", "W8A16@32", "W8A8"],
     "awq": ["W4A16@32", "W4A16_ASYM@32", "W4A16_ASYM@128"],
@@ -39,7 +39,7 @@ def asked(form: str, label: str) -> Precision:
 
 
 def solved(grid: Grid) -> QuantizedWeight:
-    """Every integer of the grid, at random; zeros as it allows them."""
+    """Random integers covering the grid; zero points as it allows."""
     random = torch.Generator().manual_seed(0)
     groups = grid.groups(WIDTH)
     zeros = torch.randint(grid.least_zero, grid.top + 1, (ROWS, groups), generator=random, dtype=torch.uint8)
@@ -55,7 +55,7 @@ def layout(precisions: dict[str, Precision], **changes: Any) -> Layout:
 
 
 def of_the_row(grid: Grid) -> Grid:
-    """The same grid, in which one group for the whole row is called so: some formats do not tell the two apart."""
+    """The same grid with group_size None for a group of the whole row: some formats do not distinguish the two."""
     return replace(grid, group_size=None) if grid.groups(WIDTH) == 1 else grid
 
 
@@ -65,7 +65,7 @@ def same(one: QuantizedWeight, other: QuantizedWeight) -> bool:
 
 
 def round_trip(form: str, precisions: dict[str, Precision], name: str, one: QuantizedWeight) -> StoredLinear:
-    """As it is read back, with the configuration as JSON keeps it."""
+    """Pack and unpack, with the configuration through JSON."""
     found = load_format(form)
     config = json.loads(json.dumps(found.describe(layout(precisions))))
     found.check_config(config, "here")
@@ -73,7 +73,7 @@ def round_trip(form: str, precisions: dict[str, Precision], name: str, one: Quan
 
 
 @pytest.mark.parametrize(("form", "label"), CASES)
-def test_what_is_read_back_is_what_was_solved(form: str, label: str) -> None:
+def test_round_trip_is_exact(form: str, label: str) -> None:
     own = asked(form, label)
     one = solved(own.grid)
     load_format(form).check(layout({NAME: own}))
@@ -81,7 +81,7 @@ def test_what_is_read_back_is_what_was_solved(form: str, label: str) -> None:
     assert same(found.weight, one)
     assert found.precision.symmetric_activations == own.symmetric_activations
     expected = own.grid
-    if form == "awq":  # it has zero points, whatever they are
+    if form == "awq":  # always has zero points
         assert not found.precision.grid.symmetric
         expected = Grid(4, own.grid.group_size, False, torch.float16)
     assert of_the_row(found.precision.grid) == of_the_row(expected)
@@ -96,13 +96,13 @@ def test_a_format_knows_its_parts_and_the_shape(form: str, label: str) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_activations_are_rounded_as_they_were_asked_to_be(symmetric: bool) -> None:
+def test_activation_rounding_is_stored(symmetric: bool) -> None:
     way = Precision(asked("compressed-tensors", "W8A8").grid, symmetric)
     found = round_trip("compressed-tensors", {NAME: way}, NAME, solved(way.grid))
     assert found.precision == way
 
 
-def test_layers_of_every_precision_stand_side_by_side_in_compressed_tensors() -> None:
+def test_compressed_tensors_mixes_precisions() -> None:
     precisions = {
         f"model.layers.{number}.mlp.up_proj": asked("compressed-tensors", label)
         for number, label in enumerate([*HELD["compressed-tensors"], "W4A16_ASYM@32"])
@@ -139,7 +139,7 @@ def test_layers_of_every_precision_stand_side_by_side_in_compressed_tensors() ->
         ("compressed-tensors", {OUTPUT: "W8A16@72"}, {}, "72, which does not divide the width 128 of lm_head; sizes"),
     ],
 )
-def test_what_a_format_cannot_hold_is_refused_with_what_would_fit(
+def test_unsupported_precisions_are_refused_with_a_remedy(
     form: str, precisions: dict[str, str], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TaskError, match=message):
@@ -156,7 +156,7 @@ def test_rows_that_do_not_fill_a_word_are_refused(form: str, rows: int, together
 
 
 @pytest.mark.parametrize("form", ["awq", "gptq"])
-def test_scales_of_float16_alone_are_refused_another_precision(form: str) -> None:
+def test_formats_with_float16_scales_refuse_other_dtypes(form: str) -> None:
     assert load_format(form).scale_dtype(torch.bfloat16, None) == torch.float16
     with pytest.raises(TaskError, match=f"scale_dtype is bfloat16, but the format {form} stores float16"):
         load_format(form).scale_dtype(torch.bfloat16, torch.bfloat16)
@@ -164,7 +164,7 @@ def test_scales_of_float16_alone_are_refused_another_precision(form: str) -> Non
     assert load_format("compressed-tensors").scale_dtype(torch.bfloat16, torch.float32) == torch.float32
 
 
-def test_a_format_that_there_is_not_is_refused_with_those_that_there_are() -> None:
+def test_unknown_format_is_refused_with_the_known_ones() -> None:
     with pytest.raises(TaskError, match=r"no format 'marlin' .*: compressed-tensors, awq, gptq"):
         load_format("marlin")
 
@@ -185,7 +185,7 @@ def test_a_directory_of_another_kind_is_refused(form: str, config: dict[str, Any
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_words_hold_every_integer(symmetric: bool) -> None:
-    """As compressed-tensors itself unpacks them."""
+    """Unpacked by compressed-tensors."""
     own = asked("compressed-tensors", "W4A16@32" if symmetric else "W4A16_ASYM@32")
     one = solved(own.grid)
     packed = load_format("compressed-tensors").pack(one, own)
@@ -208,7 +208,7 @@ def test_bytes_hold_every_integer() -> None:
     assert packed["weight_scale"].dtype == torch.float32
 
 
-def test_autogptqs_words_lie_along_the_inputs() -> None:
+def test_autogptq_packs_along_the_inputs() -> None:
     own = asked("gptq", "W8A16@32")
     packed = load_format("gptq").pack(solved(own.grid), own)
     assert packed["qweight"].shape == (WIDTH * 8 // 32, ROWS)
@@ -216,7 +216,7 @@ def test_autogptqs_words_lie_along_the_inputs() -> None:
     assert packed["g_idx"].tolist() == [column // GROUP for column in range(WIDTH)]
 
 
-def test_a_layout_without_a_place_for_zero_refuses_it() -> None:
+def test_layout_that_cannot_store_a_zero_point_of_0_refuses_it() -> None:
     own = Precision(Grid(4, GROUP, False, torch.float16))
     one = solved(own.grid)
     assert not one.zeros.all()
@@ -224,7 +224,7 @@ def test_a_layout_without_a_place_for_zero_refuses_it() -> None:
         load_format("gptq").pack(one, own)
 
 
-def test_the_descriptions_name_what_was_done() -> None:
+def test_configs_describe_the_quantization() -> None:
     form = load_format("compressed-tensors")
     words = form.describe(layout({NAME: asked("compressed-tensors", "W4A16_ASYM@32")}, act_order=True))
     (group,) = words["config_groups"].values()
@@ -242,7 +242,7 @@ def test_the_descriptions_name_what_was_done() -> None:
     assert integers["format"] == "int-quantized"
 
 
-def test_of_several_precisions_every_layer_is_named_and_what_is_left_alone_as_well() -> None:
+def test_mixed_config_names_every_layer_and_the_unquantized_ones() -> None:
     coarse, fine = (asked("compressed-tensors", label) for label in ("W4A16_ASYM@32", "W8A16@32"))
     some = layout({"a": coarse, "b": fine, "c": coarse, OUTPUT: fine}, skip_layers=[3])
     words = load_format("compressed-tensors").describe(Layout({**some.shapes, "d": (1, 1)}, some.precisions, [3]))
@@ -251,12 +251,12 @@ def test_of_several_precisions_every_layer_is_named_and_what_is_left_alone_as_we
     assert words["ignore"] == [r"re:.*\.layers\.3\..*", "d"]
 
 
-def test_gptqmodel_finds_itself_named_in_autogptqs_layout() -> None:
-    """It refuses zero points from any other maker: for it, that is 0.9.0 or newer (quantization/config.py there)."""
+def test_autogptq_layout_names_gptqmodel_as_maker() -> None:
+    """GPTQModel refuses zero points from other makers; it needs 0.9.0 or newer (its quantization/config.py)."""
     config = load_format("gptq").describe(layout({NAME: asked("gptq", "W4A16_ASYM@32")}, act_order=True, damping=0.05))
     makers = dict(one.split(":") for one in config["meta"]["quantizer"])
     assert tuple(int(part) for part in makers["gptqmodel"].split(".")) >= (0, 9, 0)
-    assert makers["modelpress"] == "0.1.0"  # whatever our version: bytes of a model do not depend on it
+    assert makers["modelpress"] == "0.1.0"  # constant, so that a model's bytes do not depend on our version
     assert (config["static_groups"], config["damp_percent"], config["sym"]) == (True, 0.05, False)
 
 
@@ -281,19 +281,19 @@ def test_a_scheme_is_the_preset_of_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("label", ["W4A16_ASYM@64", "W4A16_ASYM@128", "W8A16@128", "W8A8", "none"])
-def test_a_precision_is_written_as_it_is_read(label: str) -> None:
+def test_precision_label_round_trip(label: str) -> None:
     assert precision_label(parse_precision(label)) == label
 
 
 @pytest.mark.parametrize("text", ["4@64", "W4A16@", "W4A16@x", "W3A16", "none@64", "@64", ""])
-def test_what_is_no_precision_is_refused_with_what_is_one(text: str) -> None:
+def test_invalid_precision_is_refused_with_the_known_ones(text: str) -> None:
     with pytest.raises(ValueError, match=r"is no precision; write a scheme .*W4A16_ASYM@64, or none"):
         parse_precision(text)
 
 
 @pytest.mark.parametrize("room", ["exporters", "formats", "runtimes"])
-def test_what_is_written_and_run_is_never_solved_anew(room: str) -> None:
-    """Exporters transcode, formats pack, runtimes run: none of them has a solver."""
+def test_exporters_formats_and_runtimes_have_no_solver(room: str) -> None:
+    """Exporters, formats and runtimes use no solver."""
     files = sorted((ROOT / "tasks" / room).rglob("*.py"))
     assert files
     for file in files:

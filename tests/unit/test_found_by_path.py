@@ -1,4 +1,4 @@
-"""What the code finds by a path is there, and an error says so where it is not."""
+"""Files that the code finds by path exist, and a missing one is a clear error."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def test_a_command_without_its_guard_does_not_start(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "started").exists()
 
 
-def test_what_was_begun_is_resumed_only_if_the_code_can_be_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_requires_comparable_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert output.CODE.samefile(PROJECT / "tasks")
     monkeypatch.setattr(output, "CODE", tmp_path)
     with pytest.raises(TaskError, match="holds no Python files"), output.resumable_directory(tmp_path / "out", "key"):

@@ -1,4 +1,4 @@
-"""What is written as GGUF is what was solved: read back by the format's own reader, and by transformers'."""
+"""GGUF files contain the quantized weights, read back by the format's reader and by transformers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_symmetric_weight_is_exact(bits: int, kind: Type, group: int) -> None:
 @pytest.mark.parametrize(
     ("bits", "middle", "kind"), [(8, True, Type.Q8_0), (4, True, Type.Q4_0), (4, False, Type.Q4_1)]
 )
-def test_blocks_are_read_back_bit_for_bit(bits: int, middle: bool, kind: Type, group: int) -> None:
+def test_blocks_round_trip_bit_for_bit(bits: int, middle: bool, kind: Type, group: int) -> None:
     one = solved(bits, group, middle)
     found = unpack_blocks(pack_blocks(one, kind), kind, WIDTH)
     assert found.group_size == 32
@@ -84,8 +84,8 @@ def test_an_asymmetric_weight_is_exact_but_for_the_rounding_of_its_minimum(group
     assert (difference.abs() <= minimum.abs() * 2**-11 + 1e-9).all()
 
 
-def test_eight_bits_with_zeros_of_their_own_are_refused() -> None:
-    """They would have to be rounded anew, and an exporter never rounds."""
+def test_8_bits_with_zero_points_are_refused() -> None:
+    """They would have to be rounded again, and an exporter never rounds."""
     with pytest.raises(
         TaskError, match=r"down_proj has 8-bit weights with zero points, .* symmetric scheme, such as W8"
     ):
@@ -126,7 +126,7 @@ def written(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_each_layer_gets_the_type_that_fits_what_is_stored(written: Path) -> None:
+def test_each_layer_gets_the_type_of_its_precision(written: Path) -> None:
     found = {t.name: t.tensor_type.name for t in gguf.GGUFReader(written / "model.gguf").tensors}
     assert found["token_embd.weight"] == "BF16"
     assert "output.weight" not in found  # tied to the embedding
@@ -152,7 +152,7 @@ def test_transformers_reads_the_solved_weights_back(mixed: Path, written: Path) 
     found = dict(model.named_parameters())
     for name in stored.quantized:
         weight = stored.linear(name).weight.weight()
-        # all that is lost: a minimum in float16 (the scales, of bfloat16, are exact in it)
+        # the only loss: minima in float16 (the scales, bfloat16, are exact in it)
         allowed = 0 if GRIDS[name.rpartition(".")[2]].symmetric else weight.abs().max() * 2**-11
         assert (found[f"{name}.weight"] - weight).abs().max() <= allowed, name
     for name in stored.dense:
@@ -169,9 +169,7 @@ TYPES = {"W8A16": "Q8_0", "W4A16": "Q4_0", "W4A16_ASYM": "Q4_1"}
 
 @pytest.mark.parametrize("label", OUTER)
 @pytest.mark.parametrize("tied", [True, False])
-def test_output_layer_and_embedding_are_written_as_they_were_solved(
-    tied: bool, label: str, llama: Path, tmp_path: Path
-) -> None:
+def test_output_layer_and_embedding_are_exact(tied: bool, label: str, llama: Path, tmp_path: Path) -> None:
     base = llama if tied else untied(llama, tmp_path / "base")
     names = {OUTPUT: "output.weight", EMBEDDING: "token_embd.weight"}
     if tied:
@@ -193,7 +191,7 @@ def test_output_layer_and_embedding_are_written_as_they_were_solved(
         assert torch.equal(read.zeros, solved.zeros.repeat_interleave(repeat, 1))
 
 
-def test_what_is_not_quantized_stays_as_it_came(mixed: Path, llama: Path, tmp_path: Path) -> None:
+def test_unquantized_tensors_are_unchanged(mixed: Path, llama: Path, tmp_path: Path) -> None:
     for model in (mixed, llama):
         write_gguf(model, tmp_path)
         (first,) = (t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors if t.name == "token_embd.weight")
@@ -254,7 +252,7 @@ GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
         (bpe(byte_fallback=True, normalizer=normalizers.Prepend("\u2581")), None),
     ],
 )
-def test_a_rule_for_words_has_its_name(described: dict[str, Any], name: str | None) -> None:
+def test_pre_tokenization_rules_have_names(described: dict[str, Any], name: str | None) -> None:
     assert rule_for_words(described, Path("m")) == name
 
 
@@ -301,7 +299,7 @@ def test_the_frequencies_of_llama_3_are_those_of_transformers() -> None:
     torch.testing.assert_close(plain / _llama3_factors(config.to_dict()), theirs, rtol=1e-5, atol=0)
 
 
-def test_it_is_refused_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_models_are_refused_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     values["target"] = "gguf"
     values["variants"]["gptq-int4"]["group_size"] = 16

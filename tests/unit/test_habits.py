@@ -1,4 +1,4 @@
-"""Checks before a commit are CI's, and the version comes from git's tags v* alone."""
+"""Pre-commit runs CI's checks, and the version comes only from git tags v*."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_pre_commit_and_ci_run_the_same_commands() -> None:
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
     hooks = local["hooks"]
     assert ci == ["make install", *(hook["entry"] for hook in hooks), "make test"]
-    for hook in hooks:  # on everything, as CI does, not only when and where files changed
+    for hook in hooks:  # on all files, as in CI, not only on changed ones
         assert hook["always_run"]
         assert not hook["pass_filenames"]
         assert not {"files", "exclude", "types", "stages", "args"} & set(hook)
@@ -35,7 +35,7 @@ def test_pre_commit_and_ci_run_the_same_commands() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What a build reads of this repository, in a folder without git."""
+    """The files of this repository for a build, in a folder without git."""
     folder = tmp_path / "checkout"
     (folder / "flows").mkdir(parents=True)
     (folder / "flows/__init__.py").touch()
@@ -55,12 +55,12 @@ def commit(folder: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """This one without what git or a build would take from it, as in a hook of git."""
+    """The environment without variables that affect git or a build, such as those of a git hook."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "SETUPTOOLS_SCM_", "VCS_VERSIONING_"))}
 
 
 def built_version(folder: Path, **variables: str) -> str:
-    """The version in the metadata of a wheel of `folder`, by the build backend that pip calls."""
+    """The version in the metadata of a wheel built from `folder` by pip's build backend."""
     target = folder.parent / "metadata"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
@@ -73,7 +73,7 @@ def built_version(folder: Path, **variables: str) -> str:
     return str(message_from_string(metadata.read_text(encoding="utf-8"))["Version"])
 
 
-def test_a_version_is_a_tag_v_and_never_that_of_a_run(checkout: Path) -> None:
+def test_version_comes_from_a_v_tag_and_never_from_a_run_tag(checkout: Path) -> None:
     git(checkout, "init", "--quiet")
     commit(checkout)
     git(checkout, "tag", "v1.2.3")

@@ -1,4 +1,4 @@
-"""The target onnx: the graph computes with the weights that were solved, and the runtime keeps the protocol."""
+"""The target onnx: the graph computes with the quantized weights, and the runtime implements the protocol."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SETTINGS = load_settings(Path("params.yaml"))
 IDS = torch.tensor([[5, 9, 30, 31, 32, 40, 41, 100, 7, 8, 300, 12], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
 WORDS = Precision(Grid(4, 32, False, torch.float16))
 BYTES = Precision(Grid(8, None, True, torch.float32), symmetric_activations=False)
-# a layer each, with bits and groups of its own, as a search for the best of them would leave it
+# layers with different bits and groups, as in mixed precision
 MIXED: dict[str, Precision | None] = {
     "0.self_attn.q_proj": Precision(Grid(4, 128, True, torch.float16)),
     "0.self_attn.v_proj": Precision(Grid(8, 32, False, torch.float16)),
@@ -65,7 +65,7 @@ def exported(model: Path, directory: Path, **options: Any) -> OnnxRuntime:
 
 
 def logprobs(model: Path) -> Tensor:
-    """By transformers, of the dense model that a stored one stands for."""
+    """Log-probabilities by transformers, of the dequantized model."""
     stored = StoredModel(model)
     config = AutoConfig.from_pretrained(model)
     if hasattr(config, "quantization_config"):
@@ -90,11 +90,11 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def divergence(one: Tensor, other: Tensor) -> float:
-    """Mean over the tokens, nats."""
+    """Mean divergence over the tokens, nats."""
     return (other.exp() * (other - one)).sum(-1).mean().item()
 
 
-EXACT = 2e-4  # nats, where only the order of float32 sums differs
+EXACT = 2e-4  # nats, if only the order of float32 sums differs
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ EXACT = 2e-4  # nats, where only the order of float32 sums differs
         pytest.param(MIXED, "compressed-tensors", id="mixed"),
     ],
 )
-def test_the_graph_holds_the_weights_that_were_solved(
+def test_graph_contains_the_quantized_weights(
     tmp_path: Path, precisions: Mapping[str, Precision | None], form: str
 ) -> None:
     model = tiny_model(tmp_path / "base", hidden=128)
@@ -120,13 +120,13 @@ def test_the_graph_holds_the_weights_that_were_solved(
     expected = logprobs(pressed)
     floats = exported(pressed, tmp_path / "floats", accuracy_level=FLOATS).logprobs(IDS)
     assert distance(floats, expected) < EXACT
-    # the kernels that ship round the activations, and do no more
+    # the shipped kernels also round the activations
     integers = exported(pressed, tmp_path / "integers").logprobs(IDS)
     assert distance(integers, expected) > EXACT
     assert divergence(integers, expected) < 0.01
 
 
-def test_a_layer_keeps_its_own_bits_and_shares_a_product_only_with_its_like(tmp_path: Path) -> None:
+def test_layers_keep_their_bits_and_share_a_product_only_with_equal_bits(tmp_path: Path) -> None:
     pressed = rounded_model(tiny_model(tmp_path / "base", hidden=128), tmp_path / "model", MIXED)
     export_onnx(pressed, tmp_path)
     nodes = onnx.load(tmp_path / GRAPH, load_external_data=False).graph.node
@@ -152,7 +152,7 @@ def test_a_layer_keeps_its_own_bits_and_shares_a_product_only_with_its_like(tmp_
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_the_baseline_is_left_as_it_is(family: str, tmp_path: Path) -> None:
+def test_baseline_is_unchanged(family: str, tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", family=family)
     assert distance(exported(model, tmp_path / "onnx").logprobs(IDS), logprobs(model)) < EXACT
 
@@ -165,10 +165,8 @@ OUTER = {
 
 @pytest.mark.parametrize("label", OUTER)
 @pytest.mark.parametrize("tied", [True, False])
-def test_output_layer_and_embedding_are_those_that_were_solved(
-    tied: bool, label: str, llama: Path, tmp_path: Path
-) -> None:
-    """Where a model ties the two, they share the integers."""
+def test_output_layer_and_embedding_are_the_quantized_ones(tied: bool, label: str, llama: Path, tmp_path: Path) -> None:
+    """If tied, they share the integers."""
     base = llama if tied else untied(llama, tmp_path / "base")
     precisions = {"": WORDS, OUTPUT: OUTER[label]} | ({} if tied else {EMBEDDING: OUTER["W8A16@64"]})
     pressed = rounded_model(base, tmp_path / "pressed", precisions)
@@ -182,7 +180,7 @@ def test_output_layer_and_embedding_are_those_that_were_solved(
 
 
 @pytest.mark.parametrize("outer", ["output", "embedding"])
-def test_of_an_untied_pair_one_may_stay_as_it_is(outer: str, llama: Path, tmp_path: Path) -> None:
+def test_one_of_an_untied_pair_may_be_unquantized(outer: str, llama: Path, tmp_path: Path) -> None:
     base = untied(llama, tmp_path / "base")
     name = OUTPUT if outer == "output" else EMBEDDING
     pressed = rounded_model(base, tmp_path / "pressed", {"": WORDS, name: OUTER["W8A16@64"]})
@@ -203,7 +201,7 @@ def test_of_an_untied_pair_one_may_stay_as_it_is(outer: str, llama: Path, tmp_pa
 def test_export_only_transcodes(
     tied: bool, precisions: Mapping[str, Precision | None], form: str, tmp_path: Path
 ) -> None:
-    """The weights that the file's integers stand for are the stored ones, exactly."""
+    """The file's dequantized weights equal the stored ones exactly."""
     base = tiny_model(tmp_path / "base", hidden=128)
     if not tied:
         base = untied(base, tmp_path / "untied")
@@ -222,7 +220,7 @@ def test_export_only_transcodes(
 
 
 def products(graph: Path) -> dict[tuple[str, ...], Tensor]:
-    """By the names of the layers that are stacked in each: the weight that the integers in the file stand for."""
+    """The file's dequantized weights, by the names of the layers stacked in each."""
     model = onnx.load(graph).graph
     parts = {i.name: torch.tensor(onnx.numpy_helper.to_array(i)) for i in model.initializer}
     found = {}
@@ -239,7 +237,7 @@ def products(graph: Path) -> dict[tuple[str, ...], Tensor]:
 
 
 def layers(stem: str) -> tuple[str, ...]:
-    """The layers in the product of this name, such as model.layers.0.attn.qkv_proj.MatMulNBits."""
+    """The layers in the product node of this name, such as model.layers.0.attn.qkv_proj.MatMulNBits."""
     if not stem.startswith("model.layers."):
         return (stem.rpartition(".")[0],)
     name = stem.removesuffix(".MatMulNBits").replace(".attn.", ".self_attn.")
@@ -258,7 +256,7 @@ def test_the_same_model_gives_the_same_bytes(label: str, llama: Path, tmp_path: 
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_groups_that_are_no_blocks_are_refused_before_work_starts_and_in_export(llama: Path, tmp_path: Path) -> None:
+def test_unsupported_group_sizes_are_refused_before_work_starts_and_in_export(llama: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")) | {"target": "onnx"}
     OnnxExporter().check(check_settings(values), llama)
     for key, value in (("group_size", 24), ("output_layer", "W8A16@24"), ("embedding", "W8A16@24")):
@@ -295,7 +293,7 @@ class TestBlocks:
             block_size("down_proj", 8)
 
     @pytest.mark.parametrize("bits", [4, 8])
-    def test_a_group_of_several_blocks_stands_at_each(self, bits: int) -> None:
+    def test_scale_of_a_longer_group_is_repeated_per_block(self, bits: int) -> None:
         random = torch.Generator().manual_seed(0)
         solved = QuantizedWeight(
             torch.randint(0, 2**bits, (4, 192), generator=random, dtype=torch.uint8),
@@ -313,7 +311,7 @@ class TestBlocks:
         assert torch.equal(each.weight(), solved.weight())
         assert torch.equal(blocks.zeros, pack_bits(each.zeros, bits))
 
-    def test_the_first_of_a_byte_lies_lowest_and_the_last_byte_is_filled_up(self) -> None:
+    def test_bytes_are_filled_from_the_lowest_bits_and_padded(self) -> None:
         values = torch.tensor([[1, 2, 3]], dtype=torch.uint8)
         assert pack_bits(values, 4).tolist() == [[1 + 2 * 16, 3]]
         assert pack_bits(values, 8).tolist() == [[1, 2, 3]]
@@ -340,7 +338,7 @@ class TestRuntime:
         return runtime
 
     @pytest.mark.parametrize("batch_tokens", [1, 16, 4096])
-    def test_it_scores_as_one_plain_pass_a_continuation_would(
+    def test_scores_equal_one_forward_pass_per_continuation(
         self, llama: Path, runtime: OnnxRuntime, batch_tokens: int
     ) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
@@ -353,7 +351,7 @@ class TestRuntime:
                 assert score.logprob == pytest.approx(expected, abs=1e-3)
                 assert score.greedy == (rows.argmax(-1).tolist() == list(continuation))
 
-    def test_it_writes_what_transformers_writes(self, llama: Path, runtime: OnnxRuntime) -> None:
+    def test_generated_text_equals_that_of_transformers(self, llama: Path, runtime: OnnxRuntime) -> None:
         other = load_runtime("transformers", llama, "float32")
         ids = torch.tensor([[5, 9, 30], [100, 8, 40]])
         assert runtime.generate_ids(ids, 6).tolist() == other.generate_ids(ids, 6).tolist()
@@ -365,7 +363,7 @@ class TestRuntime:
         assert [s.greedy for s in scores] == [True, False]
         assert runtime.generate_ids(torch.tensor([[5, 9, 30]]), 4)[0, 3:].tolist() == list(written)
 
-    def test_lm_eval_asks_it_for_all_that_it_can_ask_for(self, runtime: OnnxRuntime) -> None:
+    def test_lm_eval_can_make_all_its_requests(self, runtime: OnnxRuntime) -> None:
         model = RuntimeLM(runtime, 64, 128)
         text = "Anna saw the river. " * 40
         (rolled,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
@@ -373,7 +371,7 @@ class TestRuntime:
         options = {"until": [], "max_gen_toks": 5}
         assert model.generate_until([Instance("generate_until", {}, ("Anna", options), 0)])[0]
 
-    def test_it_says_what_it_computes_with(self, runtime: OnnxRuntime) -> None:
+    def test_info_describes_the_runtime(self, runtime: OnnxRuntime) -> None:
         assert (runtime.info.name, runtime.info.device) == ("onnxruntime-genai", "cpu")
         assert runtime.info.threads == torch.get_num_threads()
         assert runtime.fast

@@ -1,4 +1,4 @@
-"""The bundle: its bytes, its card, its provenance, and that nothing half-done or untried is left."""
+"""The bundle: bytes, model card, provenance, trial; nothing partial or untested is left."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FAILING = {"base": VARIANTS["base"], "int8": VARIANTS["int8"] | {"lost": 0.3}}
 
 @dataclass
 class Workplace:
-    """Everything that `package` needs, made up, in one folder."""
+    """Fake inputs of `package` in one folder."""
 
     root: Path
     settings: Settings
@@ -54,7 +54,7 @@ class Workplace:
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Settings]]:
-    """What the stages before `package` leave, and the settings; made once for the same arguments. Copy it."""
+    """The outputs of the stages before `package`, and the settings; cached by arguments. Copy it."""
     made: dict[str, tuple[Path, Settings]] = {}
 
     def make(
@@ -112,7 +112,7 @@ def workplace(reported: Callable[..., tuple[Path, Settings]], tmp_path: Path) ->
 
 
 class TestBundle:
-    def test_it_holds_the_evaluated_bytes_and_what_belongs_to_them(self, workplace: Callable[..., Workplace]) -> None:
+    def test_bundle_contains_the_evaluated_bytes_and_companion_files(self, workplace: Callable[..., Workplace]) -> None:
         work = workplace()
         done = work.package()
         assert done.variant == "gptq-int4"
@@ -129,7 +129,7 @@ class TestBundle:
         assert (work.destination / "model.safetensors").read_bytes() == b"gptq-int4" * 100
         assert "quantization_config" in (work.destination / "config.json").read_text()
         assert (work.destination / "README.md").read_text() != "of the exporter"
-        # written beside the export's file, not through a hard link to it
+        # a separate file, not written through a hard link to the export's
         assert (work.root / "exports/gptq-int4/README.md").read_text() == "of the exporter"
 
     def test_sums_cover_every_other_file(self, workplace: Callable[..., Workplace]) -> None:
@@ -142,9 +142,9 @@ class TestBundle:
         (work.destination / "tokenizer.json").write_text("[]")
         assert subprocess.run(command, cwd=work.destination, capture_output=True).returncode == 1
 
-    def test_the_same_work_gives_the_same_bytes_anywhere(self, workplace: Callable[..., Workplace]) -> None:
+    def test_bundle_is_reproducible_on_any_machine(self, workplace: Callable[..., Workplace]) -> None:
         one, two = workplace(name="one"), workplace(name="two")
-        # another run of the same work takes another time
+        # a repeated run takes a different time
         for path in two.root.glob("metrics/*/*.json"):
             value = json.loads(path.read_text())
             slower = {k: 1.7 * v for k, v in value.items() if v and k.split("_")[-1] in ("seconds", "second", "bytes")}
@@ -161,7 +161,7 @@ class TestBundle:
         two.package()
         assert checksums(one.destination) == checksums(two.destination)
 
-    def test_no_folder_of_the_machine_is_in_it(self, workplace: Callable[..., Workplace]) -> None:
+    def test_bundle_contains_no_local_paths(self, workplace: Callable[..., Workplace]) -> None:
         work = workplace(source="path:/home/someone/models/tiny")
         work.package()
         for name in ("README.md", "provenance.json"):
@@ -239,7 +239,7 @@ class TestCard:
         assert "- Scheme and method: scheme W4A16_ASYM, group_size 64, clip yes, rounding gptq, refine 1" in text
         assert "; the output layer and the embedding are as they were." in text
 
-    def test_it_says_to_what_the_output_layer_is_rounded(self, workplace: Callable[..., Workplace]) -> None:
+    def test_card_names_the_output_layers_precision(self, workplace: Callable[..., Workplace]) -> None:
         work = workplace(settings_of={"gptq-int4": {"output_layer": "W8A16@64", "embedding": "W4A16_ASYM@32"}})
         work.package()
         text = (work.destination / "README.md").read_text()
@@ -370,7 +370,7 @@ class TestProvenance:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        # a folder of its own: not the repository that pytest may run in
+        # outside the repository that pytest may run in
         monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
         assert git_state() == {"commit": None, "dirty": None}
         author = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
@@ -405,6 +405,6 @@ class TestTrial:
         with pytest.raises(TaskError, match=r"loads in transformers, but after .* it (writes nothing|only repeats)"):
             smoke.generates(model.parent, "transformers", "float32")
 
-    def test_a_bundle_that_does_not_load_is_told_with_its_last_words(self, tmp_path: Path) -> None:
+    def test_bundle_that_does_not_load_is_refused_with_its_last_output(self, tmp_path: Path) -> None:
         with pytest.raises(TaskError, match=r"does not load in transformers; nothing is packaged\. (.|\n)*Error"):
             smoke.generates(tmp_path, "transformers", "float32")

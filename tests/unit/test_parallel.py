@@ -1,4 +1,4 @@
-"""Layers pressed side by side, by processes of their own."""
+"""Quantize layers in parallel processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tasks.quantizers.parallel import held_beside, press_side_by_side, processes
 from tasks.settings import load_settings
 from tests.waiting import soon
 
-SMALL, LARGE = 3_500_000, 50_000_000  # weights of a layer, of models of 135 million and a billion
+SMALL, LARGE = 3_500_000, 50_000_000  # weights per layer of models with 135 million and 1 billion weights
 
 
 @pytest.mark.parametrize(
@@ -31,21 +31,21 @@ SMALL, LARGE = 3_500_000, 50_000_000  # weights of a layer, of models of 135 mil
     [
         (1, 16, LARGE, 64e9, 1),
         (2, 16, LARGE, 64e9, 2),
-        (2, 30, SMALL, 64e9, 1),  # they would start for longer than they work
-        (64, 80, 16 * LARGE, 1e12, 30),  # as many as there is memory for
+        (2, 30, SMALL, 64e9, 1),  # starting them would take longer than the work
+        (64, 80, 16 * LARGE, 1e12, 30),  # limited by memory
         (64, 4, 16 * LARGE, 1e13, 4),
-        (64, 16, LARGE, 1e9, 1),  # what does not fit once is for the system to tell
+        (64, 16, LARGE, 1e9, 1),  # even one may not fit: left to the system
         (2, 0, LARGE, 64e9, 1),
     ],
 )
-def test_there_are_as_many_as_have_a_core_work_and_memory(
+def test_number_of_processes_by_cores_work_and_memory(
     threads: int, layers: int, weights: int, memory: float, expected: int
 ) -> None:
     assert processes(threads, layers, weights, memory) == expected
 
 
 def does(folder: Path, layer: int) -> None:
-    """The first two wait for each other, so that they are of two processes."""
+    """The first two layers wait for each other, which requires two processes."""
     (folder / f"layer-{layer}").write_text(f"{os.getpid()} {torch.get_num_threads()}")
     if layer < 2:
         assert soon(lambda: (folder / f"layer-{1 - layer}").exists(), 60)
@@ -67,12 +67,14 @@ def sleeps(folder: Path, layer: int) -> None:
 
 
 def sleeping(folder: Path) -> list[int]:
-    """The processes that slept there and still exist."""
+    """The sleeping processes that still exist."""
     pids = [int(path.name.removeprefix("pid-")) for path in folder.glob("pid-*")]
     return [pid for pid in pids if psutil.pid_exists(pid)]
 
 
-def test_each_layer_is_pressed_once_and_the_threads_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_layer_is_quantized_once_with_a_share_of_the_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     press_side_by_side(partial(does, tmp_path), range(5), 2)
     found = [(tmp_path / f"layer-{number}").read_text().split() for number in range(5)]
@@ -86,7 +88,7 @@ def test_each_layer_is_pressed_once_and_the_threads_are_shared(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("press_layer", "kind", "words"), [(refuses, TaskError, "found 3, expected 4"), (dies, MemoryError, "was killed")]
 )
-def test_what_goes_wrong_in_one_ends_all(tmp_path: Path, press_layer: Any, kind: type[Exception], words: str) -> None:
+def test_failure_in_one_process_ends_all(tmp_path: Path, press_layer: Any, kind: type[Exception], words: str) -> None:
     started = time.monotonic()
     with pytest.raises(kind, match=words):
         press_side_by_side(partial(press_layer, tmp_path), range(2), 2)
@@ -94,7 +96,7 @@ def test_what_goes_wrong_in_one_ends_all(tmp_path: Path, press_layer: Any, kind:
     assert not sleeping(tmp_path)
 
 
-def test_nothing_is_left_of_them_when_the_stage_is_killed(tmp_path: Path) -> None:
+def test_processes_end_with_a_killed_stage(tmp_path: Path) -> None:
     program = (
         "import sys; from functools import partial; from pathlib import Path\n"
         "from tests.unit.test_parallel import press_side_by_side, sleeps\n"
@@ -112,8 +114,8 @@ def test_nothing_is_left_of_them_when_the_stage_is_killed(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["gptq-int4", "awq-int4", "int8", "auto"])
 def test_every_variant_can_be_made_by_another_process(name: str, tmp_path: Path) -> None:
-    """What a process is sent is pickled."""
-    from tasks.quantizers.builtin import _press_alone  # takes seconds, for each of the processes above, too
+    """The arguments of a process must be picklable."""
+    from tasks.quantizers.builtin import _press_alone  # takes seconds to import, also in each process above
 
     variant = load_settings(Path("params.yaml")).variant(name)
     job = QuantizeJob(tmp_path, torch.zeros(1, 1), tmp_path, variant, "cpu", tmp_path)

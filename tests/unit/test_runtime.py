@@ -1,4 +1,4 @@
-"""The transformers runtime: its scores are those of one plain forward pass a continuation, and lm-eval's own."""
+"""The transformers runtime: scores equal those of one forward pass per continuation, and lm-eval's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUESTIONS = [
 ]
 
 
-def test_a_tree_scores_as_separate_sequences_do(llama: Path, runtime: TransformersRuntime) -> None:
+def test_tree_scores_equal_separate_sequences(llama: Path, runtime: TransformersRuntime) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     for question, scores in zip(QUESTIONS, runtime.score(QUESTIONS, 64, "test"), strict=True):
         for continuation, score in zip(question.continuations, scores, strict=True):
@@ -45,20 +45,20 @@ def test_a_tree_scores_as_separate_sequences_do(llama: Path, runtime: Transforme
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 16, 4096])
-def test_the_size_of_a_batch_changes_nothing(runtime: TransformersRuntime, batch_tokens: int) -> None:
+def test_batch_size_does_not_change_scores(runtime: TransformersRuntime, batch_tokens: int) -> None:
     expected = runtime.score(QUESTIONS, 64, "test")
     for row, other in zip(expected, runtime.score(QUESTIONS, batch_tokens, "test"), strict=True):
         assert [s.logprob for s in row] == pytest.approx([s.logprob for s in other], abs=1e-4)
 
 
-def test_a_greedy_continuation_is_found_to_be_greedy(runtime: TransformersRuntime) -> None:
+def test_greedy_continuation_is_detected(runtime: TransformersRuntime) -> None:
     context = torch.tensor([[5, 9, 30]])
     written = runtime.generate_ids(context, 4)[0, 3:].tolist()
     (scores,) = runtime.score([Question((5, 9, 30), (tuple(written), (1, 1)))], 64, "test")
     assert [s.greedy for s in scores] == [True, False]
 
 
-def test_lm_eval_gets_what_its_own_model_would_give(llama: Path, runtime: TransformersRuntime) -> None:
+def test_lm_eval_scores_equal_its_own_model(llama: Path, runtime: TransformersRuntime) -> None:
     asked = [("Question: Who? Answer:", " Anna"), ("Question: Who? Answer:", " the old bridge"), ("", "A story")]
     requests = [Instance("loglikelihood", {}, args, i) for i, args in enumerate(asked)]
     texts = [Instance("loglikelihood_rolling", {}, ("Anna saw the river. " * 40,), 0)]
@@ -84,8 +84,8 @@ def test_generated_text_stops_at_the_stop_string(runtime: TransformersRuntime) -
     assert answer == text.split(stop)[0]
 
 
-def test_a_pressed_model_goes_where_it_is_moved(llama: Path, tmp_path: Path) -> None:
-    """As a GPU's runtime does it; compressed-tensors leaves it computing on the processor that loaded it."""
+def test_quantized_model_can_be_moved_to_a_device(llama: Path, tmp_path: Path) -> None:
+    """As on a GPU; compressed-tensors alone keeps computing on the device that loaded it."""
     settings = load_settings(Path("params.yaml"))
     variant = settings.variant("gptq-int4")
     tokens = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(0))

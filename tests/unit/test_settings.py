@@ -90,14 +90,14 @@ def test_a_wrong_value_is_named_with_what_is_expected(path: str, value: Any, mes
 
 
 @pytest.mark.parametrize("section", ["evaluation", "benchmark"])
-def test_an_onnx_graph_has_an_arithmetic_of_its_own(section: str) -> None:
+def test_onnx_requires_float32(section: str) -> None:
     values = changed(f"{section}/dtype", "bfloat16")
     assert check_settings(values).target == "transformers"
     with pytest.raises(TaskError, match=rf"{section}\.dtype is bfloat16, but for the target onnx .* to float32"):
         check_settings(values | {"target": "onnx"})
 
 
-def test_the_variant_that_is_proposed_would_do() -> None:
+def test_proposed_variant_is_valid() -> None:
     with pytest.raises(TaskError) as caught:
         check_settings(changed("variants", {"base": {"scheme": "none"}}))
     (proposal,) = re.findall("such as `(.*)`", str(caught.value))
@@ -186,7 +186,7 @@ def test_a_wrong_combination_is_one_clear_line(variant: dict[str, Any], message:
     assert ";" not in re.sub(r"; (set|remove)", "", str(caught.value))  # one finding, and what to do
 
 
-def test_a_candidate_that_is_no_precision_is_named() -> None:
+def test_invalid_candidates_are_named() -> None:
     for candidates, message in (
         (["W4A16_ASYM@64", "8@64"], r"candidates: '8@64' is no precision; write a scheme \(W4A16, .*W8A8\)"),
         (["W8A8", "W8A8"], r"candidates: names W8A8 more than once"),
@@ -220,18 +220,18 @@ def test_every_wrong_value_is_named_at_once() -> None:
     ("text", "message"),
     [("a: [", "is not YAML"), ("- 1", "holds list, expected a mapping"), ("", "holds NoneType, expected a mapping")],
 )
-def test_a_file_that_is_no_mapping_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_file_must_be_a_mapping(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(TaskError, match=message):
         load_settings(tmp_path / "params.yaml")
 
 
-def test_a_missing_file_says_where_to_be(tmp_path: Path) -> None:
+def test_missing_file_names_the_current_folder(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=re.escape(str(tmp_path))):
         load_settings(tmp_path / "params.yaml")
 
 
-def test_settings_cannot_be_changed_once_they_are_checked() -> None:
+def test_settings_are_immutable() -> None:
     settings = check_settings(PARAMS)
     with pytest.raises(ValueError, match="frozen"):
         settings.target = "vllm"  # type: ignore[assignment]

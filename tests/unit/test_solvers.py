@@ -1,4 +1,4 @@
-"""The solvers: what they promise of the error of a layer's output, and GPTQ against its definition."""
+"""The solvers: output errors, and GPTQ against its definition."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def grid(*, symmetric: bool = False, bits: int = 4, group: int | None = GROUP) -
 
 @pytest.fixture(scope="module")
 def inputs() -> Tensor:
-    """Correlated, and of uneven size, as a model's are: [tokens, width]."""
+    """Correlated inputs of uneven size, like a model's: [tokens, width]."""
     random = torch.Generator().manual_seed(0)
     mix = torch.eye(WIDTH) + 0.2 * torch.randn(WIDTH, WIDTH, generator=random)
     return torch.randn(TOKENS, WIDTH, generator=random) @ mix * (3 * torch.rand(WIDTH, generator=random) ** 2 + 0.01)
@@ -47,7 +47,7 @@ def cost(solved: QuantizedWeight, weight: Tensor, gram: Tensor) -> float:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [GROUP, None])
-def test_refining_lessens_every_rows_error(weight: Tensor, gram: Tensor, symmetric: bool, group: int | None) -> None:
+def test_refining_reduces_every_rows_error(weight: Tensor, gram: Tensor, symmetric: bool, group: int | None) -> None:
     way = grid(symmetric=symmetric, group=group)
     for solved in (way.round(weight), gptq.solve(weight, gram, way, act_order=True, damping=0.01)):
         before = output_error(solved.weight() - weight, gram)
@@ -70,7 +70,7 @@ def test_refining_finds_the_scales_of_least_squares(weight: Tensor, inputs: Tens
     assert torch.allclose(fitted[:, 0], best, rtol=2e-3)
 
 
-def test_rows_a_few_at_a_time_give_what_all_give(weight: Tensor, gram: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_parts_do_not_change_the_result(weight: Tensor, gram: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     def solved() -> QuantizedWeight:
         return refine(weight, gram, grid(), grid().round(weight, search_clip(weight, gram, grid())), 1)
 
@@ -81,7 +81,7 @@ def test_rows_a_few_at_a_time_give_what_all_give(weight: Tensor, gram: Tensor, m
     torch.testing.assert_close(few.scales, whole.scales)
 
 
-def test_refining_leaves_what_is_on_the_grid_and_channels_that_never_speak(gram: Tensor) -> None:
+def test_refining_keeps_weights_on_the_grid_and_dead_channels(gram: Tensor) -> None:
     way = grid()
     integers = torch.arange(WIDTH * 2, dtype=torch.uint8).view(2, WIDTH) % 16
     scales = torch.full((2, way.groups(WIDTH)), 0.5)
@@ -93,7 +93,7 @@ def test_refining_leaves_what_is_on_the_grid_and_channels_that_never_speak(gram:
     assert torch.equal(found.scales, exact.scales)
 
 
-def test_a_grid_shrinks_its_groups_until_they_divide_and_counts_its_bits() -> None:
+def test_grid_halves_its_groups_until_they_divide_and_counts_its_bits() -> None:
     assert grid(group=128).fitted(576).group_size == 64
     assert grid(group=64).fitted(576).group_size == 64
     assert grid(group=None).fitted(576).group_size is None
@@ -102,7 +102,7 @@ def test_a_grid_shrinks_its_groups_until_they_divide_and_counts_its_bits() -> No
     assert Grid(8, None, True, torch.float32).bits_per_weight(64) == 8.5
 
 
-def test_zeros_stay_where_a_format_has_a_place_for_them() -> None:
+def test_zero_points_respect_the_formats_minimum() -> None:
     weight = torch.linspace(1, 2, GROUP)[None]
     way = Grid(4, GROUP, False, torch.float32, least_zero=1)
     solved = way.round(weight)
@@ -110,14 +110,14 @@ def test_zeros_stay_where_a_format_has_a_place_for_them() -> None:
     assert (solved.weight() - weight).abs().max() < 0.2
 
 
-def test_the_gram_matrix_tells_the_error_of_the_output(inputs: Tensor, gram: Tensor, weight: Tensor) -> None:
+def test_output_error_from_the_gram_matrix(inputs: Tensor, gram: Tensor, weight: Tensor) -> None:
     change = grid().round(weight).weight() - weight
     assert torch.allclose(output_error(change, gram), (inputs @ change.T).pow(2).sum(0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [GROUP, None])
-def test_a_weight_on_the_grid_stays(symmetric: bool, group: int | None) -> None:
+def test_weight_on_the_grid_is_unchanged(symmetric: bool, group: int | None) -> None:
     way = grid(symmetric=symmetric, group=group)
     integers = torch.arange(WIDTH * 2, dtype=torch.uint8).view(2, WIDTH) % 16
     scales = torch.full((2, way.groups(WIDTH)), 0.5)
@@ -135,11 +135,11 @@ def test_a_weight_on_the_grid_stays(symmetric: bool, group: int | None) -> None:
 def test_no_weight_moves_by_more_than_half_a_step(weight: Tensor, symmetric: bool) -> None:
     solved = grid(symmetric=symmetric).round(weight)
     step = solved.scales.repeat_interleave(GROUP, 1)
-    # symmetric: the largest on one side may lie half a step beyond the last number
+    # symmetric: the largest on one side may be half a step beyond the last value
     assert ((solved.weight() - weight).abs() <= step * 0.501).all()
 
 
-def test_groups_of_one_sign_and_of_zeros_have_a_zero_and_a_scale() -> None:
+def test_groups_of_one_sign_and_of_zeros_have_a_valid_grid() -> None:
     weight = torch.stack([torch.linspace(1, 2, GROUP), torch.zeros(GROUP), -torch.linspace(1, 2, GROUP)])
     scales, zeros = grid().fit(weight)
     assert zeros.flatten().tolist() == [0, 0, 15]
@@ -149,8 +149,8 @@ def test_groups_of_one_sign_and_of_zeros_have_a_zero_and_a_scale() -> None:
 
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_gptq_is_what_its_definition_says(act_order: bool, symmetric: bool, weight: Tensor, gram: Tensor) -> None:
-    """One column after another, each time with the inverse of what is left of the Gram matrix."""
+def test_gptq_follows_its_definition(act_order: bool, symmetric: bool, weight: Tensor, gram: Tensor) -> None:
+    """Column by column, each time with the inverse of the remaining Gram matrix."""
     way, damping = grid(symmetric=symmetric), 0.01
     matrix = gram.double() + damping * gram.diagonal().mean().double() * torch.eye(WIDTH).double()
     order = gram.diagonal().argsort(descending=True) if act_order else torch.arange(WIDTH)
@@ -164,7 +164,7 @@ def test_gptq_is_what_its_definition_says(act_order: bool, symmetric: bool, weig
         error = (rest[:, column] - expected[:, column]) / inverse[0, 0]
         rest[:, left] -= error[:, None] * inverse[0]
     found = gptq.solve(weight, gram, way, act_order=act_order, damping=damping)
-    # a sum that lies between two numbers may fall to either side in another precision
+    # a value half-way between two integers may round either way in another precision
     assert (found.weight().double() - expected).abs().gt(1e-4).double().mean() < 0.01
 
 
@@ -175,7 +175,7 @@ def test_gptq_beats_rounding_and_stacking_changes_nothing(weight: Tensor, gram: 
     assert torch.equal(together.integers, torch.cat([part.integers for part in parts]))
 
 
-def test_gptq_takes_inputs_that_never_occur(weight: Tensor, inputs: Tensor) -> None:
+def test_gptq_handles_dead_inputs(weight: Tensor, inputs: Tensor) -> None:
     quiet = inputs.clone()
     quiet[:, [0, 7, WIDTH - 1]] = 0
     solved = gptq.solve(weight, quiet.T @ quiet, grid(), act_order=True, damping=0.01)
@@ -198,9 +198,7 @@ def test_awq_scales_and_clips_cost_less_than_none(weight: Tensor, inputs: Tensor
     assert cost(both, weight * scale, scaled_gram) < cost(alone, weight, gram)
 
 
-def test_awq_tells_the_trials_apart_by_some_of_many_rows(
-    inputs: Tensor, gram: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_awq_ranks_trials_on_a_sample_of_rows(inputs: Tensor, gram: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     many = torch.randn(2 * awq.ROWS + 100, WIDTH, generator=torch.Generator().manual_seed(2))
     many[:, 5] *= 6
 
@@ -213,7 +211,7 @@ def test_awq_tells_the_trials_apart_by_some_of_many_rows(
     assert some == pytest.approx(found(), rel=0.02)
 
 
-def test_clips_lessen_the_error_of_each_group(weight: Tensor, gram: Tensor) -> None:
+def test_clipping_reduces_the_error_of_each_group(weight: Tensor, gram: Tensor) -> None:
     low, high = search_clip(weight, gram, grid())
     assert ((low <= 0) & (high >= 0)).all()
     for number in range(WIDTH // GROUP):
@@ -224,7 +222,7 @@ def test_clips_lessen_the_error_of_each_group(weight: Tensor, gram: Tensor) -> N
         assert (output_error(clipped.weight() - weight[:, part], own) <= plain * 1.0001).all()
 
 
-def test_clips_move_each_end_of_a_group_by_itself(weight: Tensor, gram: Tensor) -> None:
+def test_clip_limits_of_a_group_move_separately(weight: Tensor, gram: Tensor) -> None:
     lopsided = weight.abs() ** 2 - 0.2 * weight.abs().amax()
     own = gram * torch.block_diag(*[torch.ones(GROUP, GROUP)] * (WIDTH // GROUP))
 
@@ -253,10 +251,8 @@ def test_smoothing_moves_outliers_by_its_strength(weight: Tensor, inputs: Tensor
     assert half.log().mean().abs() < 1e-5
 
 
-def test_smoothing_by_half_is_best_for_weights_and_inputs_in_8_bits(
-    weight: Tensor, inputs: Tensor, gram: Tensor
-) -> None:
-    """Against more, less, none, and the formula of the paper, which knows the largest magnitudes alone."""
+def test_smoothing_of_one_half_is_best_for_w8a8(weight: Tensor, inputs: Tensor, gram: Tensor) -> None:
+    """Against more, less, none, and the paper's formula, which uses only the largest magnitudes."""
     largest = inputs.abs().amax(0)
 
     def error(factor: Tensor) -> float:
@@ -272,7 +268,7 @@ def test_smoothing_by_half_is_best_for_weights_and_inputs_in_8_bits(
     assert best < error((largest / weight.abs().amax(0)).sqrt())
 
 
-def test_channels_that_say_nothing_are_smoothed_within_bounds(weight: Tensor) -> None:
+def test_smoothing_factors_of_dead_channels_are_bounded(weight: Tensor) -> None:
     for strength in (0.0, 0.5, 1.0):
         factor = smooth(weight * (torch.arange(WIDTH) > 3), torch.zeros(WIDTH, WIDTH), torch.zeros(WIDTH), strength)
         assert factor.isfinite().all()

@@ -1,4 +1,4 @@
-"""docs/variants.md says what the settings say: every key, its default, every scheme, format and backend."""
+"""docs/variants.md matches the settings: every key with its default, every scheme, format and backend."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ PAGE = (ROOT / "docs/variants.md").read_text(encoding="utf-8")
 
 
 def table(title: str) -> dict[str, list[str]]:
-    """The first table under a heading: its rows, by their first cell."""
+    """The rows of the first table under a heading, by first cell."""
     section = PAGE.split(f"## {title}\n")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     return {first.strip("`"): [cell.strip("`") for cell in rest] for first, *rest in (rows[0], *rows[2:])}
 
 
 def plain(value: Any) -> str:
-    """As it stands in YAML, on the line of its key."""
+    """Format a value as in YAML."""
     return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()
 
 
-def test_every_key_is_there_with_its_default() -> None:
+def test_every_key_is_documented_with_its_default() -> None:
     _, *rows = table("Keys").items()
     assert {key for key, _ in rows} == set(VariantSettings.model_fields)
     for key, (_, default, _) in rows:
@@ -38,7 +38,7 @@ def test_every_key_is_there_with_its_default() -> None:
             assert default == plain(known), key
 
 
-def test_every_scheme_is_there_as_it_is() -> None:
+def test_every_scheme_is_documented() -> None:
     heading, *rows = table("Schemes").items()
     assert heading[0] == "scheme"
     assert dict(rows) == {
@@ -54,7 +54,7 @@ def test_every_scheme_is_there_as_it_is() -> None:
     assert not [name for name in (NONE, MIXED, *NAMES) if f"`{name}`" not in PAGE]
 
 
-def test_every_format_and_what_every_library_can_do_is_there() -> None:
+def test_formats_and_library_abilities_are_documented() -> None:
     assert list(table("Formats"))[1:] == list(FORMATS)
     (_, libraries), *rows = table("Backends").items()
     assert [BUILTIN, *(name.strip("`") for name in libraries)] == list(BACKENDS)

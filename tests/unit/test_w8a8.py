@@ -1,4 +1,4 @@
-"""Integer arithmetic of W8A8: the same numbers as compressed-tensors' own arithmetic on dequantized ones."""
+"""Integer arithmetic of W8A8: the same results as compressed-tensors' arithmetic on dequantized values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def scheme(symmetric: bool, bits: int = 8) -> QuantizationScheme:
 
 
 class Pair(nn.Module):
-    """Two layers that read the same input, as loaded: weights that lie on the grid, with their scales."""
+    """Two layers with the same input, as loaded: weights on the grid, with their scales."""
 
     def __init__(self, way: QuantizationScheme, bias: bool = False) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Pair(nn.Module):
 
 
 def activations(*shape: int) -> Tensor:
-    """With what real ones have: outliers, a token of zeros, one that is positive throughout."""
+    """Like real ones: with outliers, a token of zeros, and a positive token."""
     x = torch.randn(*shape, CHANNELS, generator=torch.Generator().manual_seed(2))
     x[..., 3] *= 50
     x[..., 0, :] = 0
@@ -53,7 +53,7 @@ def activations(*shape: int) -> Tensor:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 2), (3, 40)])
-def test_the_product_is_that_of_the_dequantized_numbers(symmetric: bool, bias: bool, shape: tuple[int, int]) -> None:
+def test_product_equals_that_of_dequantized_values(symmetric: bool, bias: bool, shape: tuple[int, int]) -> None:
     model, x = Pair(scheme(symmetric), bias), activations(*shape)
     args = scheme(symmetric).input_activations
     assert args is not None
@@ -63,13 +63,13 @@ def test_the_product_is_that_of_the_dequantized_numbers(symmetric: bool, bias: b
         assert use_integers(model)
         assert isinstance(model.first, Int8Linear)
         found = model(x)
-        other = model(x.flip(0, 1)).flip(0, 1)  # another tensor is not taken for the one before it
+        other = model(x.flip(0, 1)).flip(0, 1)  # another tensor is not mistaken for the cached one
     assert found.shape == expected.shape
     assert (found - expected).norm() <= 1e-6 * expected.norm()
     assert torch.equal(found, other)
 
 
-def test_another_grid_is_left_alone() -> None:
+def test_other_grids_are_not_replaced() -> None:
     model = Pair(scheme(symmetric=False))
     model.second.quantization_scheme = scheme(symmetric=False, bits=4)
     assert not use_integers(model)
@@ -80,8 +80,8 @@ def test_another_grid_is_left_alone() -> None:
 @pytest.mark.parametrize("vnni", [True, False])
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("columns", [64, 1024, 1536, 5000])
-def test_the_product_of_integers_is_exact(vnni: bool, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 8-bit instructions and without; the largest sums, and random ones."""
+def test_integer_product_is_exact(vnni: bool, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without 8-bit instructions; largest sums and random ones."""
     if not torch.cpu._is_vnni_supported() and vnni:
         pytest.skip("this processor has no 8-bit dot products")
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
@@ -91,7 +91,7 @@ def test_the_product_of_integers_is_exact(vnni: bool, rows: int, columns: int, m
     assert torch.equal(w8a8.integer_product(a, b), (a.long() @ b.long().T).float())
 
 
-def test_a_product_that_is_wrong_on_this_processor_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_product_that_is_wrong_on_this_processor_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     right = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: right(a, b).clamp(-(2**15), 2**15 - 1))
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
