@@ -43,8 +43,8 @@ def examine(root: Path) -> Iterator[Finding]:
     """Yield findings about this machine and the project in `root`, quick checks first."""
     yield from _versions(root)
     yield _device()
-    yield _room("memory", available_memory() / 1e9, MEMORY_GB, "close other programs, or lower --jobs")
-    yield _room("disk", shutil.disk_usage(root).free / 1e9, DISK_GB, "free some space, or move the project")
+    yield _free_space("memory", available_memory() / 1e9, MEMORY_GB, "close other programs, or lower --jobs")
+    yield _free_space("disk", shutil.disk_usage(root).free / 1e9, DISK_GB, "free some space, or move the project")
     yield _writable(root)
     yield from _repository(root)
     try:
@@ -102,7 +102,7 @@ def _device() -> Finding:
     return Finding("device", level, f"no NVIDIA GPU; {cores} CPU cores", "" if cores >= 2 else "expect it to be slow")
 
 
-def _room(subject: str, found: float, wanted: float, remedy: str) -> Finding:
+def _free_space(subject: str, found: float, wanted: float, remedy: str) -> Finding:
     if found >= wanted:
         return Finding(subject, "ok", f"{found:.0f} GB free")
     # it may still suffice: the estimate includes the built-in model, which may be done already

@@ -41,7 +41,7 @@ def repair(root: Path, progress: Progress) -> Iterator[str]:
         yield from _worktrees(root)
         for checkout in [root, *spaces]:
             where = "" if checkout == root else f" in {checkout.relative_to(root)}"
-            for line in (*_locks(checkout), *_lock_file(checkout), *_kept(checkout)):
+            for line in (*_locks(checkout), *_lock_file(checkout), *_backups(checkout)):
                 yield line + where
         yield from _cache(root, progress)
 
@@ -112,7 +112,7 @@ def _committed(root: Path) -> str | None:
     return text + "\n" if sound_lock_file(text) else None
 
 
-def _kept(root: Path) -> Iterator[str]:
+def _backups(root: Path) -> Iterator[str]:
     for path in recover(root):
         yield f"{path} restored: a killed run had moved it away"
 

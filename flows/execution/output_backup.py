@@ -22,7 +22,7 @@ def kept(root: Path, stage: str, outs: Iterable[str]) -> Iterator[None]:
     """Back up the outputs `outs` (paths in `root`), and restore them if the body fails."""
     folder = root / KEPT / stage
     # another worker was killed in this stage: first restore its backup
-    _put_back(root, folder, replace=True)
+    _restore(root, folder, replace=True)
     part = folder.with_name(f"{stage}{PART}")
     shutil.rmtree(part, ignore_errors=True)
     for out in outs:
@@ -33,7 +33,7 @@ def kept(root: Path, stage: str, outs: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _put_back(root, folder, replace=True)
+        _restore(root, folder, replace=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -41,10 +41,10 @@ def kept(root: Path, stage: str, outs: Iterable[str]) -> Iterator[None]:
 def recover(root: Path) -> list[str]:
     """Restore the backups of a killed run; return the restored paths."""
     folders = sorted((root / KEPT).iterdir()) if (root / KEPT).is_dir() else []
-    return [path for folder in folders if folder.suffix != PART for path in _put_back(root, folder, replace=False)]
+    return [path for folder in folders if folder.suffix != PART for path in _restore(root, folder, replace=False)]
 
 
-def _put_back(root: Path, folder: Path, *, replace: bool) -> list[str]:
+def _restore(root: Path, folder: Path, *, replace: bool) -> list[str]:
     """Move the backup in `folder` to its place: only missing outputs, or all with `replace`."""
     restored = []
     for source in sorted(folder.iterdir()) if folder.is_dir() else []:

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from tasks.determinism import ENVIRONMENT
+
 SERVER = Path(__file__).with_name("fork_server.py")
 CLIENT = Path(__file__).with_name("fork_client.py")
 SHARED = "MODELPRESS_FORK_SERVER"  # the socket of a server that is there, for all processes that find this variable
@@ -39,6 +41,7 @@ class ForkServer:
             listener.listen(64)  # those who connect while it imports wait
             self._popen = subprocess.Popen(
                 [sys.executable, str(SERVER), str(self.folder), str(listener.fileno())],
+                env={**ENVIRONMENT, **os.environ},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -63,6 +66,7 @@ class Forked:
     ) -> None:
         self._guard = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._status: int | None = None
+        environment = {**ENVIRONMENT, **environment}  # as a stage would set it, but before libraries are imported
         asked = json.dumps({"arguments": command, "folder": str(folder), "environment": environment}).encode()
         theirs, ours = os.pipe()
         self.stdin = os.fdopen(ours, "wb")

@@ -19,7 +19,7 @@ class _Format(logging.Formatter):
         return super().format(record)
 
 
-def _worth_reading(record: logging.LogRecord) -> bool:
+def _is_relevant(record: logging.LogRecord) -> bool:
     """Keep our lines, and warnings of others; the command line reports a failure once."""
     if OURS in Path(record.pathname).parents:
         return record.levelno >= logging.INFO
@@ -33,5 +33,5 @@ def readable_logs(stream: TextIO | None = None) -> None:
 
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_Format())
-    handler.addFilter(_worth_reading)
+    handler.addFilter(_is_relevant)
     logging.getLogger().handlers = [handler]

@@ -121,7 +121,7 @@ def server(root: Path) -> Iterator[Server | None]:
         try:
             yield None
         finally:
-            _send_the_rest()
+            _flush_logs()
             del os.environ["PREFECT_API_URL"]
         return
     port = free_port()
@@ -144,13 +144,13 @@ def server(root: Path) -> Iterator[Server | None]:
             yield prefect
         finally:
             try:
-                _send_the_rest()
+                _flush_logs()
             finally:
                 del os.environ["PREFECT_API_URL"]
                 prefect.close()
 
 
-def _send_the_rest() -> None:
+def _flush_logs() -> None:
     """Send pending logs and events: without the server, Prefect would wait for minutes."""
     if "prefect" in sys.modules:
         from prefect.events.worker import EventsWorker

@@ -82,7 +82,7 @@ def _register(root: Path, home: Path, tag: str, commit: str, flow_run: str, log:
     champion = _champion(client, package.name)
     if champion is not None and str(champion.version) == str(version.version):
         return
-    reason = _why_not(root, home, champion, package) if champion is not None else None
+    reason = _objection(root, home, champion, package) if champion is not None else None
     if reason is None:
         client.set_registered_model_alias(package.name, CHAMPION, version.version)
         log.info("%s: version %s is now the %s", package.name, version.version, CHAMPION)
@@ -160,7 +160,7 @@ def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
     return client.get_model_version(name, str(number)) if number else None
 
 
-def _why_not(root: Path, home: Path, champion: ModelVersion, package: Package) -> str | None:
+def _objection(root: Path, home: Path, champion: ModelVersion, package: Package) -> str | None:
     """The reason why the package does not become the champion; None if it does."""
     share = read_json(root / "report/summary.json")["variants"][package.variant]["gate"]
     try:

@@ -65,7 +65,7 @@ def _press_apart(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precis
         if count > 1:
             press_side_by_side(partial(_press_alone, job, precisions), todo, count)
             return
-    for index in tqdm(todo, desc="pressing", unit="layer", disable=not todo):
+    for index in tqdm(todo, desc="quantizing", unit="layer", disable=not todo):
         _press_layer(job, parts, precisions, index)
 
 
@@ -87,7 +87,7 @@ def _press_in_order(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Pre
     """Quantize layers in order, each with the activations of the quantized layers before it."""
     stream = PropagatedActivations(job)
     todo = parts.missing()
-    for index in tqdm(todo, desc="pressing", unit="layer", disable=not todo):
+    for index in tqdm(todo, desc="quantizing", unit="layer", disable=not todo):
         layer = _read(job, parts, index)
         own = _own(layer, precisions)
         if own:

@@ -82,7 +82,7 @@ class GgufRuntime:
         scores: dict[int, list[Score]] = {}
         with tqdm(total=len(parts), desc=progress, unit="item", disable=not progress) as bar:
             for batch in batches([part for _, part in parts], batch_tokens):
-                for group in _apart(batch, [len(part.continuations) for _, part in parts]):
+                for group in _split(batch, [len(part.continuations) for _, part in parts]):
                     for number, found in zip(group, self._score([parts[i][1] for i in group]), strict=True):
                         scores[number] = found
                     bar.update(len(group))
@@ -203,7 +203,7 @@ def gguf_file(directory: Path) -> Path:
     return found[0]
 
 
-def _apart(batch: list[int], sequences: list[int]) -> list[list[int]]:
+def _split(batch: list[int], sequences: list[int]) -> list[list[int]]:
     """Split a batch into parts of at most `SEQUENCES` sequences."""
     parts: list[list[int]] = [[]]
     for index in batch:

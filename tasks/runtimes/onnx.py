@@ -69,8 +69,8 @@ class OnnxRuntime:
         context.
         """
         results: list[list[Score]] = [[] for _ in questions]
-        stepwise = [i for i, question in enumerate(questions) if _steps_pay(question)]
-        whole = [i for i, question in enumerate(questions) if not _steps_pay(question)]
+        stepwise = [i for i, question in enumerate(questions) if _stepwise_is_cheaper(question)]
+        whole = [i for i, question in enumerate(questions) if not _stepwise_is_cheaper(question)]
         with tqdm(total=len(questions), desc=progress, unit="item", disable=not progress) as bar:
             for indices, way in ((stepwise, self._score_stepwise), (whole, self._score_whole)):
                 asked = [questions[i] for i in indices]
@@ -187,7 +187,7 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _steps_pay(question: Question) -> bool:
+def _stepwise_is_cheaper(question: Question) -> bool:
     """Whether reading the context once and then stepping costs less than reading each continuation whole."""
     lengths = [len(continuation) - 1 for continuation in question.continuations]
     context = len(question.context)

@@ -55,7 +55,7 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     except for a few rows, and wrong where pairs are summed in 16 bits. There, blocks of columns are multiplied exactly
     in float32.
     """
-    if torch.cpu._is_vnni_supported() or (len(a) <= _FEW_ROWS and _right()):
+    if torch.cpu._is_vnni_supported() or (len(a) <= _FEW_ROWS and _few_rows_are_exact()):
         return torch._int_mm(a, b.T).float()
     columns = zip(a.split(_EXACT_IN_FLOAT32, -1), b.split(_EXACT_IN_FLOAT32, -1), strict=True)
     blocks: list[Tensor] = [x.float() @ y.float().T for x, y in columns]
@@ -66,7 +66,7 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @cache
-def _right() -> bool:
+def _few_rows_are_exact() -> bool:
     """Whether torch's product of a few rows is correct for the largest integers."""
     a, b = (torch.full((_FEW_ROWS, 64), least, dtype=torch.int8) for least in (-128, 127))
     return all(torch._int_mm(x, y.T).eq(64 * int(x[0, 0]) * int(y[0, 0])).all() for x in (a, b) for y in (a, b))

@@ -69,7 +69,7 @@ class Settings(Section):
 
     @field_validator("variants")
     @classmethod
-    def _baseline_and_distinct_variants(cls, value: dict[str, VariantSettings]) -> dict[str, VariantSettings]:
+    def _check_variants(cls, value: dict[str, VariantSettings]) -> dict[str, VariantSettings]:
         if BASE not in value or not value[BASE].is_baseline:
             raise ValueError(f"must hold the baseline: add `{BASE}: {{scheme: none}}`")
         if len(value) < 2:
@@ -89,7 +89,7 @@ class Settings(Section):
         return value
 
     @model_validator(mode="after")
-    def _each_data_set_has_its_own_name(self) -> Settings:
+    def _check_data_set_names(self) -> Settings:
         groups: dict[str, Mapping[str, DataSource]] = {
             "calibration.sources": self.calibration.sources,
             "evaluation.sources": self.evaluation.sources,
@@ -107,7 +107,7 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
-    def _samples_exist(self) -> Settings:
+    def _check_samples(self) -> Settings:
         for name, variant in self.variants.items():
             wanted = variant.samples
             if wanted is not None and wanted > self.calibration.samples:
@@ -118,7 +118,7 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
-    def _scheme_fits_target(self) -> Settings:
+    def _check_target(self) -> Settings:
         for name, variant in self.variants.items():
             if variant.format == "gguf" and self.target != "gguf":
                 raise ValueError(
@@ -128,7 +128,7 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
-    def _graph_decides_the_arithmetic(self) -> Settings:
+    def _check_onnx_dtype(self) -> Settings:
         for section, dtype in (("evaluation", self.evaluation.dtype), ("benchmark", self.benchmark.dtype)):
             if self.target == "onnx" and dtype != "float32":
                 raise ValueError(

@@ -19,10 +19,10 @@ class ModelSettings(Section):
     dtype: Literal["bfloat16", "float16", "float32"]
     licence: str | None = None
 
-    _readable = field_validator("source")(check_model_source)
+    _check_source = field_validator("source")(check_model_source)
 
     @model_validator(mode="after")
-    def _checksum_fits(self) -> ModelSettings:
+    def _check_checksum(self) -> ModelSettings:
         check_model_checksum(self.source, self.sha256)
         return self
 
@@ -42,11 +42,11 @@ class DataSource(Section):
     split: str | None = None
     strip: str | None = None
 
-    _readable = field_validator("source")(check_data_source)
+    _check_source = field_validator("source")(check_data_source)
 
     @field_validator("split", "strip")
     @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
+    def _check_regex(cls, value: str | None) -> str | None:
         if value is not None:
             try:
                 re.compile(value)
@@ -55,7 +55,7 @@ class DataSource(Section):
         return value
 
     @model_validator(mode="after")
-    def _field_fits_format(self) -> DataSource:
+    def _check_field(self) -> DataSource:
         if self.format == "text" and self.field is not None:
             raise ValueError("field applies only to the formats jsonl and parquet; remove it")
         return self
@@ -68,7 +68,7 @@ class CalibrationSource(DataSource):
     chat_template: bool = False
 
     @model_validator(mode="after")
-    def _needs_a_field(self) -> CalibrationSource:
+    def _require_field(self) -> CalibrationSource:
         if self.format != "text" and self.field is None:
             raise ValueError(f"field is missing: name the key of each {self.format} record that contains the text")
         return self

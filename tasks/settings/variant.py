@@ -117,7 +117,7 @@ class VariantSettings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_library_has_one_format(cls, values: Any) -> Any:
+    def _fill_in_backend_and_format(cls, values: Any) -> Any:
         """Fill in the backend of llama.cpp's schemes, and the format of backends that have only one."""
         if not isinstance(values, Mapping):
             return values
@@ -131,7 +131,7 @@ class VariantSettings(Section):
 
     @field_validator("candidates")
     @classmethod
-    def _each_is_a_precision(cls, value: list[str] | None) -> list[str] | None:
+    def _check_candidates(cls, value: list[str] | None) -> list[str] | None:
         for one in value or ():
             parse_precision(one)
         if value and (twice := sorted({one for one in value if value.count(one) > 1})):
@@ -140,14 +140,14 @@ class VariantSettings(Section):
 
     @field_validator("output_layer", "embedding")
     @classmethod
-    def _is_a_weight_only_precision(cls, value: str | None) -> str | None:
+    def _check_weight_only(cls, value: str | None) -> str | None:
         precision = None if value is None else parse_precision(value)
         if value is not None and (precision is None or not precision.weight_only):
             raise ValueError("must be weight-only: write W8A16@64 or W4A16_ASYM@32, or leave it out")
         return value
 
     @model_validator(mode="after")
-    def _keys_fit_the_scheme(self) -> Self:
+    def _check_scheme(self) -> Self:
         if self.scheme == NONE and (given := sorted(self.model_fields_set - {"scheme"})):
             raise ValueError(f"scheme is none (unquantized), so {given[0]} has no effect; remove it")
         mixed = self.scheme == MIXED
@@ -191,7 +191,7 @@ class VariantSettings(Section):
             )
 
     @model_validator(mode="after")
-    def _backend_can(self) -> Self:
+    def _check_backend(self) -> Self:
         if self.backend == BUILTIN:
             if self.scheme in LLAMA_CPP:
                 raise ValueError(f"scheme is {self.scheme}, which only llama.cpp supports; set backend to llama.cpp")

@@ -27,12 +27,12 @@ def refine(weight: Tensor, gram: Tensor, grid: Grid, solved: QuantizedWeight, ro
     error = output_error(solved.weight() - weight, gram)
     for _ in range(rounds):
         fitted = QuantizedWeight(solved.integers, _fit_scales(weight, gram, solved), solved.zeros)
-        solved, error = _better(weight, gram, solved, error, fitted)
-        solved, error = _better(weight, gram, solved, error, _descend(weight, gram, grid, solved))
+        solved, error = _best_rows(weight, gram, solved, error, fitted)
+        solved, error = _best_rows(weight, gram, solved, error, _descend(weight, gram, grid, solved))
     return solved
 
 
-def _better(
+def _best_rows(
     weight: Tensor, gram: Tensor, old: QuantizedWeight, error: Tensor, new: QuantizedWeight
 ) -> tuple[QuantizedWeight, Tensor]:
     """Take for each row the solution with the smaller error; `error`: that of `old`, [rows]. Also return the error."""

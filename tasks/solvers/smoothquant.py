@@ -21,10 +21,10 @@ def smooth(weight: Tensor, gram: Tensor, largest: Tensor, strength: float) -> Te
     square, typical of most tokens, and its largest magnitude, which sets the step size of the others.
     """
     size = (gram.diagonal().clamp(min=0).sqrt() * largest).sqrt()
-    scale = _even(size).pow(strength) / _even(weight.norm(dim=0)).pow(1 - strength)
+    scale = _normalized(size).pow(strength) / _normalized(weight.norm(dim=0)).pow(1 - strength)
     return scale / scale.log().mean().exp()
 
 
-def _even(sizes: Tensor) -> Tensor:
+def _normalized(sizes: Tensor) -> Tensor:
     """Divide by the mean, with a lower bound, so that dead channels cause no unbounded factor."""
     return (sizes / sizes.mean().clamp(min=torch.finfo(sizes.dtype).tiny)).clamp(min=1e-5)

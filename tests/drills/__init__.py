@@ -1,1 +1,1 @@
-"""Failure drills: break a run in every way that happens, and see that nothing is lost. `python -m tests.drills`"""
+"""Failure drills: inject realistic failures into runs, and check that nothing is lost. `python -m tests.drills`"""

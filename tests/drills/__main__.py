@@ -1,4 +1,4 @@
-"""`python -m tests.drills`: break runs of a toy pipeline in every way that happens, and say what came back.
+"""`python -m tests.drills`: inject failures into runs of a toy pipeline, and report what recovered.
 
 python -m tests.drills --only flow --only cache --rounds 3 --seed 7
 """
@@ -28,7 +28,7 @@ from tests.drills.yard import Tally, Yard
 from tests.waiting import halted
 
 DRILLS: dict[str, Callable[[Yard], Tally]] = {
-    # those that take longest come first
+    # longest first
     "service": service.kill_service,
     "server": kills.kill_server,
     "flow": kills.kill_flow,
@@ -42,16 +42,16 @@ DRILLS: dict[str, Callable[[Yard], Tally]] = {
     "hub": away.hub_away,
 }
 
-AT_ONCE = 3  # drills; most of each is waiting
+AT_ONCE = 3  # parallel drills; they mostly wait
 
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help=f"Only this drill: {', '.join(DRILLS)}.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each drill is held.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Strike at the same moments again.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the temporary repositories.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to run each drill.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Repeat the same moments.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary repositories.")] = False,
 ) -> None:
-    """Hold the drills; exit status 1 if anything was lost or did not recover. Ctrl-C and SIGTERM leave nothing."""
+    """Run the drills; exit status 1 if anything was lost or did not recover. Ctrl-C and SIGTERM clean up."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     chosen = only or list(DRILLS)
     if unknown := set(chosen) - set(DRILLS):
@@ -59,7 +59,7 @@ def main(
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     print(f"seed {seed}", flush=True)
     base = Path(tempfile.mkdtemp(prefix="modelpress-drills-")).resolve()
-    os.environ["DVC_SITE_CACHE_DIR"] = str(base / "site")  # DVC's notes on files, in no place that outlives the drills
+    os.environ["DVC_SITE_CACHE_DIR"] = str(base / "site")  # DVC's state, deleted with the drills
     try:
         tallies = _hold(base, chosen, rounds, seed)
     finally:
@@ -87,7 +87,7 @@ def _hold(base: Path, chosen: list[str], rounds: int, seed: int) -> list[Tally]:
         try:
             finished = pipeline.create(base / "finished")
             finished.dvc("repro", "--quiet")
-            # dice of its own: a drill strikes alike whether the others are held or not
+            # a separate generator, so that a drill does not depend on the other ones
             yards = [Yard(n, base / n, url, finished, _dice(seed, n), rounds) for n in chosen]
             return _all(yards)
         finally:
@@ -95,7 +95,7 @@ def _hold(base: Path, chosen: list[str], rounds: int, seed: int) -> list[Tally]:
 
 
 def _all(yards: list[Yard]) -> list[Tally]:
-    """Hold them side by side; on an interrupt they end in seconds, in order: nobody waits, nothing of theirs runs."""
+    """Run them in parallel; on an interrupt, end all waiting and all their processes within seconds."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         drills = [pool.submit(_timed, yard) for yard in yards]
         try:
@@ -111,7 +111,7 @@ def _all(yards: list[Yard]) -> list[Tally]:
 
 
 def _end_all(root: Path) -> None:
-    """SIGKILL for every process in `root`, and for what they have started meanwhile."""
+    """SIGKILL every process in `root`, and those started meanwhile."""
     while left := below(root):
         strike(left)
 
@@ -125,7 +125,7 @@ def _timed(yard: Yard) -> Tally:
     yard.say(DRILLS[yard.name].__doc__ or "")
     try:
         tally = DRILLS[yard.name](yard)
-    except Exception as error:  # one drill that cannot be held does not stop the others, and is no success
+    except Exception as error:  # a drill that crashes does not stop the others, and counts as a failure
         tally = Tally(yard.name, 1, 0, [f"the drill itself failed: {type(error).__name__}: {error}"])
     tally.remark = "; ".join(filter(None, [tally.remark, f"{time.monotonic() - start:.0f} s"]))
     return tally

@@ -1,4 +1,4 @@
-"""Servers that are not there: MLflow's for a whole run, the model hub in the middle of a download."""
+"""Unreachable servers: MLflow's for a whole run, the model hub during a download."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.functional.toy import PROJECT
 from tests.hub import FakeHub, Repository, running_hub
 from tests.waiting import soon
 
-SIZE = 24 << 20  # of the file on the hub; its library writes in pieces of 10 MiB
+SIZE = 24 << 20  # of the file on the hub; its library writes in chunks of 10 MiB
 FETCH = """
 import sys
 from pathlib import Path
@@ -31,17 +31,17 @@ except TaskError as error:
 
 
 def closed_port() -> int:
-    """A port at which nobody answers."""
+    """A port without a server."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def mlflow_away(yard: Yard) -> Tally:
-    """MLFLOW_TRACKING_URI leads nowhere: the run is complete and says so; the next one is recorded."""
+    """MLFLOW_TRACKING_URI is unreachable: the run completes and reports it; the next one is recorded."""
     tally = Tally("MLflow away")
     toy = yard.toy()
-    yard.run(toy)  # its store is there, and holds one run
+    yard.run(toy)  # creates its store, with one run
     for number in range(yard.rounds):
         pipeline.turn(toy, "report", 1 + number)
         recorded = len(toy.mlflow_runs())
@@ -49,7 +49,7 @@ def mlflow_away(yard: Yard) -> Tally:
         done = yard.run(toy, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{closed_port()}")
         yard.say(f"status {done.returncode}: {last_line(done.stdout)}")
         if done.returncode or "does not work" not in done.stderr:
-            tally.lost.append(f"the run was to go on and to say that it is not recorded: {last_line(done.stderr)}")
+            tally.lost.append(f"the run should continue and report that it is not recorded: {last_line(done.stderr)}")
         yard.compare(toy, tally)
         well = yard.end(toy, tally)
         if len(toy.mlflow_runs()) != recorded + 1:
@@ -60,7 +60,7 @@ def mlflow_away(yard: Yard) -> Tally:
 
 
 def hub_away(yard: Yard) -> Tally:
-    """The hub breaks off, the download is killed, the hub is gone, and comes back: only what is missing is fetched."""
+    """The hub breaks off, the download is killed, the hub disappears and returns: only missing bytes are fetched."""
     tally = Tally("hub away")
     for number in range(yard.rounds):
         folder = yard.root / f"hub-{number}"
@@ -72,18 +72,18 @@ def hub_away(yard: Yard) -> Tally:
             hub.repositories["datasets/acme/big"] = Repository({"data.parquet": content})
             hub.break_after, hub.hang = [yard.dice.randrange(11 << 20, SIZE)], True
             if not _killed_in_the_middle(hub, folder):
-                tally.lost.append("the download did not begin")
+                tally.lost.append("the download did not start")
             gone, word = _end(_start(folder, f"http://127.0.0.1:{closed_port()}"))
             yard.say(f"hub gone: status {gone}: {word}")
             if gone != 1 or not word.startswith("error: ") or "HF_ENDPOINT" not in word:
-                tally.lost.append(f"a hub that is gone was to be one line with a remedy: {word}")
+                tally.lost.append(f"a missing hub should be one line with a remedy: {word}")
             hub.hang = False
             tally.recovered += _fetched(hub, folder, content, tally) and len(tally.lost) == losses
     return tally
 
 
 def _killed_in_the_middle(hub: FakeHub, folder: Path) -> bool:
-    """Whether a part of the file was there when the download was killed."""
+    """Whether the download was killed with a partial file."""
     process, parts = _start(folder, hub.endpoint), folder / ".modelpress/downloads/hub"
     begun = soon(lambda: any(part.stat().st_size >= 10 << 20 for part in parts.glob("*.part")), PATIENCE)
     process.kill()
@@ -92,7 +92,7 @@ def _killed_in_the_middle(hub: FakeHub, folder: Path) -> bool:
 
 
 def _fetched(hub: FakeHub, folder: Path, content: bytes, tally: Tally) -> bool:
-    """Whether the file arrives whole, and what had been fetched was not fetched again."""
+    """Whether the file arrives complete, without fetching any bytes again."""
     status, word = _end(_start(folder, hub.endpoint))
     if status:
         tally.lost.append(f"the download did not resume: {word}")
@@ -101,7 +101,7 @@ def _fetched(hub: FakeHub, folder: Path, content: bytes, tally: Tally) -> bool:
     if found != hashlib.sha256(content).hexdigest():
         tally.lost.append("the resumed file differs")
     if not hub.ranges():
-        tally.lost.append("what had been fetched was fetched again")
+        tally.lost.append("fetched bytes were fetched again")
     tally.lost += [f"left behind: {part}" for part in (folder / ".modelpress/downloads/hub").glob("*.part")]
     return True
 

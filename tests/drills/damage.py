@@ -1,6 +1,6 @@
-"""What a crash or a bad disk leaves behind: a damaged cache, an empty dvc.lock, a lock that nobody holds.
+"""Damage by a crash or a bad disk: a corrupt cache, an empty dvc.lock, a stale lock.
 
-None of these mends itself: `modelpress doctor --repair` does, and then the next run.
+All need `modelpress doctor --repair`, and then the next run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.functional.toy import Toy
 
 
 def corrupt_cache(yard: Yard) -> Tally:
-    """A bit turns over in objects of DVC's cache, and so in the links to them; size, time and mode stay."""
+    """A flipped bit in objects of DVC's cache, and so in their links; size, time and mode are unchanged."""
     tally = Tally("cache corrupted")
     for number in range(yard.rounds):
         toy = yard.toy(f"toy-{number}")
@@ -23,16 +23,16 @@ def corrupt_cache(yard: Yard) -> Tally:
         listings = [path for path in objects if path.suffix == ".dir"]
         files = [path for path in objects if path.suffix != ".dir" and path.stat().st_nlink > 1]
         for path in [*yard.dice.sample(files, 3), *yard.dice.sample(listings, 2)]:
-            _turn_a_bit(path, yard.dice.randrange(path.stat().st_size))
+            _flip_a_bit(path, yard.dice.randrange(path.stat().st_size))
             tally.count += 1
             recovered = yard.end(toy, tally, repair=True) and _whole(path)
             tally.recovered += recovered
-            yard.say(f"{path.parent.name}{path.name}: {'made again' if recovered else 'LOST'}")
+            yard.say(f"{path.parent.name}{path.name}: {'recreated' if recovered else 'LOST'}")
     return tally
 
 
 def empty_lock_file(yard: Yard) -> Tally:
-    """dvc.lock is empty, once where git has one and once where it has none; nothing is computed again."""
+    """dvc.lock is empty, once with and once without a copy in git; nothing is computed again."""
     tally = Tally("dvc.lock empty")
     for number in range(yard.rounds):
         for committed in (False, True):
@@ -42,12 +42,12 @@ def empty_lock_file(yard: Yard) -> Tally:
                 pipeline.commit(toy)
             (toy.root / "dvc.lock").write_text("")
             tally.count += 1
-            tally.recovered += _mended_without_work(yard, toy, tally)
+            tally.recovered += _repaired_without_work(yard, toy, tally)
     return tally
 
 
 def stale_lock(yard: Yard) -> Tally:
-    """.dvc/tmp/rwlock names a process whose number another program has now; then it is empty; then half."""
+    """.dvc/tmp/rwlock names a process id that another program has now; then it is empty; then truncated."""
     tally = Tally("rwlock stale")
     for number in range(yard.rounds):
         toy = yard.toy(f"toy-{number}")
@@ -55,12 +55,12 @@ def stale_lock(yard: Yard) -> Tally:
         for text in (held, "", held[: yard.dice.randrange(1, len(held))]):
             (toy.root / ".dvc/tmp/rwlock").write_text(text)
             tally.count += 1
-            tally.recovered += _mended_without_work(yard, toy, tally)
+            tally.recovered += _repaired_without_work(yard, toy, tally)
     return tally
 
 
-def _mended_without_work(yard: Yard, toy: Toy, tally: Tally) -> bool:
-    """A run refuses in one line that names the remedy, the remedy works, and no stage has to run again."""
+def _repaired_without_work(yard: Yard, toy: Toy, tally: Tally) -> bool:
+    """Whether a run refuses in one line with the remedy, the remedy works, and no stage runs again."""
     before = len(toy.executed())
     refused = yard.run(toy)
     if refused.returncode != 1 or "modelpress doctor --repair" not in refused.stderr:
@@ -72,7 +72,7 @@ def _mended_without_work(yard: Yard, toy: Toy, tally: Tally) -> bool:
     return well
 
 
-def _turn_a_bit(path: Path, position: int) -> None:
+def _flip_a_bit(path: Path, position: int) -> None:
     before = path.stat()
     path.chmod(0o644)
     with path.open("r+b") as file:

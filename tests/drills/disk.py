@@ -1,4 +1,4 @@
-"""A disk that is full in the middle of a run: a small file system of its own, filled up to a random rest."""
+"""A disk that fills up during a run: a small file system with a random amount of free space."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.drills.yard import Tally, Yard, last_line
 from tests.functional.toy import STAGES, Toy
 
 ROOM_MB = 64  # of the small file system
-RESTS = (8_000, 400_000, 2_000_000)  # bytes left: for next to nothing, for a part of a stage's output, for some stages
+RESTS = (8_000, 400_000, 2_000_000)  # free bytes: for almost nothing, for part of a stage's output, for some stages
 
 
 def disk_full(yard: Yard) -> Tally:
@@ -25,7 +25,7 @@ def disk_full(yard: Yard) -> Tally:
         for rest in RESTS:
             place = yard.root / f"disk-{number}-{rest}"
             with _small_disk(place) as mounted:
-                tally.remark = f"a tmpfs of {ROOM_MB} MB" if mounted else "by RLIMIT_FSIZE, for nothing can be mounted"
+                tally.remark = f"a tmpfs of {ROOM_MB} MB" if mounted else "by RLIMIT_FSIZE, without a mount"
                 toy = pipeline.copy(yard.finished, place / "toy")
                 tally.count += 1
                 tally.recovered += _fill(yard, toy, tally, yard.dice.randrange(rest // 2, rest), mounted)
@@ -33,7 +33,7 @@ def disk_full(yard: Yard) -> Tally:
 
 
 def _fill(yard: Yard, toy: Toy, tally: Tally, rest: int, mounted: bool) -> bool:
-    """One run with `rest` bytes of room, or with files of at most `rest` bytes, and one with enough."""
+    """One run with `rest` bytes of free space, or with files of at most `rest` bytes, and one with enough."""
     for stage in STAGES:
         pipeline.turn(toy, stage, 1)
     ballast = toy.root.parent / "ballast"
@@ -55,7 +55,7 @@ def _fill(yard: Yard, toy: Toy, tally: Tally, rest: int, mounted: bool) -> bool:
 
 @contextmanager
 def _small_disk(place: Path) -> Iterator[bool]:
-    """A file system of its own at `place`, if this user can mount one; whether it is."""
+    """Mount a small file system at `place`, if this user can; yield whether it is mounted."""
     place.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={ROOM_MB}m", "drill", str(place)]
     try:
@@ -66,13 +66,13 @@ def _small_disk(place: Path) -> Iterator[bool]:
         yield mounted
     finally:
         if mounted:
-            orphans(place)  # nothing that holds it may be left
+            orphans(place)  # end all processes that use it
             subprocess.run(["umount", "--lazy", str(place)], check=False)
 
 
 @contextmanager
 def _small_files(size: int) -> Iterator[None]:
-    """What is started now cannot write files of more than `size` bytes."""
+    """Limit the files of processes started in the body to `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

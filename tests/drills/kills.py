@@ -1,7 +1,7 @@
-"""SIGKILL at a random moment of a run in place: the stage, DVC, the flow's process, the Prefect server of the run.
+"""SIGKILL at a random moment of a run: of the stage, DVC, the flow's process, or the run's Prefect server.
 
-For every stage its knob is turned, a run is started, and the victim dies while that stage is at work. The next
-round's run goes on from there; in the end one more run has to finish, with the bytes of an undisturbed one.
+For every stage, its knob is turned, a run is started, and the victim is killed while that stage is running. The next
+round continues from there; a last run must finish with the bytes of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from tests.drills.yard import SECONDS, Tally, Yard, finish
 from tests.functional.toy import STAGES, Toy
 from tests.waiting import soon
 
-Victims = Callable[[int, str], list[psutil.Process]]  # of the run's process and the stage at work
+Victims = Callable[[int, str], list[psutil.Process]]  # by the run's process and the running stage
 
 
 def kill_stage(yard: Yard) -> Tally:
-    """The stage's own process."""
+    """Kill the stage's process."""
     return _kill(yard, "stage killed", lambda run, stage: family(run, lambda words: is_stage(words, stage)), 0.8)
 
 
 def kill_dvc(yard: Yard) -> Tally:
-    """DVC, before, while or after the stage that it runs writes."""
+    """Kill DVC before, during or after its stage's writes."""
     return _kill(yard, "DVC killed", lambda run, stage: family(run, lambda words: is_dvc(words, stage)), 1.4)
 
 
 def kill_flow(yard: Yard) -> Tally:
-    """`modelpress run` itself."""
+    """Kill `modelpress run`."""
     return _kill(yard, "flow killed", lambda run, stage: [psutil.Process(run)], 1.6)
 
 
 def kill_server(yard: Yard) -> Tally:
-    """The Prefect server that the run has started for itself."""
+    """Kill the run's own Prefect server."""
     return _kill(yard, "run's server killed", lambda run, stage: family(run, is_server), 1.0, PREFECT_API_URL="")
 
 
 def _kill(yard: Yard, fault: str, victims: Victims, span: float, **env: str) -> Tally:
-    """Strike once for every stage, at a moment within `span` of the time that it writes for."""
+    """Kill once for every stage, at a moment within `span` times its writing time."""
     tally = Tally(fault)
     toy = yard.toy()
     open_faults = 0
@@ -57,7 +57,7 @@ def _kill(yard: Yard, fault: str, victims: Victims, span: float, **env: str) -> 
 
 
 def _strike(yard: Yard, toy: Toy, tally: Tally, stage: str, victims: Victims, span: float, env: dict[str, str]) -> int:
-    """One run with one blow; how many processes were struck."""
+    """One run with one kill; return the number of killed processes."""
     before, began = pipeline.outputs(toy.root), toy.executed().count(stage)
     moment = yard.dice.uniform(0, span)
     run = yard.start(toy, **env)
@@ -81,16 +81,16 @@ def _strike(yard: Yard, toy: Toy, tally: Tally, stage: str, victims: Victims, sp
 
 
 def _require_whole(toy: Toy, tally: Tally, stage: str, before: dict[str, str]) -> None:
-    """A run that could still do so has put back what the failed stage had."""
+    """Check that the outputs of the failed stage are restored, unless the run itself was killed."""
     if stage in _unfinished(toy):
         outs = pipeline.outs_of(stage)
         now = pipeline.outputs(toy.root)
         half = [path for path in {*before, *now} if path.startswith(outs) and before.get(path) != now.get(path)]
-        tally.lost += [f"{stage}: {path} is neither what it was nor finished" for path in half]
+        tally.lost += [f"{stage}: {path} is neither restored nor finished" for path in half]
 
 
 def _unfinished(toy: Toy) -> list[str]:
-    """The stages that DVC still has to do."""
+    """The stages that are out of date for DVC."""
     from flows.graph.plan import read_plan
 
     return [name for name, planned in read_plan(toy.root).items() if planned.state == "changed"]

@@ -1,4 +1,4 @@
-"""Finding the processes of a run, striking them, and seeing that none is left."""
+"""Find the processes of a run, kill them, and check that none is left."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import psutil
 
 from tests.waiting import soon
 
-PATIENCE = 180.0  # seconds for anything that must come, on a busy machine
-END = 15.0  # seconds in which a struck run's processes must be gone
+PATIENCE = 180.0  # timeout in seconds for any event, on a busy machine
+END = 15.0  # seconds within which the processes of a killed run must end
 
 
 def strike(processes: Iterable[psutil.Process]) -> int:
-    """SIGKILL them; how many were there to be struck."""
+    """SIGKILL the processes; return how many still existed."""
     struck = 0
     for process in processes:
         try:
@@ -28,7 +28,7 @@ def strike(processes: Iterable[psutil.Process]) -> int:
 
 
 def family(pid: int, chosen: Callable[[list[str]], bool]) -> list[psutil.Process]:
-    """The descendants of a process whose command line is chosen."""
+    """The descendants of a process with a matching command line."""
     try:
         children = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -37,28 +37,28 @@ def family(pid: int, chosen: Callable[[list[str]], bool]) -> list[psutil.Process
 
 
 def is_stage(words: list[str], stage: str) -> bool:
-    """The stage's own program."""
+    """Whether it is the stage's program."""
     return words[1:3] == ["stage.py", stage]
 
 
 def is_dvc(words: list[str], stage: str) -> bool:
-    """DVC at a stage, not the guard in front of it."""
+    """Whether it is DVC running the stage, not its guard."""
     return words[1:4] == ["-P", "-m", "dvc"] and words[-1] == stage
 
 
 def is_server(words: list[str]) -> bool:
-    """The Prefect server of a run."""
+    """Whether it is the Prefect server of a run."""
     return words[1:4] == ["-P", "-m", "uvicorn"]
 
 
 def below(root: Path) -> list[psutil.Process]:
-    """Every process that works in `root` or was started with a path in it, this one and its ancestors left out."""
+    """Every process with its working directory or an argument in `root`, except this one and its ancestors."""
     mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     return [process for process in psutil.process_iter() if process.pid not in mine and _works_in(process, root)]
 
 
 def orphans(root: Path) -> list[str]:
-    """The commands of what is still there after the time in which all must end; they are ended now."""
+    """The commands of processes that have not ended in time; kills them."""
     if soon(lambda: not below(root), END):
         return []
     left = below(root)
@@ -68,7 +68,7 @@ def orphans(root: Path) -> list[str]:
 
 
 def words(process: psutil.Process) -> list[str]:
-    """Its command line; empty where it is gone."""
+    """The command line of a process; empty if it has ended."""
     try:
         return process.cmdline()
     except psutil.Error:

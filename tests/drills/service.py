@@ -1,4 +1,4 @@
-"""SIGKILL of the worker and of the server under `modelpress serve`, while a deployed run is at work."""
+"""SIGKILL of the worker and of the server under `modelpress serve`, during a deployed run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.waiting import soon
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 START_SECONDS = 300.0  # for all services, on a busy machine
-RUN_SECONDS = 150.0  # for a deployed run, a restart of a service included
-WRITING = "1.0"  # seconds that a stage writes for
-TRIES = 2  # of a deployed run: one that was struck, and the next
+RUN_SECONDS = 150.0  # for a deployed run, including a restart of a service
+WRITING = "1.0"  # writing time of a stage, seconds
+TRIES = 2  # deployed runs: the disturbed one, and the next
 
 
 def kill_service(yard: Yard) -> Tally:
-    """Prefect's server and the worker, in each stage: `serve` starts them again, the run or the next one finishes."""
+    """Kill Prefect's server and the worker in each stage: `serve` restarts them, the run or the next one finishes."""
     tally = Tally("server, worker killed")
     toy = yard.toy()
     api = f"http://127.0.0.1:{(port := closed_port())}/api"
@@ -35,7 +35,7 @@ def kill_service(yard: Yard) -> Tally:
         moments = product(range(yard.rounds), STAGES, ("server", "worker"))
         for number, (_, stage, victim) in enumerate(moments, start=1):
             tally.count += 1
-            for first in ("download", "report"):  # and so all stages
+            for first in ("download", "report"):  # and so all stages run
                 pipeline.turn(toy, first, 10 + number)
             pipeline.commit(toy)
             tally.recovered += _strike(yard, toy, tally, api, victim, stage, f"{victim}-{number}")
@@ -44,11 +44,11 @@ def kill_service(yard: Yard) -> Tally:
 
 
 def _strike(yard: Yard, toy: Toy, tally: Tally, api: str, victim: str, stage: str, name: str) -> bool:
-    """A deployed run, one blow while `stage` is at work, and its result by tag."""
+    """A deployed run, one kill while `stage` is running, and its result by tag."""
     tries = []
     run = _create(api, name)
     if not soon(lambda: _at_work(toy, name, stage), RUN_SECONDS):
-        tally.lost.append(f"{victim}: {stage} did not begin: {_state(api, run)}")
+        tally.lost.append(f"{victim}: {stage} did not start: {_state(api, run)}")
         return False
     time.sleep(yard.dice.uniform(0, float(WRITING)))
     struck = strike(family(os.getpid(), lambda line: line[3:6] == ["prefect", "--no-prompt", victim]))
@@ -71,7 +71,7 @@ def _strike(yard: Yard, toy: Toy, tally: Tally, api: str, victim: str, stage: st
 
 
 def _differences(yard: Yard, toy: Toy, tag: str) -> Iterator[str]:
-    """Where what the tag brings back is not what an undisturbed run makes."""
+    """Yield the differences between the outputs of the tag and those of an undisturbed run."""
     clone = Toy(yard.root / tag.replace("/", "-"))
     toy.command("git", "clone", "--quiet", "--branch", tag, str(toy.root), str(clone.root))
     clone.write(".dvc/config.local", f"[cache]\n    dir = {toy.root}/.dvc/cache\n")
@@ -83,14 +83,14 @@ def _differences(yard: Yard, toy: Toy, tag: str) -> Iterator[str]:
 
 
 def _at_work(toy: Toy, name: str, stage: str) -> bool:
-    """Whether the stage of the run has begun in its workspace."""
+    """Whether the stage of the run has started in its workspace."""
     times = toy.root / ".modelpress/runs" / name / "times.jsonl"
     return times.exists() and f'["{stage}", "start"' in times.read_text(encoding="utf-8")
 
 
 @contextmanager
 def _serving(yard: Yard, toy: Toy, port: int) -> Iterator[None]:
-    """`modelpress serve` at work; it ends with the drill, however that ends."""
+    """Run `modelpress serve` for the duration of the drill."""
     env = cli_env(**yard.env(DRILL_SECONDS=WRITING), PREFECT_HOME=str(toy.root / ".prefect"))
     del env["PREFECT_API_URL"]
     command = cli_command("serve", "--port", str(port), "--mlflow-port", str(closed_port()))
@@ -109,7 +109,7 @@ def _read(toy: Toy) -> str:
 
 
 def _create(api: str, name: str) -> str:
-    """Start `press/on-demand` as the button in the pages does; the run's id. The server may be about to return."""
+    """Start `press/on-demand` like the button in the pages; return the run's id. The server may be restarting."""
     found: list[str] = []
 
     def ask() -> bool:

@@ -1,7 +1,7 @@
-"""The toy pipeline of the functional tests, made slow and large enough to be struck in the middle of its work.
+"""The toy pipeline of the functional tests, slow and large enough to be killed during a stage.
 
-Every stage has a knob in knobs.yaml: turning it makes the stage, and what follows, out of date. What a stage writes
-depends on its knob and its inputs alone, so two runs with the same knobs leave the same bytes.
+Every stage has a knob in knobs.yaml: turning it makes the stage and its downstreams out of date. Outputs depend only on
+the knob and the inputs, so two runs with the same knobs have the same bytes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ stages:
     outs: [report]
 """
 
-# it writes in place, in many pieces: worse manners than the real stages have
+# writes in place and in many pieces, unlike the real stages
 STAGE = """
 import hashlib, json, os, sys, time
 from pathlib import Path
@@ -87,7 +87,7 @@ with open("times.jsonl", "a") as file:
 
 
 def create(root: Path) -> Toy:
-    """A repository in which nothing has run, and from which `press` can be deployed."""
+    """Create a repository in which nothing has run, and from which `press` can be deployed."""
     toy = Toy.create(root)
     toy.write("dvc.yaml", DVC_YAML)
     toy.write("stage.py", STAGE)
@@ -99,26 +99,26 @@ def create(root: Path) -> Toy:
 
 
 def commit(toy: Toy) -> None:
-    """Commit what git knows, and what is new of the definition."""
+    """Commit tracked files and new files of the definition."""
     toy.command("git", "add", "--update")
     toy.command("git", "add", "dvc.yaml", "stage.py", "knobs.yaml", "params.yaml", "prefect.yaml")
     toy.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "--allow-empty", "-m", "drill")
 
 
 def copy(toy: Toy, root: Path) -> Toy:
-    """The same state elsewhere, in which outputs and cache are links to each other as in the original."""
+    """Copy the state to another folder, with outputs linked to the cache as in the original."""
     subprocess.run(["cp", "--archive", str(toy.root), str(root)], check=True)
     return Toy(root)
 
 
 def turn(toy: Toy, stage: str, to: int) -> None:
-    """Turn the knob of a stage: it is out of date."""
+    """Turn the knob of a stage, which makes it out of date."""
     knobs = yaml.safe_load(toy.read("knobs.yaml"))
     toy.write("knobs.yaml", yaml.safe_dump({**knobs, stage: to}))
 
 
 def outputs(root: Path) -> dict[str, str]:
-    """The digest of every file that stages have left."""
+    """The digest of every output file."""
     files = (path for place in OUTPUTS for path in sorted((root / place).rglob("*")))
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -128,7 +128,7 @@ def outputs(root: Path) -> dict[str, str]:
 
 
 def outs_of(stage: str) -> tuple[str, ...]:
-    """Where a stage of the pipeline writes."""
+    """The outputs of a stage."""
     kind, _, variant = stage.partition("@")
     return {
         "download": ("models/source",),

@@ -1,4 +1,4 @@
-"""Where drills take place: temporary repositories, one Prefect server for all of them, and what is right in the end."""
+"""The environment of drills: temporary repositories, a shared Prefect server, and the expected outputs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.drills.processes import PATIENCE, orphans
 from tests.functional.toy import Toy, cli_command, cli_env
 from tests.waiting import halted
 
-SECONDS = 0.6  # that a stage of the toy pipeline writes for
+SECONDS = 0.6  # writing time of a stage of the toy pipeline
 
 
 @dataclass
 class Tally:
-    """What came of one kind of fault. lost: what was not as it must be, a line each."""
+    """The results for one kind of fault. lost: a line for each failure."""
 
     fault: str
     count: int = 0
@@ -27,13 +27,13 @@ class Tally:
 
     @property
     def sound(self) -> bool:
-        """Whether everything came back."""
+        """Whether everything recovered."""
         return self.count > 0 and self.recovered == self.count and not self.lost
 
 
 @dataclass
 class Yard:
-    """The place and the dice of one drill. server: the API of a Prefect server that outlives the drills."""
+    """The folder and random generator of one drill. server: the API of the shared Prefect server."""
 
     name: str
     root: Path
@@ -44,17 +44,17 @@ class Yard:
     _right: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def toy(self, name: str = "toy") -> Toy:
-        """A finished pipeline under this name; every drill has its own."""
+        """Create a finished pipeline with this name; every drill has its own."""
         self.root.mkdir(exist_ok=True)
         return pipeline.copy(self.finished, self.root / name)
 
     def say(self, line: str) -> None:
-        """Tell the person what happens; what an interrupted drill finds does not count."""
+        """Print progress, unless the drill was interrupted."""
         if not halted.is_set():
             print(f"{self.name:<8} {line}", flush=True)
 
     def env(self, **env: str) -> dict[str, str]:
-        """The environment of a run in the yard."""
+        """The environment of a run."""
         return {"PREFECT_API_URL": self.server, "DRILL_SECONDS": str(SECONDS), "OMP_NUM_THREADS": "1", **env}
 
     def start(self, toy: Toy, **env: str) -> subprocess.Popen[str]:
@@ -62,7 +62,7 @@ class Yard:
         return toy.start_cli("run", **self.env(**env))
 
     def run(self, toy: Toy, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """`modelpress ARGUMENTS` to its end, by default `run`."""
+        """Run `modelpress ARGUMENTS`, by default `run`, until it ends."""
         command = cli_command(*(arguments or ("run",)))
         environment = cli_env(**self.env(DRILL_SECONDS="0", **env))
         return subprocess.run(
@@ -70,7 +70,7 @@ class Yard:
         )
 
     def right(self, toy: Toy) -> dict[str, str]:
-        """What an undisturbed `dvc repro` elsewhere makes of the same definition."""
+        """The outputs of an undisturbed `dvc repro` of the same definition."""
         key = toy.read("knobs.yaml") + toy.read("params.yaml")
         if key not in self._right:
             self.root.mkdir(exist_ok=True)
@@ -82,7 +82,7 @@ class Yard:
         return self._right[key]
 
     def end(self, toy: Toy, tally: Tally, *, repair: bool = False) -> bool:
-        """Repair if asked to, run to the end, compare with what is right; whether all is well. Losses are noted."""
+        """Repair if requested, run to the end, compare with the expected outputs; return whether all is well."""
         before = len(tally.lost)
         if repair:
             done = self.run(toy, "doctor", "--repair")
@@ -96,14 +96,14 @@ class Yard:
         return len(tally.lost) == before
 
     def compare(self, toy: Toy, tally: Tally) -> None:
-        """Note every file that is not the same bytes as in an undisturbed run."""
+        """Record every file that differs from an undisturbed run."""
         found, right = pipeline.outputs(toy.root), self.right(toy)
         wrong = sorted(path for path in {*found, *right} if found.get(path) != right.get(path))
         tally.lost += [f"{path} differs from an undisturbed run's" for path in wrong]
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait for a run to end; its status and its last line."""
+    """Wait for a run to end; return its status and its last line."""
     try:
         output, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -114,5 +114,5 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something."""
+    """The last non-empty line."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "(no output)")

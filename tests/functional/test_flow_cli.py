@@ -110,8 +110,8 @@ def test_an_interrupt_ends_the_stage_and_tells_the_records(
 
 def test_a_killed_run_leaves_no_process_and_loses_nothing(toy: Toy) -> None:
     old = toy.read("models/int8/content.json")
-    # with a Prefect server of its own, which must be gone too
-    with _stage_at_work(toy, "quantize@int8", PREFECT_API_URL="") as process:
+    # with a Prefect server and a fork server of its own, which must be gone too
+    with _stage_at_work(toy, "quantize@int8", PREFECT_API_URL="", MODELPRESS_FORK_SERVER="") as process:
         family = psutil.Process(process.pid).children(recursive=True)
         words = [" ".join(child.cmdline()) for child in family]
         assert any("uvicorn" in line for line in words)

@@ -79,7 +79,8 @@ def test_after_the_flow_dvc_has_nothing_to_do(by_flow: Checkout) -> None:
 
 def test_a_second_run_changes_nothing(by_flow: Checkout, prefect_server: str) -> None:
     before = (by_flow.root / "dvc.lock").read_bytes()
-    assert by_flow.run(PREFECT_API_URL=prefect_server).rstrip().endswith(f"{len(by_flow.stages())} unchanged")
+    stages = len(by_flow.stages())
+    assert by_flow.run(PREFECT_API_URL=prefect_server).startswith(f"{stages} stages: {stages} unchanged\n")
     assert (by_flow.root / "dvc.lock").read_bytes() == before
     assert by_flow.runs() == {"parents": 1, "children": 2}
 

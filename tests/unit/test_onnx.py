@@ -272,9 +272,9 @@ def test_unsupported_group_sizes_are_refused_before_work_starts_and_in_export(ll
 
 def test_a_family_without_a_graph_and_missing_tensors_are_refused(llama: Path, tmp_path: Path) -> None:
     other = tiny_model(tmp_path / "gemma", family="gemma")
-    with pytest.raises(TaskError, match=r"of type 'gemma'.*there are: llama, mistral"):
+    with pytest.raises(TaskError, match=r"of type 'gemma'.*supported: llama, mistral"):
         OnnxExporter().export(other, tmp_path)
-    with pytest.raises(TaskError, match=r"of type 'gemma'.*there are: llama, mistral"):
+    with pytest.raises(TaskError, match=r"of type 'gemma'.*supported: llama, mistral"):
         OnnxExporter().check(SETTINGS, other)
     lacking = tmp_path / "lacking"
     lacking.mkdir()

@@ -16,9 +16,9 @@ class _Log:
     def __init__(self) -> None:
         self.errors: list[str] = []
         self._last = 0
-        self.callback = llama_cpp.llama_log_callback(self._hear)  # keep alive while llama.cpp may call it
+        self.callback = llama_cpp.llama_log_callback(self._on_message)  # keep alive while llama.cpp may call it
 
-    def _hear(self, level: int, text: bytes, _: Any) -> None:
+    def _on_message(self, level: int, text: bytes, _: Any) -> None:
         self._last = self._last if level == _SAME else level
         if self._last == _ERROR:
             self.errors.append(text.decode(errors="replace").strip())

@@ -94,11 +94,11 @@ def _only_warnings() -> None:
     transformers.utils.logging.disable_progress_bar()
     logger.remove()
     # METRIC, a custom level above WARNING, logs two lines per linear layer
-    logger.add(sys.stderr, level="WARNING", format="{message}", filter=_is_news)
+    logger.add(sys.stderr, level="WARNING", format="{message}", filter=_is_relevant)
     warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
 
 
-def _is_news(record: Any) -> bool:
+def _is_relevant(record: Any) -> bool:
     """Whether the user can act on a message: a missing GPU is known, and the pipeline is our choice."""
     known = ("No accelerator available", "Attempting to calibrate on CPU", "Calibration pipeline is set to")
     return record["level"].name != "METRIC" and not record["message"].startswith(known)
