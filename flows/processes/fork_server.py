@@ -111,6 +111,7 @@ def main() -> None:
         with suppress(Exception):
             importlib.import_module(library)
     del sys.modules["triton"]
+    imported.update(_early(os.environ))
     gc.collect()
     gc.freeze()  # or the collector would write to every object, and copy the memory that the forks share
     connection = _serve(listener)
@@ -136,6 +137,13 @@ def _early(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 START = _early(os.environ)
+imported: dict[str, str] = {}  # the same after the imports, for some libraries set variables
+
+
+def _suits(environment: Mapping[str, str]) -> bool:
+    """Whether the libraries would have been imported in the same way in this environment."""
+    early = _early(environment)
+    return START.items() <= early.items() and early.items() <= START.items() | imported.items()
 
 
 def _orphaned() -> bool:
@@ -194,7 +202,7 @@ def _command(arguments: Sequence[str], programs: Path, door: socket.socket) -> t
     """Run a command and fork the stages that it starts: its status, and None; in a stage's process, its request."""
     path = os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, DOOR: door.getsockname()}
-    if arguments[:3] == [sys.executable, "-P", "-m"] and _early(environment) == START:
+    if arguments[:3] == [sys.executable, "-P", "-m"] and _suits(environment):
         command = os.fork()
         if command == 0:
             files = [os.open(os.devnull, os.O_RDONLY), os.dup(1), os.dup(2)]
@@ -218,7 +226,7 @@ def _command(arguments: Sequence[str], programs: Path, door: socket.socket) -> t
         if door in ready:
             client, _ = door.accept()
             request = _receive(client)
-            if _early(request.environment) != START:
+            if not _suits(request.environment):
                 client.close()  # without an answer: it starts an interpreter of its own
                 request.close()
                 continue
