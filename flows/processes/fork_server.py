@@ -154,7 +154,8 @@ def _serve(listener: socket.socket) -> socket.socket | None:
     """Fork for everyone who connects; in the forked process, its connection. None when the owner is gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the guards
     while True:
-        ready, _, _ = select.select([0, listener], [], [])
+        watched: list[int | socket.socket] = [0, listener]
+        ready, _, _ = select.select(watched, [], [])
         if 0 in ready:
             return None
         connection, _ = listener.accept()
@@ -212,7 +213,8 @@ def _command(arguments: Sequence[str], programs: Path, door: socket.socket) -> t
     ended = os.pidfd_open(command)
     stages: dict[int, tuple[int, socket.socket]] = {}  # what tells of its end -> its process, its client
     while True:
-        ready, _, _ = select.select([ended, door, *stages, *(client for _, client in stages.values())], [], [])
+        watched: list[int | socket.socket] = [ended, door, *stages, *(client for _, client in stages.values())]
+        ready, _, _ = select.select(watched, [], [])
         if ended in ready:
             return os.waitstatus_to_exitcode(os.waitpid(command, 0)[1]), None
         for end, (process, client) in list(stages.items()):
