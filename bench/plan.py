@@ -1,170 +1,141 @@
-"""`python -m bench.plan`: is the estimate of `modelpress plan --model` true? A model, pressed and estimated.
+"""`python -m bench.plan`: compare the estimates of `modelpress plan --model` with the stages themselves.
 
-python -m bench.plan --model models/source --calibration data/calibration    # about 4 minutes for 135M parameters
-python -m bench.plan --only statistics --only int8 --only gptq-int4          # a random model of 1 billion: 10 minutes
+python -m bench.plan --model models/source --calibration data/calibration --raw data/raw    # 15 minutes for 135M
+python -m bench.plan --only statistics --only int8 --only gptq-int4          # a random model of 1 billion: 20 minutes
 
-Statistics and variants run as the stages that they are, with one thread, on a machine measured with one: their time is
-the processor's, which says something also where others are at work. What was found joins bench/results/plan.json.
+The estimate is `python -m tasks.planning` with its usual time limit. Then each stage runs as a program, scoring all
+evaluation items: a stage that runs alone in a flow with all cores, the others with their share of the cores while another
+process computes. Measure on a quiet machine. The result is added to bench/results/plan.json.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 
-from tasks.output import write_json, write_manifest
-from tasks.planning.estimate import PlanJob, estimate
-from tasks.planning.machine import check_machine
-from tasks.planning.shape import read_shape
+from flows.graph.schedule import threads_of
+from flows.planning.simulate import LIMIT
+from tasks.output import write_json
+from tasks.planning.need import read_measurement
+from tasks.planning.timing import Company
 from tasks.program import PARAMS
 from tasks.reporting.provenance import versions
-from tasks.settings import BASE, check_settings, load_settings
+from tasks.settings import BASE, load_settings
 
+JOBS = 2  # stages at a time
 RESULTS = Path("bench/results/plan.json")
-_MAKE = """
-import json, sys, torch
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-width, layers, vocabulary = map(int, sys.argv[1:])
-config = LlamaConfig(hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
-                     num_attention_heads=width // 64, num_key_value_heads=width // 256, vocab_size=vocabulary)
-AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained("models/source")
-words = {f"w{number}": number for number in range(vocabulary)}
-PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "w0"))).save_pretrained("models/source")
+# torch in a process of its own: a child's peak of memory begins where its parent's is
+_MODEL = """
+import sys
+from pathlib import Path
+from transformers import LlamaConfig
+from tasks.planning.miniature import Miniature
+width, layers, words = map(int, sys.argv[1:])
+config = LlamaConfig(hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers, vocab_size=words,
+                     num_attention_heads=max(1, width // 64), num_key_value_heads=max(1, width // 256))
+Miniature(Path("models"), config, "bfloat16").model.rename("models/source")
 """
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A stage as estimated and as measured: seconds of one core, peak memory and disk in bytes."""
-
-    stage: str
-    estimated: dict[str, float]
-    measured: dict[str, float]
-
-    @property
-    def line(self) -> str:
-        """Both, and the estimate over what was measured."""
-        cells = []
-        for what, unit in (("seconds", 1.0), ("memory", 1e9), ("disk", 1e9)):
-            ours, found = self.estimated[what], self.measured[what]
-            cells.append(f"{what} {ours / unit:.2f} / {found / unit:.2f} = {ours / found:.2f}")
-        return f"{self.stage:<20}{'   '.join(cells)}"
+_TOKENS = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from tasks.output import write_manifest
+words = json.loads(Path("models/source/config.json").read_text())["vocab_size"]
+folder = Path("data/calibration")
+folder.mkdir()
+save_file({"input_ids": torch.randint(words, (int(sys.argv[1]), 512))}, folder / "tokens.safetensors")
+write_manifest(folder)
+"""
 
 
 def main(
     model: Annotated[Path | None, typer.Option(help="A model's folder; a random one is made if not given.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Its calibration tokens; random ones if not given.")] = None,
+    raw: Annotated[Path | None, typer.Option(help="Evaluation data: evaluate and benchmark run as well.")] = None,
     width: Annotated[int, typer.Option(help="Channels of the random model; a multiple of 256.")] = 2048,
     layers: Annotated[int, typer.Option(help="Decoder layers of the random model.")] = 16,
-    vocabulary: Annotated[int, typer.Option(help="Words of the random model.")] = 65536,
+    words: Annotated[int, typer.Option(help="Words of the random model.")] = 65536,
     samples: Annotated[int, typer.Option(min=1, help="Random sequences of calibration, of 512 tokens.")] = 4,
     only: Annotated[list[str] | None, typer.Option(help="statistics, which all need, or a variant.")] = None,
+    results: Annotated[Path, typer.Option(help="The file that the result joins.")] = RESULTS,
 ) -> None:
-    """Estimate and run statistics and every variant of params.yaml that presses, and compare."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    """Estimate and run the stages of params.yaml that compute, and compare."""
     os.environ["PYTHONPATH"] = os.getcwd()
-    with tempfile.TemporaryDirectory(prefix="modelpress-plan-") as name:
-        found = compare(Path(name), model, calibration, (width, layers, vocabulary), samples, only)
-    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    write_json(RESULTS, kept | found)
-
-
-def compare(
-    folder: Path,
-    model: Path | None,
-    calibration: Path | None,
-    size: tuple[int, int, int],
-    samples: int,
-    only: list[str] | None,
-) -> dict[str, Any]:
-    """Run the stages in `folder`; their own files say what they took. By the model, what was found of it."""
     values = load_settings(PARAMS).model_dump(exclude_unset=True, mode="json")
-    _lay_out(folder, model, calibration, size, samples)
-    count, length = _tokens(folder)
-    values["calibration"] |= {"samples": count, "sequence_length": length}
-    settings = check_settings(values)
-    (folder / PARAMS).write_text(yaml.safe_dump(values), encoding="utf-8")
-    shape = read_shape(json.loads((folder / "models/source/config.json").read_text(encoding="utf-8")), "the model")
-    machine = check_machine(yaml.safe_load(_python("-m", "tasks.planning.measure_machine", "1")), "this machine")
-    found = []
-    stages = ["statistics", *(f"quantize@{name}" for name in settings.variants if name != BASE)]
+    values["gate"] |= {"sequential": False}  # the estimate is for all items
+    names = [name for name in values["variants"] if not only or name in (*only, BASE)]
+    values["variants"] = {name: values["variants"][name] for name in names}
+    with tempfile.TemporaryDirectory(prefix="modelpress-plan-") as name:
+        folder = Path(name)
+        for part in ("models", "data"):
+            (folder / part).mkdir()
+        for given, place in ((model, "models/source"), (calibration, "data/calibration"), (raw, "data/raw")):
+            if given:
+                (folder / place).symlink_to(given.resolve())
+        (folder / "evals").symlink_to(Path("evals").resolve())
+        if not model:
+            _python(folder, "-c", _MODEL, *map(str, (width, layers, words)))
+        if not calibration:
+            _python(folder, "-c", _TOKENS, str(samples))
+            values["calibration"] |= {"samples": samples, "sequence_length": 512}
+        (folder / PARAMS).write_text(yaml.safe_dump(values), encoding="utf-8")
+        found = compare(folder, names, ("export", "reference", "evaluate", "benchmark") if raw else ())
+    kept = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    write_json(results, kept | found)
+
+
+def compare(folder: Path, names: list[str], kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Estimate and run the stages in `folder`; the result, by the model's name."""
+    stages = [f"quantize@{BASE}", "statistics"]
+    for kind in ("quantize", *kinds):
+        stages += [kind] if kind == "reference" else [f"{kind}@{name}" for name in names]
+    stages = list(dict.fromkeys(stages))
+    cores = os.cpu_count() or 1
+    threads = {stage: threads_of(stage, (), (stage,), JOBS, cores) for stage in stages}
+    asked = [f"{stage}={count}" for stage, count in threads.items()]
+    _python(folder, "-m", "tasks.planning", "models/source", "plan.json", str(LIMIT), *asked)
+    estimate = read_measurement(folder / "plan.json")
+    print(f"estimated in {estimate.took:.0f} s, holding {estimate.held / 1e9:.1f} GB", flush=True)
+    rows, start, company = [], 0.0, Company(folder)
     for stage in stages:
         module, _, name = stage.partition("@")
-        if only and (name or module) not in only:
-            continue
-        used = _processor_seconds()
-        _python("-m", f"tasks.{module}", *([name] if name else []), cwd=folder)
-        seconds = _processor_seconds() - used
-        need = estimate(stage, PlanJob(shape, settings, machine))
-        report = json.loads((folder / f"metrics/{stage.replace('@', '/')}.json").read_text(encoding="utf-8"))
-        written = folder / (f"models/{name}" if name else "data/statistics")
-        size_bytes = sum(path.stat().st_size for path in written.glob("*.safetensors"))
-        measured = {"seconds": seconds, "memory": report["peak_memory_bytes"], "disk": size_bytes}
-        estimated = {"seconds": need.seconds or 0.0, "memory": need.memory or 0.0, "disk": need.disk}
-        found.append(Ratio(stage, estimated, measured))
-        print(found[-1].line, flush=True)
-    about = {
-        "machine": machine.model_dump(mode="json"),
-        "versions": versions(),
-        "tokens": count * length,
-        "stages": [asdict(one) for one in found],
-    }
-    return {f"{shape.family}, {shape.parameters / 1e6:.0f} million": about}
+        os.environ["OMP_NUM_THREADS"] = str(threads[stage])
+        began = time.perf_counter()
+        with company if threads[stage] < cores else nullcontext():
+            _python(folder, "-m", f"tasks.{module}", *([name] if name else []))
+        seconds, need = time.perf_counter() - began - start, estimate.needs[stage]
+        if stage == f"quantize@{BASE}":  # only starts and links; a run forks its stages and does not pay for the start
+            start = seconds
+        report = folder / f"metrics/{'reference/base' if stage == 'reference' else stage.replace('@', '/')}.json"
+        memory = json.loads(report.read_text(encoding="utf-8"))["peak_memory_bytes"] if report.exists() else None
+        written = folder / (f"models/{name}" if name else f"data/{module}")
+        disk = sum(path.stat().st_size for path in written.glob("*.safetensors"))
+        rows.append({"stage": stage, "estimated": asdict(need), "seconds": seconds, "memory": memory, "disk": disk})
+        ratio = f"{need.seconds:.1f} / {seconds:.1f} s = {need.seconds / seconds:.2f}" if need.seconds else need.note
+        print(
+            f"{stage:<22}{ratio}{' rough' * need.rough}   memory {need.memory / 1e9:.2f} / {(memory or 0) / 1e9:.2f} GB"
+            + (f"   disk {need.disk / 1e6:.1f} / {disk / 1e6:.1f} MB" if need.disk else ""),
+            flush=True,
+        )
+    about = {"machine": estimate.machine, "when": estimate.when, "versions": versions(), "took": estimate.took}
+    return {estimate.model: about | {"stages": rows}}
 
 
-def _lay_out(
-    folder: Path, model: Path | None, calibration: Path | None, size: tuple[int, int, int], samples: int
-) -> None:
-    """models/source and data/calibration, as the stages before would have left them."""
-    (folder / "models").mkdir()
-    (folder / "data").mkdir()
-    if model is not None:
-        (folder / "models/source").symlink_to(model.resolve())
-    else:
-        _python("-c", _MAKE, *map(str, size), cwd=folder)
-        write_manifest(folder / "models/source")
-    if calibration is not None:
-        (folder / "data/calibration").symlink_to(calibration.resolve())
-        return
-    # torch in a process of its own: a child's peak of memory begins where its parent's is
-    (folder / "data/calibration").mkdir()
-    config = json.loads((folder / "models/source/config.json").read_text(encoding="utf-8"))
-    program = (
-        "import torch; from safetensors.torch import save_file; "
-        f"save_file({{'input_ids': torch.randint({config['vocab_size']}, ({samples}, 512))}}, 'tokens.safetensors')"
-    )
-    _python("-c", program, cwd=folder / "data/calibration")
-    write_manifest(folder / "data/calibration")
-
-
-def _tokens(folder: Path) -> tuple[int, int]:
-    """Sequences of calibration, and tokens in each."""
-    from tasks.tensor_files import read_header
-
-    shape = read_header(folder / "data/calibration/tokens.safetensors")["input_ids"].shape
-    return shape[0], shape[1]
-
-
-def _processor_seconds() -> float:
-    """Of all children that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def _python(*arguments: str, cwd: Path | None = None) -> str:
-    """What a Python process prints; it ends the whole if it fails."""
-    done: Any = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+def _python(folder: Path, *arguments: str) -> str:
+    """What a Python process in `folder` prints; it ends the whole if it fails."""
+    command = [sys.executable, *arguments]
+    done: Any = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines()
         sys.exit(f"{' '.join(arguments[:3])} failed: {said[-1] if said else 'no word'}")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -134,25 +135,19 @@ def plan(
         ),
     ] = None,
     machine: Annotated[
-        Path | None, typer.Option(help="Estimate for the machine in this YAML file; docs/plan.md has an example.")
+        Path | None, typer.Option(help="Take the times from a measurement that this command wrote on another machine.")
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(min=0.1, metavar="GB", help="Memory to hold it against, in place of the machine's.")
+        float | None, typer.Option(min=0.1, metavar="GB", help="Memory to compare with, instead of the machine's.")
     ] = None,
-    disk: Annotated[
-        float | None, typer.Option(min=0.1, metavar="GB", help="Room on the disk, in place of the machine's.")
-    ] = None,
-    network: Annotated[
-        float | None, typer.Option(min=0.001, metavar="GB/S", help="How fast a model arrives, to count its download.")
-    ] = None,
+    disk: Annotated[float | None, typer.Option(min=0.1, metavar="GB", help="Free disk space to compare with.")] = None,
     jobs: Jobs = 2,
-    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine again first.")] = False,
 ) -> None:
-    """Say what a run would do with each stage, why, and how large its outputs are; nothing is changed.
+    """Show what a run would do with each stage, why, and how large its outputs are. Nothing is changed.
 
-    With `--model`, say instead what a run of any model would take, stage by stage: time, memory and disk, under the
-    settings in params.yaml. Only its config.json is read, never weights. The first time this measures the machine, half
-    a minute on operations like the stages' own; measure when nothing else is at work on it.
+    With `--model`, estimate instead what a run with any model would take under the settings in params.yaml: time,
+    memory and disk for every stage. Only the model's config.json is read, never its weights. For up to a minute this
+    measures the stages' own code on one random layer of the model's size; measure on a quiet machine.
 
     Examples:
 
@@ -164,7 +159,7 @@ def plan(
 
         modelpress plan --model config.json --memory 256 --disk 1000
 
-        modelpress plan --model config.json --machine server.yaml
+        modelpress plan --model config.json --machine server.json
     """
     root = find_root()
     quiet(root)
@@ -172,20 +167,22 @@ def plan(
     from flows.graph.params_file import read_settings
     from flows.graph.plan import ACTIONS, read_plan, summary
 
-    about = {"memory_gb": memory, "disk_gb": disk, "network_gbs": network}
-    if model is None and (machine or measure or any(about.values())):
-        raise FlowError("--machine, --measure, --memory, --disk and --network are for an estimate; add --model")
+    if model is None and (machine or memory or disk):
+        raise FlowError("--machine, --memory and --disk are for an estimate; add --model")
     check_dvc(root)
-    settings = read_settings(root / "params.yaml")
+    read_settings(root / "params.yaml")
     if model is not None:
-        from flows.planning.simulate import read_model, read_or_measure, simulate
+        from flows.planning.simulate import measure, simulate
         from flows.planning.table import lines
 
-        shape = read_model(root, model)
-        here = read_or_measure(root, machine, measure, about)
         graph = {name: stage.upstreams for name, stage in read_plan(root).items()}
-        for part in lines(simulate(graph, shape, settings, here, jobs), shape, settings, here, jobs):
+        found, kept = measure(root, model, graph, jobs, machine)
+        room = {"memory": 1e9 * memory if memory else found.memory, "disk": 1e9 * disk if disk else found.disk}
+        found = replace(found, **room)
+        for part in lines(simulate(graph, found.needs, jobs), found, jobs):
             Console(soft_wrap=not isinstance(part, Table), highlight=False).print(part)
+        if machine is None:
+            print(f"saved    to {kept}; --machine reads it on another machine")
         return
     stages = read_plan(root)
     table = Table("stage", "what", "why", "size", box=None, pad_edge=False, header_style="bold")

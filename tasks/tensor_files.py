@@ -105,11 +105,7 @@ def join(parts: Sequence[Path], destination: Path, largest: int = LARGEST) -> No
     """Write the tensors of all `parts` to the folder `destination` as a model's weights, one in memory at a time:
     `model.safetensors`, or shards with an index if it would exceed `largest` bytes."""
     found = {name: (part, entry) for part in parts for name, entry in read_header(part).items()}
-    shards: list[dict[str, Entry]] = [{}]
-    for name, (_, entry) in found.items():
-        if shards[-1] and sum(e.bytes for e in shards[-1].values()) + entry.bytes > largest:
-            shards.append({})
-        shards[-1][name] = entry
+    shards = _shards({name: entry for name, (_, entry) in found.items()}, largest)
 
     def read(name: str) -> Tensor:
         with safe_open(found[name][0], framework="pt") as file:
@@ -129,15 +125,43 @@ def join(parts: Sequence[Path], destination: Path, largest: int = LARGEST) -> No
         _write(destination / file, shard, read)
 
 
+def joined_bytes(entries: Mapping[str, Entry]) -> int:
+    """The size of the files, bytes, that `join` writes of these tensors."""
+    return sum(len(_header(_ordered(one))) + sum(e.bytes for e in one.values()) for one in _shards(entries, LARGEST))
+
+
+def write_hollow(destination: Path, entries: Mapping[str, Entry]) -> None:
+    """A safetensors file with these tensors in its header and a hole in place of their numbers: it takes no disk."""
+    header = _header(_ordered(entries))
+    with destination.open("wb") as out:
+        out.write(header)
+        out.truncate(len(header) + sum(e.bytes for e in entries.values()))
+
+
+def _shards(entries: Mapping[str, Entry], largest: int) -> list[dict[str, Entry]]:
+    """The tensors of each file."""
+    shards: list[dict[str, Entry]] = [{}]
+    for name, entry in entries.items():
+        if shards[-1] and sum(e.bytes for e in shards[-1].values()) + entry.bytes > largest:
+            shards.append({})
+        shards[-1][name] = entry
+    return shards
+
+
+def _ordered(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """In safetensors' own order: wide types first, so that every tensor stays aligned."""
+    order = sorted(entries, key=lambda name: (-entries[name].bytes // max(entries[name].count, 1), name))
+    return {name: entries[name] for name in order}
+
+
 def _write(destination: Path, entries: dict[str, Entry], read: Callable[[str], Tensor]) -> None:
     """Write a safetensors file of these tensors, reading one at a time."""
     import torch
 
-    # safetensors' own order: wide types first, so that every tensor stays aligned
-    order = sorted(entries, key=lambda name: (-entries[name].bytes // max(entries[name].count, 1), name))
+    ordered = _ordered(entries)
     with destination.open("wb") as out:
-        out.write(_header({name: entries[name] for name in order}))
-        for name in order:
+        out.write(_header(ordered))
+        for name in ordered:
             out.write(read(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

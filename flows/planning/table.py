@@ -1,4 +1,4 @@
-"""An estimate for a person at a terminal: a table of the stages, then what the run takes and what does not fit."""
+"""An estimate for the terminal: a table of the stages, then the totals and what does not fit."""
 
 from __future__ import annotations
 
@@ -8,96 +8,52 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.planning.simulate import RunEstimate
-from tasks.planning.estimate import BYTES, pressed_today
-from tasks.planning.machine import Machine
-from tasks.planning.shape import Shape
-from tasks.settings import Settings
+from tasks.planning.need import Measurement
 
 _UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
 
 
-def lines(found: RunEstimate, shape: Shape, settings: Settings, machine: Machine, jobs: int) -> Iterator[str | Table]:
-    """What `modelpress plan --model` prints."""
-    size = BYTES[settings.model.dtype] * shape.parameters
-    tokens = settings.calibration.samples * settings.calibration.sequence_length
-    yield (
-        f"model    {shape.family}, {count(shape.parameters)} parameters, {gigabytes(size)} in {settings.model.dtype}; "
-        f"{tokens:,} tokens of calibration"
-    )
-    yield (
-        f"machine  {escape(machine.name)}; {machine.device}, {gigabytes(machine.memory_gb * 1e9)} memory, "
-        f"{gigabytes(machine.disk_gb * 1e9)} disk ({escape(machine.source)})\n"
-    )
-    yield _table(found, machine)
-    yield ""
-    yield from _totals(found, machine, jobs)
-    if not pressed_today(shape):
-        yield (
-            f"not yet  modelpress refuses the family {shape.family} today; statistics, quantize and what follows from "
-            "them are what they would take with every expert's layers pressed as layers of their own"
-        )
-
-
-def _table(found: RunEstimate, machine: Machine) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stage")
-    for heading in ("from", "time", "memory", "disk"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
-    for stage, need in found.needs.items():
-        room = machine.memory_gb * 1e9
-        held = need.memory or 0.0
-        short = held > room
-        remarks = [f"needs {gigabytes(held)}, this machine has {gigabytes(room)}"] if short else []
-        remarks += [need.note] if need.note else []
-        table.add_row(
-            stage,
-            duration(found.begins[stage]),
-            "?" if need.seconds is None else duration(need.seconds),
-            "?" if need.memory is None else gigabytes(need.memory),
-            gigabytes(need.disk) if need.disk else "-",
-            "; ".join(remarks),
-            style="red" if short else None,
-        )
-    return table
-
-
-def _totals(found: RunEstimate, machine: Machine, jobs: int) -> Iterator[str]:
-    unknown = [stage for stage, need in found.needs.items() if need.seconds is None]
+def lines(found: RunEstimate, measured: Measurement, jobs: int) -> Iterator[str | Table]:
+    """The output of `modelpress plan --model`, compared with the memory and disk of `measured`."""
+    needs, memory, disk = measured.needs, measured.memory, measured.disk
+    machine = f"{escape(measured.machine)}, {measured.cores} cores, {measured.device}"
+    yield f"model    {measured.model} parameters"
+    yield f"machine  {machine}; {size(memory)} memory, {size(disk)} disk free"
+    yield f"measured {measured.when} in {duration(measured.took)}, using {size(measured.held)} of memory\n"
+    table = Table("stage", *(("start", "time", "memory", "disk")), "", box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[1:5]:
+        column.justify = "right"
+    for stage, begin in found.begins.items():
+        need = needs[stage]
+        short = need.memory > memory
+        time = "?" if need.seconds is None else duration(need.seconds)
+        remarks = [f"needs {size(need.memory)}, this machine has {size(memory)}"] * short
+        remarks += ["rough"] * (need.rough and need.seconds is not None) + [need.note or ""]
+        cells = (stage, duration(begin), time, size(need.memory), size(need.disk) if need.disk else "-")
+        table.add_row(*cells, escape("; ".join(filter(None, remarks))), style="red" if short else None)
+    yield table
+    unknown = [stage for stage, need in needs.items() if need.seconds is None]
     without = f", without {', '.join(unknown)}" if unknown else ""
-    yield f"time     {duration(found.seconds)} from start to end, {jobs} stage{'s' * (jobs > 1)} at a time{without}"
-    largest = max((need.memory or 0.0, stage) for stage, need in found.needs.items())
-    together = f"; {gigabytes(found.memory)} while {' and '.join(found.together)} run together"
-    memory = f"{gigabytes(largest[0])} for {largest[1]}{together if len(found.together) > 1 else ''}"
-    yield f"memory   {memory}: {_fits(found.memory, largest[0], machine.memory_gb * 1e9)}"
-    disk = found.disk + found.scratch
-    room = machine.disk_gb * 1e9
-    verdict = "fits" if disk <= room else f"does not fit, {gigabytes(room)} are free"
-    yield (
-        f"disk     {gigabytes(found.disk)}, and {gigabytes(found.scratch)} more while it runs: {verdict}; "
-        "what is in DVC's cache is linked, and counts once"
-    )
-
-
-def _fits(together: float, largest: float, room: float) -> str:
-    if largest > room:
-        return f"does not fit, this machine has {gigabytes(room)}"
-    return "fits" if together <= room else "fits with --jobs 1 only"
+    rough = "; rough: extrapolated from narrower layers" if any(need.rough for need in needs.values()) else ""
+    yield f"\ntime     {duration(found.seconds)}, {jobs} stage{'s' * (jobs > 1)} at a time{without}{rough}"
+    largest, stage = max((need.memory, stage) for stage, need in needs.items())
+    together = f"; {size(found.memory)} while {' and '.join(found.together)} run together"
+    fits = "fits" if found.memory <= memory else "fits with --jobs 1 only"
+    verdict = fits if largest <= memory else f"does not fit: this machine has {size(memory)}"
+    yield f"memory   {size(largest)} for {stage}{together if len(found.together) > 1 else ''}: {verdict}"
+    verdict = "fits" if found.disk + found.scratch <= disk else f"does not fit: {size(disk)} are free"
+    yield f"disk     {size(found.disk)}, and {size(found.scratch)} more during the run: {verdict}"
 
 
 def duration(seconds: float) -> str:
-    """As one reads it: 42 s, 12 min, 2.7 h, 3.1 days."""
+    """A duration for people: 42 s, 12 min, 2.7 h, 3.1 days."""
     for unit, length in _UNITS:
         if seconds >= 1.5 * length:
             return f"{seconds / length:.0f} {unit}" if unit == "min" else f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} s"
 
 
-def gigabytes(size: float) -> str:
-    """Bytes, as one reads them."""
-    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB" if size < 1e12 else f"{size / 1e12:.2f} TB"
-
-
-def count(number: int) -> str:
-    """Parameters, as one reads them."""
-    return f"{number / 1e6:.0f} million" if number < 1e9 else f"{number / 1e9:.2f} billion"
+def size(count: float) -> str:
+    """Bytes for people: 512 MB, 1.2 GB, 1.20 TB."""
+    number, unit = (count / 1e6, "MB") if count < 1e9 else (count / 1e9, "GB") if count < 1e12 else (count / 1e12, "TB")
+    return f"{number:.0f} {unit}" if unit == "MB" else f"{number:.{'1' if unit == 'GB' else '2'}f} {unit}"

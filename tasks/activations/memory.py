@@ -1,4 +1,4 @@
-"""The memory of the pass over the calibration tokens."""
+"""Memory and disk space of the pass over the calibration tokens."""
 
 from __future__ import annotations
 
@@ -41,3 +41,16 @@ def needed_bytes(
     if importance:
         most = max(most, weight * vocabulary * hidden + 20 * PREDICTED * vocabulary) + 12 * sequence
     return int(8 * activations + most)
+
+
+def stored_bytes(tokens: int, widths: Sequence[int], layers: int, hidden: int, importance: bool) -> int:
+    """The numbers, bytes, that the pass leaves: of each distinct input its Gram matrix and two magnitudes by channel,
+    and a weight for each token where they are weighed. widths: of the distinct inputs in one of the `layers`; hidden:
+    of the output layer's."""
+    sums = sum(4 * (width**2 + 2 * width) for width in [*widths] * layers + [hidden])
+    return sums + importance * 4 * tokens * len(widths) * layers
+
+
+def kept_bytes(tokens: int, layers: int, hidden: int, importance: bool) -> int:
+    """The disk, bytes, that it takes besides while it runs: activations, and gradients where tokens are weighed."""
+    return tokens * hidden * (2 * (layers + 1) if importance else 4)

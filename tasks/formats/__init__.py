@@ -15,12 +15,13 @@ from tasks.tensor_files import EMBEDDING, OUTPUT
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, dtype
 
     from tasks.grid import Grid, Precision, QuantizedWeight
     from tasks.schemes import Scheme
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
+PACKED = 64  # rows, a multiple of what any format packs together
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,30 @@ def load_format(name: str) -> Format:
             return Gptq()
         case _:
             raise TaskError(f"no format {name!r} for a model directory; there are: compressed-tensors, awq, gptq")
+
+
+def packed_sizes(form: Format, precision: Precision, rows: int, width: int) -> dict[str, tuple[dtype, tuple[int, ...]]]:
+    """Types and shapes of the tensors that the format packs a linear layer to, by the ends of their names.
+
+    Of many rows a few are packed: the tensors grow with their number.
+    """
+    few = PACKED if rows % PACKED == 0 else rows
+    small, twice = (form.pack(_blank(precision, count, width), precision) for count in (few, 2 * few))
+
+    def grown(end: str) -> tuple[int, ...]:
+        pairs = zip(small[end].shape, twice[end].shape, strict=True)
+        return tuple(one + (two - one) * (rows - few) // few for one, two in pairs)
+
+    return {end: (tensor.dtype, grown(end)) for end, tensor in small.items()}
+
+
+def _blank(precision: Precision, rows: int, width: int) -> QuantizedWeight:
+    import torch
+
+    from tasks.grid import QuantizedWeight
+
+    ones = torch.ones(rows, precision.grid.groups(width), dtype=torch.uint8)
+    return QuantizedWeight(torch.zeros(rows, width, dtype=torch.uint8), ones.to(precision.grid.dtype), ones)
 
 
 def check_groups(layout: Layout, advice: str = "") -> None:

@@ -31,8 +31,13 @@ _press_layer: PressLayer  # in a worker, set by `_prepare`, so that it is sent o
 def processes(threads: int, layers: int, weights: int, memory: float) -> int:
     """The number of processes for `layers` layers of `weights` each: at most one per thread, limited by the work and by
     `memory` bytes."""
-    room = int(memory / (PROCESS + FOR_A_WEIGHT * weights))
+    room = int(memory / held_bytes(weights))
     return max(1, min(threads, layers, layers * weights // WORTH, room))
+
+
+def held_bytes(weights: int) -> int:
+    """The memory, bytes, that a process holds which presses layers of so many weights."""
+    return PROCESS + FOR_A_WEIGHT * weights
 
 
 def press_side_by_side(press_layer: PressLayer, layers: Iterable[int], count: int) -> None:

@@ -88,8 +88,21 @@ def measure(job: QuantizeJob, candidates: Mapping[str, Precision | None]) -> dic
         share = baseline.exp()
         # in the order of `errors`: streams read from a file have another order
         for name in tqdm(errors, desc="divergence", unit="layer"):
-            found[name] = Sensitivity(errors[name], _divergence(baseline, share, head(streams[name]).log_softmax(-1)))
+            found[name] = Sensitivity(errors[name], divergence(baseline, share, head(streams[name])))
     return found
+
+
+def stream_passes(layers: int, linears: int) -> int:
+    """How many streams of earlier layers pass through a decoder layer, summed over `layers` with `linears` linear
+    layers each: the part of `measure` that grows with the square of the layers."""
+    return linears * layers * (layers - 1) // 2
+
+
+def held_bytes(streams: int, hidden: int, words: int) -> int:
+    """The memory, bytes, that `measure` holds at its end: the streams twice, each [tokens, hidden], the output layer
+    and predictions of two streams, with their logarithms."""
+    tokens = SEQUENCES * LENGTH
+    return 4 * (2 * streams * tokens * hidden + words * hidden + 4 * tokens * words)
 
 
 def _trial(
@@ -160,7 +173,9 @@ def _swapped(linear: nn.Module, weight: Tensor) -> Iterator[None]:
     linear.weight = own
 
 
-def _divergence(baseline: Tensor, share: Tensor, other: Tensor) -> float:
-    """Mean Kullback-Leibler divergence over the tokens of log-probabilities [rows, tokens, vocabulary]; share: exp of
-    the baseline's. Overwrites `other`: allocating memory of this size costs more than the arithmetic."""
-    return max(0.0, torch.sub(baseline, other, out=other).mul_(share).sum(-1).double().mean().item())
+def divergence(baseline: Tensor, share: Tensor, other: Tensor) -> float:
+    """Mean Kullback-Leibler divergence over the tokens, all tensors [rows, tokens, vocabulary]. baseline:
+    log-probabilities, share: their exp, other: logits."""
+    found = other.log_softmax(-1)
+    # in place: allocating memory of this size costs more than the arithmetic
+    return max(0.0, torch.sub(baseline, found, out=found).mul_(share).sum(-1).double().mean().item())

@@ -98,3 +98,11 @@ def load_runtime(target: str, directory: Path, dtype: str) -> Runtime:
             return GgufRuntime(directory, dtype)
         case _:
             raise TaskError(f"no runtime for the target {target!r}; there are: transformers, onnx, gguf")
+
+
+def loaded_bytes(parameters: int, stored: int, dtype: str, native: bool, predictions: int) -> int:
+    """The memory, bytes, that a loaded model takes at most, in any runtime: its weights in `dtype` beside its file of
+    `stored` bytes, twice where dense.py reads the format (native false), and `predictions` tokens' logits three times,
+    given as numbers."""
+    weight = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    return parameters * weight * (1 if native else 2) + stored + 12 * predictions

@@ -1,0 +1,278 @@
+"""What each stage of a run does, how often, and how many bytes it takes; the work is the stages' own code."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tasks.activations.memory import kept_bytes, stored_bytes
+from tasks.benchmark import alternate
+from tasks.device import compute_device
+from tasks.errors import TaskError
+from tasks.export import export
+from tasks.exporters import load_exporter
+from tasks.formats import load_format
+from tasks.hardware import available_memory, current_memory
+from tasks.model.compatibility import check_fit
+from tasks.model.decoder import Decoder
+from tasks.model.hollow import hollow_model, variant_bytes
+from tasks.model.linears import linear_shapes
+from tasks.planning.miniature import Miniature
+from tasks.planning.need import Need
+from tasks.planning.timing import Bench, Company, Cost
+from tasks.quantize import quantize
+from tasks.quantizers import sensitivity
+from tasks.quantizers.parallel import held_bytes, processes
+from tasks.runtimes import Question, Runtime, RuntimeWithStates, load_runtime, loaded_bytes
+from tasks.schemes import LLAMA_CPP, MIXED
+from tasks.scoring.divergence import Window, measure_text
+from tasks.scoring.reference_states import output_layer
+from tasks.settings import BASE, BUILTIN, Settings
+from tasks.statistics import collect, estimate_bytes
+from tasks.tensor_files import read_header
+
+ITEM = 50  # tokens of an evaluation item: a question with its answers, as in evals/
+BATCH = 8  # items that are scored at once
+READ = 256  # tokens of text that are read at once
+ITEMS = 1000  # of a task, where `evaluation.limit` does not say
+SHARES = {"statistics": 6.0, "quantize": 4.0}  # of the time to measure; other stages: 1
+
+Part = tuple[str, str, float]  # a method of `Run`, a variant, and how often the stage does it
+
+
+class Run:
+    """The stages of a run. threads: by stage, named as in dvc.yaml; until: when to stop measuring, by time.monotonic().
+
+    TaskError if the settings do not fit the model.
+    """
+
+    def __init__(self, settings: Settings, config: Any, root: Path, threads: Mapping[str, int], until: float) -> None:
+        self.settings, self.threads, self.device = settings, threads, compute_device()
+        self.base = current_memory()  # of a process with its libraries
+        model = hollow_model(config, settings.model.dtype, root / "hollow")
+        for name, variant in settings.variants.items():
+            check_fit(name, variant, model)
+        load_exporter(settings.target).check(settings, None)
+        self.decoder, self.shapes = Decoder(model, torch.float32, self.device), linear_shapes(model)
+        self.hidden, _, self.words = self.decoder.widths
+        self.layers, self.linears = len(self.decoder), len(self.shapes) // len(self.decoder)
+        self.weights = sum(rows * width for rows, width in self.shapes.values()) // self.layers
+        self.parameters = sum(entry.count for entry in read_header(model / "model.safetensors").values())
+        self.bytes = {name: variant_bytes(variant, model) for name, variant in settings.variants.items()}
+        self.largest = max((name for name in self.bytes if name != BASE), key=self.bytes.__getitem__)
+        self.items = len(settings.evaluation.tasks) * (settings.evaluation.limit or ITEMS)
+        self.bench = Bench(root, config, settings.model.dtype, self.weights, until)
+        self.company = Company(root) if until > time.monotonic() and len(set(threads.values())) > 1 else None
+        self.costs: dict[Part, Cost] = {}
+        self.outer: dict[tuple[str, bool], float] = {}
+        self.loaded: dict[tuple[Path, str], Runtime] = {}
+
+    def needs(self, measured: bool) -> dict[str, Need]:
+        """The need of every stage; without times if not `measured`."""
+        found, shares = {}, [SHARES.get(stage.partition("@")[0], 1.0) for stage in self.threads]
+        for number, stage in enumerate(self.threads):
+            kind, _, name = stage.partition("@")
+            parts, seconds, rough, note = self._parts(kind, name), 0.0 if measured else None, False, ""
+            share = min(1.0, 1.5 * shares[number] / sum(shares[number:]))  # time that it leaves is for the others
+            together = self.threads[stage] < max(self.threads.values())  # others run at the same time
+            try:
+                for part in parts if measured else ():
+                    with self.company if together and self.company else nullcontext():
+                        cost = self._cost(part, self.threads[stage], share)
+                    layers = self._layers(name) if part[0] == "press" else float(self.layers)
+                    mixed = part[0] == "press" and self.settings.variants[name].scheme == MIXED
+                    outer = cost.outer * (self.layers if mixed else 1)  # each layer's divergence takes the output layer
+                    seconds = (seconds or 0.0) + cost.fixed + layers * cost.layer + outer
+                    rough |= cost.rough
+            except TaskError as error:
+                seconds, note = None, str(error)
+            if not parts:
+                note = "not estimated, takes seconds"
+            elif kind in ("reference", "evaluate") and not note:
+                note = f"{self.items} items of {ITEM} tokens" + "; the gate may need fewer" * (kind == "evaluate")
+            found[stage] = Need(seconds, *self._bytes(kind, name), note or None, rough)
+        return found
+
+    # -- what the stages do
+
+    def _parts(self, kind: str, name: str) -> list[Part]:
+        """Empty for a stage that does little besides starting."""
+        evaluation, samples = self.settings.evaluation, self.settings.calibration.samples
+        text = len(evaluation.texts) * evaluation.text_tokens / READ
+        match kind:
+            case "statistics":
+                return [("collect", "", samples)]
+            case "quantize" if name != BASE:
+                variant = self.settings.variants[name]
+                parts: list[Part] = [("press", name, (variant.samples or samples) if self._reads_tokens(name) else 1)]
+                passes = sensitivity.stream_passes(self.layers, self.linears) / self.layers
+                return [*parts, ("streams", name, passes)] if variant.scheme == MIXED else parts
+            case "export":
+                return [("export", name, 1)]
+            case "reference" | "evaluate" if (kind, name) != ("evaluate", BASE):
+                return [("texts", name or BASE, text), ("score", name or BASE, self.items / BATCH)]
+            case "benchmark":
+                rounds = 1 + self.settings.benchmark.repeats
+                return [("rounds", one, rounds) for one in dict.fromkeys((name, BASE))]
+            case "package":
+                return [("texts", self.largest, 1)]
+        return []
+
+    def collect(self, _: str, mini: Miniature, times: int) -> None:
+        """The pass over `times` sequences."""
+        tokens = mini.calibration(max(1, times), self.settings.calibration.sequence_length)
+        if times:
+            collect(mini.model, tokens, mini.folder / f"statistics-{times}", self.settings.statistics.importance)
+
+    def press(self, name: str, mini: Miniature, times: int) -> None:
+        """The stage quantize with `times` sequences."""
+        variant = self.settings.variants[name]
+        if not variant.is_baseline:
+            budget = {"retention": None, "bits_per_weight": 16.0} if variant.retention else {}
+            variant = variant.model_copy(update={"skip_layers": [], "samples": None, **budget})
+        tokens = mini.calibration(max(1, times), self.settings.calibration.sequence_length)
+        statistics = self._statistics(mini, 3 if self._reads_tokens(name) else 1)
+        if times:
+            quantize(name, variant, mini.model, tokens, statistics, mini.folder / "models" / name)
+
+    def streams(self, _: str, mini: Miniature, times: int) -> None:
+        """Run `times` streams of the scheme mixed through every layer."""
+        decoder = Decoder(mini.model, torch.float32, self.device)
+        hidden = decoder.embed([torch.zeros(sensitivity.SEQUENCES, sensitivity.LENGTH, dtype=torch.int64)])[0]
+        for index in range(len(decoder)):
+            with decoder.layer(index) as layer:
+                for _ in range(times):
+                    decoder.run(index, layer, hidden)
+
+    def export(self, name: str, mini: Miniature, times: int) -> None:
+        """The stage export."""
+        if not (mini.folder / "models" / name).exists():
+            self.press(name, mini, 1)
+        if times:
+            export(mini.folder / "models" / name, self.settings.target, mini.folder / "exports" / name)
+
+    def texts(self, name: str, mini: Miniature, times: int) -> None:
+        """Load a model, read `times` pieces of text and compare its predictions with the baseline's."""
+        evaluation = self.settings.evaluation
+        runtime = self.loaded[mini.folder, name] = self._load(name, mini, evaluation.dtype)
+        layer, states = None, torch.zeros(READ - 1, mini.config.hidden_size, device=self.device)
+        if isinstance(runtime, RuntimeWithStates):
+            layer = output_layer(mini.model, evaluation.dtype, self.device)
+
+        def baseline(_: int, ids: torch.Tensor) -> torch.Tensor:
+            return layer.logprobs(states) if layer else runtime.logprobs(ids)[0, :-1]
+
+        if times:
+            pieces = [Window([2] * READ, 1)] * times
+            measure_text(runtime.logprobs, None if name == BASE else baseline, pieces, "")
+
+    def score(self, name: str, mini: Miniature, times: int) -> None:
+        """Score `times` batches of evaluation items."""
+        option = (2,) * (ITEM // 6)
+        question = Question((2,) * (ITEM - 3 * (len(option) - 1)), (option,) * 3)
+        for _ in range(times):
+            self.loaded[mini.folder, name].score([question] * BATCH, 1 << 20, "")
+
+    def rounds(self, name: str, mini: Miniature, times: int) -> None:
+        """Load a model and run `times` rounds of the benchmark, none if the runtime has no kernel for the format."""
+        runtime = self._load(name, mini, self.settings.benchmark.dtype)
+        alternate([runtime] if runtime.fast else [], self.settings.benchmark.model_copy(update={"repeats": times}))
+
+    # -- what that takes
+
+    def _cost(self, part: Part, threads: int, share: float) -> Cost:
+        """Seconds of a part, timed once. Outside the decoder layers, all variants take equally long to serve."""
+        if part not in self.costs:
+            what, name, count = part
+            served = what in ("texts", "score", "rounds")
+            alike = (what, name == BASE and what == "texts")  # which compares a variant with the baseline
+            torch.set_num_threads(max(1, threads // (self._processes(name) if what == "press" else 1)))
+
+            def known(mini: Miniature) -> bool:  # pressed before
+                return not served or name == BASE or (mini.folder / "models" / name).exists()
+
+            variant = self.settings.variants.get(name)
+            inside = what == "press" and variant and variant.scheme != MIXED and not variant.output_layer
+            outer = 0.0 if inside or what == "streams" else self.outer.get(alike)
+            try:
+                self.costs[part] = self.bench.cost(partial(getattr(self, what), name), count, share, known, outer)
+            except TaskError:
+                if (what, BASE, count) not in self.costs:
+                    raise
+                self.costs[part] = replace(self.costs[what, BASE, count], rough=True)
+            if served:
+                self.outer[alike] = self.costs[part].outer
+        return self.costs[part]
+
+    def _layers(self, name: str) -> float:
+        """Decoder layers that one process presses, the output layer among them by its weights."""
+        variant = self.settings.variants[name]
+        outer = self.words * self.hidden / self.weights if variant.output_layer else 0.0
+        return math.ceil((self.layers - len(set(variant.skip_layers))) / self._processes(name)) + outer
+
+    def _processes(self, name: str) -> int:
+        """The number of processes that press layers side by side (quantizers/parallel.py)."""
+        if self.device != "cpu" or self._reads_tokens(name) or self.settings.variants[name].scheme == MIXED:
+            return 1
+        return processes(self.threads.get(f"quantize@{name}", 1), self.layers, self.weights, available_memory())
+
+    def _reads_tokens(self, name: str) -> bool:
+        """Whether quantizing runs the model over the calibration tokens again."""
+        return self.settings.variants[name].propagate or self.settings.variants[name].backend != BUILTIN
+
+    def _bytes(self, kind: str, name: str) -> tuple[float, float, float]:
+        """Memory, disk and scratch space of a stage."""
+        calibration, importance = self.settings.calibration, self.settings.statistics.importance
+        tokens = calibration.samples * calibration.sequence_length
+        match kind:
+            case "download":
+                return self.base, self.bytes[BASE], 0
+            case "statistics":
+                ids = torch.empty(calibration.samples, calibration.sequence_length, device="meta")
+                disk = stored_bytes(tokens, self._widths(), self.layers, self.hidden, importance)
+                scratch = kept_bytes(tokens, self.layers, self.hidden, importance)
+                return estimate_bytes(self.decoder, ids, importance), disk, scratch
+            case "quantize" if name != BASE:
+                count = self._processes(name)
+                held = count * held_bytes(self.weights) + self.base * (count > 1)
+                if self.settings.variants[name].scheme == MIXED:
+                    streams = sensitivity.held_bytes(self.linears * self.layers, self.hidden, self.words)
+                    held = max(held, self.base + streams)
+                return held, self.bytes[name], self.bytes[name]
+            case "reference":
+                states = len(self.settings.evaluation.texts) * self.settings.evaluation.text_tokens * self.hidden
+                return self.base + self._loaded(BASE, kind), 4 * states, 0
+            case "evaluate" | "benchmark" | "package" if (kind, name) != ("evaluate", BASE):
+                beside = self._loaded(BASE, kind) if kind == "benchmark" and name != BASE else 0
+                return self.base + self._loaded(name or self.largest, kind) + beside, 0, 0
+        return self.base, 0, 0
+
+    def _loaded(self, name: str, kind: str) -> int:
+        variant, evaluation = self.settings.variants[name], self.settings.evaluation
+        native = variant.is_baseline or variant.scheme in LLAMA_CPP or load_format(variant.format).native
+        predictions = evaluation.window * self.words * (kind in ("reference", "evaluate"))
+        return loaded_bytes(self.parameters, self.bytes[name], evaluation.dtype, native, predictions)
+
+    def _widths(self) -> list[int]:
+        """Of a layer's distinct inputs: a small model's statistics show which linear layers share one."""
+        header = read_header(self._statistics(self.bench.one, 1) / "layers.0.safetensors")
+        prefix, first = self.decoder.layer_prefix(0), [name for name in header if name.endswith(".gram")]
+        return [self.shapes[prefix + name.removesuffix(".gram")][1] for name in first]
+
+    def _statistics(self, mini: Miniature, sequences: int) -> Path:
+        if not (mini.folder / f"statistics-{sequences}").exists():
+            self.collect("", mini, sequences)
+        return mini.folder / f"statistics-{sequences}"
+
+    def _load(self, name: str, mini: Miniature, dtype: str) -> Runtime:
+        if not (mini.folder / "exports" / name).exists():
+            self.export(name, mini, 1)
+        return load_runtime(self.settings.target, mini.folder / "exports" / name, dtype)
