@@ -149,7 +149,7 @@ class TestOrder:
         assert [order.reached(order.until(look)) for look in range(1, 6)] == [1, 2, 3, 4, 5]
         part = order.until(3)
         part["b"] = part["b"][1:]
-        with pytest.raises(TaskError, match="are not those of any look"):
+        with pytest.raises(TaskError, match="do not match any look"):
             order.reached(part)
 
     @pytest.mark.parametrize("record", [None, {"seed": 1}, {"seed": 1, "items": {}, "looks": 9, "block": 50}])

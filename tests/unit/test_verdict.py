@@ -54,7 +54,7 @@ class TestPairing:
             (
                 records(1, 0),
                 [*records(1), {"item": 1, "hash": "x", "score": 0}],
-                r"item 1 was another question",
+                r"item 1 was a different question",
             ),
             (records(1), records(1.5), r"v has a score outside 0 to 1 for item 0"),
             (records(1), records(float("nan")), r"v has a score outside 0 to 1 for item 0"),
@@ -161,7 +161,7 @@ class TestVerdict:
         # 4 points of half width, 1 point of distance
         verdict = judge(result(0.96, 0.92, 1.0, items=100), 0.95)
         assert verdict.items_needed == 1600
-        assert "about 1,600 items a task instead of 100 would decide" in verdict.reason
+        assert "about 1,600 items per task instead of 100 would decide" in verdict.reason
 
     def test_a_variant_at_the_gate_passes_as_seldom_as_the_confidence_says(self) -> None:
         # it truly keeps 95%, the gate: each one-sided test may be wrong 5% of the time
