@@ -59,7 +59,7 @@ def test_old_metrics_make_a_report_in_new_words(old: Path) -> None:
 
 def test_an_old_summary_is_shown(old: Path) -> None:
     summary = summarize(list(VARIANTS), GATE, old / "metrics", old / "results", old / "source.json")
-    for name, row in summary["variants"].items():  # as it was
+    for name, row in summary["variants"].items():  # unchanged
         row |= {"method": METHODS[name]}
         for key in ("scheme", "recipe", "format", "backend", "output_layer"):
             del row[key]

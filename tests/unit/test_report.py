@@ -47,13 +47,13 @@ Summarize = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def settings() -> Settings:
-    """The project's own settings with the quick gate of the made-up measurements."""
+    """The project's settings with the fast gate of the fake measurements."""
     return load_settings(Path("params.yaml")).model_copy(update={"gate": GATE})
 
 
 @pytest.fixture
 def summary_of(tmp_path: Path) -> Summarize:
-    """Make measurements up and summarize them."""
+    """Write fake measurements and summarize them."""
 
     def make(variants: dict[str, dict[str, Any]] = VARIANTS, **made: Any) -> dict[str, Any]:
         made_up(tmp_path, variants, **made)
@@ -329,7 +329,7 @@ def _marks(summary: dict[str, Any], axes: Axes) -> list[Bbox]:
 
 
 class Outside(HTMLParser):
-    """Collects everything that a page would fetch from elsewhere."""
+    """Collects all external resources of a page."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -86,7 +86,7 @@ class TestRetention:
 
     def test_pairing_makes_the_interval_narrow(self) -> None:
         paired = simulated(400, 0.5, 0.02, seed=2)
-        # the same two columns of scores, but not of the same items any more
+        # the same scores, no longer paired by item
         apart = np.stack([paired[:, 0], np.random.default_rng(3).permutation(paired[:, 1])], axis=1)
         narrow, wide = (retention({"t": s}, 0.95, 2000) for s in (paired, apart))
         assert narrow.mean == wide.mean
@@ -164,7 +164,7 @@ class TestVerdict:
         assert "about 1,600 items per task instead of 100 would decide" in verdict.reason
 
     def test_a_variant_at_the_gate_passes_as_seldom_as_the_confidence_says(self) -> None:
-        # it truly keeps 95%, the gate: each one-sided test may be wrong 5% of the time
+        # the true retention is the gate, 95%: each one-sided test may be wrong 5% of the time
         verdicts = [
             judge(retention({"t": simulated(400, 0.6, 0.05, seed=s)}, 0.95, 500), 0.95).verdict for s in range(300)
         ]
