@@ -49,7 +49,7 @@ class Rules:
 RULES = Rules(
     packages=("tasks", "evals"),
     left_out={
-        "tasks.settings": "it checks params.yaml; DVC compares the values as params. tasks.settings.variant is not left out",
+        "tasks.settings": "it checks params.yaml; DVC compares the values as params. tasks.settings.variant is a dep",
         "tasks.errors": "messages and exit statuses",
         "tasks.output": "it writes files atomically; their contents come from elsewhere",
         "tasks.hardware": "it describes the machine, in messages and records",

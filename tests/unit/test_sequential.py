@@ -15,7 +15,7 @@ from tasks.scoring.sequential import bounds, critical_values
 
 EQUAL = (0.2, 0.4, 0.6, 0.8, 1.0)
 ACCURACIES = (0.65, 0.45, 0.3)
-ITEMS = 250  # by task
+ITEMS = 250  # per task
 RUNS = 4000
 
 

@@ -184,7 +184,7 @@ class TestVerdict:
     def test_too_near_the_gate_is_said_honestly(self, mean: float) -> None:
         verdict = judge(result(mean, 0.93, 0.97), 0.95)
         assert verdict.items_needed is None
-        assert "no practical number of items would decide" in verdict.reason
+        assert "too close to the gate for any practical number of items to decide" in verdict.reason
 
 
 class TestFlips:
