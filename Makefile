@@ -1,4 +1,4 @@
-# Everything that a person or CI does with this project. `make` alone lists it.
+# Commands for users, developers and CI. `make` without a target lists them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,40 +10,40 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help install gguf demo ui test test-all bench drills deps lint types docs lock clean
 .DELETE_ON_ERROR:
 
-help: ## List what can be made
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
 
 .PHONY: packages
-packages: $(PACKAGES) ## Create .venv without this project: the part of `make install` that takes long
+packages: $(PACKAGES) ## Create .venv without this project: the slow part of `make install`
 
 gguf: install ## Add llama.cpp, for the target gguf (compiled for this machine in 5 to 10 minutes; needs cmake and a C++ compiler)
 	@$(BIN)/pip install -qq --constraint requirements.lock --editable '.[gguf]'
 
-demo: install ## Press the built-in model four ways and prove the result (about 16 minutes on 2 cores)
+demo: install ## Quantize the built-in model four ways and prove the result (about 16 minutes on 2 cores)
 	@$(BIN)/modelpress run
 
-test-all: install ## Run also the tests that take minutes: a real model, a cluster
+test-all: install ## Run all tests, including those that take minutes: a real model, a cluster
 	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --run-slow
 
-ui: install ## Serve the pages of Prefect and MLflow on this machine, with a worker; Ctrl-C stops them
+ui: install ## Serve the UIs of Prefect and MLflow on this machine, with a worker; Ctrl-C stops them
 	@$(BIN)/modelpress serve
 
-test: install ## Run all tests, three files at a time: many wait for processes of their own
+test: install ## Run the tests, three files in parallel, because many wait for subprocesses
 	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-bench: install ## Press with our solvers and with the libraries, and compare (about 40 minutes on 2 cores)
+bench: install ## Quantize with our solvers and with the libraries, and compare (about 40 minutes on 2 cores)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro calibrate
 	@$(BIN)/python -m bench
 
-drills: install ## Break runs in every way that happens, and see that nothing is lost (about 12 minutes)
+drills: install ## Break runs in every known way and check that nothing is lost (about 12 minutes)
 	@$(BIN)/python -m tests.drills
 
-deps: install ## Write the code that each stage depends on into dvc.yaml, from the imports
+deps: install ## Update each stage's code dependencies in dvc.yaml from the imports
 	@$(BIN)/python -m tools.deps
 
-lint: install ## Check style, formatting and the layers of the code
+lint: install ## Check style, formatting and import layers
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports --no-logo
@@ -55,18 +55,17 @@ docs: install ## Build the documentation into site/ and check its links and anch
 	@# without --quiet, which would hide the warnings from --strict as well
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-lock: install ## Resolve pyproject.toml anew into requirements.lock
+lock: install ## Resolve the dependencies in pyproject.toml to requirements.lock
 	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra tasks --extra dask --extra s3 --extra dev --no-header \
 	  --no-emit-index-url --no-emit-find-links --output-file requirements.lock pyproject.toml
-	@# the CPU's wheel of torch and the index's differ in the local version alone: let both satisfy the lock;
-	@# pip is left as the environment has it
+	@# torch's CPU build differs from the index's only in the local version: let both satisfy the lock; don't pin pip
 	sed -i -e 's/^\(torch==[^+ ]*\)+[a-z0-9.]*/\1/' -e '/^pip==/{N;d}' requirements.lock
 
-clean: ## Remove the environment and tools' caches; models, results and records stay
+clean: ## Remove the environment and the tools' caches; keep models, results and records
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .import_linter_cache .pytest_cache *.egg-info
 	find flows tasks evals bench tools tests -name __pycache__ -type d -exec rm -rf {} +
 
-# each stamp is written last, so an installation that was interrupted is done again
+# each stamp is written last, so an interrupted installation is repeated
 $(STAMP): $(PACKAGES) pyproject.toml
 	@$(BIN)/pip install -qq --no-deps --editable .
 	@touch $@

@@ -1,4 +1,4 @@
-"""`python -m bench`: quantize with every contender in turn, measure the results, write bench/results/.
+"""`python -m bench`: quantize with every contender in turn, measure the results, and write bench/results/.
 
 python -m bench --rounds 3 --only gptq --without "as published"
 """
@@ -33,9 +33,9 @@ Runs = dict[str, list[dict[str, Any]]]
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="How often each contender quantizes.")] = 1,
-    only: Annotated[list[str] | None, typer.Option(help="Only contenders whose names contain this.")] = None,
-    without: Annotated[list[str] | None, typer.Option(help="No contenders whose names contain this.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of runs per contender.")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Include only contenders whose name contains this.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Exclude contenders whose name contains this.")] = None,
     items: Annotated[int, typer.Option(min=1, help="Items per task, for the retention.")] = 100,
     threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; default: all.")] = None,
 ) -> None:
@@ -76,7 +76,7 @@ def _wanted(name: str, only: list[str] | None, without: list[str] | None) -> boo
 
 
 def _measure(folder: Path, chosen: list[Contender], rounds: int, items: int) -> dict[str, Any]:
-    """Run the contenders in turn; the model of each one's last run is measured once."""
+    """Run the contenders in turn, and measure the model of each one's last run."""
     runs: Runs = {}
     known = folder / STATISTICS
     for number in range(rounds):

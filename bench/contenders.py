@@ -21,7 +21,7 @@ class Contender:
 
     @property
     def own(self) -> bool:
-        """Whether it uses our statistics, from one pass."""
+        """Whether it uses our quantizer and the shared statistics."""
         return bool(self.changes.get("backend", BUILTIN) == BUILTIN)
 
 

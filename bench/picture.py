@@ -25,7 +25,7 @@ def picture(field: Sequence[Row]) -> bytes:
     time.barh(names, [row.shared for row in field], left=[row.seconds for row in field], color=SHARED)
     for index, row in enumerate(field):
         time.text(row.seconds + row.shared, index, f" {row.seconds:.0f} s", va="center", fontsize=9)
-    time.set_title("seconds to quantize (light: the pass that ours share)", fontsize=10, loc="left")
+    time.set_title("seconds to quantize (light: the pass shared by ours)", fontsize=10, loc="left")
     time.invert_yaxis()
     mean = [sum(row.change.values()) / len(row.change) for row in field]
     loss.barh(names, [100 * min(value, WORST) for value in mean], color=colours)

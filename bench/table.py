@@ -15,7 +15,8 @@ from tasks.reporting.table import grid
 
 @dataclass(frozen=True)
 class Row:
-    """One contender. seconds: median time to quantize; shared: of the pass that ours share, 0 for others.
+    """One contender. seconds: median time to quantize; shared: seconds of the pass that our contenders share, 0 for
+    others.
 
     bits_per_weight: with scales and zero points. perplexity: by text, and its change from the baseline. kl: nats per
     token, mean over the texts. retention: share of the baseline's mean score over the tasks; None: not measured.

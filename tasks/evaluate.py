@@ -1,8 +1,8 @@
-"""The evaluate stage: one variant's quality, item by item, until its gate is decided; compared with the reference's.
+"""The evaluate stage: measure a variant's quality against the baseline's, until the gate is decided.
 
 python -m tasks.evaluate int8
 
-Of base it hands on what the stage `reference` measured.
+For base, it copies the results of the stage `reference`.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def evaluate(
 ) -> EvaluationReport:
     """Measure a variant in the target's runtime and write its per-item results to `destination`.
 
-    baseline: the model that divergence is measured from. reference: what the stage `reference` wrote; without it the
-    baseline is loaded. gate: with the share that the variant must keep; without one, or where it is not sequential, all
-    items are scored.
-    TaskError if a task is unknown or its data cannot be read, if a text is too short, or if the reference was evaluated
-    in another way.
+    baseline: directory of the baseline model, for the divergence. reference: output of the stage `reference`; None:
+    load the baseline instead. gate: the gate and the retention that it requires of this variant; None, or a gate that
+    is not sequential: score all items.
+    Raises TaskError if a task is unknown, its data cannot be read, a text is too short, or the reference was evaluated
+    under a different contract.
     """
     subject = Subject(job)
     if reference is not None:
@@ -74,7 +74,7 @@ def evaluate(
 
 
 def _decided(subject: Subject, gate: GateSettings, share: float, reference: Path) -> Callable[[int, Rows], bool]:
-    """Whether the verdict is certain after a look: the bounds of tasks/reporting/verdict.py."""
+    """Return a test for whether the verdict is certain after a look; same bounds as tasks/reporting/verdict.py."""
     theirs = {
         task: {row["item"]: row["score"] for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
         for task in subject.order.items
@@ -93,7 +93,7 @@ def _decided(subject: Subject, gate: GateSettings, share: float, reference: Path
 
 
 class _Predictions:
-    """The baseline's predictions: from the states that the reference kept, else from the whole baseline."""
+    """The baseline's predictions, computed from the reference's stored states if they exist, else by the baseline."""
 
     def __init__(self, job: Job, baseline: Path, reference: Path | None, device: str) -> None:
         self._job = job
@@ -102,7 +102,7 @@ class _Predictions:
         self._device = device
 
     def of(self, text: str) -> Reference:
-        """Of one text's windows."""
+        """The predictions for the windows of a text."""
         if self._reference is not None and (kept := states_file(self._reference, text)).exists():
             return States(kept, self._layer)
         return lambda window, ids: self._runtime.logprobs(ids)[0, :-1]
@@ -120,7 +120,7 @@ class _Predictions:
 
 
 def hand_on(reference: Path, destination: Path) -> EvaluationReport:
-    """Put base's results of the stage `reference` to `destination`; TaskError if there are none."""
+    """Copy the results of the stage `reference` to `destination`; TaskError if there are none."""
     started = time.monotonic()
     report = read_reference(reference)
     with whole_directory(destination) as work:
@@ -133,7 +133,7 @@ def hand_on(reference: Path, destination: Path) -> EvaluationReport:
 
 
 def main() -> None:
-    """Evaluate the variant that the command line names, in the current directory."""
+    """Evaluate the variant named on the command line, in the current directory."""
     name = one_argument("python -m tasks.evaluate VARIANT")
 
     def work(settings: Settings) -> None:

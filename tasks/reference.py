@@ -1,4 +1,4 @@
-"""The reference stage: the baseline's quality, and its last hidden states, which every comparison with it needs.
+"""The reference stage: measure the baseline's quality and store its last hidden states for later comparisons.
 
 python -m tasks.reference
 """
@@ -29,8 +29,8 @@ from tasks.settings import BASE, Settings
 def measure_reference(job: Job, destination: Path) -> EvaluationReport:
     """Evaluate the baseline on all planned items and write results, report and states to `destination`.
 
-    States are kept where the runtime shows them and the output layer alone turns them into predictions.
-    TaskError if a task is unknown or its data cannot be read, or if a text is too short.
+    States are stored only if the runtime exposes them and the output layer alone turns them into predictions.
+    Raises TaskError if a task is unknown, its data cannot be read, or a text is too short.
     """
     subject = Subject(job)
     runtime = subject.runtime
@@ -50,7 +50,7 @@ def measure_reference(job: Job, destination: Path) -> EvaluationReport:
                 found, texts[text] = measure_text(runtime.logprobs, None, windows, text)
             write_text_rows(work, text, found)
         report = subject.report(BASE, rows, texts)
-        # seconds and memory differ from run to run; an output must not
+        # without seconds and memory: outputs must be the same in every run
         lasting = {key: value for key, value in asdict(report).items() if key not in COSTS}
         write_json(work / REPORT, lasting)
     return report

@@ -27,7 +27,7 @@ DEFINITION = "dvc.yaml"
 
 
 class DependencyError(Exception):
-    """A dependency cannot be found: the message says what was found, what was expected and what to do."""
+    """A dependency cannot be found. The message says what was found, what was expected and what to do."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Rules:
 RULES = Rules(
     packages=("tasks", "evals"),
     left_out={
-        "tasks.settings": "it checks params.yaml, whose values DVC compares itself, as params; a variant's part is in",
+        "tasks.settings": "it checks params.yaml; DVC compares the values as params. tasks.settings.variant is a dep",
         "tasks.errors": "messages and exit statuses",
         "tasks.output": "it writes files atomically; their contents come from elsewhere",
         "tasks.hardware": "it describes the machine, in messages and records",

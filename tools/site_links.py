@@ -1,8 +1,7 @@
 """MkDocs hook: resolve links from the pages to other files of the repository, such as ../params.yaml.
 
 On a code host, such a link opens the file. In the site, the Markdown files in `PAGES` are pages, and any other file is
-copied to files/. So `mkdocs build --strict` checks these links as well: a link to a missing file stays as it is, and
-MkDocs refuses it.
+copied to files/. Links to missing files stay unchanged, so `mkdocs build --strict` reports them.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point the page's links to the places that the files have in the site."""
+    """Rewrite the page's links to paths in the site."""
     return rewritten(markdown, page.file.src_uri)
 
 
 def rewritten(markdown: str, page: str) -> str:
-    """The text of `page` (its path in the site) with links to files of the repository as links inside the site."""
+    """Rewrite links to files of the repository as links inside the site. page: the page's path in the site."""
 
     def link(match: re.Match[str]) -> str:
         path = repository_path(match["path"], page)
@@ -58,7 +57,7 @@ def rewritten(markdown: str, page: str) -> str:
 
 
 def linked(markdown: str, page: str) -> Iterator[str]:
-    """The files of the repository that the text of `page` links to, by their paths in it."""
+    """The repository paths of the files that the text of `page` links to."""
     for match in _LINK.finditer(markdown):
         path = repository_path(match["path"], page)
         if (ROOT / path).is_file():
@@ -66,12 +65,12 @@ def linked(markdown: str, page: str) -> Iterator[str]:
 
 
 def repository_path(target: str, page: str) -> str:
-    """The path in the repository to which `target` leads from a page of the site."""
+    """The repository path of the link `target` on a page of the site."""
     sources = {uri: name for name, uri in PAGES.items()}
     here = PurePosixPath(sources.get(page, f"{DOCS}/{page}")).parent
     return os.path.normpath(here / target)
 
 
 def site_path(path: str) -> str:
-    """The place in the site of a file of the repository."""
+    """The site path of a file of the repository."""
     return path.removeprefix(f"{DOCS}/") if path.startswith(f"{DOCS}/") else PAGES.get(path, f"{COPIES}/{path}")

@@ -1,1 +1,1 @@
-"""From metrics to verdicts, tables, plots, pages and cards."""
+"""Verdicts, tables, plots, HTML pages and model cards, made from metrics."""

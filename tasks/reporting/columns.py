@@ -1,7 +1,7 @@
-"""The result table, described once: what each column says of each variant, and the sentences that go with it.
+"""The columns and sentences of the result table, for every output.
 
-The terminal (tasks/reporting/table.py), the HTML page and Prefect's pages (flows/tracking/) only lay it out. A summary
-may come from a report stage of the user's own: what it leaves out is empty.
+The terminal (tasks/reporting/table.py), the HTML page and Prefect's pages (flows/tracking/) only do the layout. A
+summary may come from a custom report stage: values that it omits are shown as empty cells.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """`text`, and `detail` that belongs to it (an interval, a change); `remark` where there is room for one."""
+    """A cell. detail: an addition to `text`, such as an interval or a change; remark: for outputs with room for it."""
 
     text: str = ""
     detail: str = ""
@@ -31,7 +31,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """One column: a heading, and a cell for each row by its name. Both may have line breaks."""
+    """A column: its heading, and its cells by row name. Both may contain line breaks."""
 
     heading: str
     cells: Mapping[str, Cell]
@@ -39,9 +39,9 @@ class Column:
 
 
 def columns(summary: Values, most_texts: int | None = None) -> list[Column]:
-    """The columns of the table, each with the variants in the summary's order.
+    """The columns of the table, with the variants in the summary's order.
 
-    With more texts than `most_texts` they share one column, of the changes alone.
+    most_texts: if there are more texts, one column shows the perplexity changes of all texts.
     """
     rows: dict[str, Values] = dict(summary["variants"])
     baseline = next((name for name, row in rows.items() if name == summary.get("baseline", "base")), None)
@@ -75,10 +75,10 @@ def one_line(text: object) -> str:
 
 
 def winner_line(summary: Values) -> str:
-    """Which variant is packaged and why, or that none is."""
+    """A sentence that names the packaged variant and the reason, or says that there is none."""
     name = summary.get("winner")
     if name is None:
-        return "No variant passes its gate: nothing will be packaged."
+        return "No variant passes its gate, so nothing will be packaged."
     row = summary["variants"].get(name, {})
     size = [megabytes(row["size_bytes"])] if "size_bytes" in row else []
     size += [f"{times(row['ratio'])} smaller than the baseline"] if "ratio" in row else []
@@ -86,7 +86,7 @@ def winner_line(summary: Values) -> str:
 
 
 def reasons(summary: Values) -> dict[str, str]:
-    """The verdict on each variant that has one, and its reason."""
+    """The verdict on each variant with its reason."""
     rows = summary["variants"].items()
     return {name: f"{row['verdict']}, {row['reason']}." for name, row in rows if row.get("reason")}
 
@@ -96,30 +96,31 @@ def legend(summary: Values) -> str:
     gate = summary["gate"]
     return (
         f"Retention: mean over the tasks of score / baseline's score, with {interval_method(gate)}. KL: divergence "
-        "from the baseline in nats a token; same top 1: tokens predicted alike; both averaged over the texts."
+        "from the baseline, in nats per token. Same top 1: share of positions with the same most likely token as the "
+        "baseline. Both are averaged over the texts."
     )
 
 
 def interval_method(gate: Values) -> str:
-    """How the intervals of the retention were found; a summary of an earlier version has no `sequential`."""
+    """The method for the intervals of the retention. Summaries of earlier versions have no `sequential`."""
     level = short_percent(gate["confidence"])
     if gate.get("sequential"):
         return (
-            f"a repeated {level} confidence interval over the paired items, which allows for scoring items only until "
-            "the verdict is certain"
+            f"a repeated {level} confidence interval over the paired items, which remains valid when scoring stops "
+            "early"
         )
     return f"a paired-bootstrap interval over the items ({level}, {gate['resamples']:,} resamples)"
 
 
 def _name(name: str, row: Values) -> Cell:
     bits = row.get("bits") and row.get("bits_per_weight")
-    remarks = [made_as(row), f"{figure(bits)} bits a weight" if bits else ""]
+    remarks = [made_as(row), f"{figure(bits)} bits per weight" if bits else ""]
     remarks += [f"output layer {row['output_layer']}"] if row.get("output_layer") else []
     return Cell(name, remark=", ".join(filter(None, remarks)))
 
 
 def _speed(row: Values) -> Cell:
-    """Decode speed against the baseline's, or that this runtime has no fast kernel for the format."""
+    """Decode speed relative to the baseline, or a remark if the runtime has no fast kernel for the format."""
     speed = row.get("speed")
     if not speed:
         return Cell()

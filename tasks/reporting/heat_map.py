@@ -1,4 +1,4 @@
-"""Where precision is needed: what each precision costs in each linear layer as a heat map, with what was chosen."""
+"""A heat map of the cost of each precision in each linear layer, with the chosen precisions marked."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tasks.reporting.pareto_plot import DARK, LIGHT
 from tasks.schemes import NONE, parse_precision
 
 PLACE = re.compile(r"\.layers\.(\d+)\.(.+)$")
-WHOLE = 32  # bits, at most, of a layer that is left as it came
-ROW, EDGE = 0.2, 1.1  # inches: of a kind of layer, and of what is around the panels
+WHOLE = 32  # bits per weight of an unquantized layer, at most
+ROW, EDGE = 0.2, 1.1  # heights in inches: of a kind of layer, and of everything around the panels
 
 
 def heat_map(linears: Sequence[Mapping[str, Any]], dark: bool = False) -> bytes:
-    """A PNG with a panel for each precision: a row for each kind of linear layer, a column for each decoder layer.
+    """Draw a PNG with a panel per precision, a row per kind of linear layer and a column per decoder layer.
 
-    linears: `name`, `chosen` and `costs` of each (tasks/model/precisions.py). A dot marks what was chosen.
+    linears: `name`, `chosen` and `costs` of each layer (tasks/model/precisions.py). A dot marks the chosen precision.
     """
     colours = DARK if dark else LIGHT
     cells = {(int(found[1]), found[2]): one for one in linears if (found := PLACE.search(one["name"]))}
@@ -50,7 +50,7 @@ def heat_map(linears: Sequence[Mapping[str, Any]], dark: bool = False) -> bytes:
             _panel(axes, f"{_name(label)}: {len(chosen)} chosen", kinds, colours)
         panels[-1].set_xlabel("decoder layer", color=colours["ink"])
         bar = figure.colorbar(image, ax=list(panels), pad=0.01, aspect=40)
-        bar.set_label("divergence from the baseline that it brings (nats a token)", color=colours["ink"])
+        bar.set_label("added divergence from the baseline (nats per token)", color=colours["ink"])
         bar.ax.tick_params(colors=colours["faint"])
         picture = io.BytesIO()
         figure.savefig(picture, format="png", facecolor=colours["paper"], metadata={"Software": None})
@@ -58,7 +58,7 @@ def heat_map(linears: Sequence[Mapping[str, Any]], dark: bool = False) -> bytes:
 
 
 def _fineness(label: str) -> tuple[int, float, str]:
-    """From the coarsest precision to the finest: W4A16_ASYM@128, W4A16_ASYM@64, W8A8, none."""
+    """Sort key, from the coarsest precision to the finest: W4A16_ASYM@128, W4A16_ASYM@64, W8A8, none."""
     scheme = parse_precision(label)
     if scheme is None:
         return WHOLE, 0, label
@@ -78,7 +78,7 @@ def _dots(axes: Axes, places: Sequence[tuple[int, int]]) -> None:
 def _panel(axes: Axes, title: str, kinds: Sequence[str], colours: Mapping[str, str]) -> None:
     axes.set_title(title, loc="left", fontsize=10, color=colours["ink"])
     axes.set_yticks(range(len(kinds)), [kind.rpartition(".")[2] for kind in kinds])
-    axes.set_facecolor(colours["grid"])  # where the groups do not divide a layer
+    axes.set_facecolor(colours["grid"])  # shows where the group size does not divide the layer's width
     axes.tick_params(colors=colours["faint"], length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)

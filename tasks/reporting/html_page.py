@@ -1,4 +1,4 @@
-"""The HTML page: one file that opens offline, in light or dark as the reader's machine has it."""
+"""The HTML report: one file that opens offline and follows the reader's light or dark mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tasks.reporting.columns import columns, legend, winner_line
 from tasks.reporting.number_format import words
 from tasks.reporting.render import render
 
-WORST = 8  # layers of each variant that are drawn; all of them are in the folded table
+WORST = 8  # layers shown per variant; the folded list has all of them
 
 Picture = tuple[bytes, bytes]  # PNG, in light and dark
 
@@ -24,8 +24,8 @@ def page(
 ) -> str:
     """Render the page.
 
-    `layers` has each variant's relative error by layer; `calibration` is the calibration's quality report; `heats` has
-    the heat map of each variant that mixes precisions.
+    layers: each variant's relative error by layer; calibration: the quality report of the calibration data; heats: the
+    heat map of each mixed-precision variant.
     """
     return render(
         "report.html.j2",
@@ -46,12 +46,12 @@ def page(
 
 
 def _text(picture: Picture) -> dict[str, str]:
-    """As a page holds it."""
+    """Base64 text, for a data URL."""
     return {kind: base64.b64encode(png).decode("ascii") for kind, png in zip(("light", "dark"), picture, strict=True)}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Any nested JSON object as rows of text: {'overlap': {'boolq': 0}} -> {'overlap, boolq': '0'}."""
+    """Flatten a nested JSON object to rows of text: {'overlap': {'boolq': 0}} -> {'overlap, boolq': '0'}."""
     rows: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}".replace("_", " ")
@@ -67,7 +67,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _worst(errors: Mapping[str, float]) -> dict[str, Any]:
-    """Every layer from the worst to the best, with the length of its bar in percent of the worst one's."""
+    """All layers from worst to best, with bar lengths in percent of the worst layer's."""
     most = max(errors.values()) or 1.0
     order = sorted(errors.items(), key=lambda e: (-e[1], e[0]))
     rows = [(name.removeprefix("model."), error, round(100 * error / most, 1)) for name, error in order]

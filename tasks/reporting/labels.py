@@ -1,6 +1,6 @@
-"""What a variant is called by how it was quantized: the one place that reads these keys of a summary's row.
+"""Labels for the way a variant was quantized. Only this module reads these keys of a summary's row.
 
-A row of an earlier version's summary is told in today's words.
+It translates the rows of earlier versions' summaries.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from tasks.schemes import LLAMA_CPP
 
 
 def made_as(row: Mapping[str, Any]) -> str:
-    """The scheme of the variant of `row` and how its weights got there, as in `W8A8: SmoothQuant, GPTQ`; "baseline" for
-    what was not quantized."""
+    """Scheme and recipe of the variant in `row`, such as `W8A8: SmoothQuant, GPTQ`; "baseline" if it is not
+    quantized."""
     if not row.get("bits"):
         return "baseline"
     known = new_record(row)
@@ -22,5 +22,5 @@ def made_as(row: Mapping[str, Any]) -> str:
 
 
 def by_llama_cpp(row: Mapping[str, Any]) -> bool:
-    """Whether llama.cpp's own quantizer made the variant of `row`."""
+    """Whether the variant in `row` was quantized by llama.cpp."""
     return new_record(row).get("scheme") in LLAMA_CPP

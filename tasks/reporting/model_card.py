@@ -1,4 +1,4 @@
-"""The model card of a bundle: every result in it is read from the report's summary."""
+"""The model card of a bundle. All its results come from the report's summary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tasks.reporting.provenance import without_folders
 from tasks.reporting.render import render
 from tasks.settings import Settings
 
-# what the hub calls a licence; every other one is "other", with its name beside it
+# licence identifiers that the hub knows; any other licence is "other", with a license_name
 HUB_LICENCES = (
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0"),
     *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail", "bigscience-openrail-m"),
@@ -24,9 +24,9 @@ HUB_LICENCES = (
 
 
 def model_card(summary: Mapping[str, Any], settings: Settings, files: Iterable[str], quant_method: str) -> str:
-    """README.md of the bundle with the winner of `summary`: YAML front matter for the hub, then Markdown.
+    """README.md for the bundle of the winner of `summary`: YAML front matter for the hub, then Markdown.
 
-    `files` are the bundle's other files, `quant_method` is the format's name in their config.json.
+    files: the other files in the bundle; quant_method: the format's name in its config.json.
     """
     files = sorted(files)
     summary = without_folders(dict(summary))
@@ -54,7 +54,7 @@ def model_card(summary: Mapping[str, Any], settings: Settings, files: Iterable[s
 
 
 def base_model(source: str) -> str:
-    """The name of a source's model: hf:org/name@main -> org/name; wheel:.../Model.Q4_1.gguf -> Model.Q4_1."""
+    """The model name in a source: hf:org/name@main -> org/name; wheel:.../Model.Q4_1.gguf -> Model.Q4_1."""
     kind, _, rest = source.partition(":")
     if kind == "hf":
         return rest.partition("@")[0]
@@ -62,7 +62,7 @@ def base_model(source: str) -> str:
 
 
 def _made_by(settings: Settings, name: str) -> dict[str, Any]:
-    """The variant's settings: what params.yaml says, and the axes that it may leave out but a reader wants to know."""
+    """The variant's settings in params.yaml, plus the defaults of a few axes that readers want to know."""
     variant = settings.variant(name)
     told = variant.model_fields_set | {"rounding", "backend", "format"}
     values = variant.model_dump(mode="json")
@@ -70,15 +70,15 @@ def _made_by(settings: Settings, name: str) -> dict[str, Any]:
 
 
 def _outer(settings: Settings, name: str) -> str:
-    """The end of a sentence: the output layer and the embedding."""
+    """The end of a sentence, about the output layer and the embedding."""
     variant = settings.variant(name)
     precisions = {"output layer": variant.output_layer, "embedding": variant.embedding}
     rounded = [f"the {what} is rounded to {precision}" for what, precision in precisions.items() if precision]
-    return f"; {' and '.join(rounded) or 'the output layer and the embedding are as they were'}"
+    return f"; {' and '.join(rounded) or 'the output layer and the embedding are not quantized'}"
 
 
 def _front_matter(summary: Mapping[str, Any], settings: Settings, quant_method: str) -> dict[str, Any]:
-    """The metadata block that the hub reads."""
+    """The metadata block for the hub."""
     model, name = summary["model"], summary["winner"]
     row = summary["variants"][name]
     licence = model["licence"]

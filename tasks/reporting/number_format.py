@@ -1,4 +1,4 @@
-"""Numbers as people read them: the same words in the table, on the page and in the model card."""
+"""Number formats for readers, shared by the table, the page and the model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def percent_beside(value: float, mark: float) -> str:
-    """Like `percent`, with as many digits as it takes to see on which side of `mark` the value lies."""
+    """Like `percent`, with enough digits to show on which side of `mark` the value lies."""
     digits = 1
     while value != mark and digits < 6 and f"{100 * value:.{digits}f}" == f"{100 * mark:.{digits}f}":
         digits += 1
@@ -30,7 +30,7 @@ def change(value: float | None) -> str:
 
 
 def interval(ends: Mapping[str, Any]) -> str:
-    """{low: 0.959, high: 0.988} -> '95.9 to 98.8'; in percent, for use beside the estimate."""
+    """{low: 0.959, high: 0.988} -> '95.9 to 98.8': in percent, without the sign."""
     return f"{100 * ends['low']:.1f} to {100 * ends['high']:.1f}"
 
 
@@ -48,12 +48,12 @@ def times(value: float | None) -> str:
 
 
 def figure(value: float | None, digits: int = 2) -> str:
-    """A plain number with thousands separated; nothing for None."""
+    """A number with thousands separators; empty for None."""
     return "" if value is None else f"{value:,.{digits}f}"
 
 
 def words(value: Any) -> str:
-    """A JSON value without the punctuation of JSON where it needs none."""
+    """A JSON value as text, without JSON's punctuation."""
     if value in (None, [], {}, ""):
         return "none"
     if isinstance(value, list):

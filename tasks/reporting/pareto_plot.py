@@ -1,4 +1,4 @@
-"""Quality over size on disk: one picture with every variant, its interval, the gates and the Pareto front."""
+"""Plot of quality over size on disk: all variants with intervals, the gates and the Pareto front."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from matplotlib.text import Annotation
 
 from tasks.reporting.number_format import megabytes, percent, short_percent
 
-# after M. Okabe and K. Ito's colours, which colour-blind people can tell apart; the shapes differ as well
+# based on M. Okabe and K. Ito's palette for colour-blind readers; the marker shapes differ as well
 KINDS = ("pass", "fail", "inconclusive", "baseline")
 INKS = ("ink", "faint", "paper", "grid", "front")
 LIGHT = dict(zip(KINDS, ("#0072B2", "#C44E00", "#9A6A00", "#444c56"), strict=True))
@@ -30,14 +30,14 @@ MARKERS = dict(zip(KINDS, "oXsD", strict=True))
 WORDS = dict(zip(KINDS, ("passes", "fails", "inconclusive", "baseline"), strict=True))
 FONT_SIZE = 10.5
 MARKER_SIZE = 10  # points
-MARKER_PIXELS = 8  # from its middle to its edge
+MARKER_PIXELS = 8  # from the centre to the edge
 
 Point = tuple[float, float]
 Line = list[Point]
 
 
 def pareto(summary: Mapping[str, Any], dark: bool = False) -> bytes:
-    """The plot as a PNG of 1000 x 620 pixels; the same bytes for the same summary."""
+    """The plot as a PNG of 1000 x 620 pixels. The same summary gives the same bytes."""
     picture = io.BytesIO()
     with rc_context({"font.family": "DejaVu Sans", "font.size": FONT_SIZE}):
         figure = draw(summary, DARK if dark else LIGHT)
@@ -46,7 +46,7 @@ def pareto(summary: Mapping[str, Any], dark: bool = False) -> bytes:
 
 
 def draw(summary: Mapping[str, Any], colours: Mapping[str, str]) -> Figure:
-    """The plot as a figure of matplotlib; its one pair of axes has the variants' labels as its last texts."""
+    """The plot as a matplotlib figure with one pair of axes; the last texts of the axes are the variants' labels."""
     rows = summary["variants"]
     points = {v: (r["size_bytes"] / 1e6, 100 * (r["retention"] or {"mean": 1})["mean"]) for v, r in rows.items()}
     figure = Figure(figsize=(10, 6.2), dpi=100, facecolor=colours["paper"], layout="constrained")
@@ -62,7 +62,7 @@ def draw(summary: Mapping[str, Any], colours: Mapping[str, str]) -> Figure:
 
 
 def front(points: Mapping[str, Point]) -> list[str]:
-    """The variants that no other beats in both size (small is better) and quality, from small to large."""
+    """The Pareto-optimal variants by size (smaller is better) and quality, from small to large."""
     best, found = float("-inf"), []
     for name in sorted(points, key=lambda n: (points[n][0], -points[n][1], n)):
         if points[name][1] > best:
@@ -72,7 +72,7 @@ def front(points: Mapping[str, Point]) -> list[str]:
 
 
 def _frame(axes: Axes, summary: Mapping[str, Any], colours: Mapping[str, str]) -> list[Annotation]:
-    """Draw what is around the points; what is written on the lines of the gates."""
+    """Draw axes, grid and gates; return the labels of the gates."""
     rows = summary["variants"]
     kept = [100 * r["retention"][k] for r in rows.values() if r["retention"] for k in ("low", "high")]
     gates = {100 * r["gate"]: r["bits"] for r in rows.values() if r["gate"]}
@@ -120,7 +120,7 @@ def _front(axes: Axes, points: Mapping[str, Point], colours: Mapping[str, str]) 
 
 
 def _front_ends(points: Mapping[str, Point]) -> list[Line]:
-    """The straight pieces of the front: along to the next size, then up."""
+    """The straight segments of the front: horizontal to the next size, then vertical."""
     pieces: list[Line] = []
     best = [points[v] for v in front(points)]
     for (x0, y0), (x1, y1) in pairwise(best):
@@ -129,7 +129,7 @@ def _front_ends(points: Mapping[str, Point]) -> list[Line]:
 
 
 def _point(axes: Axes, point: Point, row: Mapping[str, Any], colours: Mapping[str, str]) -> Line:
-    """Draw a variant; the ends of its interval."""
+    """Draw a variant; return the line of its interval."""
     kind = row["verdict"] or "baseline"
     low, high = (100 * row["retention"][k] for k in ("low", "high")) if row["retention"] else (point[1], point[1])
     if row["retention"]:
@@ -181,7 +181,7 @@ def _labels(
     lines: Sequence[Line],
     colours: Mapping[str, str],
 ) -> None:
-    """Name every point where its name covers no other name, no point and none of `lines`."""
+    """Label every point without covering another label, a point or one of `lines`."""
     names = [_label(name, row) for name, row in rows.items()]
     inks = [colours[row["verdict"] or "baseline"] for row in rows.values()]
     x, y = np.array([points[name] for name in rows]).T
@@ -192,7 +192,7 @@ def _labels(
         names,
         x_scatter=x,
         y_scatter=y,
-        scatter_sizes=[MARKER_PIXELS] * len(names),  # type: ignore[list-item]  # numbers, whatever it is annotated as
+        scatter_sizes=[MARKER_PIXELS] * len(names),  # type: ignore[list-item]  # numbers, despite its annotation
         x_lines=[[x for x, _ in line] for line in lines],
         y_lines=[[y for _, y in line] for line in lines],
         textsize=FONT_SIZE,
@@ -204,7 +204,7 @@ def _labels(
         nbr_candidates=3000,
         va="bottom",
         linespacing=1.35,
-        path_effects=[withStroke(linewidth=3, foreground=colours["paper"])],  # readable on a line that leads elsewhere
+        path_effects=[withStroke(linewidth=3, foreground=colours["paper"])],  # readable where a line crosses
         zorder=5,
     )
 
@@ -215,7 +215,7 @@ def _label(name: str, row: Mapping[str, Any]) -> str:
 
 
 def _outlines(axes: Axes, gates: Sequence[Annotation]) -> list[Line]:
-    """The lines of the gates, and the outlines of what is written on them."""
+    """The lines of the gates and the outlines of their labels."""
     left, right = axes.get_xlim()
     lines: list[Line] = []
     for text in gates:

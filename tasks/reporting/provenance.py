@@ -1,6 +1,6 @@
-"""Where a result comes from: the machine, the versions, the commit, the data's checksums.
+"""The origin of a result: machine, library versions, commit and checksums of the data.
 
-Nothing here changes between two runs of the same work on the same machine: no time, no path, no host's name.
+Repeating the same work on the same machine gives the same values: there are no times, paths or host names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 
 from tasks.hardware import cpu_name, total_memory
 
-# what can change a number; the rest of the environment is in the lock file
+# libraries that can change a result; the lock file has the rest of the environment
 LIBRARIES = (
     "torch",
     "transformers",
@@ -35,7 +35,7 @@ LIBRARIES = (
     "numpy",
     "scipy",
 )
-# what decides a result, of all that a commit holds
+# files in git that can change a result
 CODE = ("tasks", "evals", "params.yaml", "dvc.yaml", "pyproject.toml")
 
 
@@ -53,7 +53,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """The installed version of each library that can change a number; None if it is not installed."""
+    """The installed version of each library that can change a result; None if it is not installed."""
     found: dict[str, str | None] = {}
     for library in LIBRARIES:
         try:
@@ -66,15 +66,15 @@ def versions() -> dict[str, str | None]:
 def git_state() -> dict[str, Any]:
     """The commit, and whether code or parameters differ from it; both None outside a repository."""
     commit = _output("git", "rev-parse", "HEAD")
-    # dvc.lock and metrics change while the pipeline runs: only what decides a result counts
+    # only files that can change a result: dvc.lock and metrics change while the pipeline runs
     changed = _output("git", "status", "--porcelain", "--", *CODE) if commit else None
     return {"commit": commit or None, "dirty": None if changed is None else bool(changed)}
 
 
 def dvc_identity(lock: Path, variants: list[str]) -> dict[str, str]:
-    """md5 of each output that the bundle was made from, by path, as dvc.lock has it; empty without dvc.lock.
+    """The md5 in dvc.lock of each output that went into the bundle, by path; empty without dvc.lock.
 
-    Left out: the bundle's own entry, removed variants, and metrics and report, whose bytes hold durations.
+    Excluded: the bundle itself, removed variants, and metrics and report, because they contain durations.
     """
     try:
         stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages") or {}
@@ -92,7 +92,7 @@ def dvc_identity(lock: Path, variants: list[str]) -> dict[str, str]:
 
 
 def without_folders(value: Any) -> Any:
-    """`value` with every `path:/some/folder/name` in it as `path:name`: a bundle tells nobody's folders."""
+    """Replace every `path:/some/folder/name` in `value` by `path:name`, because a bundle must not reveal folders."""
     if isinstance(value, dict):
         return {k: without_folders(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -103,7 +103,7 @@ def without_folders(value: Any) -> Any:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None if it is not there or fails."""
+    """The output of a command; None if it is not installed or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, check=False)

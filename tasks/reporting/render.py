@@ -1,4 +1,4 @@
-"""Fill a template of tasks/reporting/templates in; numbers are worded by tasks.reporting.number_format."""
+"""Render the templates in tasks/reporting/templates; tasks.reporting.number_format provides their filters."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FILTERS = ("change", "figure", "interval", "megabytes", "percent", "short_percen
 
 
 def render(template: str, *, escape: bool, **values: Any) -> str:
-    """The text of `template` with `values`; `escape` is for HTML.
+    """Render `template` with `values`. escape: escape values for HTML.
 
-    TaskError if there is no such template; jinja2's UndefinedError if it uses a name that is not among the values.
+    Raises TaskError if the template does not exist, and jinja2's UndefinedError if it uses a name missing in `values`.
     """
     if not (TEMPLATES / template).is_file():
-        raise TaskError(f"{TEMPLATES} holds no {template}; install the project with its templates, or restore the file")
+        raise TaskError(f"{template} not found in {TEMPLATES}; reinstall the project or restore the file")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=escape,  # noqa: S701  the model card is Markdown

@@ -1,4 +1,4 @@
-"""What the stages measured, in one dictionary: table, plot, page and model card are made from it."""
+"""The results of all stages in one dictionary, the source of table, plot, page and model card."""
 
 from __future__ import annotations
 
@@ -19,17 +19,24 @@ from tasks.scoring.sequential import Pairs
 from tasks.settings import BASE, GateSettings
 
 GGUF_BLOCK = 32  # weights that share a scale in llama.cpp's types
-HOW = ("scheme", "recipe", "format", "backend", "bits", "output_layer")  # what quantize says of a variant's making
-Items = Mapping[str, list[dict[str, Any]]]  # of each task
-FEW_ITEMS = 100  # below this a percentile interval promises more than it holds
+HOW = (
+    "scheme",
+    "recipe",
+    "format",
+    "backend",
+    "bits",
+    "output_layer",
+)  # quantize's description of a variant
+Items = Mapping[str, list[dict[str, Any]]]  # by task
+FEW_ITEMS = 100  # with fewer items, a percentile interval is too narrow
 
 
 def summarize(variants: list[str], gate: GateSettings, metrics: Path, results: Path, source: Path) -> dict[str, Any]:
-    """Compare every variant of `variants` with the baseline and name the winner, as plain JSON values.
+    """Compare every variant with the baseline and name the winner, as plain JSON values.
 
     Reads `metrics`/{quantize,evaluate,benchmark}/<variant>.json, `results`/<variant>/items-<task>.jsonl and
-    the model's `source` (source.json). Raises TaskError where one is missing or not readable, where two
-    variants were evaluated under different contracts, or where the items do not match.
+    the model's `source` (source.json). Raises TaskError if a file is missing or unreadable, if two variants were
+    evaluated under different contracts, or if the items do not match.
     """
     quantized = {v: read_quantized(metrics, v) for v in variants}
     evaluated, measured = (
@@ -63,18 +70,18 @@ def summarize(variants: list[str], gate: GateSettings, metrics: Path, results: P
 
 
 def winner(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The smallest of the variants that pass; of two equally small ones the better; None if none passes."""
+    """The smallest variant that passes; on a tie, the one with the higher retention; None if none passes."""
     passing = [v for v, row in rows.items() if row["verdict"] == "pass"]
     return min(passing, key=lambda v: (rows[v]["size_bytes"], -rows[v]["retention"]["mean"], v), default=None)
 
 
 def read_quantized(metrics: Path, variant: str) -> dict[str, Any]:
-    """What quantize measured of the variant; TaskError as from `read_json`."""
+    """Quantize's metrics of a variant; TaskError as in `read_json`."""
     return new_record(read_json(metrics / "quantize" / f"{variant}.json", f"quantize@{variant}"))
 
 
 def read_json(path: Path, stage: str) -> dict[str, Any]:
-    """The JSON object in `path`; TaskError naming the stage that makes it if it is missing or broken."""
+    """Read a JSON object; a TaskError for a missing or broken file names the stage that writes it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -82,7 +89,9 @@ def read_json(path: Path, stage: str) -> dict[str, Any]:
     except ValueError as error:
         raise TaskError(f"{path} is not JSON ({error}); make it again with: dvc repro -f {stage}") from error
     if not isinstance(value, dict):
-        raise TaskError(f"{path} holds {type(value).__name__}, expected an object; dvc repro -f {stage}")
+        raise TaskError(
+            f"{path} contains {type(value).__name__}, expected an object; make it again with: dvc repro -f {stage}"
+        )
     return value
 
 
@@ -93,10 +102,10 @@ def _measured(
     base_evaluated: Mapping[str, Any],
     base_measured: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The row of one variant, but for what needs the items."""
+    """The row of one variant, without the values computed from its items."""
     if evaluated["texts"].keys() != base_evaluated["texts"].keys():
         raise TaskError(
-            f"{evaluated['variant']} was measured on the texts {', '.join(evaluated['texts'])}, base on "
+            f"{evaluated['variant']} was measured on the texts {', '.join(evaluated['texts'])}, but base on "
             f"{', '.join(base_evaluated['texts'])}; evaluate both again"
         )
     texts = {
@@ -110,7 +119,7 @@ def _measured(
     ratios = ("prefill_ratio", "decode_ratio")
     return {
         **{k: quantized[k] for k in (*HOW, "seconds", "identity", "tokens")},
-        # as it is shipped, where the target's format tells; it may differ from what was solved
+        # of the exported file where the target's format states it; it can differ from the quantizer's figure
         "bits_per_weight": measured.get("bits_per_weight") or quantized["bits_per_weight"],
         "peak_memory_bytes": quantized["peak_memory_bytes"],
         "device": quantized["device"],
@@ -134,7 +143,7 @@ def _measured(
 def _retention(
     variant: str, pairs: Pairs, baseline: Items, scored: Items, gate: GateSettings, contract: Mapping[str, Any]
 ) -> Retention:
-    """With the bounds that the gate asks for; TaskError where items are missing."""
+    """The retention with the bounds of the gate's method; TaskError if items are missing."""
     if gate.sequential:
         had = {task: [item["item"] for item in items] for task, items in scored.items()}
         return sequential_retention(pairs, had, contract.get("order"), gate.confidence)
@@ -148,7 +157,7 @@ def _retention(
 
 
 def _judged(pairs: Pairs, found: Retention, wanted: float, chance: Mapping[str, float | None]) -> dict[str, Any]:
-    """What only the items tell: retention, flips and the verdict."""
+    """The values computed from the items: retention, flips and verdict."""
     values = asdict(found)
     for task, row in values["tasks"].items():
         row |= {"chance": chance[task], **asdict(flips({task: pairs[task]}))}
@@ -161,7 +170,7 @@ def _judged(pairs: Pairs, found: Retention, wanted: float, chance: Mapping[str, 
 
 
 def _read_items(results: Path, variant: str, evaluated: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Each task's items; TaskError unless they are the ones that the variant's metrics were made from."""
+    """Read each task's items; TaskError if they do not match the variant's metrics."""
     items = {}
     for task, values in evaluated["tasks"].items():
         path = results / variant / f"items-{task}.jsonl"
@@ -169,8 +178,8 @@ def _read_items(results: Path, variant: str, evaluated: Mapping[str, Any]) -> di
         score = sum(i["score"] for i in items[task]) / max(1, len(items[task]))
         if len(items[task]) != values["items"] or not math.isclose(score, values["score"], abs_tol=1e-4):
             raise TaskError(
-                f"{path} holds {len(items[task])} items of mean score {score:.4f}, but {variant}'s metrics say "
-                f"{values['items']} of {values['score']:.4f}; make both again: dvc repro -f evaluate@{variant}"
+                f"{path} has {len(items[task])} items with mean score {score:.4f}, but {variant}'s metrics say "
+                f"{values['items']} with {values['score']:.4f}; make both again: dvc repro -f evaluate@{variant}"
             )
     return items
 
@@ -182,7 +191,7 @@ def _read_lines(path: Path, stage: str) -> list[dict[str, Any]]:
             for number, line in enumerate(file, 1):
                 item = json.loads(line)
                 if not {"item", "hash", "score"} <= item.keys() or not isinstance(item["score"], int | float):
-                    raise ValueError(f"line {number} is no item with hash and score")
+                    raise ValueError(f"line {number} is not an item with hash and score")
                 items.append(item)
     except FileNotFoundError as error:
         raise TaskError(f"{path} not found; make it with: dvc repro {stage}") from error
@@ -192,33 +201,33 @@ def _read_lines(path: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def _flattered(model: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Of variants by llama.cpp's quantizer: its groups are those of a model that was dequantized from GGUF's blocks."""
+    """A note on variants quantized by llama.cpp if the model was dequantized from GGUF: both use the same groups."""
     names = [name for name, row in rows.items() if by_llama_cpp(row)]
     if not names or (model.get("grid") or {}).get("group_size") != GGUF_BLOCK:
         return []
     return [
         f"{', '.join(names)}: llama.cpp's types share scales among {GGUF_BLOCK} weights, as did the "
-        f"{model['dequantized_from']} weights that the baseline was dequantized from. They lie close to such a grid "
-        "already, so the loss is less than a model in full precision would have."
+        f"{model['dequantized_from']} weights that the baseline was dequantized from. The baseline's weights already "
+        "lie close to such a grid, so the loss is smaller than for a full-precision model."
     ]
 
 
 def _notes(model: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[str]:
-    """What a reader must know to judge the numbers."""
+    """Notes that readers need to judge the numbers."""
     notes = []
     if model.get("dequantized_from"):
         notes.append(
-            f"The baseline was dequantized to {model['dtype']} from {model['dequantized_from']} weights: the "
-            "loss of that earlier quantization is in the baseline. Retention is measured against it, not against "
-            "the original model."
+            f"The baseline was dequantized to {model['dtype']} from {model['dequantized_from']} weights, so it "
+            "already has the loss of that earlier quantization. Retention is relative to this baseline, not to the "
+            "original model."
         )
     for task, values in evaluated["tasks"].items():
         chance, items = values.get("chance"), values["items"]
         if chance and values["score"] < chance + 1.645 * math.sqrt(chance * (1 - chance) / items):
             notes.append(
                 f"{task}: the baseline scores {percent(values['score'])}, not clearly above the "
-                f"{percent(chance)} of guessing, so its retention says little about the model."
+                f"{percent(chance)} of guessing, so retention on this task says little about the model."
             )
         if items < FEW_ITEMS:
-            notes.append(f"{task} has only {items} items: its interval is not to be trusted below {FEW_ITEMS}.")
+            notes.append(f"{task} has only {items} items: with fewer than {FEW_ITEMS}, the interval is not reliable.")
     return notes

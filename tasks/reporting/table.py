@@ -17,7 +17,7 @@ MOST_TEXTS = 2  # more texts than this share one column
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """All variants, the reason for each verdict, the winner, and what a reader of the figures must know."""
+    """The table of all variants, with the reason for each verdict, the winner, the legend and the notes."""
     screen = io.StringIO()
     console = Console(file=screen, width=WIDTH, color_system=None, force_terminal=False, highlight=False, emoji=False)
     console.print(grid(columns(summary, MOST_TEXTS)))
@@ -31,7 +31,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def grid(described: Sequence[Column]) -> Table:
-    """The columns as a table of rich, without the cells' remarks."""
+    """The columns as a rich table, without remarks."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for column in described:
         shown.add_column(column.heading, justify="right" if column.kind == "figure" else "left", overflow="fold")

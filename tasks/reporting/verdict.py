@@ -1,10 +1,10 @@
 """Pass, fail or inconclusive: a paired test of a variant against the baseline, item by item.
 
-Baseline and variant answer the same items, so most of the chance in "which items were asked" cancels out. The
-bootstrap keeps that: it draws items, and both models are scored on the same draw.
-A variant that was scored until its verdict was certain has bounds that allow for that (tasks/scoring/sequential.py).
+Baseline and variant answer the same items, so most of the random variation between items cancels out. The bootstrap
+preserves this: it draws items, and scores both models on the same draw.
+If scoring stopped early, the bounds account for it (tasks/scoring/sequential.py).
 B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile intervals);
-Q. McNemar, Psychometrika 12, 1947 (the test of the items that changed), in its exact binomial form.
+Q. McNemar, Psychometrika 12, 1947 (the test for changed items), in its exact binomial form.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tasks.scoring.order import Order
 from tasks.scoring.sequential import Pairs, bounds
 
 SEED = 20130
-MANY_ITEMS = 20_000  # few tasks have as many items: to ask for more would be no practical answer
+MANY_ITEMS = 20_000  # few tasks have more items, so a higher recommendation would not be practical
 CHUNK_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class TaskRetention:
-    """One task: mean scores (0 to 1) of both over `items` items, the ratio (retention) and its interval."""
+    """One task: mean scores (0 to 1) of baseline and variant over `items` items, their ratio and its interval."""
 
     retention: float
     low: float
@@ -41,7 +41,7 @@ class TaskRetention:
 
 @dataclass(frozen=True)
 class Retention:
-    """The mean over tasks of score(variant) / score(baseline), its interval, and each task's own.
+    """The mean over tasks of score(variant) / score(baseline), with its interval, and the result of each task.
 
     low, high: the two-sided interval at `confidence`. at_least, at_most: one-sided bounds, each at `confidence`.
     """
@@ -57,7 +57,7 @@ class Retention:
 
 @dataclass(frozen=True)
 class Flips:
-    """Items that the variant lost or gained against the baseline; two-sided exact McNemar p-value."""
+    """Numbers of items lost and gained against the baseline, with the two-sided exact McNemar p-value."""
 
     lost: int
     gained: int
@@ -66,7 +66,7 @@ class Flips:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`items_needed`: how many a task would decide an inconclusive one; None if no practical number would."""
+    """items_needed: items per task that would decide an inconclusive verdict; None if no practical number would."""
 
     verdict: Literal["pass", "fail", "inconclusive"]
     reason: str
@@ -76,11 +76,11 @@ class Verdict:
 def pair_items(
     task: str, variant: str, baseline: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]]
 ) -> np.ndarray:
-    """Match lists of {"item", "hash", "score"} by item; float64 [items, 2]: baseline's and variant's score.
+    """Match lists of {"item", "hash", "score"} by item; float64 [items, 2]: scores of baseline and variant.
 
-    The variant may have fewer items than the baseline: the pairs are those of its items, in the order of their ids.
-    Raises TaskError, with the items' ids, where an item stands twice, is not among the baseline's, has another
-    hash (the two were asked different questions), or has a score outside 0..1; and where there is no item.
+    The pairs cover the variant's items, sorted by id; the baseline may have more. Raises TaskError if there are no
+    items, or if an item occurs twice, is missing in the baseline, has a different hash (the questions differed), or has
+    a score outside 0 to 1. The message has the ids of the items.
     """
     ours, theirs = _by_item(task, "base", baseline), _by_item(task, variant, scored)
     again = f"evaluate base and {variant} again"
@@ -89,7 +89,7 @@ def pair_items(
     other = sorted(i for i in theirs if ours[i][0] != theirs[i][0])
     if other:
         raise TaskError(
-            f"task {task}: item {_few(other)} was another question for {variant} than for base "
+            f"task {task}: item {_few(other)} was a different question for {variant} than for base "
             f"(the hashes differ); {again}"
         )
     return np.array([(ours[i][1], theirs[i][1]) for i in sorted(theirs)], dtype=np.float64)
@@ -98,9 +98,9 @@ def pair_items(
 def retention(pairs: Pairs, confidence: float, resamples: int, seed: int = SEED) -> Retention:
     """The retention with its percentile bootstrap interval.
 
-    `pairs` holds float64 [items, 2] for each task. In each of `resamples` rounds the items of each task are
-    drawn with replacement, the same ones for baseline and variant. Raises TaskError where the baseline's
-    score is zero, or so low that a round draws no item that it answers.
+    pairs: float64 [items, 2] per task. Each of `resamples` rounds draws items of each task with replacement, the same
+    items for baseline and variant. Raises TaskError if the baseline's score is zero in a task, or so low that a round
+    draws no item with a score.
     """
     if not pairs:
         raise TaskError("no task to compare; name at least one in evaluation.tasks")
@@ -127,10 +127,10 @@ def retention(pairs: Pairs, confidence: float, resamples: int, seed: int = SEED)
 def sequential_retention(
     pairs: Pairs, had: Mapping[str, Collection[int]], order: Mapping[str, Any] | None, confidence: float
 ) -> Retention:
-    """The retention with bounds that allow for a stop at any look: see `tasks.scoring.sequential`.
+    """The retention with bounds that are valid when scoring stops at any look; see `tasks.scoring.sequential`.
 
-    had: the ids of each task's items in `pairs`; order: as the contract has it. Raises TaskError where the items are
-    not those of a look, and where the baseline's score on a task's items is zero.
+    had: the ids of each task's items in `pairs`; order: from the contract. Raises TaskError if the items do not match a
+    look, or if the baseline's score on a task is zero.
     """
     planned = Order.read(order)
     fractions = planned.fractions(planned.reached(had))
@@ -146,23 +146,24 @@ def sequential_retention(
 
 
 def flips(pairs: Pairs) -> Flips:
-    """How many items of all tasks together scored lower (lost) or higher (gained) than the baseline."""
+    """Count the items of all tasks that scored lower (lost) or higher (gained) than the baseline."""
     lost = sum(int((scores[:, 1] < scores[:, 0]).sum()) for scores in pairs.values())
     gained = sum(int((scores[:, 1] > scores[:, 0]).sum()) for scores in pairs.values())
     return Flips(lost, gained, mcnemar(lost, gained))
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Two-sided exact McNemar p-value: of so lopsided a split if losing and gaining were as likely."""
+    """Two-sided exact McNemar p-value, under the hypothesis that losses and gains are equally likely."""
     from scipy.stats import binomtest
 
     return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def judge(result: Retention, gate: float) -> Verdict:
-    """Two one-sided tests: pass if it surely keeps at least `gate`, fail if it surely keeps less, else inconclusive.
+    """Two one-sided tests: pass if the lower bound reaches `gate`, fail if the upper bound is below it, else
+    inconclusive.
 
-    A gate asks about one side. The two-sided interval's end would spend half of the allowed error on the other side.
+    The bounds are one-sided, because a two-sided interval would spend half of the allowed error on the irrelevant side.
     """
     wanted, sure = short_percent(gate), f"with {short_percent(result.confidence)} confidence"
     low, high = percent_beside(result.at_least, gate), percent_beside(result.at_most, gate)
@@ -171,20 +172,22 @@ def judge(result: Retention, gate: float) -> Verdict:
     if result.at_most < gate:
         return Verdict("fail", f"it keeps at most {high} {sure}, and the gate is {wanted}")
     mean = percent_beside(result.mean, gate)
-    open_question = f"it keeps at least {low} and at most {high}, each {sure}, and the gate of {wanted} is between"
+    open_question = (
+        f"it keeps at least {low} and at most {high}, each {sure}, and the gate of {wanted} lies between them"
+    )
     now = sum(t.items for t in result.tasks.values()) / len(result.tasks)
     factor = _more_items(result, gate)
     if factor is None or factor * now > MANY_ITEMS:
-        near = f"the estimate of {mean} is so near the gate that no practical number of items would decide"
+        near = f"the estimate of {mean} is too close to the gate for any practical number of items to decide"
         return Verdict("inconclusive", f"{open_question}, and {near}")
     needed = _two_digits(factor * now)
-    remedy = f"about {needed:,} items a task instead of {now:,.0f} would decide, if the estimate of {mean} holds"
+    remedy = f"about {needed:,} items per task instead of {now:,.0f} would decide, if the estimate of {mean} holds"
     return Verdict("inconclusive", f"{open_question}; {remedy}", needed)
 
 
 def _check_baseline(task: str, scores: np.ndarray) -> None:
     if len(scores) == 0:
-        raise TaskError(f"task {task} has no items; raise evaluation.limit or look at the task's data")
+        raise TaskError(f"task {task} has no items; raise evaluation.limit or check the task's data")
     if not scores[:, 0].any():
         raise TaskError(
             f"task {task}: the baseline scores 0 on {len(scores)} items, so there is nothing to retain; "
@@ -193,21 +196,21 @@ def _check_baseline(task: str, scores: np.ndarray) -> None:
 
 
 def _more_items(result: Retention, gate: float) -> float | None:
-    """How many times as many items bring the nearer bound to the gate: its distance is ~ 1 / sqrt(n)."""
+    """The factor by which more items move the nearer bound to the gate; its distance is ~ 1 / sqrt(n)."""
     distance = abs(result.mean - gate)
     half = result.mean - result.at_least if result.mean >= gate else result.at_most - result.mean
-    # in a skewed sample the estimate may lie outside its own interval: then nothing can be said
+    # with skewed items, the estimate can lie outside its interval; then the factor is unknown
     return None if distance == 0 or half <= 0 else max(1.0, (half / distance) ** 2)
 
 
 def _two_digits(value: float) -> int:
-    """Round up to two significant digits: an estimate should look like one."""
+    """Round up to two significant digits, because the value is only an estimate."""
     unit = int(10 ** max(0, math.floor(math.log10(value)) - 1))
     return math.ceil(value / unit) * unit
 
 
 def _bootstrap(task: str, scores: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """float64 [resamples]: the ratio of the sums on items drawn with replacement; memory is bounded."""
+    """Ratios of the sums over items drawn with replacement, in bounded memory: float64 [resamples]."""
     items = len(scores)
     baseline, variant = np.ascontiguousarray(scores.T)
     rows = max(1, CHUNK_BYTES // (8 * items))
@@ -230,12 +233,12 @@ def _by_item(task: str, name: str, records: Sequence[Mapping[str, Any]]) -> dict
     twice = sorted(i for i, count in Counter(r["item"] for r in records).items() if count > 1)
     if twice:
         raise TaskError(f"task {task}: {name} has item {_few(twice)} more than once; evaluate {name} again")
-    # written so that NaN is caught too
+    # `not` also catches NaN
     wrong = sorted(r["item"] for r in records if not 0 <= r["score"] <= 1)
     if wrong:
         raise TaskError(
             f"task {task}: {name} has a score outside 0 to 1 for item {_few(wrong)}; "
-            "choose a metric of that range for the task"
+            "choose a metric with that range for the task"
         )
     return {r["item"]: (r["hash"], float(r["score"])) for r in records}
 

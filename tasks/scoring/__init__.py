@@ -1,1 +1,1 @@
-"""Evaluation: lm-eval's tasks and divergence, in any runtime."""
+"""Evaluation with lm-eval tasks and divergence from the baseline, in any runtime."""

@@ -1,4 +1,4 @@
-"""The evaluation contract: everything that two evaluations must share to be compared."""
+"""The evaluation contract: everything that must be equal for two evaluations to be comparable."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def contract_of(
     definition: Mapping[str, Any],
     order: Order,
 ) -> dict[str, Any]:
-    """The contract of an evaluation. definition: version and hash of each task, over all planned items, in whatever
-    order and however many of them are scored."""
+    """The contract of an evaluation. definition: version and hash of each task. The hash covers all planned items,
+    whether or not they are scored."""
     data = json.loads((raw / "sources.json").read_text(encoding="utf-8"))
     return {
         "tasks": dict(definition),
@@ -63,7 +63,7 @@ def contract_hash(contract: Mapping[str, Any]) -> str:
 
 
 def same_contract(variant: str, baseline: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """Raise TaskError, naming each field and both values, unless both reports are of the same contract."""
+    """Raise TaskError, naming each differing field with both values, if the contracts of two reports differ."""
     ours, theirs = baseline["contract"], other["contract"]
     if baseline["contract_hash"] == other["contract_hash"] and ours == theirs:
         return

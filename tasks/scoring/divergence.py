@@ -1,4 +1,4 @@
-"""Perplexity on held-out text and, token by token, how far a model has moved from its baseline."""
+"""Perplexity on held-out text, and divergence from the baseline per token."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ _ROWS = 32
 
 # a model's log-probabilities: int64 [1, tokens] -> float32 [1, tokens, vocabulary]
 Predictions = Callable[["Tensor"], "Tensor"]
-# the baseline's, of a window by its number and its ids: float32 [tokens - 1, vocabulary]
+# the baseline's log-probabilities for a window, given its number and ids: float32 [tokens - 1, vocabulary]
 Reference = Callable[[int, "Tensor"], "Tensor"]
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """Over all scored tokens of a text: perplexity per token and per word, mean Kullback-Leibler divergence of the
-    model from the baseline (nats a token), share of places where both would write the same token, tokens scored."""
+    """Scores over all scored tokens of a text.
+
+    perplexity: per token; word_perplexity: per word; kl: mean Kullback-Leibler divergence from the baseline, in nats
+    per token; top1: share of positions where both models rank the same token first; tokens: number of scored tokens.
+    """
 
     perplexity: float
     word_perplexity: float
@@ -41,7 +44,7 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids that the model sees at once, and the words in the text that they stand for."""
+    """The token ids of one forward pass, and the number of words in their text."""
 
     ids: Sequence[int]
     words: int
@@ -50,9 +53,9 @@ class Window:
 def text_windows(
     tokenizer: PreTrainedTokenizerBase, raw: Path, name: str, source: DataSource, tokens: int, window: int
 ) -> list[Window]:
-    """The first `tokens` tokens of data set `name`, in windows of `window`; each begins with BOS where one is usual.
+    """Split the first `tokens` tokens of the data set `name` into windows of `window` tokens.
 
-    TaskError if the text is shorter than that.
+    Each window begins with BOS if the tokenizer adds it. Raises TaskError if the text is too short.
     """
     prefix = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     size = window - len(prefix)
@@ -64,7 +67,7 @@ def text_windows(
             break
     else:
         raise TaskError(
-            f"the text {name} has {len(stream)} tokens, evaluation.text_tokens asks for {tokens}; "
+            f"the text {name} has {len(stream)} tokens, but evaluation.text_tokens is {tokens}; "
             "lower it or choose a longer text"
         )
     pieces = [stream[i * size : (i + 1) * size] for i in range(count)]
@@ -74,7 +77,7 @@ def text_windows(
 def measure_text(
     ours: Predictions, reference: Reference | None, windows: Sequence[Window], name: str
 ) -> tuple[list[dict[str, Any]], TextScore]:
-    """Sums per window, and their means over the text. `reference` None: the model is the baseline itself."""
+    """Measure a text: sums per window, and scores for the whole text. reference: None if the model is the baseline."""
     rows = []
     for number, window in enumerate(tqdm(windows, desc=f"windows of {name}")):
         rows.append({"window": number, "words": window.words, **_measure(ours, reference, number, window)})
@@ -90,7 +93,7 @@ def measure_text(
 
 
 def _measure(ours_of: Predictions, reference: Reference | None, number: int, window: Window) -> dict[str, Any]:
-    """nll (nats), kl (nats) and agreements, summed over the window's tokens after the first."""
+    """Sums of nll (nats), kl (nats) and agreements over a window's tokens after the first."""
     import torch
 
     ids = torch.tensor([window.ids])
@@ -102,13 +105,13 @@ def _measure(ours_of: Predictions, reference: Reference | None, number: int, win
         if reference is None:
             return {"tokens": tokens, "nll": nll, "kl": 0.0, "agree": tokens}
         theirs = reference(number, ids)
-        # a few rows at a time stay in the processor's cache: a row has as many numbers as the vocabulary has words
+        # a few rows at a time, to fit the processor's cache: a row has one number per token of the vocabulary
         kl = sum(_divergence(a, b) for a, b in zip(theirs.split(_ROWS), ours.split(_ROWS), strict=True))
         agree = int((theirs.argmax(-1) == ours.argmax(-1)).sum())
     return {"tokens": tokens, "nll": nll, "kl": kl, "agree": agree}
 
 
 def _divergence(reference: Tensor, other: Tensor) -> float:
-    """Divergence (Kullback-Leibler) of `other` from `reference`: log-probabilities [rows, words], summed over rows."""
-    # rounding can push the divergence of equal distributions a hair below zero
+    """Kullback-Leibler divergence of `other` from `reference`, log-probabilities [rows, vocabulary]: sum over rows."""
+    # rounding can make the divergence of equal distributions slightly negative
     return (reference.exp() * (reference - other)).double().sum(-1).clamp(min=0).sum().item()

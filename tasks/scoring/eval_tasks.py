@@ -1,4 +1,4 @@
-"""Which evaluation tasks there are: those in evals/, and those of lm-eval."""
+"""The available evaluation tasks: those in evals/ and those of lm-eval."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 def local_tasks(evals: Path) -> list[str]:
-    """Names of the task definitions in `evals`, which are their files' names."""
+    """Names of the task definitions in `evals`: their file names."""
     return sorted(path.stem for path in evals.glob("*.yaml"))
 
 
 def check_tasks(tasks: list[str], evals: Path) -> None:
     """TaskError if a task is defined neither in `evals` nor in lm-eval."""
-    if not set(tasks) <= set(local_tasks(evals)):  # else there is nothing to look up, which takes seconds
+    if not set(tasks) <= set(local_tasks(evals)):  # a lookup takes seconds
         task_manager(tasks, evals)
 
 
 def task_manager(tasks: list[str], evals: Path) -> TaskManager:
-    """lm-eval's register of tasks, with those in `evals`; TaskError if one of `tasks` is not in it."""
+    """lm-eval's task registry, extended by `evals`; TaskError if one of `tasks` is not in it."""
     from lm_eval.tasks import TaskManager
 
     local = local_tasks(evals)
@@ -31,6 +31,6 @@ def task_manager(tasks: list[str], evals: Path) -> TaskManager:
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise TaskError(
             f"evaluation.tasks names {', '.join(unknown)}, which neither {evals}/ nor lm-eval defines; "
-            f"without a hub there are: {', '.join(local)}"
+            f"available without a hub: {', '.join(local)}"
         )
     return manager

@@ -1,4 +1,4 @@
-"""What the stages `reference` and `evaluate` share: a loaded model, its items in any order, its texts, its report."""
+"""Score a loaded model on items and texts, and report the result; used by the stages `reference` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tasks.scoring.order import LOOKS, look_of
 from tasks.scoring.score_cache import ScoreCache
 from tasks.settings import EvaluationSettings
 
-REPORT = "evaluation.json"  # in what the stage `reference` leaves: the report, without what differs from run to run
+REPORT = "evaluation.json"  # output of the stage `reference`: its report without COSTS, which differ from run to run
 COSTS = ("seconds", "peak_memory_bytes")
 
-Unit = Mapping[str, Sequence[int]]  # items of each task that are scored together
-Rows = dict[str, list[dict[str, Any]]]  # of each task: {"item", "hash", "score"} of every item, by item
+Unit = Mapping[str, Sequence[int]]  # items that are scored together, by task
+Rows = dict[str, list[dict[str, Any]]]  # by task: {"item", "hash", "score"} of each item, sorted by item
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A task's mean score over its scored items, and what guessing would give (None where there are no options)."""
+    """A task's mean score over its scored items. chance: the score of guessing; None if an item has no options."""
 
     metric: str
     score: float
@@ -41,9 +41,10 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """metrics/evaluate/V.json. Seconds are of the measuring itself; memory is the process's peak, bytes.
+    """The content of metrics/evaluate/V.json. seconds: duration of the measurement; peak_memory_bytes: of the process.
 
-    Of base, both are of handing on what the stage `reference` measured; metrics/reference/base.json has that stage's.
+    For base, both describe the copying of the results of the stage `reference`; that stage's own costs are in
+    metrics/reference/base.json.
     """
 
     variant: str
@@ -58,8 +59,8 @@ class EvaluationReport:
 
 @dataclass(frozen=True)
 class Job:
-    """A model to measure in the runtime of `target`. raw: the data; evals: task definitions; scores: of earlier runs,
-    in a folder that the workspaces of a checkout share (flows/workspace/worktree.py)."""
+    """A model to measure in the runtime of `target`. raw: the data; evals: task definitions; scores: cache of earlier
+    scores, shared by all workspaces of a checkout (flows/workspace/worktree.py)."""
 
     settings: EvaluationSettings
     target: str
@@ -71,7 +72,7 @@ class Job:
 
 @dataclass
 class Subject:
-    """A loaded model and everything that is asked of it."""
+    """A loaded model with its evaluation items, contract and score cache."""
 
     job: Job
     started: float = field(init=False)
@@ -100,12 +101,12 @@ class Subject:
         return self._rows()
 
     def score_blocks(self) -> Rows:
-        """Score all planned items, block by block, so that none is scored again when more are planned."""
+        """Score all planned items block by block, so that the cached scores stay valid when more items are planned."""
         self._score(self._questions.blocks(), "items")
         return self._rows()
 
     def score_until(self, enough: Callable[[int, Rows], bool]) -> Rows:
-        """Score look after look until `enough` says so, given the look (from 1) and all rows so far."""
+        """Score look after look until `enough(look, rows)` is true. look: counted from 1; rows: all rows so far."""
         seed = self.order.seed
         for look in range(1, LOOKS + 1):
             units = [
@@ -118,7 +119,7 @@ class Subject:
         return self._rows()
 
     def windows(self) -> Iterator[tuple[str, list[Window]]]:
-        """The held-out texts by name."""
+        """The name and the windows of each held-out text."""
         settings = self.job.settings
         for text, source in settings.texts.items():
             yield (
@@ -127,7 +128,7 @@ class Subject:
             )
 
     def report(self, variant: str, rows: Rows, texts: Mapping[str, TextScore]) -> EvaluationReport:
-        """Everything that was found."""
+        """The report of an evaluation."""
         tasks = {
             task: TaskScore(
                 self._found[task][found[0]["item"]][0],
@@ -149,7 +150,7 @@ class Subject:
         )
 
     def _score(self, units: Sequence[Unit], name: str) -> None:
-        """Score what no earlier run has scored in the same company."""
+        """Score each unit, or read its scores from the cache."""
         self._lm.progress = name if len(units) == 1 else ""
         total = sum(len(items) for unit in units for items in unit.values())
         with tqdm(total=total, desc=name, unit="item", disable=len(units) == 1) as bar:
@@ -165,7 +166,7 @@ class Subject:
                 bar.update(sum(sizes.values()))
 
     def _rows(self) -> Rows:
-        """Rows of the planned items that have been scored."""
+        """Rows of all planned items that have been scored."""
         return {
             task: [
                 {"item": i, "hash": self._questions.document_hash(task, i), "score": self._found[task][i][1]}
@@ -176,7 +177,7 @@ class Subject:
         }
 
     def _conditions(self) -> dict[str, Any]:
-        """Everything that decides a score besides the items that are scored together."""
+        """Everything that determines a score, except the items of the unit."""
         settings, info = self.job.settings, self.runtime.info
         return {
             "model": checksums(self.job.model),
@@ -192,7 +193,7 @@ class Subject:
 
 
 def write_items(work: Path, rows: Rows) -> None:
-    """items-TASK.jsonl of each task. TaskError if nothing of a task was scored."""
+    """Write items-TASK.jsonl for each task; TaskError if a task has no scored item."""
     for task, found in rows.items():
         if not found:
             raise TaskError(f"no item of task {task} was scored; raise evaluation.limit")
@@ -200,12 +201,12 @@ def write_items(work: Path, rows: Rows) -> None:
 
 
 def write_text_rows(work: Path, text: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """windows-TEXT.jsonl of a text."""
+    """Write windows-TEXT.jsonl."""
     write_text(work / f"windows-{text}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_reference(reference: Path) -> dict[str, Any]:
-    """The report of the baseline as the stage `reference` left it; TaskError if there is none."""
+    """Read the baseline's report from the output of the stage `reference`; TaskError if it cannot be read."""
     try:
         return dict(json.loads((reference / REPORT).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Our runtimes as a language model of lm-evaluation-harness."""
+"""Adapter: a `Runtime` as a language model of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ class RuntimeLM(TemplateLM):
         self.tokenizer = runtime.tokenizer
         self.batch_tokens = batch_tokens
         self.max_length = max_length
-        self.progress = "items"  # the bar's name; none where it is empty
+        self.progress = "items"  # label of the progress bar; empty: no bar
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text; also what precedes a text without a context."""
+        """The token that ends a text."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that a text without a context begins with."""
+        """The first token of a text without context: BOS if the tokenizer has one, else EOS."""
         bos = self.tokenizer.bos_token_id
         return int(bos if bos is not None else self.eot_token_id)
 
     @property
     def tokenizer_name(self) -> str:
-        """lm-eval's key of the chat template."""
+        """The name under which lm-eval caches chat templates."""
         return str(self.tokenizer.name_or_path)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The template that is applied, for lm-eval's record."""
+        """The applied chat template, for lm-eval's log."""
         return str(self.tokenizer.chat_template or "") if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages in the model's own template."""
+        """Render messages with the model's chat template."""
         text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -57,7 +57,7 @@ class RuntimeLM(TemplateLM):
         return str(text)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; the tokenizer's own special tokens unless told otherwise or already there."""
+        """Token ids. add_special_tokens: None adds special tokens unless the text already begins with BOS."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -66,12 +66,12 @@ class RuntimeLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Continuations of one context are asked together: the runtime reads the context once."""
+        """Score continuations. Those of one context are grouped, so the runtime reads the context once."""
         groups: dict[tuple[int, ...], dict[tuple[int, ...], Score | None]] = {}
         keys = []
         for _, context, continuation in requests:
             answer = tuple(continuation)
-            # what does not fit the model's window is cut from the left, as lm-eval does
+            # truncate from the left to the model's window, like lm-eval
             room = self.max_length - len(answer) + 1
             key = tuple(context[-room:] if room > 0 else context[-1:])
             groups.setdefault(key, {})[answer] = None
@@ -84,7 +84,7 @@ class RuntimeLM(TemplateLM):
         return [(score.logprob, score.greedy) for score in results if score is not None]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows that do not overlap."""
+        """Log-likelihood of whole texts, in windows without overlap."""
         totals = []
         for request in requests:
             windows = get_rolling_token_windows(
@@ -98,7 +98,7 @@ class RuntimeLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy text up to the first stop string, also where a task asks for sampling: that would measure luck."""
+        """Generate greedily up to the first stop string. Sampling options are ignored: they would add random noise."""
         answers = []
         for request in requests:
             prompt, options = request.args[0], request.args[1]

@@ -1,8 +1,8 @@
 """The order in which a task's items are scored, and which items are scored together.
 
-Items are cut into blocks of `BLOCK` in a row. A seed deals the items of each block out to `LOOKS` looks of equal size,
-so a look is a random sample of the whole task. Neither depends on the variant or on how many items are planned: when
-`evaluation.limit` grows, every item keeps its look and its block.
+Items are split into consecutive blocks of `BLOCK`. The items of each block are distributed at random over `LOOKS` looks
+of equal size, so a look is a random sample of the whole task. Blocks and looks do not depend on the variant or on the
+number of planned items: when `evaluation.limit` grows, every item keeps its look and its block.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK = 50  # items; a multiple of LOOKS
 
 @dataclass(frozen=True)
 class Order:
-    """seed: of the order. items: how many of each task are planned, the first ones of its data."""
+    """seed: of the random order. items: number of planned items per task, counted from the start of its data."""
 
     seed: int
     items: Mapping[str, int]
@@ -30,7 +30,7 @@ class Order:
 
     @classmethod
     def read(cls, record: Any) -> Order:
-        """From a contract's `order`; TaskError if there is none, or it is that of another version."""
+        """Read a contract's `order`; TaskError if it is missing or was written by an incompatible version."""
         try:
             order = cls(**record)
         except TypeError:
@@ -40,32 +40,32 @@ class Order:
             ) from None
         if (order.looks, order.block) != (LOOKS, BLOCK):
             raise TaskError(
-                f"the items were evaluated in {order.looks} looks of blocks of {order.block}, expected {LOOKS} and "
+                f"the items were evaluated with {order.looks} looks and blocks of {order.block}, expected {LOOKS} and "
                 f"{BLOCK}; evaluate them again: dvc repro evaluate@base, then the variants"
             )
         return order
 
     def record(self) -> dict[str, Any]:
-        """For the contract."""
+        """The order as JSON values, for the contract."""
         return asdict(self) | {"items": dict(self.items)}
 
     def until(self, look: int) -> dict[str, list[int]]:
-        """Each task's items up to `look`, 1 for the first."""
+        """Each task's items in the looks 1 to `look`."""
         return {task: [i for i in range(n) if look_of(task, i, self.seed) <= look] for task, n in self.items.items()}
 
     def fractions(self, look: int) -> tuple[float, ...]:
-        """The share of all planned items that each look up to `look` had."""
+        """The cumulative share of planned items after each of the looks 1 to `look`."""
         counts = [sum(map(len, self.until(one).values())) for one in range(1, look + 1)]
         return tuple(count / sum(self.items.values()) for count in counts)
 
     def reached(self, had: Mapping[str, Collection[int]]) -> int:
-        """The look at which exactly the items `had` of each task were scored; TaskError if there is no such look."""
+        """The look after which exactly the items `had` have been scored; TaskError if there is no such look."""
         found = {task: set(items) for task, items in had.items()}
         for look in range(1, LOOKS + 1):
             if found == {task: set(items) for task, items in self.until(look).items()}:
                 return look
         counts = ", ".join(f"{len(found.get(task, ()))} of {task}'s {n}" for task, n in self.items.items())
-        raise TaskError(f"the scored items, {counts}, are not those of any look; evaluate the variant again")
+        raise TaskError(f"the scored items ({counts}) do not match any look; evaluate the variant again")
 
 
 @lru_cache(maxsize=65536)

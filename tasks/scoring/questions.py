@@ -1,4 +1,4 @@
-"""What is asked: the items of all tasks as lm-eval builds them, loaded once, and scored in any portions."""
+"""The items of all tasks: loaded once by lm-eval, then scored in units of any size."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
     from tasks.scoring.lm_eval_adapter import RuntimeLM
 
-# The metric that an item's score is, where a task offers several; else the first that is better when higher.
+# The metrics to use, in order of preference; a task without them uses its first metric where higher is better.
 METRICS = ("acc_norm", "acc", "exact_match", "f1")
 
 
 class Questions:
-    """All planned items, and those after them that complete the last block.
+    """All planned items, and the items after them that complete the last block.
 
-    TaskError if a task is unknown, runs code or has no items, or if its data cannot be read; TransientError if a hub
-    is away.
+    Raises TaskError if a task is unknown, runs code or has no items, or if its data cannot be read; TransientError if
+    a hub cannot be reached.
     """
 
     def __init__(self, lm: RuntimeLM, settings: EvaluationSettings, evals: Path) -> None:
@@ -44,8 +44,8 @@ class Questions:
         self.order = Order(settings.seed, planned)
 
     def definition(self) -> dict[str, Any]:
-        """Version of each task, and a hash of what is asked, down to the letter: sha256 over every planned item's
-        document, prompt and target."""
+        """Version and hash of each task. The hash is a sha256 over the document, prompt and target of every planned
+        item."""
         return {
             task: {"version": loaded.VERSION, "hash": self._asked(task, self.order.items[task])}
             for task, loaded in self._tasks.items()
@@ -59,13 +59,13 @@ class Questions:
         return _sha256(json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False))
 
     def chance(self, task: str) -> float | None:
-        """What guessing would score on the planned items; None where an item offers no options."""
+        """The score of guessing on the planned items; None if an item has no options."""
         options = [len(self._requests[task][item]) for item in range(self.order.items[task])]
         return sum(1 / n for n in options) / len(options) if min(options) > 1 else None
 
     def blocks(self) -> list[dict[str, list[int]]]:
-        """The items of all tasks, block by block. The last one is complete, so that its items keep their company when
-        more are planned."""
+        """The items of all tasks, block by block. The last block is complete, even beyond the planned items, so that
+        it stays the same when more are planned."""
         count = math.ceil(max(self.order.items.values()) / BLOCK)
         blocks = []
         for start in range(0, count * BLOCK, BLOCK):
@@ -78,7 +78,7 @@ class Questions:
         return blocks
 
     def identity(self, unit: Mapping[str, Sequence[int]]) -> list[Any]:
-        """Everything that is asked of the items of a unit, as JSON values."""
+        """All requests of a unit's items, as JSON values."""
         return [
             [task, item, self.document_hash(task, item), self._target(task, item), requests]
             for task, items in unit.items()
@@ -87,9 +87,9 @@ class Questions:
         ]
 
     def score(self, unit: Mapping[str, Sequence[int]]) -> dict[str, list[tuple[str, float]]]:
-        """Score the items of a unit together; of each task metric and score of its items, in order.
+        """Score the items of a unit together: by task, the metric and score of each item, in order.
 
-        TaskError if a task gives no number that is better when higher.
+        Raises TaskError if a task has no metric where higher is better.
         """
         kinds: dict[str, list[Instance]] = defaultdict(list)
         for task, items in unit.items():
@@ -108,7 +108,7 @@ class Questions:
         chosen: tuple[str, str] | None = None
         for item in items:
             requests = self._requests[task][item]
-            # where a task reads an answer in several ways (its filters), the first one counts
+            # if a task has several filters for an answer, use the first
             first = next(iter(requests[0].filtered_resps))
             found = loaded.process_results(requests[0].doc, [request.filtered_resps[first] for request in requests])
             if chosen is None:
@@ -130,7 +130,7 @@ class Questions:
 
 
 def _load(lm: RuntimeLM, settings: EvaluationSettings, evals: Path) -> dict[str, Task]:
-    """The tasks with all their requests, as lm-eval's `simple_evaluate` prepares them."""
+    """Load the tasks and build their requests, like lm-eval's `simple_evaluate`."""
     import datasets
     import httpx
     import numpy as np
@@ -177,9 +177,9 @@ def _check(name: str, task: Task) -> None:
 
 @contextmanager
 def _own_cache() -> Iterator[None]:
-    """Let `datasets` cache in a folder of our own: it caches by path and time, and ours can hold nothing stale.
+    """Let `datasets` use a temporary cache: its cache goes by path and time, so a shared one could be stale.
 
-    At run time: the library may have been imported before, and reads its environment only then.
+    Its environment variables would have no effect here, because it reads them at import.
     """
     from datasets import config
 
@@ -208,8 +208,7 @@ def _metric(task: str, found: Mapping[str, Any], higher_is_better: Mapping[str, 
     metric = next((m for m in (*METRICS, *numbers) if m in numbers and higher_is_better.get(m)), None)
     if metric is None:
         raise TaskError(
-            f"task {task} gives its items no number that is better when higher (it has: {', '.join(found)}); "
-            "choose another task"
+            f"task {task} has no metric where higher is better (it has: {', '.join(found)}); choose another task"
         )
     return metric
 

@@ -1,6 +1,6 @@
-"""The baseline's last hidden states over the held-out texts: with its output layer they give its predictions.
+"""Store the baseline's last hidden states over the held-out texts, and compute its predictions from them.
 
-So a variant's divergence needs neither the baseline's decoder layers nor the time that they take.
+Measuring a variant's divergence then needs only the baseline's output layer, not its decoder layers.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
     from tasks.runtimes import RuntimeWithStates
 
-_CLOSE = 1e-4  # of log-probabilities: far above rounding, far below what a scale or a cap of the logits changes
+_CLOSE = 1e-4  # tolerance for log-probabilities: above rounding errors, below the effect of scaling or capping logits
 
 
 def states_file(folder: Path, text: str) -> Path:
-    """Where the states of a text are kept."""
+    """The file with the states of a text."""
     return folder / f"states-{text}.safetensors"
 
 
 class OutputLayer:
-    """The output layer of an unquantized model, in the precision and on the device of the arithmetic.
+    """The output layer of an unquantized model, in the dtype and on the device of the computation.
 
     weight: [vocabulary, hidden]; bias: [vocabulary].
     """
@@ -43,16 +43,16 @@ class OutputLayer:
 
 
 def output_layer(directory: Path, dtype: str, device: str) -> OutputLayer | None:
-    """Read the output layer of the model in `directory` and nothing else of it; None where it is not found.
+    """Read only the output layer of the model in `directory`; None if it is not found.
 
-    dtype: of the arithmetic, by torch's name; device: by torch's name.
+    dtype, device: of the computation, by torch's names.
     """
     import torch
 
     if not list(directory.glob("*.safetensors")):
         return None
     files = TensorFiles(directory)
-    # a model without one of its own multiplies with the embedding
+    # a model with tied embeddings has no separate output layer
     name = next((name for name in (OUTPUT, EMBEDDING) if f"{name}.weight" in files), None)
     if name is None:
         return None
@@ -64,8 +64,11 @@ def output_layer(directory: Path, dtype: str, device: str) -> OutputLayer | None
 
 
 class StateWriter:
-    """Remembers the states of one text while its windows are measured, if the output layer alone turns them into the
-    model's predictions: a cap or a scale of the logits, or a second layer, is found on the first window."""
+    """Collects the states of one text while its windows are measured.
+
+    The first window shows whether the output layer alone turns the states into the model's predictions. If not (capped
+    or scaled logits, a second layer), no states are kept.
+    """
 
     def __init__(self, runtime: RuntimeWithStates, layer: OutputLayer) -> None:
         self._runtime = runtime
@@ -74,7 +77,7 @@ class StateWriter:
         self._fits = True
 
     def logprobs(self, ids: Tensor) -> Tensor:
-        """As the runtime's."""
+        """The runtime's log-probabilities."""
         if not self._fits:
             return self._runtime.logprobs(ids)
         found, states = self._runtime.logprobs_and_states(ids)
@@ -87,18 +90,18 @@ class StateWriter:
     def _gives(self, states: Tensor, found: Tensor) -> bool:
         try:
             difference = (self._layer.logprobs(states) - found).abs().max()
-        except RuntimeError:  # of another shape
+        except RuntimeError:  # the shapes differ
             return False
         return bool(difference <= _CLOSE)
 
     def write(self, path: Path) -> None:
-        """float32 [tokens - 1, hidden] of each window, by its number; nothing where the states do not tell all."""
+        """Write float32 [tokens - 1, hidden] of each window, by its number; no file if no states were kept."""
         if self._fits:
             save({str(number): states for number, states in enumerate(self._states)}, path)
 
 
 class States:
-    """The baseline's predictions, from what a `StateWriter` wrote to `path`."""
+    """The baseline's predictions, computed from the states that a `StateWriter` wrote to `path`."""
 
     def __init__(self, path: Path, layer: OutputLayer) -> None:
         self._path = path

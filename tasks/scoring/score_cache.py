@@ -1,8 +1,8 @@
-"""Scores of items that one model has given before, so that no item is scored twice under the same conditions.
+"""Cache of item scores, so that no item is scored twice under the same conditions.
 
-A file holds the scores of one unit: items that were scored together, as the last bits of a score can depend on what
-else was in the batch, and with rounded activations an answer can. So what the cache gives is what scoring would give.
-The folder lies outside DVC's outputs; it may be deleted at any time.
+A file holds the scores of one unit: the items that were scored together. The other items in a batch can change the last
+bits of a score and, with quantized activations, even an answer. With whole units, the cache returns the same scores as
+scoring again. The folder is outside DVC's outputs and can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 
 from tasks.output import write_text
 
-Scores = dict[str, list[tuple[str, float]]]  # of each task, in the unit's order: metric and score
+Scores = dict[str, list[tuple[str, float]]]  # by task: metric and score of each item, in the unit's order
 
 
 class ScoreCache:
-    """The scores under one set of conditions. key: everything that decides a score except the items themselves."""
+    """The scores for one set of conditions. key: everything that determines a score, except the items."""
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         self._folder = folder / _digest(key)
 
     def read(self, unit: Any, sizes: Mapping[str, int]) -> Scores | None:
-        """The scores of a unit, `sizes` of each task; None if they are not there or damaged."""
+        """The scores of a unit; None if they are missing or damaged. sizes: number of items per task."""
         try:
             content = json.loads(self._path(unit).read_text(encoding="utf-8"))
             scores: Scores = {
@@ -38,7 +38,7 @@ class ScoreCache:
         return scores if whole and {task: len(found) for task, found in scores.items()} == dict(sizes) else None
 
     def write(self, unit: Any, scores: Mapping[str, Sequence[tuple[str, float]]]) -> None:
-        """Keep the scores of a unit; whole or not at all."""
+        """Store the scores of a unit atomically."""
         content = {task: [[metric, score] for metric, score in found] for task, found in scores.items()}
         write_text(self._path(unit), json.dumps({"sha256": _digest(content), "scores": content}) + "\n")
 

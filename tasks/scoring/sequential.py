@@ -1,13 +1,14 @@
-"""A gate that stops early: items are scored in looks, and a bound at every look pays for all the others.
+"""Sequential gate: items are scored in looks, and scoring stops as soon as the verdict is certain.
 
-All tasks advance together. After each look the retention (mean over tasks of score / baseline's score) gets bounds that
-hold at all looks at once, so it does not matter when, or why, scoring stops: a verdict that the bounds give at any look
-is wrong at most as often as at the stated confidence. What is paid for a look is little at first and most at the end.
+All tasks advance together. After each look, the retention (mean over tasks of score / baseline's score) gets confidence
+bounds that hold at all looks simultaneously. So the error rate of a verdict stays within the stated confidence, no
+matter when or why scoring stops. The error spent is small at the first looks and largest at the last.
 
 C. Jennison and B. W. Turnbull, Interim analyses: the repeated confidence interval approach, J. R. Stat. Soc. B 51,
 1989 (the bounds); K. K. G. Lan and D. L. DeMets, Biometrika 70, 1983 (spending); P. C. O'Brien and T. R. Fleming,
-Biometrics 35, 1979 (its shape); P. Armitage, C. K. McPherson and B. C. Rowe, J. R. Stat. Soc. A 132, 1969 (the
-recursion); E. B. Wilson, J. Am. Stat. Assoc. 22, 1927, and P. Hall, J. R. Stat. Soc. B 54, 1992 (few and skewed items).
+Biometrics 35, 1979 (the shape of spending); P. Armitage, C. K. McPherson and B. C. Rowe, J. R. Stat. Soc. A 132, 1969
+(the recursion); E. B. Wilson, J. Am. Stat. Assoc. 22, 1927, and P. Hall, J. R. Stat. Soc. B 54, 1992 (few and skewed
+items).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from numpy.typing import NDArray
 Pairs = Mapping[str, np.ndarray]
 
 _NORMAL = NormalDist()
-_FARTHEST = 8.0  # standard deviations: beyond, the normal distribution holds less than 1e-15
-_POINTS = 401  # of a density, odd for Simpson's rule; twice as many change a critical value by less than 1e-6
+_FARTHEST = 8.0  # standard deviations; the tail beyond has a probability below 1e-15
+_POINTS = 401  # per density, odd for Simpson's rule; doubling them changes a critical value by less than 1e-6
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,9 @@ class Bounds:
 def bounds(pairs: Pairs, fractions: Sequence[float], confidence: float) -> Bounds:
     """The retention's repeated confidence bounds at the last look of `fractions`.
 
-    pairs: float64 [items, 2] of each task, the baseline's score and the variant's, of all items up to that look.
-    fractions: the share of the planned items that each look up to this one had, increasing, at most 1.
-    Without a single item that the baseline answers in some task there is no bound: the retention is NaN, the bounds are
-    infinite.
+    pairs: float64 [items, 2] per task: scores of baseline and variant on all items up to that look.
+    fractions: cumulative share of the planned items after each look, increasing, at most 1.
+    If the baseline scores zero on a task, the retention is NaN and the bounds are infinite.
     """
     if not all(scores[:, 0].any() for scores in pairs.values()):
         return Bounds(math.nan, -math.inf, math.inf, -math.inf, math.inf)
@@ -62,7 +62,8 @@ def bounds(pairs: Pairs, fractions: Sequence[float], confidence: float) -> Bound
 
 @dataclass(frozen=True)
 class _Moments:
-    """Of the estimate: mean, variance, third central moment; and what one answer of the rarest task is worth in it."""
+    """mean, variance, third: moments of the estimate. answer: the weight in it of one answer, in the task with the
+    lowest total score of the baseline."""
 
     mean: float
     variance: float
@@ -70,11 +71,11 @@ class _Moments:
     answer: float
 
     def reach(self, critical: float, side: int) -> float:
-        """From the estimate to its bound on the `side` (1: above, -1: below): at `critical` standard errors, and wider
-        for few or skewed items.
+        """Distance from the estimate to its bound on a `side` (1: above, -1: below): `critical` standard errors,
+        widened for few or skewed items.
 
-        Where lost answers are all that varies, this is Wilson's score bound of their number (Poisson): one that allows
-        for what has been seen by chance too seldom, and is not zero where nothing was seen.
+        If only lost answers vary, this is Wilson's score bound on their number (Poisson). It accounts for losses that
+        were missed by chance, so it is not zero even if no answer was lost.
         """
         if math.isinf(critical):
             return math.inf
@@ -85,7 +86,7 @@ class _Moments:
 
 
 def _moments(pairs: Pairs) -> _Moments:
-    """By the delta method: of a ratio of means, an item's influence is (v - ratio * b) / sum of b."""
+    """Moments by the delta method: an item's influence on a ratio of means is (v - ratio * b) / sum of b."""
     mean = variance = third = 0.0
     for scores in pairs.values():
         baseline, variant = scores.T
@@ -101,15 +102,15 @@ def _moments(pairs: Pairs) -> _Moments:
 
 @lru_cache(maxsize=256)
 def critical_values(fractions: tuple[float, ...], error: float) -> tuple[float, ...]:
-    """Of a standard normal statistic at each look, one-sided: how far it may go before it says something.
+    """One-sided critical values of a standard normal statistic, one per look.
 
-    The statistics at the fractions s < t of the information correlate with sqrt(s / t). With these values, the chance
-    that any look up to t goes too far is `error`'s share spent by t: 2 - 2 Phi(z / sqrt(t)), z the quantile of
-    1 - error / 2. A look that brings no item spends nothing: its value is infinite.
+    The statistics at information fractions s < t have correlation sqrt(s / t). The probability of exceeding a critical
+    value at any look up to t equals the error spent by t: 2 - 2 Phi(z / sqrt(t)), where z is the quantile of
+    1 - error / 2. A look without new items spends nothing; its critical value is infinite.
     """
     quantile = _NORMAL.inv_cdf(1 - error / 2)
     values: list[float] = []
-    density: NDArray[np.float64] | None = None  # of the sum so far, where no look has gone too far: at `places`
+    density: NDArray[np.float64] | None = None  # of the sum, if no look has crossed: at `places`
     places = np.zeros(1)
     weights = np.ones(1)
     before = spent = 0.0
@@ -133,7 +134,7 @@ def critical_values(fractions: tuple[float, ...], error: float) -> tuple[float, 
 def _crossed(
     places: NDArray[np.float64], mass: NDArray[np.float64], deviation: float, due: float, fraction: float
 ) -> float:
-    """The limit that the next sum exceeds with the chance `due`, by bisection."""
+    """The limit that the next sum exceeds with probability `due`, by bisection."""
     low, high = -_FARTHEST * math.sqrt(fraction), _FARTHEST * math.sqrt(fraction)
     for _ in range(60):
         middle = (low + high) / 2
@@ -143,12 +144,12 @@ def _crossed(
 
 
 def _upper_tail(z: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The chance that a standard normal number is larger."""
+    """The probability that a standard normal variable exceeds z."""
     return np.array([math.erfc(value / math.sqrt(2)) / 2 for value in z.tolist()])
 
 
 def _simpson(places: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weights of Simpson's rule at evenly spaced places, an odd number of them."""
+    """Weights of Simpson's rule for an odd number of evenly spaced places."""
     weights: NDArray[np.float64] = np.full(len(places), 2.0)
     weights[1::2] = 4.0
     weights[0] = weights[-1] = 1.0

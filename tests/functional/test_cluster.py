@@ -52,7 +52,7 @@ class Run:
         self.process = toy.start_cli("run", "--runner", "dask", *options, **env)
 
     def end(self) -> str:
-        """Its output, once it has ended."""
+        """Wait for the end of the run and return its output."""
         output, _ = self.process.communicate(timeout=180)
         return output
 

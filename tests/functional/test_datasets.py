@@ -27,7 +27,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
 
 
 def refusal(path: Path, content: bytes, **more: Any) -> str:
-    """The error for a file of evaluation items with this content; nothing may be left of it."""
+    """The error for a file of evaluation items with this content; checks that no files are left."""
     path.write_bytes(content)
     source = DataSource.model_validate({"source": f"path:{path}", "format": "jsonl", **more})
     with pytest.raises(TaskError) as caught:

@@ -1,4 +1,4 @@
-"""The drills themselves, interrupted in the middle: nothing of theirs is left."""
+"""Interrupted drills leave nothing behind."""
 
 from __future__ import annotations
 

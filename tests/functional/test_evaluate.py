@@ -1,4 +1,4 @@
-"""Evaluation on tasks of lm-eval's own, with their data from a hub, as the stage does it."""
+"""The evaluate stage on lm-eval's own tasks, with data from a hub."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.functional.project import Checkout, params
 from tests.hub import FakeHub, Repository, running_hub
 from tests.tiny import Corpus
 
-ARC, GSM8K = "datasets/allenai/ai2_arc", "datasets/openai/gsm8k"  # where lm-eval has the data of arc_easy and gsm8k
+ARC, GSM8K = "datasets/allenai/ai2_arc", "datasets/openai/gsm8k"  # lm-eval's repositories for arc_easy and gsm8k
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[FakeHub]:
-    """A hub with both data sets, in the form of the real ones."""
+    """A fake hub with both data sets, in their real format."""
     question = {"choices": {"text": ["lamp", "river", "map", "stone"], "label": ["A", "B", "C", "D"]}}
     arc = [{"id": str(i), "question": f"What is {i}?", "answerKey": "ABCD"[i % 4], **question} for i in range(12)]
     gsm8k = [{"question": f"What is {i} + 1?", "answer": f"One more.\n#### {i + 1}"} for i in range(12)]
@@ -61,7 +61,7 @@ def test_tasks_of_lm_eval_are_scored_item_by_item(checkout: Checkout) -> None:
     checkout.stage("evaluate", "base")
     tasks = json.loads((checkout.root / "metrics/evaluate/base.json").read_text())["tasks"]
     assert (tasks["arc_easy"]["metric"], tasks["arc_easy"]["chance"]) == ("acc_norm", 0.25)
-    # an answer that is written out, and that lm-eval reads in two ways: it counts once
+    # generated answers, to which lm-eval applies two filters; only the first counts
     assert (tasks["gsm8k"]["metric"], tasks["gsm8k"]["chance"]) == ("exact_match,strict-match", None)
     for task in ("arc_easy", "gsm8k"):
         lines = (checkout.root / f"results/base/items-{task}.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The reference and the gate that stops early, on real tasks of lm-eval with the tiny model."""
+"""The reference and the sequential gate, on lm-eval tasks with the tiny model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def checkout(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFacto
     values = params(llama, corpus)
     values["evaluation"] |= {"limit": LIMIT}
     for name, source in values["evaluation"]["sources"].items():
-        # as many questions as it takes: the same ones again are other items
+        # repeat the questions to get enough items
         questions = tmp_path_factory.mktemp("questions") / f"{name}.jsonl"
         questions.write_text(Path(source["source"].removeprefix("path:")).read_text() * 8)
         source["source"] = f"path:{questions}"
@@ -51,7 +51,7 @@ def checkout(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def job(checkout: Checkout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Job:
-    """Of the variant, with no scores of earlier runs."""
+    """Evaluate the variant without cached scores."""
     monkeypatch.chdir(checkout.root)
     settings = check_settings(_values(checkout)).evaluation
     return Job(settings, "transformers", Path("exports/near"), scores=tmp_path / "scores")
@@ -65,7 +65,7 @@ def _values(checkout: Checkout) -> Any:
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many items the model scores, unit by unit."""
+    """The number of items that the model scores in each unit."""
     counts: list[int] = []
     real: Callable[..., Any] = Questions.score
 
@@ -108,11 +108,11 @@ def test_nothing_is_scored_twice_when_gate_or_limit_change(job: Job, scored: lis
     undecided = (GATE, 1.0)
     evaluate("near", job, BASE, REFERENCE, undecided, tmp_path / "first")
     assert sum(scored) == LIMIT * tasks
-    # another gate
+    # a different gate
     scored.clear()
     evaluate("near", job, BASE, REFERENCE, (GATE, 0.98), tmp_path / "second")
     assert scored == []
-    # more items, of the baseline too; a limit that cuts a block leaves its items their company
+    # more items, also for the baseline; a limit inside a block does not change the block
     for limit, new in ((120, 50), (150, 0)):
         more = replace(job, settings=job.settings.model_copy(update={"limit": limit}))
         base = replace(more, model=BASE)
@@ -120,7 +120,7 @@ def test_nothing_is_scored_twice_when_gate_or_limit_change(job: Job, scored: lis
         scored.clear()
         evaluate("near", more, BASE, tmp_path / "reference", undecided, tmp_path / "third")
         assert sum(scored) == new * tasks
-        # what the cache gives is what scoring gives
+        # cached scores equal new ones
         cold = replace(more, scores=tmp_path / f"empty-{limit}")
         evaluate("near", cold, BASE, tmp_path / "reference", undecided, tmp_path / "cold")
         assert rows(tmp_path / "third") == rows(tmp_path / "cold")
@@ -191,7 +191,7 @@ def test_a_model_that_scales_its_logits_keeps_no_states(
     assert output_layer(BASE, "float32", "cpu") is not None
     measure_reference(replace(job, model=BASE), tmp_path / "reference")
     assert not list((tmp_path / "reference").glob("states-*"))
-    # the baseline itself is run then
+    # then the baseline itself must run
     report = evaluate("near", job, BASE, tmp_path / "reference", (GATE, 0.4), tmp_path / "results")
     assert all(score.kl > 0 for score in report.texts.values())
 

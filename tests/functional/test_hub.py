@@ -52,7 +52,7 @@ def settings(source: str = f"hf:{MODEL}@main", **more: str) -> ModelSettings:
 
 
 def refusal(source: str = f"hf:{MODEL}@main", *, transient: bool = False) -> str:
-    """The error of the download; nothing may be left of it."""
+    """The error of the download; checks that no files are left."""
     with pytest.raises(TaskError) as caught:
         download(settings(source), Path("models/source"))
     # only transient errors are retried

@@ -1,4 +1,4 @@
-"""A run with nothing to do finds that out by itself, without a Prefect server and without MLflow."""
+"""A run with nothing to do starts neither a Prefect server nor MLflow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.functional.toy import STAGES, Toy
 
 @pytest.fixture
 def settled(toy: Toy) -> Toy:
-    """A finished toy whose result a run in this place has found in MLflow."""
+    """A finished toy with a result that a run in this folder has recorded in MLflow."""
     toy.run()
     return toy
 

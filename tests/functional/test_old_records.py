@@ -1,7 +1,7 @@
 """Records from before variants had a scheme: MLflow's runs, the registry, a champion and its tag.
 
-Flows of then wrote what those of today write but for the variants' settings, and DVC the rest, so old ones are made
-here by today's from an old params.yaml.
+Old and current flows write the same records except for the variants' settings. So the tests create old records by
+running the current flows with an old params.yaml.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def here(old_toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 
 def test_what_is_kept_is_in_old_words(here: Toy) -> None:
-    """Otherwise the other tests would prove nothing."""
+    """A precondition of the other tests."""
     child = next(run for run in here.mlflow_runs(parents=False) if run.info.run_name == "int8")
     assert (child.data.params["method"], "scheme" in child.data.params) == ("int8", False)
     kept = yaml.safe_load(here.command("git", "show", "run/old:params.yaml"))

@@ -1,4 +1,4 @@
-"""Deployed runs: a private workspace each, committed and tagged; the user's checkout is unchanged."""
+"""Deployed runs: each has a private workspace and ends as a commit with a tag; the user's checkout is unchanged."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_duplicate_name_gets_part_of_the_runs_id(here: Toy) -> None:
 
 @pytest.mark.parametrize("runs", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_concurrent_runs_lose_nothing_and_share_stages(here: Toy, prefect_server: str, runs: int) -> None:
-    """In separate processes, like a worker's: a stage that all need is computed by one."""
+    """In separate processes, like a worker's: only one run computes a shared stage."""
     here.wish("quantize@int8", "sleep 2")
     here.set(variants__int8__smoothing=0.3)
     here.command("git", "add", "wish", "params.yaml")

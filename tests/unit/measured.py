@@ -1,4 +1,4 @@
-"""A factory for what the stages before `report` leave: metrics and results of made-up measurements."""
+"""A factory for the outputs of the stages before `report`, with fake measurements."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def made_up(
 ) -> Path:
     """Write `root`/metrics, /results and /source.json for `variants`: {name: {bits, size, lost, worse, ...}}.
 
-    `lost` is the share of the baseline's right answers that a variant gets wrong, `worse` the relative rise
-    of its perplexity; `tasks` has each task's chance and the baseline's score.
+    lost: share of the baseline's right answers that the variant gets wrong; worse: relative increase of its perplexity;
+    tasks: each task's chance and the baseline's score.
     """
     for name, made in variants.items():
         answers = {task: _answers(i, items, score, made["lost"]) for i, (task, (_, score)) in enumerate(tasks.items())}
@@ -68,7 +68,7 @@ def made_up(
 
 
 def _answers(seed: int, items: int, score: float, lost: float) -> list[int]:
-    """0/1 scores; all variants draw the same numbers, so the right answers of each are among base's."""
+    """0/1 scores. All variants use the same random numbers, so their right answers are a subset of base's."""
     generator = np.random.default_rng(seed)
     right = generator.random(items) < score
     return [int(x) for x in right & (generator.random(items) >= lost)]

@@ -32,7 +32,7 @@ _BLOCK = re.compile(
 
 
 class Block(NamedTuple):
-    """A fenced block of a page; title: the file that it stands for."""
+    """A fenced block of a page; title: its file name."""
 
     language: str
     title: str | None
@@ -40,7 +40,7 @@ class Block(NamedTuple):
 
 
 def sections() -> dict[str, list[Block]]:
-    """The blocks of the page on extending, by the headings of their sections."""
+    """The blocks of docs/extending.md by section heading."""
     found = {}
     for section in EXTENDING.split("\n## ")[1:]:
         heading, _, text = section.partition("\n")
@@ -49,12 +49,12 @@ def sections() -> dict[str, list[Block]]:
 
 
 SECTIONS = sections()
-EXAMPLE = "example"  # the module that the examples are in
+EXAMPLE = "example"  # module name for the examples
 
 
 @pytest.fixture(autouse=True)
 def _example_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dataclass looks its module up by name."""
+    """Register the module, because dataclasses look it up by name."""
     monkeypatch.setitem(sys.modules, EXAMPLE, ModuleType(EXAMPLE))
 
 
@@ -72,7 +72,7 @@ def run(blocks: list[Block], **given: Any) -> dict[str, Any]:
 
 
 def check_implements(protocol: type, implementation: type) -> None:
-    """Every method of the protocol is there with the same parameters, and every property by its name."""
+    """Check that the implementation has all methods with the same parameters, and all properties."""
     for name, member in vars(protocol).items():
         if name.startswith("_") or not (inspect.isfunction(member) or isinstance(member, property)):
             continue
@@ -159,7 +159,7 @@ def test_commands_targets_and_keys_exist(page: Path) -> None:
 
 
 def texts() -> Iterator[str]:
-    """The strings of the code and of the Makefile, with … for values, as they are printed."""
+    """All strings in the code and the text of the Makefile; … stands for values."""
     for folder in ("flows", "tasks"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -31,7 +31,7 @@ def contender(right: int, size: int = 100, **contract: Any) -> Contender:
         (contender(300), r"it is no smaller and not better \(100\.0% of its score\)"),
         (contender(299), r"it is no smaller and not better \(99\.7% of its score\)"),
         (contender(301, 120), r"it is 20% larger and not surely better \(100\.3% of its score\)"),
-        (contender(288, 50), "it is not surely as good: of the champion's score it keeps at least 9.*95% is between"),
+        (contender(288, 50), "it is not surely as good: of the champion's score it keeps at least 9.*95% lies between"),
         (contender(200, 50), "it is not surely as good: of the champion's score it keeps at most"),
         (contender(400, limit=100), "evaluated in the same way: limit was 400 for the champion and is 100 now"),
     ],
@@ -88,7 +88,7 @@ def test_items_of_no_look_are_refused() -> None:
     del new.items["quiz"][7]
     found = why_not(scored_until(5, 300), new, SEQUENTIAL, share=0.9)
     assert found is not None
-    assert "are not those of any look" in found
+    assert "do not match any look" in found
 
 
 def test_another_order_is_another_contract() -> None:

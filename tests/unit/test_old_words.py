@@ -53,18 +53,18 @@ def test_old_metrics_make_a_report_in_new_words(old: Path) -> None:
     assert {name: row["backend"] for name, row in rows.items()} == dict.fromkeys(VARIANTS, "modelpress") | {
         "base": "none"
     }
-    assert "W8A8, 8.31 bits a weight" in " ".join((old / "report/index.html").read_text().split())
+    assert "W8A8, 8.31 bits per weight" in " ".join((old / "report/index.html").read_text().split())
     assert (old / "report/precisions-auto.png").exists()
 
 
 def test_an_old_summary_is_shown(old: Path) -> None:
     summary = summarize(list(VARIANTS), GATE, old / "metrics", old / "results", old / "source.json")
-    for name, row in summary["variants"].items():  # as it was
+    for name, row in summary["variants"].items():  # unchanged
         row |= {"method": METHODS[name]}
         for key in ("scheme", "recipe", "format", "backend", "output_layer"):
             del row[key]
     remarks = {name: cell.remark for name, cell in columns(summary)[0].cells.items()}
-    bits = {name: f", {row['bits']}.31 bits a weight" for name, row in VARIANTS.items() if name != "base"}
+    bits = {name: f", {row['bits']}.31 bits per weight" for name, row in VARIANTS.items() if name != "base"}
     assert remarks == {"base": "baseline"} | {name: SCHEMES[name] + bits[name] for name in bits}
     assert [cell.strip() for cell in result(summary, "").splitlines()[3].split("|")[1:3]] == ["int8", "163 MB"]
     assert "int8: pass, " in table(summary)

@@ -237,7 +237,7 @@ class TestCard:
         text = (work.destination / "README.md").read_text()
         assert "`SmolLM2-135M-Instruct.Q4_1`, quantized to W4A16_ASYM (GPTQ):" in text
         assert "- Scheme and method: scheme W4A16_ASYM, group_size 64, clip yes, rounding gptq, refine 1" in text
-        assert "; the output layer and the embedding are as they were." in text
+        assert "; the output layer and the embedding are not quantized." in text
 
     def test_card_names_the_output_layers_precision(self, workplace: Callable[..., Workplace]) -> None:
         work = workplace(settings_of={"gptq-int4": {"output_layer": "W8A16@64", "embedding": "W4A16_ASYM@32"}})
@@ -288,7 +288,7 @@ class TestCard:
         work = workplace(target="onnx")
         work.package()
         text = (work.destination / "README.md").read_text()
-        assert "; the output layer and the embedding are as they were." in text
+        assert "; the output layer and the embedding are not quantized." in text
         assert "transformers" not in text.split("## How to load it")[1].split("## How it was made")[0]
         assert ModelCard.load(work.destination / "README.md").data.tags[3] == "onnx"
         write_manifest(shutil.copytree(llama, work.root / "tiny"))
@@ -304,7 +304,7 @@ class TestCard:
         work = workplace(target="gguf")
         work.package()
         text = (work.destination / "README.md").read_text()
-        assert "; the output layer and the embedding are as they were." in text
+        assert "; the output layer and the embedding are not quantized." in text
         assert ModelCard.load(work.destination / "README.md").data.tags[3] == "gguf"
         write_manifest(shutil.copytree(llama, work.root / "tiny"))
         export(work.root / "tiny", "gguf", work.root / "gguf")

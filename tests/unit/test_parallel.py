@@ -34,7 +34,7 @@ SMALL, LARGE = 3_500_000, 50_000_000  # weights per layer of models with 135 mil
         (2, 30, SMALL, 64e9, 1),  # starting them would take longer than the work
         (64, 80, 16 * LARGE, 1e12, 30),  # limited by memory
         (64, 4, 16 * LARGE, 1e13, 4),
-        (64, 16, LARGE, 1e9, 1),  # even one may not fit: left to the system
+        (64, 16, LARGE, 1e9, 1),  # even one may not fit; try it anyway
         (2, 0, LARGE, 64e9, 1),
     ],
 )

@@ -47,13 +47,13 @@ Summarize = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def settings() -> Settings:
-    """The project's own settings with the quick gate of the made-up measurements."""
+    """The project's settings with the fast gate of the fake measurements."""
     return load_settings(Path("params.yaml")).model_copy(update={"gate": GATE})
 
 
 @pytest.fixture
 def summary_of(tmp_path: Path) -> Summarize:
-    """Make measurements up and summarize them."""
+    """Write fake measurements and summarize them."""
 
     def make(variants: dict[str, dict[str, Any]] = VARIANTS, **made: Any) -> dict[str, Any]:
         made_up(tmp_path, variants, **made)
@@ -150,10 +150,10 @@ class TestSummary:
                 "benchmark/int8.json not found; make it with: dvc repro benchmark@int8",
             ),
             ("metrics/quantize/base.json", "{", "quantize/base.json is not JSON"),
-            ("metrics/evaluate/base.json", "[]", "holds list, expected an object"),
+            ("metrics/evaluate/base.json", "[]", "contains list, expected an object"),
             ("results/int8/items-piqa_local.jsonl", None, "not found; make it with: dvc repro evaluate@int8"),
-            ("results/int8/items-piqa_local.jsonl", '{"item": 1}\n', "line 1 is no item with hash and score"),
-            ("results/int8/items-piqa_local.jsonl", "", "holds 0 items of mean score"),
+            ("results/int8/items-piqa_local.jsonl", '{"item": 1}\n', "line 1 is not an item with hash and score"),
+            ("results/int8/items-piqa_local.jsonl", "", "has 0 items with mean score"),
             ("source.json", None, "source.json not found; make it with: dvc repro download"),
         ],
     )
@@ -174,7 +174,7 @@ class TestSummary:
         lines = stale.read_text().splitlines()
         stale.write_text("\n".join(line.replace('"score": 1', '"score": 0') for line in lines))
         with pytest.raises(
-            TaskError, match=r"holds 400 items of mean score 0.0000, but int8's metrics say 400 of 0\.6"
+            TaskError, match=r"has 400 items with mean score 0.0000, but int8's metrics say 400 with 0\.6"
         ):
             summarize(list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json")
 
@@ -205,7 +205,7 @@ class TestTable:
 
     def test_that_none_passes_is_said(self, summary_of: Summarize) -> None:
         summary = summary_of({v: VARIANTS[v] for v in ("base", "awq-int4")})
-        assert "No variant passes its gate: nothing will be packaged." in table(summary)
+        assert "No variant passes its gate, so nothing will be packaged." in table(summary)
 
     def test_long_names_and_many_texts_stay_inside_the_width(
         self, summary_of: Summarize, monkeypatch: pytest.MonkeyPatch
@@ -230,7 +230,7 @@ class TestTable:
                 for name, output in outputs.items():
                     for part in (cell.text.split("\n"), [cell.detail]):
                         assert all(word in output for word in part), (name, column.heading, cell)
-        assert "W4A16_ASYM: GPTQ, 4.31 bits a weight" in page
+        assert "W4A16_ASYM: GPTQ, 4.31 bits per weight" in page
         assert 'title="weights are expanded to float32 for every product"' in html
 
     def test_a_summary_of_ones_own_leaves_cells_empty(self) -> None:
@@ -329,7 +329,7 @@ def _marks(summary: dict[str, Any], axes: Axes) -> list[Bbox]:
 
 
 class Outside(HTMLParser):
-    """Collects everything that a page would fetch from elsewhere."""
+    """Collects all external resources of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -374,7 +374,7 @@ class TestReport:
             "overlap, boolq",
             "add bos",
             "dequantized",
-            "W8A8: GPTQ, 8.31 bits a weight",
+            "W8A8: GPTQ, 8.31 bits per weight",
         ):
             assert part in text
 

@@ -1,4 +1,4 @@
-"""The gate that stops early: critical values as published, error rates as stated, an order that does not move."""
+"""The sequential gate: published critical values, error rates within the stated confidence, and a stable order."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tasks.scoring.sequential import bounds, critical_values
 
 EQUAL = (0.2, 0.4, 0.6, 0.8, 1.0)
 ACCURACIES = (0.65, 0.45, 0.3)
-ITEMS = 250  # of each task
+ITEMS = 250  # per task
 RUNS = 4000
 
 
 def item_sets(runs: int, kept: float, gained: float, seed: int) -> np.ndarray:
     """float64 [runs, tasks, items, 2]: 0/1 scores of baseline and variant on the same items.
 
-    The variant loses right answers and gains wrong ones, a few percent, so that of each task it truly keeps `kept`.
-    gained: of all items.
+    The variant loses some of the baseline's right answers and gains others, so that its true retention per task is
+    `kept`. gained: share of all items.
     """
     generator = np.random.default_rng(seed)
     accuracy = np.array(ACCURACIES)[None, :, None]
@@ -34,7 +34,7 @@ def item_sets(runs: int, kept: float, gained: float, seed: int) -> np.ndarray:
 
 
 def verdict(scores: np.ndarray, gate: float, confidence: float = 0.95) -> tuple[str, int]:
-    """What the gate says of [tasks, items, 2], and at which look."""
+    """The verdict for scores [tasks, items, 2], and its look."""
     for look in range(1, LOOKS + 1):
         pairs = {str(task): items[: ITEMS * look // LOOKS] for task, items in enumerate(scores)}
         found = bounds(pairs, EQUAL[:look], confidence)
@@ -49,7 +49,7 @@ class TestCriticalValues:
     @pytest.mark.parametrize(
         ("fractions", "error", "published"),
         [
-            # of ldbounds and gsDesign, whose authors checked them against Lan's and DeMets' own program
+            # from ldbounds and gsDesign, which were checked against Lan's and DeMets' own program
             (EQUAL, 0.025, (4.8769, 3.3569, 2.6803, 2.2898, 2.0310)),
             ((0.5, 1.0), 0.025, (2.9626, 1.9686)),
             ((1.0,), 0.05, (1.6449,)),
@@ -77,14 +77,14 @@ class TestErrorRates:
     @pytest.mark.parametrize(("gate", "gained"), [(0.9, 0.02), (0.95, 0.005), (0.9, 0.0)])
     def test_at_the_gate_each_wrong_verdict_is_as_rare_as_stated(self, gate: float, gained: float) -> None:
         said = Counter(verdict(scores, gate)[0] for scores in item_sets(RUNS, gate, gained, seed=2))
-        # three standard errors of a share of 5% in so many runs
+        # three standard errors of a 5% share in this number of runs
         most = 0.05 + 3 * math.sqrt(0.05 * 0.95 / RUNS)
         assert said["pass"] / RUNS <= most
         assert said["fail"] / RUNS <= most
-        assert said["pass"] + said["fail"] > 0.02 * RUNS  # a gate that never speaks would hold any level
+        assert said["pass"] + said["fail"] > 0.02 * RUNS  # a gate without verdicts would satisfy any level
 
     def test_without_the_price_of_the_looks_it_would_not_hold(self) -> None:
-        """The same simulation finds the error that the bounds avoid: five looks at a fixed-size bound."""
+        """The same simulation detects the error of five looks with a fixed-size bound."""
         wrong = 0
         for scores in item_sets(300, 0.9, 0.02, seed=2):
             looks = ({str(t): items[: ITEMS * k // LOOKS] for t, items in enumerate(scores)} for k in range(1, 6))
@@ -120,7 +120,7 @@ class TestBounds:
         scores = np.ones((400, 2))
         scores[:6, 1] = 0
         z = 1.6448536
-        most = 6 + z**2 / 2 + z * math.sqrt(6 + z**2 / 4)  # of the answers that are lost
+        most = 6 + z**2 / 2 + z * math.sqrt(6 + z**2 / 4)  # share of lost answers
         assert bounds({"t": scores}, (1.0,), 0.95).at_least == pytest.approx(1 - most / 400, abs=2e-4)
 
     def test_a_baseline_without_a_point_bounds_nothing(self) -> None:
@@ -149,7 +149,7 @@ class TestOrder:
         assert [order.reached(order.until(look)) for look in range(1, 6)] == [1, 2, 3, 4, 5]
         part = order.until(3)
         part["b"] = part["b"][1:]
-        with pytest.raises(TaskError, match="are not those of any look"):
+        with pytest.raises(TaskError, match="do not match any look"):
             order.reached(part)
 
     @pytest.mark.parametrize("record", [None, {"seed": 1}, {"seed": 1, "items": {}, "looks": 9, "block": 50}])

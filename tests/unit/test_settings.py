@@ -183,7 +183,7 @@ def test_a_wrong_combination_is_one_clear_line(variant: dict[str, Any], message:
     with pytest.raises(TaskError, match=rf"^params\.yaml: variants\.v: .*({message})") as caught:
         check_settings(changed("variants/v", variant))
     assert "\n" not in str(caught.value)
-    assert ";" not in re.sub(r"; (set|remove)", "", str(caught.value))  # one finding, and what to do
+    assert ";" not in re.sub(r"; (set|remove)", "", str(caught.value))  # one finding, and the remedy
 
 
 def test_invalid_candidates_are_named() -> None:

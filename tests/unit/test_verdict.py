@@ -54,7 +54,7 @@ class TestPairing:
             (
                 records(1, 0),
                 [*records(1), {"item": 1, "hash": "x", "score": 0}],
-                r"item 1 was another question",
+                r"item 1 was a different question",
             ),
             (records(1), records(1.5), r"v has a score outside 0 to 1 for item 0"),
             (records(1), records(float("nan")), r"v has a score outside 0 to 1 for item 0"),
@@ -86,7 +86,7 @@ class TestRetention:
 
     def test_pairing_makes_the_interval_narrow(self) -> None:
         paired = simulated(400, 0.5, 0.02, seed=2)
-        # the same two columns of scores, but not of the same items any more
+        # the same scores, no longer paired by item
         apart = np.stack([paired[:, 0], np.random.default_rng(3).permutation(paired[:, 1])], axis=1)
         narrow, wide = (retention({"t": s}, 0.95, 2000) for s in (paired, apart))
         assert narrow.mean == wide.mean
@@ -161,10 +161,10 @@ class TestVerdict:
         # 4 points of half width, 1 point of distance
         verdict = judge(result(0.96, 0.92, 1.0, items=100), 0.95)
         assert verdict.items_needed == 1600
-        assert "about 1,600 items a task instead of 100 would decide" in verdict.reason
+        assert "about 1,600 items per task instead of 100 would decide" in verdict.reason
 
     def test_a_variant_at_the_gate_passes_as_seldom_as_the_confidence_says(self) -> None:
-        # it truly keeps 95%, the gate: each one-sided test may be wrong 5% of the time
+        # the true retention is the gate, 95%: each one-sided test may be wrong 5% of the time
         verdicts = [
             judge(retention({"t": simulated(400, 0.6, 0.05, seed=s)}, 0.95, 500), 0.95).verdict for s in range(300)
         ]
@@ -184,7 +184,7 @@ class TestVerdict:
     def test_too_near_the_gate_is_said_honestly(self, mean: float) -> None:
         verdict = judge(result(mean, 0.93, 0.97), 0.95)
         assert verdict.items_needed is None
-        assert "no practical number of items would decide" in verdict.reason
+        assert "too close to the gate for any practical number of items to decide" in verdict.reason
 
 
 class TestFlips:
