@@ -78,7 +78,7 @@ def test_the_last_report_is_shown_again(toy: Toy) -> None:
     assert toy.cli("report").stdout.startswith("the table of the field\n")
     (toy.root / "report/table.txt").unlink()
     done = toy.call("report")
-    assert (done.returncode, done.stderr) == (1, "error: there is no report yet; `modelpress run` makes one\n")
+    assert (done.returncode, done.stderr) == (1, "error: there is no report yet; create one with `modelpress run`\n")
 
 
 def test_wrong_use_is_told_from_a_failed_run(toy: Toy, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_store_that_is_away_costs_the_record_and_not_the_results(
     toy.set(gate__four_bit=0.85)
     assert toy.run()["report"] == "executed"
     assert "MLflow at http://127.0.0.1:9 does not work" in caplog.text
-    assert "the results are complete without it" in caplog.text
+    assert "the results are complete, but not recorded" in caplog.text
 
 
 def test_a_store_of_ones_own_is_respected(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

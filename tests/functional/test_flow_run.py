@@ -93,8 +93,8 @@ def test_a_failed_stage_stops_what_follows_and_nothing_else(toy: Toy) -> None:
     message = str(caught.value)
     assert "quantize@int8: quantize@int8 found 3, expected 4; fix it (log: " in message
     assert message.endswith(
-        "not run because of that: benchmark@int8, report; "
-        "finished, and kept for the next run: quantize@gptq-int4, benchmark@gptq-int4; unchanged: 3 stages"
+        "skipped, because they depend on a failed stage: benchmark@int8, report; "
+        "finished and kept for the next run: quantize@gptq-int4, benchmark@gptq-int4; unchanged: 3 stages"
     )
     assert sorted(toy.executed()[before:]) == ["benchmark@gptq-int4", "quantize@gptq-int4", "quantize@int8"]
     assert "working on quantize@int8" in toy.read(".modelpress/logs/quantize@int8.log")
@@ -180,11 +180,11 @@ def test_a_download_without_a_network_is_tried_again_until_it_works(
     toy.wish("download", "away 2")
     assert toy.run()["download"] == "executed"
     assert toy.executed()[before:].count("download") == 3
-    told = [line for line in caplog.text.splitlines() if "trying again" in line]
+    told = [line for line in caplog.text.splitlines() if "retrying" in line]
     assert len(told) == 2
     assert "download: the hub is away (log: " in told[0]
-    assert told[0].endswith("trying again in 0.1 s (1 of 3)")
-    assert told[1].endswith("trying again in 0.2 s (2 of 3)")
+    assert told[0].endswith("retrying in 0.1 s (1 of 3)")
+    assert told[1].endswith("retrying in 0.2 s (2 of 3)")
 
 
 def test_a_network_that_stays_away_fails_the_run_after_the_last_try(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_an_interrupt_does_not_wait_for_the_next_try(toy: Toy, prefect_server: s
     process = toy.start([sys.executable, "-c", longer, "run"], PREFECT_API_URL=prefect_server)
     assert process.stdout is not None
     try:
-        while "trying again in 600 s" not in process.stdout.readline():
+        while "retrying in 600 s" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=300)
@@ -216,7 +216,7 @@ def test_an_interrupt_does_not_wait_for_the_next_try(toy: Toy, prefect_server: s
 @pytest.mark.parametrize(
     ("wish", "what"),
     [
-        ("killed", "killed, most likely by the system for want of memory"),
+        ("killed", "killed, most likely by the system because memory ran out"),
         ("no memory", "out of memory"),
     ],
 )

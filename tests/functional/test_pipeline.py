@@ -190,5 +190,5 @@ def test_a_change_that_cannot_work_is_refused_before_work_and_not_kept(by_flow: 
     )
     assert done.returncode == 1
     assert "names layer 9, but the model has" in done.stderr
-    assert done.stderr.rstrip().endswith("params.yaml is as it was")
+    assert done.stderr.rstrip().endswith("params.yaml is unchanged")
     assert params.read_bytes() == before

@@ -136,7 +136,7 @@ def test_a_second_one_says_the_addresses_and_starts_nothing(served: Served) -> N
     again = served.toy.cli(*served.arguments)
     assert again.returncode == 0, again.stderr
     assert served.pages in again.stdout
-    assert "already at work" in again.stdout
+    assert "already running" in again.stdout
 
 
 def test_nothing_listens_beyond_this_machine(served: Served) -> None:

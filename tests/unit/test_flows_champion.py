@@ -54,7 +54,7 @@ def test_other_items_are_not_compared() -> None:
     new.items["quiz"][3]["hash"] = "another question"
     found = why_not(contender(300), new, GATE, share=0.95)
     assert found is not None
-    assert found.startswith("the two did not answer the same items of quiz; to compare them, press the champion's")
+    assert found.startswith("the two did not answer the same items of quiz; to compare them, run the champion's")
 
 
 ORDER = Order(1234, {"quiz": 400})

@@ -17,8 +17,8 @@ from flows.processes.run_module import error_line, stage_environment
         ),
         (["Traceback", "ValueError: no", "ERROR: failed to reproduce 'x': exited with 1"], "ValueError: no"),
         (["Running stage 'x':", "ERROR: failed to reproduce 'x'"], "failed to reproduce 'x'"),
-        (["Running stage 'x':", "Updating lock file 'dvc.lock'"], "ended with status 3, without a word"),
-        ([], "ended with status 3, without a word"),
+        (["Running stage 'x':", "Updating lock file 'dvc.lock'"], "ended with status 3 and without output"),
+        ([], "ended with status 3 and without output"),
     ],
 )
 def test_the_line_that_says_why_is_found(lines: list[str], word: str) -> None:
