@@ -1,4 +1,4 @@
-"""A run with nothing to do finds that out by itself, without a Prefect server and without MLflow."""
+"""A run with nothing to do starts neither a Prefect server nor MLflow."""
 
 from __future__ import annotations
 
