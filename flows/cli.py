@@ -27,8 +27,8 @@ from tasks.reporting.number_format import megabytes
 
 app = typer.Typer(
     name="modelpress",
-    help="Press a language model down to the size it is deployed at, and prove that it still works.",
-    epilog="Start with `modelpress plan`: it says what a run would do, and why.",
+    help="Quantize a language model for deployment, and prove that the result still works.",
+    epilog="Start with `modelpress plan`. It shows what a run would do, and why.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -38,9 +38,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _global(
-    show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)
-    ] = False,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if show_version:
         print(f"modelpress {version('modelpress')}")
@@ -49,21 +47,23 @@ def _global(
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a value of params.yaml first; may be repeated."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value in params.yaml before the run. Can be repeated."),
 ]
-Jobs = Annotated[int, typer.Option(min=1, max=64, help="Stages at a time; each needs memory for a model.")]
+Jobs = Annotated[
+    int, typer.Option(min=1, max=64, help="Maximum number of parallel stages. Each needs memory for a model.")
+]
 Runner = Annotated[
-    RunnerName, typer.Option(envvar=RUNNER_ENV, help="What runs the stages: threads here, or processes of a cluster.")
+    RunnerName, typer.Option(envvar=RUNNER_ENV, help="Where stages run: on this machine, or on a Dask or Ray cluster.")
 ]
 Cluster = Annotated[
     str | None,
     typer.Option(
         envvar=CLUSTER_ENV,
         metavar="ADDRESS",
-        help="A Dask or Ray cluster that is there; without it one is started on this machine.",
+        help="Address of an existing Dask or Ray cluster. Default: start one on this machine.",
     ),
 ]
-Timeout = Annotated[float | None, typer.Option(min=0.01, metavar="MINUTES", help="The longest a stage may take.")]
+Timeout = Annotated[float | None, typer.Option(min=0.01, metavar="MINUTES", help="Time limit for each stage.")]
 
 
 @app.command()
@@ -74,9 +74,9 @@ def run(
     runner: Runner = RunnerName.threads,
     cluster: Cluster = None,
 ) -> None:
-    """Bring everything up to date and show the result: only what changed is done.
+    """Run the stages that are out of date and show the result.
 
-    The same stages as `dvc repro` runs. A `--set` stays in params.yaml, so both agree on what is up to date.
+    `dvc repro` runs the same stages. `--set` writes to params.yaml, so both commands agree on what is up to date.
 
     Examples:
 
@@ -98,7 +98,7 @@ def run(
     from flows.graph.dvc_state import check_dvc
     from flows.workspace.run_lock import exclusive
 
-    with exclusive(root):  # a run that is at work must not see the change
+    with exclusive(root):  # an active run must not see the change
         for change in _override(root, overrides or []):
             print(f"params.yaml: {change}", file=sys.stderr)
     check_dvc(root)
@@ -114,13 +114,13 @@ def run(
 
         readable_logs()
         if prefect_server:
-            import mlflow  # noqa: F401 - takes seconds, and the flow needs it: better while the server starts
+            import mlflow  # noqa: F401 - the flow needs it; import it while the server starts, because it takes seconds
 
             prefect_server.wait()
         try:
             optimize(str(root), jobs=jobs, timeout_minutes=timeout, runner=executor.runner, cluster=executor.cluster)
         except PipelineError as error:
-            if "report" in error.results:  # no variant passed, perhaps: the table says why
+            if "report" in error.results:  # perhaps no variant passed: the table shows why
                 _show_report(root)
             raise
     _show_report(root)
@@ -185,7 +185,7 @@ def plan(
             print(f"saved    to {kept}; --machine reads it on another machine")
         return
     stages = read_plan(root)
-    table = Table("stage", "what", "why", "size", box=None, pad_edge=False, header_style="bold")
+    table = Table("stage", "action", "reason", "size", box=None, pad_edge=False, header_style="bold")
     for stage in stages.values():
         sizes = [out.size for out in stage.outs]
         size = "?" if None in sizes else megabytes(sum(s for s in sizes if s is not None))
@@ -196,19 +196,22 @@ def plan(
 
 @app.command()
 def report() -> None:
-    """Show the table of the last run again."""
+    """Show the result table of the last run again."""
     _show_report(find_root())
 
 
 @app.command()
 def serve(
-    host: Annotated[str, typer.Option(help="The address to listen on; anything but 127.0.0.1 is open to others.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Prefect's pages and API.")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="MLflow's pages.")] = 5000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Any address other than 127.0.0.1 is open to others.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect's UI and API.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow's UI.")] = 5000,
 ) -> None:
-    """Serve the pages: start runs from the browser, on a schedule, and look at their results. Ctrl-C stops it all."""
+    """Start the web UIs of Prefect and MLflow, to start or schedule runs and to browse their results.
+
+    Ctrl-C stops everything.
+    """
     root = find_root()
     quiet(root)
     from flows.server.serve import serve as start
@@ -219,12 +222,13 @@ def serve(
 
 @app.command()
 def runs(
-    sweep: Annotated[bool, typer.Option("--sweep", help="Delete the workspaces of runs that are not at work.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Delete the workspaces of runs that are not active.")] = False,
     names: Annotated[list[str] | None, typer.Argument(help="Only these runs.", metavar="[NAME]...")] = None,
 ) -> None:
-    """List the runs that were started from the browser or a schedule: those with a workspace, and the finished ones.
+    """List the runs started from a browser or a schedule: those with a workspace, and the finished ones.
 
-    A finished run is a tag: `git checkout run/NAME` has its parameters, `modelpress get run/NAME` its package.
+    A finished run is a git tag. `git checkout run/NAME` restores its parameters and `modelpress get run/NAME` fetches
+    its package.
     """
     root = find_root()
     quiet(root)
@@ -232,14 +236,14 @@ def runs(
 
     spaces = [space for space in workspaces(root) if not names or space.name in names]
     if unknown := set(names or ()) - {space.name for space in spaces}:
-        raise FlowError(f"no workspace of a run {', '.join(sorted(unknown))}; `modelpress runs` lists them")
+        raise FlowError(f"no workspace for the run {', '.join(sorted(unknown))}; `modelpress runs` lists them")
     if sweep:
         for space in spaces:
             if not space.running:
                 remove(space)
                 print(f"deleted {space.root}")
         return
-    table = Table("run", "state", "started", "changes", "why", box=None, pad_edge=False, header_style="bold")
+    table = Table("run", "state", "started", "changes", "error", box=None, pad_edge=False, header_style="bold")
     for space in spaces:
         state = "running" if space.running else "failed" if space.error else "interrupted"
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(space.started))
@@ -251,14 +255,14 @@ def runs(
 
 @app.command()
 def history() -> None:
-    """Compare the finished runs that MLflow remembers: what won, its size, what it keeps, and which is the champion."""
+    """Compare the finished runs in MLflow: winner, size, retention and perplexity, and which run is the champion."""
     root = find_root()
     quiet(root)
     from flows.tracking.history import finished_runs
 
     found = finished_runs(root)
     if not found:
-        print("no finished runs yet; `modelpress run` makes the first")
+        print("no finished runs yet; start one with `modelpress run`")
         return
     headings = ("date", "run", "tag", "winner", "scheme", "size", "retention (interval)", "perplexity", "")
     table = Table(*headings, box=None, pad_edge=False, header_style="bold")
@@ -282,11 +286,11 @@ def history() -> None:
 def get(
     what: Annotated[
         str,
-        typer.Argument(help="run/NAME, the tag of a finished run; or champion, the best package that MLflow knows."),
+        typer.Argument(help="run/NAME, the tag of a finished run; or champion, the best package in MLflow's registry."),
     ],
-    to: Annotated[Path | None, typer.Option(help="The folder to write; by default of the package's name.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to create. Default: the package's name.")] = None,
 ) -> None:
-    """Fetch the package of a finished run, or the champion of those of its name, checked against its checksums."""
+    """Fetch the package of a finished run, or the champion of the package in params.yaml, and verify its checksums."""
     root = find_root()
     quiet(root)
     from flows.tracking.fetch import fetch_package
@@ -297,10 +301,10 @@ def get(
 @app.command()
 def doctor(
     repair: Annotated[
-        bool, typer.Option("--repair", help="Mend what a crash, a kill or a bad disk has left: locks, dvc.lock, cache.")
+        bool, typer.Option("--repair", help="Fix damage from a crash, a kill or a bad disk: locks, dvc.lock, cache.")
     ] = False,
 ) -> None:
-    """Check versions, device, room, network, settings and DVC; say what to do where something is amiss."""
+    """Check versions, device, memory, disk, network, settings and DVC, and show a remedy for each problem."""
     root = find_root()
     quiet(root)
     if repair:
@@ -316,17 +320,17 @@ def doctor(
         console.print(f"{finding.level:<5}", style=styles[finding.level], end="")
         console.print(f"{finding.subject:<14} {finding.found}{remedy}", markup=False)
     if bad:
-        raise FlowError(f"{bad} thing{'s' if bad > 1 else ''} to mend before a run can work")
+        raise FlowError(f"{bad} problem{'s' if bad > 1 else ''} to fix before a run can work")
 
 
 def main() -> None:
-    """The entry point: what a person can put right is one line on stderr and exit status 1."""
+    """The entry point. An error that the user can fix is one line on stderr, with exit status 1."""
     with _one_line_errors():
         app()
 
 
 def find_root() -> Path:
-    """The closest folder from here upwards that holds dvc.yaml; FlowError if there is none."""
+    """The current folder or its closest parent that contains dvc.yaml; FlowError if there is none."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "dvc.yaml").is_file():
@@ -335,7 +339,7 @@ def find_root() -> Path:
 
 
 def _override(root: Path, overrides: list[str]) -> list[str]:
-    """Write the changes that --set asks for, unless they cannot work: then params.yaml is as it was."""
+    """Apply the --set changes; on an invalid change, restore params.yaml and raise FlowError."""
     from flows.graph.params_file import override
     from flows.graph.preflight import MODEL, check_settings_work
 
@@ -349,19 +353,19 @@ def _override(root: Path, overrides: list[str]) -> list[str]:
             )
         except FlowError as error:
             params.write_text(before, encoding="utf-8")
-            raise FlowError(f"{error}; params.yaml is as it was") from error
+            raise FlowError(f"{error}; params.yaml is unchanged") from error
     return list(changes)
 
 
 def _names_model(overrides: list[str]) -> bool:
-    """Whether another model is asked for: the variants cannot be held against the one that is there."""
+    """Whether an override changes the model, so that the variants cannot be checked against the downloaded one."""
     return any(item.lstrip("+~").startswith("model") for item in overrides)
 
 
 def _show_report(root: Path) -> None:
     table = root / "report/table.txt"
     if not table.is_file():
-        raise FlowError("there is no report yet; `modelpress run` makes one")
+        raise FlowError("there is no report yet; create one with `modelpress run`")
     print(table.read_text(encoding="utf-8").rstrip() + "\n")
     from flows.graph.params_file import package_name
     from flows.tracking.mlflow_run import tracking_uri
@@ -375,18 +379,18 @@ def _show_report(root: Path) -> None:
 
 
 def _next_command(root: Path) -> str:
-    """What to run after this result: a longer evaluation where that would let a variant pass, else the pages."""
+    """The command to suggest next: a longer evaluation if more items could make a variant pass, else `serve`."""
     from flows.tracking.run_facts import read_json
 
     summary = read_json(root / "report/summary.json")
     needed = [row.get("items_needed") for row in (summary.get("variants") or {}).values()]
     if summary and not summary.get("winner") and any(needed):
         return f"modelpress run --set evaluation.limit={min(filter(None, needed))}"
-    return "modelpress serve    # browse all runs, start others from a form or on a schedule"
+    return "modelpress serve    # browse all runs, start new ones from a form or on a schedule"
 
 
 def _repair(root: Path) -> None:
-    """Mend what can be mended; reading a large cache takes minutes, so that is shown."""
+    """Repair the checkout, with a progress bar, because reading a large cache takes minutes."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from flows.doctor.repair import repair
@@ -395,19 +399,19 @@ def _repair(root: Path) -> None:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("")
-        mended = list(repair(root, lambda read, total: bar.update(task, completed=read, total=total)))
-    print("\n".join(mended) or "nothing to mend")
+        repaired = list(repair(root, lambda read, total: bar.update(task, completed=read, total=total)))
+    print("\n".join(repaired) or "nothing to repair")
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, to be treated like Ctrl-C."""
+    """Raised on SIGTERM and handled like Ctrl-C."""
 
 
 @contextmanager
 def _interruptible(
-    word: str = "interrupted; what was finished stays, and the next run goes on from there",
+    word: str = "interrupted; finished stages are kept, and the next run continues from there",
 ) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the body in order, with a word to the person and the usual exit status."""
+    """On Ctrl-C or SIGTERM, end the body cleanly, print `word` and exit with the usual status."""
 
     def terminate(*_: object) -> None:
         raise _Terminated
@@ -429,7 +433,7 @@ def _one_line_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        _fail(f"{error.filename or 'the disk'}: {error.strerror}; free some space or mend the permissions")
+        _fail(f"{error.filename or 'the disk'}: {error.strerror}; free some space or fix the permissions")
 
 
 def _fail(message: str) -> NoReturn:

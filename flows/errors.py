@@ -1,4 +1,4 @@
-"""The one public error type of the flow and its command line."""
+"""The public error type of the flows and the command line."""
 
 
 class FlowError(Exception):

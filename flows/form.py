@@ -1,4 +1,4 @@
-"""The form that starts a run: its choices, and the resulting changes to params.yaml.
+"""The form that starts a run: its choices, and the changes to params.yaml that they make.
 
 Names and defaults come from params.yaml in the current folder, so an unchanged form changes nothing.
 """
@@ -66,7 +66,7 @@ def changes(
 
 
 def check_reach(settings: Settings, trusted: Settings) -> None:
-    """FlowError if a source that is not in `trusted` (the committed params.yaml) is a path on this machine.
+    """FlowError if a source outside `trusted` (the committed params.yaml) is a path outside the workspace.
 
     A request from a browser must not read the server's files; params.yaml names the folders that runs may use.
     """
@@ -76,8 +76,8 @@ def check_reach(settings: Settings, trusted: Settings) -> None:
         outside = PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or path.startswith("~")
         if source.startswith("path:") and outside and source not in known:
             raise FlowError(
-                f"{source} is outside the run's workspace; the server's folders can only be named in the committed "
-                "params.yaml; here use hf: or wheel:"
+                f"{source} is outside the run's workspace; folders of the server must be in the committed "
+                "params.yaml; use hf: or wheel: here"
             )
 
 

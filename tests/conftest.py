@@ -28,13 +28,13 @@ LEFT_OUT = {"gpu": "needs an NVIDIA GPU", "slow": "takes minutes"}  # marker -> 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --run-gpu and --run-slow, which include the tests with that marker."""
     for marker, why in LEFT_OUT.items():
-        parser.addoption(f"--run-{marker}", action="store_true", help=f"also run the tests of which each {why}")
+        parser.addoption(f"--run-{marker}", action="store_true", help=f"also run tests marked {marker} ({why})")
 
 
 def pytest_configure() -> None:
-    """Programs that a shell starts in the background ignore interrupts; those that the tests interrupt must not.
+    """Restore Ctrl-C, which programs started in the background ignore, because tests interrupt their child processes.
 
-    All tests, and the programs that they start, share one process that has imported what stages import.
+    All tests and the programs that they start share one fork server.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if SHARED not in os.environ and (address := fork_server()):

@@ -75,7 +75,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], words: st
 
 
 def _rotated(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of the rows of queries and keys."""
+    """The rows of a query or key matrix in llama.cpp's order."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 

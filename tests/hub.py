@@ -1,6 +1,6 @@
-"""A fake model hub: the parts of the Hugging Face Hub's HTTP API that downloads use, and its faults.
+"""A fake model hub: the parts of the Hugging Face Hub's HTTP API that downloads use, with failures on request.
 
-Large files are served like the real hub's: by a redirect to another host, which must not see the token.
+As on the real hub, a request for a large file is redirected to another host, which must not receive the token.
 """
 
 from __future__ import annotations

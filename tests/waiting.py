@@ -17,7 +17,7 @@ class Halted(Exception):  # noqa: N818 - a request, not an error
 
 
 def soon(condition: Callable[[], T], seconds: float, tick: float = 0.1) -> T:
-    """Poll the condition every `tick`; return its value once it is true, or at the latest when the time is up."""
+    """Poll the condition every `tick` seconds; return its value once it is true, or its last value after `seconds`."""
     end = time.monotonic() + seconds
     while not (found := condition()) and time.monotonic() < end:
         if halted.wait(tick):

@@ -1,1 +1,1 @@
-"""Find problems of a checkout, and repair it."""
+"""Find problems in a checkout and repair them."""

@@ -1,7 +1,7 @@
-"""Verify DVC's cache: an object is named by the md5 of its bytes.
+"""Verify DVC's cache: an object's name is the md5 of its bytes.
 
-DVC trusts a read-only object without checking, and files in checkouts are links to it: a write through one link, or a
-disk error, silently damages all of them.
+DVC trusts a read-only object without a check, and the files in checkouts are links to it. So a write through one link,
+or a disk error, silently damages all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 OBJECTS = Path("files/md5")  # in the cache
-ASIDE = frozenset({".git", ".venv"})  # many files, no outputs
+ASIDE = frozenset({".git", ".venv"})  # skipped folders: many files, no outputs
 _FOLDER = re.compile(r"[0-9a-f]{2}")
 _NAME = re.compile(r"[0-9a-f]{30}(\.dir)?")
 
@@ -50,7 +50,7 @@ def _objects(cache: Path) -> Iterator[Path]:
 def _files(root: Path, cache: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in ASIDE and Path(place, name).resolve() != cache]
-        # links to folders are not from DVC
+        # DVC does not link folders
         yield from (Path(place, name) for name in files)
 
 

@@ -1,4 +1,4 @@
-"""`modelpress doctor`: compare this machine with the needs of a run, with remedies."""
+"""`modelpress doctor`: check whether this machine can do a run, and name remedies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MEMORY_GB = 6.0  # for the built-in model
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check. `note` is a warning, `bad` stops a run; both have a remedy."""
+    """The result of one check. `note` is a warning, `bad` prevents a run; both have a remedy."""
 
     subject: str
     level: Literal["ok", "note", "bad"]
@@ -99,13 +99,13 @@ def _device() -> Finding:
     if gpus:
         return Finding("device", "ok", f"{len(gpus)} GPU: {'; '.join(gpus)}; {cores} CPU cores")
     level: Literal["ok", "note"] = "ok" if cores >= 2 else "note"
-    return Finding("device", level, f"no NVIDIA GPU; {cores} CPU cores", "" if cores >= 2 else "expect it to be slow")
+    return Finding("device", level, f"no NVIDIA GPU; {cores} CPU cores", "" if cores >= 2 else "expect slow runs")
 
 
 def _free_space(subject: str, found: float, wanted: float, remedy: str) -> Finding:
     if found >= wanted:
         return Finding(subject, "ok", f"{found:.0f} GB free")
-    # it may still suffice: the estimate includes the built-in model, which may be done already
+    # it may be enough: the requirement includes the built-in model, which may be finished already
     level: Literal["note", "bad"] = "note" if found >= wanted / 4 else "bad"
     return Finding(subject, level, f"{found:.1f} GB free, {wanted:.0f} GB advised", remedy)
 
@@ -137,7 +137,7 @@ def _repository(root: Path) -> Iterator[Finding]:
 
 
 def _sources(root: Path, settings: Settings) -> Iterator[Finding]:
-    """Check only the needs of the configured sources."""
+    """Check only the indexes and hubs that the configured sources need."""
     data = {**settings.calibration.sources, **settings.evaluation.sources, **settings.evaluation.texts}
     sources = [settings.model.source, *(source.source for source in data.values())]
     there = (root / "models/source").is_dir() and (root / "data/raw").is_dir()
@@ -189,7 +189,7 @@ def _hub(level: Literal["note", "bad"]) -> Finding:
         with urllib.request.urlopen(endpoint, timeout=5):  # noqa: S310 - the user's own setting
             pass
     except urllib.error.HTTPError:
-        pass  # any answer will do
+        pass  # any response is enough
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         return Finding("model hub", level, f"{endpoint}: {reason}", "fix the network, or set HF_ENDPOINT")

@@ -1,4 +1,4 @@
-"""Stale locks of git's index, left by a killed git: with one of them, git can neither commit nor check out."""
+"""Find stale index locks of a killed git, which prevent commits and checkouts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stale_locks(root: Path) -> list[Path]:
 
 
 def git_at_work(root: Path) -> Iterator[tuple[int, str]]:
-    """Process and command of every git that runs in the repository of `root` or in one of its worktrees."""
+    """Process id and command of every git that runs in the repository of `root` or one of its worktrees."""
     places = [Path(line) for line in re.findall(r"^worktree (.+)$", git(root, "worktree", "list", "--porcelain"), re.M)]
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):  # ended, or another user's

@@ -1,6 +1,6 @@
-"""`modelpress doctor --repair`: repair damage from which neither DVC nor the next run recovers.
+"""`modelpress doctor --repair`: repair damage from which DVC and the next run cannot recover.
 
-Removes only damaged files that a run can recreate or restore. Does nothing while a run is active.
+It removes only damaged files that a run can recreate or restore. It changes nothing while a run is active.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from flows.workspace.run_lock import exclusive, is_held
 from flows.workspace.worktree import ABOUT, RUNS, workspaces
 
 ASIDE = "dvc.lock.damaged"
-OPENING = 60.0  # seconds for which a workspace without a description may still be in creation
+OPENING = 60.0  # seconds until a workspace without a description counts as abandoned
 
 
 def repair(root: Path, progress: Progress) -> Iterator[str]:
     """Repair the checkout `root`, the workspaces of its runs and their shared cache; yield a line for each repair.
 
-    FlowError if a run or DVC is active in one of them, or a git that may hold a lock.
+    FlowError if a run or DVC is active in one of them, or if a running git may hold a lock.
     """
     with ExitStack() as stack:
         spaces = [space.root for space in workspaces(root)]
@@ -66,7 +66,7 @@ def _git_locks(root: Path) -> Iterator[str]:
 
 
 def _worktrees(root: Path) -> Iterator[str]:
-    """Clean up worktrees that a killed run has half created or half removed."""
+    """Clean up worktrees that a killed run left half created or half removed."""
     for folder in sorted((root / RUNS).iterdir()) if (root / RUNS).is_dir() else ():
         old = time.time() - folder.lstat().st_mtime > OPENING
         if folder.is_dir() and not (folder / ABOUT).exists() and old and not is_held(folder):
@@ -85,7 +85,7 @@ def _locks(root: Path) -> Iterator[str]:
 
 
 def _lock_file(root: Path) -> Iterator[str]:
-    """Restore dvc.lock from git, or remove it: DVC's run cache has its contents."""
+    """Restore dvc.lock from git, or remove it; DVC's run cache has the same information."""
     problem = lock_file_problem(root)
     if problem is None:
         return

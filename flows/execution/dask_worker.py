@@ -10,7 +10,7 @@ PATIENCE = 5.0  # seconds for the last logs to reach Prefect
 
 
 def dask_setup(_worker: Any) -> None:
-    """Ignore Ctrl-C, because the flow ends the stages and then the workers; write readable logs."""
+    """Ignore Ctrl-C, because the flow ends the stages and then the workers. Set up readable logs."""
     # a handler, because stages would inherit SIG_IGN
     signal.signal(signal.SIGINT, lambda *_: None)
     from flows.server.console_log import readable_logs

@@ -1,4 +1,4 @@
-"""The heartbeat of a flow: it writes a heartbeat file, and its stages on a cluster stop when the file goes stale.
+"""The heartbeat of a flow: it writes a file, and its stages on a cluster stop when the file goes stale.
 
 A signal reaches only this machine, and neither Dask nor Ray stops a running task.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 
 PULSES = Path(".modelpress/pulse")
 BEAT = 2.0  # seconds
-LOOK = 0.5  # minimum seconds between two looks
-# looks without a beat until the flow counts as gone: a minute, to tolerate a slow network disk
+LOOK = 0.5  # minimum seconds between two reads of the file
+# unchanged reads until the flow counts as gone: a minute, to tolerate a slow network disk
 LOOKS = 120
 
 
@@ -49,9 +49,10 @@ def beating(root: Path, run: str) -> Iterator[Path]:
 
 
 def gone(path: Path) -> Callable[[], bool]:
-    """Return a function that tells whether the flow of this heartbeat is gone; call it often, it limits its looks.
+    """Return a function that tells whether the flow of this heartbeat file is gone. It can be called often, because it
+    limits how often it reads the file.
 
-    It counts looks, not time: machines' clocks differ, and a suspended laptop neither beats nor looks.
+    It counts reads, not time: the machines' clocks differ, and a suspended laptop neither writes nor reads.
     """
     last, same, looked = "", 0, 0.0
 

@@ -1,6 +1,6 @@
 r"""A program's output as log lines: a progress bar becomes one line every few seconds.
 
-A progress bar writes `\r` and its text without a newline; read by lines, it would be silent for minutes.
+A progress bar writes `\r` and text without a newline. Read line by line, it would print nothing for minutes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _COUNT = re.compile(r"^(?P<name>\S.*?):\s*(?P<n>[\d.]+\w*)\s*\[(?P<spent>[\d:]+)
 class Lines:
     """Turns chunks of output into log lines.
 
-    A finished line is passed on at once. A bar is passed on once it has lasted a second, then every `every`
-    seconds, and at its end if it was shown before; bars whose names differ only in digits count as one.
+    A complete line is passed on at once. A bar is passed on after a second, then every `every` seconds, and at its end
+    if it was shown before. Bars whose names differ only in digits count as one.
     """
 
     def __init__(self, every: float = EVERY, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,7 +39,7 @@ class Lines:
         self._shown: dict[str, str] = {}
 
     def feed(self, chunk: bytes) -> Iterator[str]:
-        """Yield the lines for `chunk`; an empty chunk means that the program was silent."""
+        """Yield the lines for `chunk`; an empty chunk means that the program printed nothing."""
         self._rest += self._decoder.decode(chunk)
         *done, self._rest = self._rest.split("\n")
         for line in done:
@@ -88,7 +88,7 @@ class Lines:
 
 
 def _share(name: str, bar: re.Match[str]) -> float | None:
-    """The finished share; for one bar of many, `(2/31): Calibrating`, the share of all."""
+    """The finished share; for one of several bars, as in `(2/31): Calibrating`, the share over all of them."""
     total = bar.groupdict().get("total")
     if total is None or bar["n"][-1:].isalpha() or total[-1:].isalpha() or not float(total):
         return None

@@ -1,4 +1,4 @@
-"""Find out that a run has nothing to do, without Prefect and MLflow, whose start takes longer than that."""
+"""Detect that a run has nothing to do, without importing Prefect and MLflow, which takes longer than the check."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flows.workspace.run_lock import exclusive
 
 
 def nothing_to_do(root: Path) -> list[str]:
-    """What to say where every stage in `root` is up to date and MLflow has the result; empty where a run is needed."""
+    """The lines to print if every stage in `root` is up to date and recorded in MLflow; empty if a run is needed."""
     if os.environ.get("MLFLOW_EXPERIMENT_NAME") or any((root / KEPT).glob("*")):
         return []
     run = known_run(root, tracking_uri(root), lock_hash(root, lock_stages(root)))
@@ -24,6 +24,6 @@ def nothing_to_do(root: Path) -> list[str]:
     read_settings(root / "params.yaml")
     with exclusive(root):
         plan = read_plan(root)
-        # what dvc.lock says of stages that are gone is no part of a result
+        # dvc.lock must not contain stages that were removed from dvc.yaml
         known = set(plan) == set(lock_stages(root)) and all(stage.state == "unchanged" for stage in plan.values())
-    return [summary(plan), f"MLflow: nothing new, this result is in run {run}"] if known else []
+    return [summary(plan), f"MLflow: this result is already recorded in run {run}"] if known else []

@@ -16,9 +16,9 @@ _LOWER = {
 
 
 def out_of_memory(stage: str, what: str, peak: int) -> str:
-    """One line for a stage that ran out of memory. what: the event; peak: its peak memory, bytes."""
+    """One line for a stage that ran out of memory. what: the event; peak: its peak memory in bytes."""
     kind = stage.partition("@")[0]
-    # the baseline is only copied
+    # for the baseline, the stage only copies files
     setting = None if stage == f"quantize@{BASE}" else _LOWER.get(kind)
     lower = f"lower {setting} in params.yaml, or " if setting else ""
     return (

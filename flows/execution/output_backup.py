@@ -1,7 +1,6 @@
 """Back up a stage's outputs, because DVC deletes them before it runs a stage.
 
-The backup consists of hard links, so it costs neither time nor space. A killed run leaves it behind, and the next run
-restores it first.
+The backup consists of hard links, so it takes no time or space. If a run is killed, the next run restores its backup.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ PART = ".part"
 def kept(root: Path, stage: str, outs: Iterable[str]) -> Iterator[None]:
     """Back up the outputs `outs` (paths in `root`), and restore them if the body fails."""
     folder = root / KEPT / stage
-    # another worker was killed in this stage: first restore its backup
+    # if a worker was killed in this stage, restore its backup first
     _restore(root, folder, replace=True)
     part = folder.with_name(f"{stage}{PART}")
     shutil.rmtree(part, ignore_errors=True)

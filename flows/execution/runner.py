@@ -3,7 +3,7 @@
 modelpress run --runner dask                                     # a cluster of processes on this machine
 modelpress run --runner dask --cluster tcp://scheduler:8786      # an existing cluster
 
-Results are the same bytes with any runner, so it is not part of params.yaml.
+The runner does not change the bytes of the results, so it is not part of params.yaml.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Executor:
     def __post_init__(self) -> None:
         if self.cluster and self.runner is RunnerName.threads:
             raise FlowError(
-                f"found the cluster {self.cluster} with the runner threads, which uses none; add --runner dask or "
-                f"--runner ray ({RUNNER_ENV}), or leave out the cluster"
+                f"found the cluster {self.cluster} with the runner threads, which does not use one; add --runner dask "
+                f"or --runner ray ({RUNNER_ENV}), or remove the cluster"
             )
 
     @property
@@ -53,7 +53,7 @@ class Executor:
 
 
 def executor_of(runner: RunnerName | None) -> Executor:
-    """The user's choice, or else the environment's; the address always comes from the environment.
+    """The user's choice, or else the environment's. The cluster's address always comes from the environment.
 
     An address is never accepted from a browser: unpickling the objects that a cluster returns can run code.
     """
@@ -62,7 +62,7 @@ def executor_of(runner: RunnerName | None) -> Executor:
         chosen = runner or RunnerName(named)
     except ValueError:
         names = ", ".join(name.value for name in RunnerName)
-        raise FlowError(f"{RUNNER_ENV} is {named}; expected one of {names}; set one of them") from None
+        raise FlowError(f"{RUNNER_ENV} is {named}; expected one of {names}") from None
     # the environment's cluster is only for the environment's runner: Dask and Ray are incompatible
     return Executor(chosen, (os.environ.get(CLUSTER_ENV) or None) if chosen.value == named else None)
 
@@ -96,9 +96,9 @@ def _dask(cluster: str | None, workers: int, root: Path) -> TaskRunner[Any]:
         "processes": True,
         "host": "127.0.0.1",
         "dashboard_address": None,
-        "memory_limit": 0,  # a worker only waits for a stage process, whose memory Dask does not see
+        "memory_limit": 0,  # Dask does not see the memory of the stage's process
         "local_directory": str(space),
-        "security": True,  # access to a scheduler allows running code as this user: keep other users out
+        "security": True,  # whoever can access the scheduler can run code as this user
         "preload": "flows.execution.dask_worker",
     }
     return DaskTaskRunner(cluster_kwargs=options)

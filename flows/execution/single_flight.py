@@ -1,7 +1,7 @@
 """Single flight: when several runs need the same stage at once, one computes it and the others take its result.
 
-Workspaces share DVC's cache, but DVC locks a checkout, not the cache: otherwise two runs that reach the same stage
-together would both compute it.
+Workspaces share DVC's cache, but DVC locks only the checkout. Without this lock, two runs that reach the same stage at
+the same time would both compute it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def stage_key(root: Path, stage: Stage) -> str:
 def computed_once(home: Path, key: str, waiting: Callable[[], None]) -> Iterator[int]:
     """Lock the stage `key` among all runs that share `home`; while another run holds it, call `waiting` repeatedly.
 
-    Yields the lock as an open file. It is released when the last process that has it open ends: pass it to the stage's
-    guard, so that other runs wait until a killed worker's stage is completely gone.
+    Yields the lock's file descriptor. The lock is released when the last process with the file open ends. Pass it to
+    the stage's guard, so that other runs wait until all processes of a killed worker's stage have ended.
     """
     folder = home / LOCKS
     folder.mkdir(parents=True, exist_ok=True)

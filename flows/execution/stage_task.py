@@ -1,4 +1,4 @@
-"""One stage of dvc.yaml as one Prefect task: a subprocess, its log as it happens, a timeout, a clean end."""
+"""Run one stage of dvc.yaml as a Prefect task: a subprocess with live log, timeout and cleanup."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from tasks.errors import MEMORY_STATUS, TRANSIENT_STATUS
 
 Result = Literal["unchanged", "restored", "executed"]
 LOGS = Path(".modelpress/logs")
-WAITS = (5.0, 20.0, 60.0)  # seconds before each new attempt
+WAITS = (5.0, 20.0, 60.0)  # seconds before each retry
 
-# what DVC says to a person at a terminal, who is not reading here
+# lines that DVC prints for a user at a terminal
 _CHATTER = re.compile(
     r"^(To track the changes|\tgit add|To enable auto staging|\tdvc config|Use `dvc push`"
     r"|Data and pipelines are up to date|> )"
 )
-# how DVC says which status a stage ended with; one that a signal ended has its number, by a shell with 128 added
+# DVC's line with a stage's exit status; after a signal, the negative signal number, or 128 plus it from a shell
 _STATUS = re.compile(r"failed to run: .*, exited with (-?\d+)$")
 _KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 _BUSY = re.compile(r"is busy, it is being blocked|[Uu]nable to acquire lock")
@@ -48,15 +48,15 @@ class StageError(FlowError):
 
 
 class TransientStageError(StageError):
-    """The network, or a lock that another process held, is to blame; trying again may help."""
+    """The network failed, or another process held a lock; a retry may help."""
 
 
 class OutOfMemoryError(StageError):
-    """The stage was killed for want of memory, or said itself that it had too little."""
+    """The stage was killed, probably for lack of memory, or reported that it ran out of memory."""
 
 
 def _may_work_next_time(_task: Any, _run: Any, state: Any) -> bool:
-    """A stage that failed for a reason of its own fails again."""
+    """Retry only transient errors; others would repeat."""
     return isinstance(state.result(raise_on_failure=False), TransientStageError)
 
 
@@ -79,21 +79,21 @@ def stage_task(
     threads: int | None,
     pulse: str | None,
 ) -> Any:
-    """Bring one stage up to date; `unchanged` is the plan's word that nothing is to be done.
+    """Bring one stage up to date. unchanged: the plan found nothing to do.
 
-    `key` is what two runs of `home` have in common when they would compute the same: one does, the other waits.
-    `pulse` is given on a cluster: the file by which the stage knows that its flow is still there.
+    key: the same for all runs of `home` that would compute the same result. One computes it, the others wait.
+    pulse: on a cluster, the flow's heartbeat file; the stage stops when it goes stale.
     """
     if unchanged:
         return Completed(name="Cached", message="unchanged", data="unchanged")
     log = get_run_logger()
-    stopped = _by_nobody
+    stopped = _never
     if pulse is not None:
         here = f"{socket.gethostname()}, worker process {os.getpid()}"
         if not Path(root, "dvc.yaml").is_file():
             raise StageError(
-                f"{stage}: {root} is not on {here}; the workspace must be on a disk that all workers share, in the "
-                "same place"
+                f"{stage}: {root} does not exist on {here}; the workspace must be on a disk that all workers share, at "
+                "the same path"
             )
         log.info("on %s", here)
         stopped = gone(Path(pulse))
@@ -117,25 +117,25 @@ def stage_task(
 
 
 def _back_off(error: TransientStageError, attempt: int, log: Callable[[str], None]) -> None:
-    """Say that the stage is tried again, and wait: Prefect's own wait would not heed an interrupt."""
+    """Announce the retry and wait. Prefect's own retry delay would ignore an interrupt."""
     if attempt <= len(WAITS):
         wait = WAITS[attempt - 1]
-        log(f"{error}; trying again in {wait:g} s ({attempt} of {len(WAITS)})")
+        log(f"{error}; retrying in {wait:g} s ({attempt} of {len(WAITS)})")
         with suppress(Stopped):
             pause(wait)
 
 
-def _by_nobody() -> bool:
+def _never() -> bool:
     return False
 
 
 def _waiting(log: Callable[[str], None], stage: str, stopped: Callable[[], bool]) -> Callable[[], None]:
-    """Say once that another run is at it; StageError when this run is stopped meanwhile."""
+    """Return a function that waits for another run and logs this once; StageError if this run is stopped."""
     said: list[str] = []
 
     def wait() -> None:
         if not said:
-            said.append("waiting: another run is computing the same")
+            said.append("waiting for another run that computes the same result")
             log(said[0])
         try:
             pause(0.5)
@@ -156,19 +156,19 @@ def run_stage(
     show: Callable[[float, str], None] = lambda share, line: None,
     timeout: float | None = None,
     threads: int | None = None,
-    stopped: Callable[[], bool] = _by_nobody,
+    stopped: Callable[[], bool] = _never,
     lock: int | None = None,
 ) -> Result:
-    """Bring `stage` of the pipeline in `root` up to date, `timeout` in seconds; its log is also in a file.
+    """Bring `stage` of the pipeline in `root` up to date and write its log to a file. timeout: in seconds.
 
-    show: called with the share of the work that is done (0 to 1) and the line that says so.
-    stopped: asked again and again whether the run that wants the stage was interrupted elsewhere; lock: an open file
-    that stays open until nothing of the stage is left.
-    StageError carries the stage's own last word; its outputs `outs` are then what they were before.
+    show: called with the finished share of the work (0 to 1) and the corresponding log line.
+    stopped: polled to learn whether the run was interrupted elsewhere.
+    lock: an open file that stays open until all processes of the stage have ended.
+    StageError contains the stage's error message. On any error, the outputs `outs` are restored.
     """
     record = root / LOGS / f"{stage}.log"
     record.parent.mkdir(parents=True, exist_ok=True)
-    # a global option, before `repro`: without it a stage fails, its work done, where a sibling is hashing
+    # a global option, so before `repro`. Without it, a finished stage fails while another one is hashing.
     command = [sys.executable, "-P", "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
     lines = Lines()
     result: Result = "unchanged"
@@ -214,13 +214,13 @@ def run_stage(
 
 
 def _failure(stage: str, tail: list[str], status: int, peak: int, record: Path) -> StageError:
-    """Why a stage failed, from the end of its output, DVC's exit status and the stage's peak of memory in bytes."""
+    """The error for a failed stage. tail: its last lines; status: DVC's exit status; peak: its memory in bytes."""
     said = [int(match[1]) for line in tail if (match := _STATUS.search(line))]
     stages = said[-1] if said else status
     word = error_line(tail, status)
-    # nobody here kills a stage that has not been stopped before
+    # stages that were stopped by the flow do not get here
     if stages in _KILLED:
-        word = out_of_memory(stage, "killed, most likely by the system for want of memory", peak)
+        word = out_of_memory(stage, "killed, most likely by the system because memory ran out", peak)
     elif stages == MEMORY_STATUS:
         word = out_of_memory(stage, word.partition(";")[0], peak)
     else:

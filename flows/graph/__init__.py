@@ -1,1 +1,1 @@
-"""Decisions over dvc.yaml, params.yaml and dvc.lock; nothing here runs a stage."""
+"""Read dvc.yaml, params.yaml and dvc.lock and decide what to run; nothing here runs a stage."""

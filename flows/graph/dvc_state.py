@@ -1,4 +1,4 @@
-"""Damage from which DVC does not recover, and its remedy."""
+"""Detect damage from which DVC does not recover, and name the remedy."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def locks_problem(root: Path) -> str | None:
 
 
 def dvc_at_work(root: Path) -> Iterator[tuple[int, str]]:
-    """Process and command of every DVC that locks files of `root`."""
+    """Process id and command of every DVC process that locks files of `root`."""
     try:
         holders = _holders(root)
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -82,7 +82,7 @@ def dvc_at_work(root: Path) -> Iterator[tuple[int, str]]:
 
 
 def _holders(root: Path) -> dict[int, str]:
-    """Process -> command of all holders in DVC's lock file; ValueError or similar if it is damaged."""
+    """Process id -> command for all holders in DVC's lock file; ValueError or similar if it is damaged."""
     try:
         held = json.loads((root / RWLOCK).read_text(encoding="utf-8"))
     except FileNotFoundError:

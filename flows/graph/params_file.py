@@ -1,4 +1,4 @@
-"""`--set key=value`: change params.yaml, keeping its comments; refused as a whole if the result is invalid."""
+"""`--set key=value`: change params.yaml and keep its comments; reject all changes if the result is invalid."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def read_settings(path: Path) -> Settings:
 
 
 def package_name(text: str, origin: str) -> str:
-    """The package's name in the text of a params.yaml, also of an earlier version that `read_settings` refuses;
-    FlowError naming the `origin` if there is none."""
+    """The package's name in the text of a params.yaml, including earlier versions that `read_settings` rejects.
+
+    FlowError with the `origin` if there is none.
+    """
     try:
         return str(yaml.safe_load(text)["package"]["name"])
     except (yaml.YAMLError, KeyError, TypeError) as error:

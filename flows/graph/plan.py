@@ -1,6 +1,6 @@
-"""Read dvc.yaml as ordered stages with their upstreams, and what a run would do with each, through DVC's internals.
+"""Read the stages of dvc.yaml in order, with upstreams and the action that a run would take, through DVC's internals.
 
-Uses its own Repo object, which no other thread sees; reading changes nothing.
+It uses its own Repo object, which is not shared with other threads. Reading changes nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Stage:
     """One stage of dvc.yaml and what a run would do with it.
 
     unchanged: nothing; cached: restore its outputs for these inputs from DVC's run cache; changed: run it, unless its
-    upstreams turn out to write the same bytes as before.
+    upstreams write the same bytes as before.
     """
 
     name: str
@@ -54,7 +54,7 @@ Plan = Mapping[str, Stage]  # by name, every stage after its upstreams
 
 
 def read_plan(root: Path) -> dict[str, Stage]:
-    """What a run in `root` would do; FlowError if DVC cannot read the project."""
+    """The stages in `root` and what a run would do with them; FlowError if DVC cannot read the project."""
     with _repo(root) as repo:
         import networkx as nx
 

@@ -13,9 +13,9 @@ FILE = Path("tasks/checks/preflight.py")
 
 
 def check_settings_work(root: Path, downloaded: bool) -> None:
-    """FlowError with the reason if the checkout's tasks/checks/preflight.py fails or is missing.
+    """Check the settings in `root`; FlowError if the checkout's tasks/checks/preflight.py fails or is missing.
 
-    downloaded: whether the model is in `models/source`, to check variants against it.
+    downloaded: whether the model is in `models/source`, so that variants can be checked against it.
     """
     if not (root / FILE).is_file():
         raise FlowError(

@@ -1,35 +1,35 @@
-"""Which stages may start now: a pure decision over the graph.
+"""Decide which stages may start now: pure functions over the graph.
 
-A stage starts when all that it needs has succeeded. A `benchmark` measures speed, so it runs with nothing
-beside it, after everything that could run without it; and all wait for the `statistics`, so they get all cores. That is
-policy of the flow, not of the graph in dvc.yaml.
+A stage starts when all its upstreams have succeeded. A `benchmark` measures speed, so it runs alone, after all other
+stages that are ready. `statistics` also runs alone, with all cores, because most other stages wait for it. This is a
+policy of the flow and not part of dvc.yaml.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-Upstreams = Mapping[str, Collection[str]]  # stage -> what it needs, every stage after its upstreams
+Upstreams = Mapping[str, Collection[str]]  # stage -> its upstreams, in topological order
 
 
 def runs_alone(stage: str) -> bool:
-    """Whether nothing else may run at the same time as `stage`."""
+    """Whether `stage` must not run in parallel with others."""
     return stage.partition("@")[0] in ("benchmark", "statistics")
 
 
 def threads_of(stage: str, starting: Collection[str], running: Collection[str], jobs: int, cores: int) -> int:
-    """The threads that `stage` of those that start now may use, so that all that run together use each core once.
+    """The number of threads for `stage`, so that parallel stages do not share cores. starting: all stages to start now.
 
-    Where nothing runs and nothing else starts, nothing can start before it ends: it gets all cores.
+    If it is the only stage, no other can start before it ends, so it gets all cores.
     """
     alone = runs_alone(stage) or (not running and len(starting) == 1)
     return cores if alone else max(1, cores // jobs)
 
 
 def startable(upstreams: Upstreams, done: Collection[str], running: Collection[str], jobs: int) -> list[str]:
-    """The stages to start now, at most `jobs` at a time.
+    """The stages to start now, so that at most `jobs` run at a time.
 
-    `upstreams` holds only stages that may still run or have succeeded; `done` those that have succeeded.
+    upstreams: only stages that can still run or have succeeded; done: the stages that have succeeded.
     """
     if any(runs_alone(stage) for stage in running):
         return []
@@ -45,7 +45,7 @@ def startable(upstreams: Upstreams, done: Collection[str], running: Collection[s
 
 
 def doomed(upstreams: Upstreams, failed: Collection[str]) -> list[str]:
-    """The stages that cannot run because something that they need failed, in order."""
+    """The stages that cannot run because an upstream failed, in order."""
     lost = set(failed)
     for stage, needs in upstreams.items():
         if any(need in lost for need in needs):

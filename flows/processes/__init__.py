@@ -1,1 +1,1 @@
-"""Child processes: start, watch, end."""
+"""Start, watch and end child processes."""

@@ -1,7 +1,7 @@
-"""`python fork_client.py ARGUMENTS`: what a guard's command finds as `python`.
+"""`python fork_client.py ARGUMENTS`: the `python` on the path of a guard's command.
 
-`-m MODULE` is run by a process that the guard forks; this one passes on signals and ends as that one ends. Whatever
-else Python is asked for, it runs itself.
+For `-m MODULE`, the guard forks a process that runs the module; this client forwards signals to it and ends with its
+exit status. For other arguments, the client becomes a normal Python interpreter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DOOR = "MODELPRESS_DOOR"  # as in fork_server.py
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Ask the guard, else become Python itself."""
+    """Ask the guard to fork; if it does not, become a normal Python interpreter."""
     environment = dict(os.environ)
     place = environment.pop(DOOR, "")
     environment["PATH"] = environment.get("PATH", os.defpath).partition(os.pathsep)[2]  # without this client's folder
@@ -27,16 +27,16 @@ def main(arguments: Sequence[str]) -> None:
             try:
                 guard.connect(place)
                 socket.send_fds(guard, [asked], [0, 1, 2])
-                stage = guard.recv(64)  # nothing where this environment is another than the one of its libraries
-            except OSError:  # the guard is gone, or the environment is too long for a message
+                stage = guard.recv(64)  # empty if its libraries were imported in a different environment
+            except OSError:  # the guard is gone, or the environment is too large for a message
                 stage = b""
             if stage:
                 _end(_status(guard, int(stage)))
-    os.execve(sys.executable, [sys.executable, *arguments], environment)  # noqa: S606 - it becomes what was asked for
+    os.execve(sys.executable, [sys.executable, *arguments], environment)  # noqa: S606 - run the requested command
 
 
 def _status(guard: socket.socket, stage: int) -> int:
-    """The stage's exit status, negative for a signal that ended it; signals that come meanwhile are sent on."""
+    """Wait for the stage and forward signals to it; return its exit status, negative if a signal ended it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: os.kill(stage, number))
     return int(guard.recv(64) or -signal.SIGKILL)

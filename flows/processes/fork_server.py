@@ -1,13 +1,13 @@
-"""`python fork_server.py FOLDER SOCKET`: import what stages import, once, then fork every stage from this process.
+"""`python fork_server.py FOLDER SOCKET`: import the stages' libraries once, then fork every stage from this process.
 
-Starting Python with torch, transformers and lm-eval takes 5 to 10 seconds, a fork milliseconds.
+Starting Python with torch, transformers and lm-eval takes 5 to 10 seconds; a fork takes milliseconds.
 
     flow -- asks --> fork server -- fork --> guard --> dvc repro --> sh --> python, which is fork_client.py
                                                `------ fork --> the stage, for the client
 
-The guard leads a session of its own, as guard.py does. It forks its command, where that is `python -P -m MODULE`, and
-the stages that the command starts by `python -m MODULE`. So all of a stage's processes belong to one process group.
-The server ends when stdin closes.
+Like guard.py, the guard starts a new session. It forks its command if that is `python -P -m MODULE`, and the stages
+that the command starts with `python -m MODULE`. So all processes of a stage belong to one process group. The server
+ends when stdin closes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 
 from setproctitle import setproctitle
 
-# what the stages import; one that is not installed, or does not work, is left to the stage that needs it
+# the stages' imports; if one fails here, the stage that needs it reports the error
 LIBRARIES = (
     "numpy",
     "scipy.stats",
@@ -57,7 +57,7 @@ LIBRARIES = (
     "dvc.dependency",
     "dvc.output",
 )
-# what they, the interpreter and the loader read in the environment once, early on
+# prefixes of variables that libraries, interpreter and loader read only once, at the start
 EARLY = (
     "HF_",
     "TRANSFORMERS_",
@@ -72,14 +72,14 @@ EARLY = (
     "PYTHON",
     "MPL",
 )
-HEEDED = {"PYTHONUNBUFFERED"}
-DOOR = "MODELPRESS_DOOR"  # in the environment of a guard's command: the socket at which its guard forks
-MESSAGE = 1 << 20  # bytes, at most
+HEEDED = {"PYTHONUNBUFFERED"}  # exception: `_run` makes the output unbuffered anyway
+DOOR = "MODELPRESS_DOOR"  # in the environment of a guard's command: the socket of its guard
+MESSAGE = 1 << 20  # maximum bytes
 
 
 @dataclass(frozen=True)
 class Request:
-    """A command's arguments, its folder and environment, and open files: a guard's or a stage's first ones."""
+    """A request to start a command. files: open file descriptors for the guard or the stage, starting with stdin."""
 
     arguments: Sequence[str]
     folder: str
@@ -93,18 +93,18 @@ class Request:
 
 
 def main() -> None:
-    """Serve; a forked process goes on from here as a guard, and what a guard forks as a stage."""
-    ending: list[int] = []  # the status of a stage that has ended
-    atexit.register(_leave, ending)  # the first to be registered is the last to be called
+    """Run the server. Forked processes continue here: as a guard, or, forked by a guard, as a stage."""
+    ending: list[int] = []  # the stage's exit status, once it has ended
+    atexit.register(_leave, ending)  # registered first, so called last
     folder, listener = Path(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
-    _name(["fork_server.py", "of", "modelpress"])  # the first call must see the environment of the start
+    _name(["fork_server.py", "of", "modelpress"])  # its first call needs the original environment
     sys.path[0] = str(Path(__file__).parents[2])
     from flows.processes.guard import guarded
 
     for name in [name for name in sys.modules if name.partition(".")[0] == "flows"]:
-        del sys.modules[name]  # a stage takes the code of its own checkout
+        del sys.modules[name]  # a stage imports its own checkout's code
     del sys.path[0]
-    sys.modules["triton"] = None  # type: ignore[assignment] # for GPUs alone, and it complains of leaks at the end
+    sys.modules["triton"] = None  # type: ignore[assignment] # only for GPUs; it reports leaks at exit
     for library in LIBRARIES:
         if _orphaned():
             break
@@ -113,7 +113,7 @@ def main() -> None:
     del sys.modules["triton"]
     imported.update(_early(os.environ))
     gc.collect()
-    gc.freeze()  # or the collector would write to every object, and copy the memory that the forks share
+    gc.freeze()  # otherwise the collector writes to every object, and so copies the memory shared by forks
     connection = _serve(listener)
     listener.close()
     if connection is None:
@@ -132,16 +132,16 @@ def main() -> None:
 
 
 def _early(environment: Mapping[str, str]) -> dict[str, str]:
-    """The part of an environment that cannot change any more."""
+    """The variables that must not change after the imports."""
     return {name: value for name, value in environment.items() if name.startswith(EARLY) and name not in HEEDED}
 
 
 START = _early(os.environ)
-imported: dict[str, str] = {}  # the same after the imports, for some libraries set variables
+imported: dict[str, str] = {}  # the same after the imports, because some libraries set variables
 
 
 def _suits(environment: Mapping[str, str]) -> bool:
-    """Whether the libraries would have been imported in the same way in this environment."""
+    """Whether the libraries would be imported in the same way in this environment."""
     early = _early(environment)
     return START.items() <= early.items() and early.items() <= START.items() | imported.items()
 
@@ -151,8 +151,8 @@ def _orphaned() -> bool:
 
 
 def _serve(listener: socket.socket) -> socket.socket | None:
-    """Fork for everyone who connects; in the forked process, its connection. None when the owner is gone."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the guards
+    """Fork for every connection; return it in the forked process, and None in the server when its owner is gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the server does not wait for the guards
     while True:
         watched: list[int | socket.socket] = [0, listener]
         ready, _, _ = select.select(watched, [], [])
@@ -166,9 +166,9 @@ def _serve(listener: socket.socket) -> socket.socket | None:
 
 
 def _guard(folder: Path, connection: socket.socket, guarded: Callable[[Callable[[], int]], int]) -> Request:
-    """Run the command that is asked for and end with it; returns in a stage's process alone, with its request.
+    """Run the requested command and exit with it. Returns only in a forked stage's process, with its request.
 
-    Answers on `connection`: this process's id, then the command's exit status.
+    Sends on `connection`: this process's id, then the command's exit status.
     """
     os.setsid()
     request = _receive(connection)
@@ -200,7 +200,7 @@ def _guard(folder: Path, connection: socket.socket, guarded: Callable[[Callable[
 
 
 def _command(arguments: Sequence[str], programs: Path, door: socket.socket) -> tuple[int, Request | None]:
-    """Run a command and fork the stages that it starts: its status, and None; in a stage's process, its request."""
+    """Run a command and fork its stages; return its status and None, or in a stage's process 0 and its request."""
     path = os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)])
     environment = {**os.environ, "PATH": path, DOOR: door.getsockname()}
     if arguments[:3] == [sys.executable, "-P", "-m"] and _suits(environment):
@@ -211,7 +211,7 @@ def _command(arguments: Sequence[str], programs: Path, door: socket.socket) -> t
     else:
         command = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, env=environment).pid
     ended = os.pidfd_open(command)
-    stages: dict[int, tuple[int, socket.socket]] = {}  # what tells of its end -> its process, its client
+    stages: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> the stage's process id and its client
     while True:
         watched: list[int | socket.socket] = [ended, door, *stages, *(client for _, client in stages.values())]
         ready, _, _ = select.select(watched, [], [])
@@ -224,12 +224,12 @@ def _command(arguments: Sequence[str], programs: Path, door: socket.socket) -> t
                     client.sendall(str(status).encode())
                 _forget(stages, end)
             elif client in ready:
-                os.kill(process, signal.SIGKILL)  # its client was killed, which stands for it
+                os.kill(process, signal.SIGKILL)  # its client was killed, so end the stage too
         if door in ready:
             client, _ = door.accept()
             request = _receive(client)
             if not _suits(request.environment):
-                client.close()  # without an answer: it starts an interpreter of its own
+                client.close()  # no answer: the client starts a new interpreter
                 request.close()
                 continue
             process = os.fork()
@@ -245,7 +245,7 @@ def _command(arguments: Sequence[str], programs: Path, door: socket.socket) -> t
 
 
 def _run(request: Request) -> None:
-    """Do as `python -m MODULE` does, in this process; errors and exits are the interpreter's."""
+    """Run the module in this process like `python -m MODULE`; exceptions and exits propagate."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _enter(request, request.files)
     *options, module = request.arguments[: request.arguments.index("-m") + 2]
@@ -261,7 +261,7 @@ def _run(request: Request) -> None:
 
 
 def _leave(ending: Sequence[int]) -> None:
-    """End a stage before the interpreter takes itself apart, which writes to all memory that the forks share."""
+    """Exit a stage without the interpreter's cleanup, which writes to all memory shared by the forks."""
     for status in ending:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -269,7 +269,7 @@ def _leave(ending: Sequence[int]) -> None:
 
 
 def _use_threads(count: int) -> None:
-    """What the libraries read from OMP_NUM_THREADS when they were imported."""
+    """Set the thread count, which the libraries read from OMP_NUM_THREADS only at import."""
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(count)
@@ -283,7 +283,7 @@ def _receive(connection: socket.socket) -> Request:
 
 
 def _enter(request: Request, files: Sequence[int]) -> None:
-    """Take over the folder, the environment and the first three files of who asked."""
+    """Take over the folder and environment of the request, and `files` as stdin, stdout and stderr."""
     for number, file in enumerate(files):
         os.dup2(file, number)
     for file in {*files}:
@@ -299,7 +299,7 @@ def _forget(stages: dict[int, tuple[int, socket.socket]], end: int) -> None:
 
 
 def _name(words: Sequence[str]) -> None:
-    """Show these words as this process's command line."""
+    """Set this process's command line, as shown by ps."""
     setproctitle(" ".join(words))
 
 

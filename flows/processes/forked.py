@@ -1,4 +1,4 @@
-"""The owner's side of fork_server.py: start it when it is first needed, and have it start commands."""
+"""The owner's side of fork_server.py: start the server when it is first needed, and send it commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tasks.determinism import ENVIRONMENT
 
 SERVER = Path(__file__).with_name("fork_server.py")
 CLIENT = Path(__file__).with_name("fork_client.py")
-SHARED = "MODELPRESS_FORK_SERVER"  # the socket of a server that is there, for all processes that find this variable
+SHARED = "MODELPRESS_FORK_SERVER"  # environment variable with the socket of a running server, or OFF
 OFF = "0"
 
 _lock = threading.Lock()
@@ -27,10 +27,10 @@ _own: ForkServer | None = None
 
 
 class ForkServer:
-    """A process that has imported what stages import. It ends with this process, however that ends."""
+    """A process that has imported the stages' libraries. It ends with this process, even if this one is killed."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="modelpress-"))  # which nobody else may enter
+        self.folder = Path(tempfile.mkdtemp(prefix="modelpress-"))  # accessible only to this user
         client = self.folder / "bin/python"
         client.parent.mkdir()
         client.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SE "{CLIENT}" "$@"\n')
@@ -38,7 +38,7 @@ class ForkServer:
         self.address = self.folder / "server"
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(str(self.address))
-            listener.listen(64)  # those who connect while it imports wait
+            listener.listen(64)  # connections wait during the imports
             self._popen = subprocess.Popen(
                 [sys.executable, str(SERVER), str(self.folder), str(listener.fileno())],
                 env={**ENVIRONMENT, **os.environ},
@@ -51,7 +51,7 @@ class ForkServer:
         atexit.register(self.close)
 
     def close(self) -> None:
-        """End it; what it has forked goes on."""
+        """End the server; processes that it has forked continue."""
         atexit.unregister(self.close)
         self._popen.kill()
         self._popen.wait()
@@ -59,14 +59,14 @@ class ForkServer:
 
 
 class Forked:
-    """A command under a guard that the fork server forked; used like a `subprocess.Popen`."""
+    """A command under a guard forked by the fork server; use it like a `subprocess.Popen`."""
 
     def __init__(
         self, address: str, command: Sequence[str], folder: Path, environment: dict[str, str], keep: Collection[int]
     ) -> None:
         self._guard = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._status: int | None = None
-        environment = {**ENVIRONMENT, **environment}  # as a stage would set it, but before libraries are imported
+        environment = {**ENVIRONMENT, **environment}  # stages set these too, but after the libraries are imported
         asked = json.dumps({"arguments": command, "folder": str(folder), "environment": environment}).encode()
         theirs, ours = os.pipe()
         self.stdin = os.fdopen(ours, "wb")
@@ -87,13 +87,13 @@ class Forked:
             raise ConnectionError(f"the fork server at {address} does not answer")
 
     def poll(self) -> int | None:
-        """Its exit status; None while it runs."""
+        """The exit status; None while the command runs."""
         if self._status is None and select.select([self._guard], [], [], 0)[0]:
             self.wait()
         return self._status
 
     def wait(self) -> int:
-        """Its exit status, as a shell gives it; 137 where the guard itself was killed."""
+        """Wait and return the exit status, in the shell's convention; 137 if the guard was killed."""
         if self._status is None:
             try:
                 self._status = int(self._guard.recv(64) or 137)
@@ -104,10 +104,9 @@ class Forked:
 
 
 def fork_server() -> str | None:
-    """The address of a fork server, started if there is none; None where stages cannot be forked.
+    """The address of the fork server, started if necessary; None if stages cannot be forked.
 
-    CUDA cannot be used in a fork of a process that has asked for its devices, which some libraries do when they are
-    imported.
+    With a GPU they cannot: some libraries query CUDA devices at import, and CUDA then fails in forked processes.
     """
     global _own
     named = os.environ.get(SHARED)

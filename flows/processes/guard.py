@@ -1,7 +1,7 @@
-"""`python guard.py CMD...`: run CMD, and end this whole process group when stdin closes.
+"""`python guard.py CMD...`: run CMD, and end this process group when stdin closes.
 
-Stdin is a pipe that only the starting process holds, so it closes when that process is gone, even by `kill -9`. Open
-files that the guard was given, such as the lock of a stage, stay open until the whole group has ended.
+Stdin is a pipe held only by the parent process, so it closes when the parent ends, even by `kill -9`. Files that the
+guard inherits, such as a stage's lock, stay open until the whole group has ended.
 """
 
 import os
@@ -15,15 +15,15 @@ from contextlib import suppress
 
 import psutil
 
-GRACE = 5.0  # seconds between the request to stop and the end
-TICK = 0.1  # seconds between looks at what is left
+GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+TICK = 0.1  # seconds between checks for remaining processes
 
 
 orphaned = threading.Event()
 
 
 def others() -> Iterator[psutil.Process]:
-    """The processes of this group that have not ended, but for this one."""
+    """The other running processes of this group."""
     for process in psutil.process_iter():
         with suppress(psutil.Error, ProcessLookupError):
             if (
@@ -35,7 +35,7 @@ def others() -> Iterator[psutil.Process]:
 
 
 def watch() -> None:
-    """Block until stdin is at its end, then stop the group, this process last."""
+    """Block until stdin closes, then end all processes of the group, this one last."""
     os.read(0, 1)
     orphaned.set()
     os.killpg(0, signal.SIGTERM)
@@ -50,14 +50,17 @@ def watch() -> None:
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """The exit status of what `run` starts and waits for, as a shell gives it; the group ends when stdin closes."""
+    """Call `run`, which waits for a command, and return its exit status in the shell's convention.
+
+    If stdin closes, the process group is ended.
+    """
     # a handler, not SIG_IGN, which CMD would inherit
     signal.signal(signal.SIGTERM, lambda *_: None)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     code = run()
     if orphaned.is_set():
-        watcher.join()  # CMD has ended, but perhaps not what it had started: the watcher ends all, this process too
+        watcher.join()  # CMD has ended, but maybe not its children: the watcher ends them and this process
     return code if code >= 0 else 128 - code
 
 

@@ -1,4 +1,4 @@
-"""How much memory a stage takes: all of its processes together."""
+"""Measure the memory of a stage: the total of all its processes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from contextlib import suppress
 
 import psutil
 
-STEP = 1.1  # growth after which it is worth measuring exactly
+STEP = 1.1  # growth factor that triggers an exact measurement
 
 
 class GroupMemory:
-    """The memory of all processes of a process group together, and its peak."""
+    """The peak of the total memory of a process group."""
 
     def __init__(self, group: int) -> None:
         self._group = group
@@ -19,9 +19,9 @@ class GroupMemory:
         self.peak = 0  # bytes
 
     def look(self) -> None:
-        """Update the peak. It counts memory that processes share, as forks do, once where the system tells.
+        """Update the peak. Memory shared between processes, as after a fork, counts once if the system reports it.
 
-        The exact measurement takes a tenth of a second for each gigabyte, so it waits until a quick one has grown.
+        An exact measurement takes 0.1 seconds per gigabyte, so it is made only when a quick one shows growth.
         """
         resident = self._measure(exact=False)
         if resident > STEP * self._resident:
@@ -31,7 +31,7 @@ class GroupMemory:
     def _measure(self, exact: bool) -> int:
         total = 0
         for pid in psutil.pids():
-            with suppress(OSError, psutil.Error):  # it has ended meanwhile, or belongs to another user
+            with suppress(OSError, psutil.Error):  # it has ended, or belongs to another user
                 if os.getpgid(pid) == self._group:
                     process = psutil.Process(pid)
                     memory = process.memory_full_info() if exact else process.memory_info()

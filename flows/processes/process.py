@@ -1,4 +1,4 @@
-"""A command in a process group of its own that never outlives the process that started it."""
+"""Run a command in a separate process group that never outlives this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flows.processes.memory import GroupMemory
 
 GUARD = Path(__file__).with_name("guard.py")
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
-TICK = 0.5  # seconds between looks at the clock while the command is silent
+TICK = 0.5  # seconds between checks while the command prints nothing
 
 
 class Stopped(Exception):  # noqa: N818 - a request, not an error
@@ -29,7 +29,7 @@ class Stopped(Exception):  # noqa: N818 - a request, not an error
 
 
 class TimedOut(Exception):  # noqa: N818
-    """The command took longer than it was given."""
+    """The command exceeded its timeout."""
 
 
 _live: set[Process] = set()
@@ -38,11 +38,12 @@ _closed = threading.Event()
 
 
 class Process:
-    """A running command; use it as a context manager, at whose end nothing of its process group is left.
+    """A running command. Use it as a context manager: on exit, all processes of its group have ended.
 
-    DVC neither forwards signals to its stage nor dies with us, so signals go to the whole group, and a guard
-    inside the group ends it when this process is gone. `keep` are open files that the guard keeps open as long.
-    forked: fork the programs that the command starts by `python -m` from a process that has imported their libraries.
+    DVC neither forwards signals to its stage nor ends with its parent. So signals go to the whole group, and a guard
+    inside the group ends it when this process is gone.
+    keep: open files that stay open until the group has ended.
+    forked: fork the programs that the command starts with `python -m` from a process that has imported their libraries.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Process:
         forked: bool = False,
     ) -> None:
         if not GUARD.is_file():
-            raise FlowError(f"{GUARD} is missing, without which a stage could outlive its run; install modelpress anew")
+            raise FlowError(f"{GUARD} is missing, and without it a stage could outlive its run; reinstall modelpress")
         self._stop = threading.Event()
         self._looked = 0.0
         self._popen: subprocess.Popen[bytes] | Forked = (
@@ -87,22 +88,22 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether the command still runs."""
+        """Whether the command is still running."""
         return self._popen.poll() is None
 
     @property
     def peak_memory(self) -> int:
-        """The most that its whole group was seen to hold, in bytes; a peak between two looks is missed."""
+        """The peak memory of the whole group in bytes, as sampled; short peaks can be missed."""
         return self._memory.peak
 
     def chunks(self, timeout: float | None = None) -> Iterator[bytes]:
-        """Its output as it comes, b"" after each half second of silence, until it ends.
+        """Yield the output as it arrives, and b"" after each half second of silence, until the command ends.
 
-        Stopped and TimedOut (`timeout` in seconds) leave the command running; the end of the context ends it.
+        timeout: in seconds. Stopped and TimedOut leave the command running; the end of the context ends it.
         """
         pipe = self._popen.stdout
         if pipe is None:
-            raise ValueError("the output of this command goes elsewhere")
+            raise ValueError("the output of this command is not captured")
         deadline = time.monotonic() + timeout if timeout else None
         while True:
             self._look()
@@ -116,30 +117,30 @@ class Process:
                     return
                 yield chunk
             elif not self.alive:
-                return  # something that it left behind still holds the pipe
+                return  # a leftover process still holds the pipe
             else:
                 yield b""
 
     def wait(self) -> int:
-        """Its exit status."""
+        """Wait and return the exit status."""
         return self._popen.wait()
 
     def stop(self) -> None:
-        """Ask whoever reads `chunks` to stop; returns at once."""
+        """Make `chunks` raise Stopped; returns at once."""
         self._stop.set()
 
     def descendants(self) -> list[psutil.Process]:
-        """What it has started, and what that has: also those that left its process group."""
+        """All child processes, direct and indirect, including those that left the process group."""
         with suppress(psutil.Error):
             return psutil.Process(self._popen.pid).children(recursive=True)
         return []
 
     def terminate(self) -> None:
-        """Ask the whole group to end; returns at once, so that several can end together."""
+        """Send SIGTERM to the group and return at once, so that several groups can end in parallel."""
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the whole group: SIGTERM, five seconds, SIGKILL."""
+        """End the whole group: SIGTERM, then SIGKILL after five seconds."""
         for sign in (signal.SIGTERM, signal.SIGKILL):
             if not self._signal(sign):
                 break
@@ -155,7 +156,7 @@ class Process:
                 pipe.close()
 
     def _look(self) -> None:
-        """Look at the memory, at most once a tick however much is printed."""
+        """Sample the memory, at most once per TICK."""
         now = time.monotonic()
         if now - self._looked >= TICK:
             self._looked = now
@@ -170,7 +171,7 @@ class Process:
 
 
 def _forked(command: list[str], cwd: Path, env: dict[str, str], keep: Collection[int]) -> Forked | None:
-    """The command under a guard of the fork server; None where there is none."""
+    """Start the command through the fork server; None if there is none."""
     address = fork_server()
     with suppress(ConnectionError):
         return Forked(address, command, cwd, env, keep) if address else None
@@ -178,16 +179,16 @@ def _forked(command: list[str], cwd: Path, env: dict[str, str], keep: Collection
 
 
 def pause(seconds: float) -> None:
-    """Sleep; Stopped as soon as every command is to stop."""
+    """Sleep; raises Stopped as soon as `stopped_on_error` stops all commands."""
     if _closed.wait(seconds):
         raise Stopped
 
 
 @contextmanager
 def stopped_on_error() -> Iterator[None]:
-    """If the body fails, stop every command, also those that other threads are about to start.
+    """If the body fails, stop all commands, including those that other threads are about to start.
 
-    So the threads that wait for them can end; Prefect alone would wait until the commands end by themselves.
+    This lets the waiting threads end. Prefect alone would wait until the commands finish.
     """
     _closed.clear()
     try:

@@ -1,4 +1,4 @@
-"""Run a Python program to its end: its environment, its exit status, and the line that says why it failed."""
+"""Run a Python program to completion: its environment, exit status and error line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def run_module(root: Path, module: str, *arguments: str, own: bool = False) -> tuple[int, list[str]]:
-    """Run `python -m MODULE ARGUMENTS` in `root`; its status and its lines.
+    """Run `python -m MODULE ARGUMENTS` in `root`; return its exit status and its output lines.
 
-    own: the module is one of the checkout `root`; others must not be taken from there.
+    own: import the module from the checkout `root`; otherwise nothing is imported from there.
     """
     done = subprocess.run(
         [sys.executable, *([] if own else ["-P"]), "-m", module, *arguments],
@@ -27,7 +27,7 @@ def run_module(root: Path, module: str, *arguments: str, own: bool = False) -> t
 
 
 def error_line(lines: list[str], status: int) -> str:
-    """The line of a failed stage's output that says why: its own `error:`, else its last, else DVC's."""
+    """The error line of a failed stage: its own `error:` line, else its last line, else DVC's error."""
     for line in reversed(lines):
         if line.startswith("error: "):
             return line.removeprefix("error: ")
@@ -35,14 +35,14 @@ def error_line(lines: list[str], status: int) -> str:
     own = [line for line in lines if not line.startswith(chatter)]
     theirs = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     words = own or theirs
-    return words[-1] if words else f"ended with status {status}, without a word"
+    return words[-1] if words else f"ended with status {status} and without output"
 
 
 def stage_environment(environ: Mapping[str, str], threads: int | None = None) -> dict[str, str]:
-    """The environment of a stage: this Python first on the path, output unbuffered, nobody called at home.
+    """The environment of a stage: this Python first on the path, unbuffered output, no telemetry.
 
-    threads: that it computes with, unless the person has said OMP_NUM_THREADS. More threads than cores, summed over
-    the stages that run together, would wait for each other and take many times longer.
+    threads: the value of OMP_NUM_THREADS, unless the user has set it. If parallel stages together had more threads than
+    cores, the threads would wait for each other and the stages would take many times longer.
     """
     return {
         **({"OMP_NUM_THREADS": str(threads)} if threads else {}),

@@ -1,1 +1,1 @@
-"""Prefect's server and web pages on this machine."""
+"""Servers and web UIs of Prefect and MLflow on this machine."""

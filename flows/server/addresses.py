@@ -1,4 +1,4 @@
-"""The addresses of a checkout's running server. Does not import Prefect: read before it."""
+"""The addresses of a checkout's running server. Does not import Prefect, whose environment depends on them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from flows.errors import FlowError
 
-STATE = Path(".modelpress/serve.json")  # holds the addresses; locked while a server runs
+STATE = Path(".modelpress/serve.json")  # contains the addresses; locked while a server runs
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """The addresses of the web pages of Prefect and MLflow."""
+    """The addresses of the web UIs of Prefect and MLflow."""
 
     prefect: str
     mlflow: str

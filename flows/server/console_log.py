@@ -20,7 +20,7 @@ class _Format(logging.Formatter):
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    """Keep our lines, and warnings of others; the command line reports a failure once."""
+    """Keep our lines and others' warnings, but not Prefect's failure messages: the command line prints the failure."""
     if OURS in Path(record.pathname).parents:
         return record.levelno >= logging.INFO
     engine = record.name.startswith(("prefect.flow_runs", "prefect.task_runs", "prefect._internal"))

@@ -1,6 +1,6 @@
-"""Prefect for a run at a terminal: its settings, a server that ends with the run, and readable logs.
+"""Prefect for a run at a terminal: its settings, and a server that ends with the run.
 
-Prefect's own temporary server is left behind when the run is killed, dies of the Ctrl-C meant for the run, and starts
+Prefect's own temporary server keeps running after the run is killed, ends on the Ctrl-C meant for the run, and starts
 late. This one starts early and under a guard.
 """
 
@@ -25,11 +25,11 @@ from flows.server.addresses import at_work
 
 START_SECONDS = 120.0  # the first start creates the database
 PORTS = range(10_000, 32_768)  # below the ephemeral ports of Linux, macOS and Windows
-RESTARTS = 5  # per run: beyond, a restart does not help
+RESTARTS = 5  # per run; more restarts would not help
 
 
 def quiet(root: Path) -> None:
-    """Set the environment for Prefect, MLflow and DVC before their import; keep the user's settings."""
+    """Set the environment for Prefect, MLflow and DVC; call it before their import. The user's settings are kept."""
     defaults = {
         "PREFECT_HOME": str(root / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -51,9 +51,9 @@ def quiet(root: Path) -> None:
 
 
 class Server:
-    """A Prefect server on 127.0.0.1 for this run only; restarted at the same address if it dies.
+    """A Prefect server on 127.0.0.1 for this run only. If it dies, it is restarted at the same address.
 
-    Otherwise every call to Prefect would be retried for half a minute in vain.
+    Without the restart, every call to Prefect would be retried for half a minute and then fail.
     """
 
     def __init__(self, start: Callable[[], Process], url: str, log: Path) -> None:
@@ -80,7 +80,7 @@ class Server:
             self._process = self._start()
 
     def wait(self) -> None:
-        """Wait until it answers; FlowError with the end of its log if it does not."""
+        """Wait until the server answers; FlowError with the cause from its log if it does not."""
         health = f"{self.url}/health"
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self._process.alive:
@@ -89,7 +89,7 @@ class Server:
                 return
             time.sleep(0.1)
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        errors = [line for line in lines if "Errno" in line]  # the first is the cause of the others
+        errors = [line for line in lines if "Errno" in line]  # the first one causes the others
         reason = (errors[:1] or lines[-1:] or ["no error message"])[0]
         raise FlowError(f"the Prefect server did not start: {reason} (log: {self._log}); run `modelpress doctor`")
 
@@ -97,21 +97,22 @@ class Server:
 def free_port() -> int:
     """A free port of 127.0.0.1 outside the ephemeral range.
 
-    A server takes ten seconds until it listens; an ephemeral port may be taken by then. FlowError after a hundred
-    tries.
+    A server needs ten seconds until it listens, and an ephemeral port may be taken by then. FlowError after a hundred
+    attempts.
     """
     for port in random.sample(PORTS, 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise FlowError("no port of 127.0.0.1 can be listened on; run `modelpress doctor`")
+    raise FlowError("no free port found on 127.0.0.1; run `modelpress doctor`")
 
 
 @contextlib.contextmanager
 def server(root: Path) -> Iterator[Server | None]:
-    """Start a server and point Prefect at it (call its `wait` first).
+    """Start a server and point Prefect at it (call its `wait` before using Prefect).
 
-    None if there is one: at PREFECT_API_URL, or that of `modelpress serve`, whose database two servers must not share.
+    Yields None if a server exists already: at PREFECT_API_URL, or that of `modelpress serve`. Two servers must not
+    share a database.
     """
     if os.environ.get("PREFECT_API_URL"):
         yield None
@@ -151,7 +152,7 @@ def server(root: Path) -> Iterator[Server | None]:
 
 
 def _flush_logs() -> None:
-    """Send pending logs and events: without the server, Prefect would wait for minutes."""
+    """Send pending logs and events; once the server is gone, Prefect would wait for minutes."""
     if "prefect" in sys.modules:
         from prefect.events.worker import EventsWorker
         from prefect.logging.handlers import APILogWorker

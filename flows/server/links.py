@@ -1,4 +1,4 @@
-"""Links that open where a user wants to be: the form that starts a run, and this experiment's runs as a table."""
+"""Links into the web UIs: the form that starts a run, and the experiment's runs as a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flows.server.addresses import Addresses
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-FORM = "press/on-demand"  # the flow and the deployment whose form a user fills in: prefect.yaml
+FORM = "press/on-demand"  # flow and deployment of the form, as in prefect.yaml
 VIEW = "modelpress"
 COLUMNS = (
     "tags.`verdict`",
@@ -23,11 +23,11 @@ COLUMNS = (
     "metrics.`report.retention.mean`",
     "metrics.`report.size_bytes`",
 )
-ORDER = "metrics.`report.retention.mean`"  # by another order than time, variants are listed and not folded below runs
+ORDER = "metrics.`report.retention.mean`"  # sorted by time, MLflow would fold the variants under their runs
 
 
 def form_link(addresses: Addresses) -> str:
-    """The page on which a run is started; all deployments where Prefect does not tell."""
+    """The URL of the form that starts a run, or of all deployments if Prefect does not answer."""
     with suppress(OSError, ValueError, KeyError):
         url = f"{addresses.api}/deployments/name/{FORM}"
         with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - our own server
@@ -36,9 +36,9 @@ def form_link(addresses: Addresses) -> str:
 
 
 def runs_link(addresses: Addresses, client: MlflowClient, experiment: str) -> str:
-    """All variants of all runs, with the columns that tell them apart.
+    """The URL of a table in MLflow with all variants of all runs and their main columns.
 
-    MLflow's pages take the columns from a tag of the experiment, as their own button "Share" writes it.
+    MLflow reads the columns from a tag of the experiment, in the format of its "Share" button.
     """
     view = json.dumps({"selectedColumns": COLUMNS, "orderByKey": ORDER, "orderByAsc": False})
     client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{VIEW}", view)

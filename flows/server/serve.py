@@ -1,6 +1,6 @@
-"""`modelpress serve`: Prefect's server with its pages, a worker, the deployments of prefect.yaml, and MLflow's pages.
+"""`modelpress serve`: Prefect's server and UI, a worker, the deployments in prefect.yaml, and MLflow's UI.
 
-Everything listens on 127.0.0.1 unless told otherwise, ends with this process, and is started anew if it dies.
+All services listen on 127.0.0.1 by default, end with this process, and are restarted if they die.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from flows.tracking.prefect_artifacts import MLFLOW_UI
 POOL = "modelpress"
 LOGS = Path(".modelpress/logs")
 START_SECONDS = 120.0
-RESTARTS = 5  # of one service within a minute: then something is wrong that a restart does not mend
+RESTARTS = 5  # per service and minute; more restarts would not help
 
 
 @dataclass
 class _Service:
-    """One program: how it is started, and the address that answers once it works (None: it has none)."""
+    """A program to start. health: the URL that answers once it is ready; None: do not wait."""
 
     name: str
     command: list[str]
@@ -44,25 +44,25 @@ class _Service:
 
 
 def serve(root: Path, host: str, port: int, mlflow_port: int, say: Callable[[str], None]) -> None:
-    """Start everything and keep it at work until a KeyboardInterrupt.
+    """Start all services and keep them running until a KeyboardInterrupt. say: prints a line.
 
-    FlowError if a port is taken, the settings are invalid (the form would show no defaults), or something does not
-    start. Where a server is at work already, its addresses are said and nothing is started.
+    If a server is already running, print its addresses and return. FlowError if a port is taken, the settings are
+    invalid (the form needs them for its defaults), or a service does not start.
     """
     if (found := at_work(root)) is not None:
         _say_addresses(root, found, say)
-        say("already at work: nothing was started")
+        say("the service is already running; nothing was started")
         return
     read_settings(root / "params.yaml")
     if host not in ("127.0.0.1", "localhost", "::1"):
-        say(f"listening on {host}: whoever reaches it can start runs, for Prefect and MLflow ask for no password here")
+        say(f"listening on {host}: everyone who reaches it can start runs, because there is no password")
     mine = os.environ.get("PREFECT_API_URL")
     prefect = mine.removesuffix("/api") if mine else f"http://{host}:{port}"
     addresses = Addresses(prefect, f"http://{host}:{mlflow_port}")
     for wanted in ([] if mine else [port]) + [mlflow_port]:
         _require_free(host, wanted)
     _environment(root, addresses)
-    open_store(root)  # now, so that MLflow's pages and a first run do not both create it
+    open_store(root)  # create it now, so that MLflow's server and a first run do not both try
     services = [*([] if mine else [_server(host, port)]), _mlflow(root, host, mlflow_port), _worker()]
     with announced(root, addresses), contextlib.ExitStack() as stack:
         running: dict[str, Process] = {}
@@ -80,7 +80,7 @@ def serve(root: Path, host: str, port: int, mlflow_port: int, say: Callable[[str
                 for service in services:
                     if not running[service.name].alive:
                         _count_death(root, service)
-                        say(f"{service.name} has ended; starting it again")
+                        say(f"{service.name} has ended; restarting it")
                         running[service.name] = stack.enter_context(_start(root, service))
                         _wait(root, service, running[service.name])
         finally:
@@ -91,7 +91,7 @@ def serve(root: Path, host: str, port: int, mlflow_port: int, say: Callable[[str
 
 
 def _end_runs(worker: Process) -> None:
-    """End the flow runs that are at work, while there is a server to tell: each is in a process group of its own."""
+    """End the active flow runs, which have separate process groups, while the server can still record it."""
     runs = [process for process in worker.descendants() if _is_run(process)]
     for run in runs:
         with contextlib.suppress(psutil.Error):
@@ -130,9 +130,9 @@ def _environment(root: Path, addresses: Addresses) -> None:
     os.environ["PREFECT_SERVER_UI_API_URL"] = addresses.api
     os.environ["PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT"] = "false"
     os.environ["PREFECT_WORKER_WEBSERVER_HOST"] = "127.0.0.1"
-    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # eight processes that nothing here needs
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # eight processes that are not needed
     os.environ[MLFLOW_UI] = addresses.mlflow
-    # the worker's runs import what is here, whatever the folder that they are started from
+    # the worker's runs import this checkout's code from any folder
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -144,7 +144,7 @@ def _start(root: Path, service: _Service) -> Process:
 
 
 def _wait(root: Path, service: _Service, process: Process) -> None:
-    """Return when the service answers; FlowError with the end of its log if it does not."""
+    """Wait until the service answers; FlowError with the last line of its log if it does not."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.alive:
         if service.health is None:
@@ -164,16 +164,16 @@ def _count_death(root: Path, service: _Service) -> None:
 
 def _last_line(root: Path, service: _Service) -> str:
     log = root / LOGS / f"{service.name}.log"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it gave no reason"]
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no error message"]
     return f"{lines[-1].strip()} (log: {log})"
 
 
 def _deploy(root: Path) -> None:
-    """Make the work pool and every deployment of prefect.yaml, as their own commands do."""
+    """Create the work pool and all deployments in prefect.yaml with Prefect's commands."""
     for arguments in (["work-pool", "create", POOL, "--type", "process", "--overwrite"], ["deploy", "--all"]):
         status, said = run_module(root, "prefect", "--no-prompt", *arguments)
         if status:
-            lines = [line for line in said if line.strip()] or ["no reason given"]
+            lines = [line for line in said if line.strip()] or ["no error message"]
             raise FlowError(f"`prefect {' '.join(arguments)}` failed: {lines[-1].strip()}")
 
 
@@ -184,8 +184,8 @@ def _require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise FlowError(
-                f"cannot listen on {host}:{port}: {error.strerror}; end what uses the port, or choose others with "
-                "--port and --mlflow-port"
+                f"cannot listen on {host}:{port}: {error.strerror}; stop the program on this port, or choose others "
+                "with --port and --mlflow-port"
             ) from error
 
 

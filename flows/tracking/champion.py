@@ -1,10 +1,11 @@
-"""Whether a new package takes the champion's place: a paired test of the two over the items that both answered.
+"""Decide whether a new package replaces the champion, by a paired test over the items that both answered.
 
 It does if it is *not worse* and *better in something*:
 
-- With the gate's confidence it keeps at least the gate's share of the champion's score. This is the test that it has
-  passed against the baseline, with the champion in the baseline's place.
-- It is smaller; or as large (within 1%) and scores higher; or larger, and surely scores higher.
+- It keeps at least the gate's share of the champion's score, with the gate's confidence. This is the test of the gate,
+  with the champion as the baseline.
+- It is smaller; or it has the same size (within 1%) and scores higher; or it is larger and scores higher with the
+  gate's confidence.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from tasks.errors import TaskError
 from tasks.reporting.verdict import judge, pair_items, retention, sequential_retention
 from tasks.settings import GateSettings
 
-SAME_SIZE = 0.01  # sizes that differ by less are the same
-# what the contract says of the model rather than of the questions: another model may have another tokenizer
+SAME_SIZE = 0.01  # sizes that differ by less count as equal
+# fields of the contract about the model, not about the questions: models may differ in the tokenizer
 SUBJECT = frozenset({"tokenizer", "bos"})
-# what earlier records do not have: they answered all planned items, which any order of them has in common
+# fields missing in earlier records, which contain all planned items, so that the order does not matter
 LATER = frozenset({"order"})
-_REMEDY = "to compare them, press the champion's settings again, evaluated as now: modelpress run --set KEY=VALUE"
+_REMEDY = "to compare them, run the champion's settings again: modelpress run --set KEY=VALUE"
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A package as it was evaluated: the items of each task with hash and score, under a contract."""
+    """An evaluated package. contract: of its evaluation; items: by task, each with its hash and score."""
 
     size_bytes: int
     contract: Mapping[str, Any]
@@ -40,7 +41,7 @@ class Contender:
 
 
 def read_contender(root: Path, variant: str) -> Contender:
-    """The package that was made of `variant` in the checkout `root`."""
+    """Read the package of `variant` in the checkout `root`; FlowError if a metrics file is missing."""
     evaluated = _json(root / f"metrics/evaluate/{variant}.json")
     measured = _json(root / f"metrics/benchmark/{variant}.json")
     return Contender(
@@ -54,7 +55,7 @@ def read_contender(root: Path, variant: str) -> Contender:
 
 
 def fetch_contender(home: Path, tag: str, variant: str, folder: Path) -> Contender:
-    """The package of the run `tag`, from git and DVC's cache by way of `folder`; FlowError if it is not there."""
+    """Fetch the package of the run `tag` from git and DVC's cache into `folder`; FlowError if it is missing."""
     for stage in ("evaluate", "benchmark"):
         path = folder / f"metrics/{stage}/{variant}.json"
         path.parent.mkdir(parents=True)
@@ -65,7 +66,7 @@ def fetch_contender(home: Path, tag: str, variant: str, folder: Path) -> Contend
 
 
 def why_not(champion: Contender, new: Contender, gate: GateSettings, share: float) -> str | None:
-    """Why `new` does not take the place of `champion`; None if it does. share: of the champion's score, to be kept."""
+    """The reason why `new` does not replace `champion`; None if it does. share: of the champion's score, to keep."""
     if differences := _differences(champion, new):
         return f"the two were not evaluated in the same way: {differences}; {_REMEDY}"
     ours, theirs = ({task: _asked(items) for task, items in one.items.items()} for one in (champion, new))
@@ -81,7 +82,7 @@ def why_not(champion: Contender, new: Contender, gate: GateSettings, share: floa
         if ours == theirs and (order is None or not gate.sequential):
             result = retention(pairs, gate.confidence, gate.resamples)
         else:
-            # each was scored until its own verdict was certain: what they have in common is what one had at a look
+            # each stopped when its verdict was certain, so the common items are those of the earlier look
             result = sequential_retention(pairs, both, order, gate.confidence)
     except TaskError as error:
         return f"the two cannot be compared: {error}"
@@ -120,4 +121,4 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise FlowError(f"{path} is missing; `dvc repro` makes it") from error
+        raise FlowError(f"{path} is missing; `dvc repro` creates it") from error

@@ -17,14 +17,15 @@ def package_path(home: Path, tag: str) -> str:
     """The package's path in the run's checkout; FlowError if there is no such run."""
     if tag not in tags(home):
         some = ", ".join(tags(home)[:5]) or "none yet"
-        raise FlowError(f"no finished run {tag}; there are: {some}")
+        raise FlowError(f"no finished run {tag}; finished runs: {some}")
     params = f"{tag}:params.yaml"
     return f"dist/{package_name(git(home, 'show', params), params)}"
 
 
 def fetch_package(home: Path, tag: str, destination: Path | None) -> Path:
-    """Write the package of the run `tag`, or of MLflow's `champion` for the package of params.yaml, to `destination`
-    (a new folder, by default with the package's name).
+    """Write the package of the run `tag` to `destination`, a new folder that is by default named like the package.
+
+    The tag `champion` is resolved in MLflow's registry, for the package name in params.yaml.
 
     FlowError if there is no such run, the folder exists, or the files do not match their SHA256SUMS.
     """

@@ -17,7 +17,7 @@ _SQLITE = "sqlite:///"
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run. ended: seconds since 1970; scheme and figures: of the winner, None or empty if unknown."""
+    """One finished run. ended: in seconds since 1970; scheme and figures: of the winner, None or empty if unknown."""
 
     ended: float
     name: str
@@ -34,7 +34,7 @@ def finished_runs(home: Path) -> list[Finished]:
     """All finished runs, newest first; empty if MLflow has no store yet. FlowError if MLflow fails."""
     uri = tracking_uri(home)
     if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).exists():
-        return []  # do not create it
+        return []  # opening it would create it
     try:
         client, experiment = open_store(home)
         runs = list(_all_runs(client, experiment))
@@ -89,7 +89,7 @@ def _all_runs(client: Any, experiment: str) -> Iterator[Any]:
 
 
 def _champions(client: Any) -> dict[str, str]:
-    """The package's name by the run and by the tag of its champion."""
+    """Run id or git tag of each champion -> its package's name."""
     found: dict[str, str] = {}
     page: str | None = None
     while True:

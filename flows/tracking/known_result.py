@@ -1,4 +1,4 @@
-"""Which MLflow run holds the result of this checkout, without importing MLflow: a note beside its database."""
+"""Find the MLflow run with the result of this checkout without importing MLflow, from a note in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SQLITE = "sqlite:///"
 
 
 def note_result(home: Path, uri: str, lock: str, run: str) -> None:
-    """Write down that the finished run `run` of the store `uri` holds the result with this hash of dvc.lock."""
+    """Note that the finished run `run` in the store `uri` has the result with this hash of dvc.lock."""
     path = home / NOTE
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -22,9 +22,9 @@ def note_result(home: Path, uri: str, lock: str, run: str) -> None:
 
 
 def known_run(home: Path, uri: str, lock: str) -> str | None:
-    """The finished run that holds the result with this hash of dvc.lock.
+    """The finished run with the result for this hash of dvc.lock.
 
-    None where it is not noted, where its database does not have it any more, or where `uri` is no SQLite file.
+    None if there is no note, if the run is no longer in the database, or if `uri` is not an SQLite file.
     """
     with suppress(OSError, ValueError, KeyError, TypeError, sqlite3.Error):
         note = json.loads((home / NOTE).read_text(encoding="utf-8"))

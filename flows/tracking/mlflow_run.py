@@ -1,6 +1,6 @@
-"""MLflow remembers: one parent run per pipeline run from its first moment, one child per variant.
+"""Record runs in MLflow: one parent run per pipeline run, from its start, and one child run per variant.
 
-The results are the stages' files, not MLflow's: where MLflow cannot be reached, the run says so and goes on.
+The stages' files hold the results. If MLflow is unreachable, the pipeline run logs a warning and continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "modelpress"
 LOCK_TAG = "dvc.lock"
 ERROR_TAG = "error"
-GIT_TAG = "git.tag"  # of a run that was kept as one
+GIT_TAG = "git.tag"  # only of deployed runs
 PARENT_TAG = "mlflow.parentRunId"
 CHECKOUT_TAG = "modelpress.checkout"
 ARTIFACTS = ("report/index.html", "report/pareto.png", "report/summary.json", "report/table.txt")
@@ -36,12 +36,12 @@ Log = Logger | LoggerAdapter[Any]
 
 
 def tracking_uri(root: Path) -> str:
-    """Where MLflow keeps its records: MLFLOW_TRACKING_URI, else mlflow.db in `root`."""
+    """The URI of MLflow's store: MLFLOW_TRACKING_URI, else mlflow.db in `root`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
 
 
 class Record:
-    """The MLflow side of one pipeline run. Its first failure is told and ends the recording, not the run."""
+    """The MLflow record of one pipeline run. Its first failure is logged and ends the recording, but not the run."""
 
     def __init__(self, root: Path, home: Path, plan: Plan, log: Log) -> None:
         self._root = root
@@ -53,28 +53,28 @@ class Record:
         self._run: str | None = None
 
     def start(self, tags: Mapping[str, str]) -> None:
-        """Open the store and the parent run, unless there is nothing to do and a finished run has it all."""
+        """Open the store and start the parent run, unless there is nothing to do and the result is already recorded."""
         self._safely(lambda: self._start(dict(tags)))
 
     def complete(self, results: Mapping[str, str]) -> None:
-        """Record what came out; nothing if nothing was executed and a finished run holds the same."""
+        """Record the results, unless nothing was executed and a finished run has the same result."""
         if self._run:
             self._safely(lambda: self._complete(results))
 
     def results(self, results: Mapping[str, str]) -> None:
-        """Record what came out of a run that failed after its report, unless nothing was executed."""
+        """Record the results of a run that failed after its report, unless nothing was executed."""
         if self._run and "executed" in results.values():
             self._safely(lambda: self._results(results))
 
     def end(self, status: str, error: str) -> None:
-        """Close the parent run as FAILED or KILLED, with the reason."""
+        """End the parent run as FAILED or KILLED, with the reason."""
         if self._run:
             self._safely(lambda: self._end(status, error))
 
     def _start(self, tags: dict[str, str]) -> None:
         self._client, self._experiment = open_store(self._home)
         here = f"{socket.gethostname()}:{self._root}"
-        # only one run at a time works in a checkout: another that seems to run here was killed
+        # a checkout has one run at a time, so any other RUNNING record from here is of a killed run
         for run in self._search(f"tags.`{CHECKOUT_TAG}` = '{_quoted(here)}' and attributes.status = 'RUNNING'"):
             self._client.set_terminated(run.info.run_id, "KILLED")
         if all(stage.state == "unchanged" for stage in self._plan.values()) and self._same():
@@ -91,7 +91,7 @@ class Record:
             self._run = None
             return
         self._results(results)
-        # last, so that a run with this tag holds everything
+        # last, so that a run with this tag is complete
         lock = dvc_lock.lock_hash(self._root, self._plan)
         self._store.set_tag(self._parent, LOCK_TAG, lock)
         self._store.set_terminated(self._parent, "FINISHED")
@@ -129,12 +129,12 @@ class Record:
         self._store.set_terminated(self._parent, status)
 
     def _same(self) -> bool:
-        """Whether a finished run holds the result that dvc.lock describes now; says which."""
+        """Whether a finished run has the result of the current dvc.lock; log which."""
         lock = dvc_lock.lock_hash(self._root, self._plan)
         runs = self._search(f"tags.`{LOCK_TAG}` = '{lock}' and attributes.status = 'FINISHED'")
         for run in runs:
             note_result(self._root, tracking_uri(self._home), lock, run.info.run_id)
-            self._log.info("MLflow: nothing new, this result is in run %s", run.info.run_id)
+            self._log.info("MLflow: this result is already recorded in run %s", run.info.run_id)
             return True
         return False
 
@@ -171,13 +171,11 @@ class Record:
             action()
         except Exception as error:
             self._run = None
-            self._log.warning(
-                "%s; the results are complete without it, but not recorded", store_error(self._home, error)
-            )
+            self._log.warning("%s; the results are complete, but not recorded", store_error(self._home, error))
 
 
 def find_run(home: Path, flow_run: str) -> tuple[str, str] | None:
-    """The experiment and the run in which a flow run (its id) was recorded; None where MLflow does not know."""
+    """The ids of the experiment and of the MLflow run that records a flow run (an id); None if there is none."""
     with suppress(Exception):
         client, experiment = open_store(home)
         for run in client.search_runs([experiment], f"tags.`prefect.flow_run_id` = '{_quoted(flow_run)}'"):
@@ -186,7 +184,7 @@ def find_run(home: Path, flow_run: str) -> tuple[str, str] | None:
 
 
 def run_with_result(home: Path, lock: str) -> tuple[str, str] | None:
-    """The experiment and the finished run that holds the result with this hash of dvc.lock, if MLflow has one."""
+    """The ids of the experiment and of the finished run with this hash of dvc.lock; None if there is none."""
     client, experiment = open_store(home)
     for run in client.search_runs([experiment], f"tags.`{LOCK_TAG}` = '{lock}' and attributes.status = 'FINISHED'"):
         return experiment, str(run.info.run_id)
@@ -194,17 +192,16 @@ def run_with_result(home: Path, lock: str) -> tuple[str, str] | None:
 
 
 def store_error(home: Path, error: Exception) -> str:
-    """What a person reads when MLflow fails."""
+    """The user message for a failure of MLflow."""
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return f"MLflow at {tracking_uri(home)} does not work ({reason[0]})"
 
 
 @contextmanager
 def recorded(root: Path, home: Path, plan: Plan, log: Log, tags: Mapping[str, str]) -> Iterator[Record]:
-    """A parent run that is RUNNING while the body runs, FAILED by an error, KILLED by an interrupt.
+    """Record a parent run: RUNNING while the body runs, FAILED after an error, KILLED after an interrupt.
 
-    root: the checkout that the results are read from; home: the one that the store is in, unless MLFLOW_TRACKING_URI
-    names another.
+    root: the checkout with the results; home: the checkout with the store, unless MLFLOW_TRACKING_URI is set.
     """
     record = Record(root, home, plan, log)
     record.start(tags)
@@ -219,14 +216,14 @@ def recorded(root: Path, home: Path, plan: Plan, log: Log, tags: Mapping[str, st
 
 
 def open_store(root: Path) -> tuple[MlflowClient, str]:
-    """The store of the checkout `root` and the id of our experiment in it, which is created if it is not there."""
+    """The store of the checkout `root` and the id of the experiment, which is created if it is missing."""
     from mlflow import MlflowClient
 
     uri = tracking_uri(root)
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     lock = root / ".modelpress/mlflow.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    # two processes that create the tables of one new SQLite file break it for good
+    # two processes that create the tables of a new SQLite file at once would break it permanently
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         client = MlflowClient(uri)

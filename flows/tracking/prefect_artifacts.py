@@ -1,4 +1,4 @@
-"""A run's artifacts in Prefect's pages: plan, result table, summary with plot, links."""
+"""A run's artifacts in Prefect's UI: plan, result table, summary with plot, links."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from flows.tracking.result_markdown import result
 from flows.tracking.run_facts import read_json
 from tasks.reporting.columns import columns, one_line
 
-MLFLOW_UI = "MODELPRESS_MLFLOW_UI"  # environment variable with the address of MLflow's pages
+MLFLOW_UI = "MODELPRESS_MLFLOW_UI"  # environment variable with the address of MLflow's UI
 
 
 class ProgressArtifact:
-    """A stage's progress in Prefect's pages: created on the first report, then updated."""
+    """A stage's progress in Prefect's UI: created on the first report, then updated."""
 
     def __init__(self, stage: str) -> None:
         self._key = stage.replace("@", "-")
         self._id: Any = None
 
     def __call__(self, share: float, line: str) -> None:
-        """Show that `share` (0 to 1) of the work is done; an unreachable server does not stop the stage."""
+        """Report that `share` (0 to 1) of the work is done. An unreachable server does not stop the stage."""
         with suppress(Exception):
             if self._id is None:
                 self._id = create_progress_artifact(100 * share, key=self._key, description=line)
@@ -71,7 +71,7 @@ def show_run(root: Path, home: Path, tag: str, flow_run: str) -> None:
 
 def show_plan(plan: Plan) -> None:
     """Publish what a run would do with each stage, and why."""
-    rows = [{"stage": s.name, "what": ACTIONS[s.state], "why": "; ".join(s.reasons)} for s in plan.values()]
+    rows = [{"stage": s.name, "action": ACTIONS[s.state], "reason": "; ".join(s.reasons)} for s in plan.values()]
     create_table_artifact(key="plan", table=rows, description="what a run would do; nothing was done")
 
 

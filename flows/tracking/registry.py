@@ -54,7 +54,7 @@ def register(root: Path, home: Path, tag: str, commit: str, flow_run: str, log: 
 
 
 def champion_tag(home: Path, name: str) -> str:
-    """The tag of the run of the champion of the packages `name`; FlowError if there is none."""
+    """The run tag of the champion among the packages named `name`; FlowError if there is none."""
     try:
         client, _ = open_store(home)
         version = _champion(client, name)
@@ -89,7 +89,7 @@ def _register(root: Path, home: Path, tag: str, commit: str, flow_run: str, log:
     else:
         assert champion is not None
         log.info(
-            "%s: version %s (%s) stays the %s; the new package: %s; to override this, move the alias in MLflow's pages",
+            "%s: version %s (%s) stays the %s; the new package: %s; to override this, move the alias in MLflow's UI",
             package.name,
             champion.version,
             champion.tags.get(GIT_TAG),

@@ -1,4 +1,4 @@
-"""The result of a run as Markdown for Prefect's pages, from summary.json: table, verdicts, winner."""
+"""The result of a run as Markdown for Prefect's UI, from summary.json: table, verdicts, winner."""
 
 from __future__ import annotations
 

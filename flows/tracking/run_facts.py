@@ -1,4 +1,4 @@
-"""What a finished run says about itself, read from the files that the stages and DVC wrote."""
+"""Settings and figures of a finished run, from the files of the stages and DVC."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 from flows.graph.dvc_lock import lock_stages, params
 
-# in a child of MLflow these would be hundreds of figures; the file that holds them is kept as an artifact
+# not recorded as metrics, because these are hundreds of figures; their file is recorded as an artifact
 _TOO_MANY = frozenset({"layers"})
 
 
 @dataclass(frozen=True)
 class VariantFacts:
-    """One variant: its settings, its figures (dotted names), its labels, and the files that hold them."""
+    """One variant: its settings, figures (dotted names), tags, and the metrics files."""
 
     name: str
     params: dict[str, str]
@@ -27,7 +27,7 @@ class VariantFacts:
 
 
 def variant_facts(root: Path) -> list[VariantFacts]:
-    """Facts of every variant in params.yaml: from there, metrics/*/VARIANT.json, the report and dvc.lock."""
+    """The facts of every variant in params.yaml, from that file, metrics/*/VARIANT.json, the report and dvc.lock."""
     settings = params(root)
     summary = read_json(root / "report/summary.json").get("variants") or {}
     stages = lock_stages(root)
@@ -55,7 +55,7 @@ def _facts(root: Path, name: str, settings: Any, summary: dict[str, Any], stages
 
 
 def git_tags(root: Path) -> dict[str, str]:
-    """The commit that `root` is at, and whether tracked files differ from it; empty outside a repository."""
+    """The commit of `root`, and whether tracked files differ from it; empty outside a repository."""
     try:
         commit = _git(root, "rev-parse", "HEAD")
         changed = _git(root, "status", "--porcelain", "--untracked-files=no")
@@ -65,7 +65,7 @@ def git_tags(root: Path) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; empty where there is none."""
+    """The JSON object in `path`; empty if the file is missing or invalid."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted names of the leaves of nested mappings, as text; a list is one leaf, written as JSON."""
+    """The leaves of nested mappings as text, by dotted name; a list is one leaf, written as JSON."""
     if isinstance(values, Mapping) and values:
         return {
             name: text
@@ -85,7 +85,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, str]:
 
 
 def numbers(values: Any, prefix: str) -> Iterator[tuple[str, float]]:
-    """Dotted names of the numbers in nested mappings; contracts and per-layer figures are left out."""
+    """The numbers in nested mappings, by dotted name, without contracts and per-layer figures."""
     if isinstance(values, Mapping):
         for key, value in values.items():
             if key not in _TOO_MANY and key != "contract":

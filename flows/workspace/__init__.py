@@ -1,1 +1,1 @@
-"""Checkouts, git and DVC around a run."""
+"""A run's checkout: worktree, locks, git and DVC's remote."""

@@ -1,4 +1,4 @@
-"""DVC's remote: share the configuration of the user's checkout with a workspace, and push a finished run.
+"""DVC's remote: copy the configuration of the user's checkout to a workspace, and push a finished run.
 
 Remote and credentials are configured in DVC: `dvc remote add -d NAME URL`.
 """
@@ -17,7 +17,7 @@ LOCAL = Path(".dvc/config.local")  # not in git, so missing in a worktree; may c
 
 
 def share_dvc(home: Path, root: Path, cache: Path | str) -> None:
-    """Configure the worktree `root` of `home` to use its cache, and its remotes with their local settings."""
+    """Configure the worktree `root` of `home` to use `cache`, and the remotes of `home` with their local settings."""
     config = _read(home / LOCAL)
     config.setdefault("cache", {})["dir"] = str(cache)
     for part in (_read(home / CONFIG), _read(home / LOCAL)):  # the second overrides the first

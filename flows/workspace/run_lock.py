@@ -20,9 +20,9 @@ def exclusive(root: Path) -> Iterator[None]:
     path = root / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
-        for wait in (0.1, 0.2, 0.0):  # `is_held` locks it for a moment
+        for wait in (0.1, 0.2, 0.0):  # retry, because `is_held` locks it briefly
             try:
-                # the lock ends with the process in any case
+                # released when the process ends, even if it is killed
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:

@@ -30,13 +30,13 @@ RUNS = Path(".modelpress/runs")
 ABOUT = Path(".modelpress/run.json")
 TAG = "run/"
 KEPT = ("params.yaml", "dvc.lock", "metrics")  # committed by a run
-# shared with the user's checkout: what was fetched, and the scores of items
+# shared with the user's checkout: downloads and item scores
 SHARED = (".modelpress/downloads", ".modelpress/scores")
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A run's private checkout. started: seconds since 1970; changes: KEY=VALUE; error: the reason of a failure."""
+    """A run's private checkout. started: seconds since 1970; changes: KEY=VALUE; error: the reason for a failure."""
 
     name: str
     home: str
@@ -52,7 +52,7 @@ class Workspace:
 
     @property
     def tag(self) -> str:
-        """The tag of its commit."""
+        """The git tag of the run's commit."""
         return TAG + self.name
 
     @property
@@ -64,8 +64,8 @@ class Workspace:
 def open_workspace(home: Path, wanted: str, flow_run: str, changes: Iterable[str]) -> Workspace:
     """Create a worktree of `home` at its commit, with the changes (KEY=VALUE) in its params.yaml.
 
-    wanted: the run's and the workspace's name; if taken, part of the `flow_run` id is appended. A retry of the same
-    flow run reuses its workspace. FlowError if a change is refused, or git fails.
+    wanted: the name of run and workspace; if it is taken, part of the `flow_run` id is appended. A retry of the same
+    flow run reuses its workspace. FlowError if a change is invalid or git fails.
     """
     name = re.sub(r"[^a-z0-9]+", "-", wanted.lower()).strip("-") or "run"
     for candidate in (name, f"{name}-{flow_run[:8]}"):
@@ -92,7 +92,7 @@ def open_workspace(home: Path, wanted: str, flow_run: str, changes: Iterable[str
 
 
 def commit(space: Workspace) -> str:
-    """Commit and tag the run's results, without those of removed variants; return the commit."""
+    """Commit and tag the run's results, except those of removed variants; return the commit."""
     stages = read_plan(space.root)
     forget_others(space.root, stages)
     outs = {out.path for stage in stages.values() for out in stage.outs}
@@ -111,7 +111,7 @@ _NOBODY = ["-c", "user.name=modelpress", "-c", "user.email=modelpress@localhost"
 
 
 def fail(space: Workspace, error: str) -> None:
-    """Record the reason of the failure in the workspace."""
+    """Save the reason for the failure in the workspace."""
     _write(replace(space, error=error))
 
 

@@ -19,7 +19,7 @@ Shared = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """Folders by name, each created by one test worker and read by all; `make` gets the path to create."""
+    """Create a folder once for all test workers: `shared(name, make)` calls `make(path)` in one of them."""
     base = tmp_path_factory.getbasetemp()
     home = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -37,7 +37,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 @pytest.fixture(scope="session")
 def prefect_database(shared: Shared) -> Path:
-    """An empty Prefect database to copy for each server: creating one takes a dozen seconds."""
+    """An empty Prefect database, which each server copies, because creating one takes a dozen seconds."""
 
     def make(home: Path) -> None:
         command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]

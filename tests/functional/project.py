@@ -16,8 +16,8 @@ from flows.processes.process import Process
 from tests.functional.toy import PROJECT, cli_command, cli_env
 from tests.tiny import Corpus
 
-PATH = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # an activated environment
-ITEMS = 60  # per task: with fewer, a resample may contain none that the baseline answers
+PATH = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # like an activated environment
+ITEMS = 60  # per task; with fewer, a resample may contain no item that the baseline answers
 CODE = ("tasks", "flows", "evals", "dvc.yaml", "pyproject.toml", ".gitignore", ".dvcignore", ".dvc/config")
 
 
@@ -40,7 +40,7 @@ def params(llama: Path, corpus: Corpus) -> dict[str, Any]:
     for variant in values["variants"].values():
         variant.pop("samples", None)
     values["variants"]["awq-int4"]["group_size"] = 32
-    del values["variants"]["gptq-int4"], values["variants"]["auto"]  # each takes as long as awq-int4 and adds nothing
+    del values["variants"]["gptq-int4"], values["variants"]["auto"]  # slow, and they test nothing more than awq-int4
     values["benchmark"] |= {"prompt_tokens": 8, "new_tokens": 4, "repeats": 1}
     values["gate"] = {"sequential": True, "four_bit": 0.5, "eight_bit": 0.5, "confidence": 0.9, "resamples": 200}
     return values
@@ -94,7 +94,7 @@ class Checkout:
         return self.command(*cli_command("run", *arguments), **env)
 
     def stages(self) -> dict[str, list[str]]:
-        """Digests of each stage's cached outputs (metrics contain seconds, which differ)."""
+        """Digests of each stage's outputs except metrics, which contain times."""
         lock = yaml.safe_load((self.root / "dvc.lock").read_text(encoding="utf-8"))
         return {
             name: [out["md5"] for out in stage.get("outs", []) if not out["path"].startswith("metrics")]

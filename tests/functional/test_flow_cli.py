@@ -1,4 +1,4 @@
-"""`modelpress` as a person calls it: a process of its own, its exit status, and what it prints."""
+"""`modelpress` on the command line: output, exit status and signals."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_failed_stage_is_one_clear_line(toy: Toy, prefect_server: str) -> None
     assert last.startswith("error: report: report found 3, expected 4; fix it (log: ")
 
 
-def test_a_plan_says_what_would_run_and_why_and_changes_nothing(toy: Toy) -> None:
+def test_a_plan_shows_actions_and_reasons_and_changes_nothing(toy: Toy) -> None:
     toy.set(variants__int8__smoothing=0.45)
     lock = toy.read("dvc.lock")
     done = toy.call("plan")
@@ -78,10 +78,10 @@ def test_the_last_report_is_shown_again(toy: Toy) -> None:
     assert toy.cli("report").stdout.startswith("the table of the field\n")
     (toy.root / "report/table.txt").unlink()
     done = toy.call("report")
-    assert (done.returncode, done.stderr) == (1, "error: there is no report yet; `modelpress run` makes one\n")
+    assert (done.returncode, done.stderr) == (1, "error: there is no report yet; create one with `modelpress run`\n")
 
 
-def test_wrong_use_is_told_from_a_failed_run(toy: Toy, tmp_path: Path) -> None:
+def test_usage_errors_and_failed_runs_have_different_statuses(toy: Toy, tmp_path: Path) -> None:
     assert toy.cli("run", "--jobs", "0").returncode == 2
     assert toy.cli("rum").returncode == 2
     assert toy.cli("--version").stdout.startswith("modelpress ")
@@ -93,10 +93,8 @@ def test_wrong_use_is_told_from_a_failed_run(toy: Toy, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_ends_the_stage_and_tells_the_records(
-    toy: Toy, prefect_server: str, sign: int, status: int
-) -> None:
-    with _stage_at_work(toy, "quantize@int8", PREFECT_API_URL=prefect_server) as process:
+def test_an_interrupt_ends_the_stage_and_is_recorded(toy: Toy, prefect_server: str, sign: int, status: int) -> None:
+    with _running_stage(toy, "quantize@int8", PREFECT_API_URL=prefect_server) as process:
         stage = int(toy.read("pid-quantize@int8"))
         os.kill(process.pid, sign)
         output, _ = process.communicate(timeout=120)
@@ -110,8 +108,8 @@ def test_an_interrupt_ends_the_stage_and_tells_the_records(
 
 def test_a_killed_run_leaves_no_process_and_loses_nothing(toy: Toy) -> None:
     old = toy.read("models/int8/content.json")
-    # with a Prefect server and a fork server of its own, which must be gone too
-    with _stage_at_work(toy, "quantize@int8", PREFECT_API_URL="", MODELPRESS_FORK_SERVER="") as process:
+    # the run starts its own Prefect server and fork server, which must end too
+    with _running_stage(toy, "quantize@int8", PREFECT_API_URL="", MODELPRESS_FORK_SERVER="") as process:
         family = psutil.Process(process.pid).children(recursive=True)
         words = [" ".join(child.cmdline()) for child in family]
         assert any("uvicorn" in line for line in words)
@@ -128,8 +126,8 @@ def test_a_killed_run_leaves_no_process_and_loses_nothing(toy: Toy) -> None:
     assert [run.info.status for run in toy.mlflow_runs()][1:] == ["KILLED", "FAILED"]
 
 
-class _stage_at_work:  # noqa: N801 - reads as a phrase
-    """`modelpress run` in which `stage` is at work; killed at the end, if it is still there."""
+class _running_stage:  # noqa: N801 - reads as a phrase
+    """`modelpress run` with `stage` running; killed at the end if it has not ended."""
 
     def __init__(self, toy: Toy, stage: str, **env: str) -> None:
         toy.set(variants__int8__smoothing=0.45)

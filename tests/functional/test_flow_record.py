@@ -1,4 +1,4 @@
-"""What MLflow remembers of a run, in a real SQLite store."""
+"""The record of a run in a real MLflow store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.functional.toy import VARIANTS, Toy
 LOG = logging.getLogger("test")
 
 
-def test_a_parent_holds_the_run_and_a_child_each_variant(finished_toy: Toy) -> None:
+def test_a_run_has_a_parent_record_and_a_child_per_variant(finished_toy: Toy) -> None:
     (parent,) = finished_toy.mlflow_runs()
     params = yaml.safe_load(finished_toy.read("params.yaml"))
     assert parent.data.params["model.source"] == params["model"]["source"]
@@ -47,7 +47,7 @@ def test_a_parent_holds_the_run_and_a_child_each_variant(finished_toy: Toy) -> N
     assert child.data.tags["dvc.models/gptq-int4"] == locked[1]["md5"]
 
 
-def test_the_parent_is_there_from_the_first_moment_and_tells_how_it_ended(toy: Toy) -> None:
+def test_the_parent_record_exists_from_the_start_and_has_the_final_status(toy: Toy) -> None:
     toy.set(gate__four_bit=0.85)
     plan = read_plan(toy.root)
     seen = []
@@ -59,11 +59,11 @@ def test_the_parent_is_there_from_the_first_moment_and_tells_how_it_ended(toy: T
     assert toy.mlflow_runs()[-1].info.run_name == "one"
 
 
-def test_a_run_that_was_killed_without_a_word_is_closed_by_the_next(toy: Toy) -> None:
+def test_the_next_run_closes_the_record_of_a_killed_one(toy: Toy) -> None:
     toy.set(gate__four_bit=0.85)
     plan = read_plan(toy.root)
     dead = recorded(toy.root, toy.root, plan, LOG, {"name": "dead"})
-    dead.__enter__()  # and never left
+    dead.__enter__()  # never exited
     assert toy.mlflow_runs()[-1].info.status == "RUNNING"
     with recorded(toy.root, toy.root, plan, LOG, {"name": "next"}):
         statuses = {run.info.run_name: run.info.status for run in toy.mlflow_runs()}
@@ -71,7 +71,7 @@ def test_a_run_that_was_killed_without_a_word_is_closed_by_the_next(toy: Toy) ->
         assert statuses["next"] == "RUNNING"
 
 
-def test_a_store_that_is_away_costs_the_record_and_not_the_results(
+def test_an_unreachable_store_loses_the_record_but_not_the_results(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -79,10 +79,10 @@ def test_a_store_that_is_away_costs_the_record_and_not_the_results(
     toy.set(gate__four_bit=0.85)
     assert toy.run()["report"] == "executed"
     assert "MLflow at http://127.0.0.1:9 does not work" in caplog.text
-    assert "the results are complete without it" in caplog.text
+    assert "the results are complete, but not recorded" in caplog.text
 
 
-def test_a_store_of_ones_own_is_respected(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_from_the_environment_is_used(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(toy.mlflow_runs())
     (tmp_path / "own.db").write_bytes((toy.root / "mlflow.db").read_bytes())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'own.db'}")

@@ -1,4 +1,4 @@
-"""The flow over a real git and DVC repository, a real Prefect server and a real MLflow store."""
+"""The flow with a real git and DVC repository, Prefect server and MLflow store."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_change_of_one_variant_runs_its_stages_and_what_follows(toy: Toy) -> N
     assert [run.info.status for run in toy.mlflow_runs()] == ["FINISHED", "FINISHED"]
 
 
-def test_settings_that_were_seen_before_come_from_the_run_cache(toy: Toy) -> None:
+def test_results_of_earlier_settings_come_from_the_run_cache(toy: Toy) -> None:
     old = toy.read("params.yaml")
     toy.set(variants__int8__smoothing=0.45)
     toy.run()
@@ -62,7 +62,7 @@ def test_settings_that_were_seen_before_come_from_the_run_cache(toy: Toy) -> Non
     results = toy.run()
     assert toy.executed() == before
     assert results["quantize@int8"] == "restored"
-    # the first run holds this result already
+    # the first run has recorded this result already
     assert len(toy.mlflow_runs()) == 2
 
 
@@ -76,7 +76,7 @@ def test_after_dvc_repro_a_run_is_all_unchanged(toy: Toy) -> None:
     assert [run.info.status for run in toy.mlflow_runs()] == ["FINISHED", "FINISHED"]
 
 
-def test_a_failed_stage_stops_what_follows_and_nothing_else(toy: Toy) -> None:
+def test_a_failed_stage_stops_only_dependent_stages(toy: Toy) -> None:
     model, metrics = toy.read("models/int8/content.json"), toy.read("metrics/quantize/int8.json")
     before = len(toy.executed())
     toy.set(
@@ -93,12 +93,12 @@ def test_a_failed_stage_stops_what_follows_and_nothing_else(toy: Toy) -> None:
     message = str(caught.value)
     assert "quantize@int8: quantize@int8 found 3, expected 4; fix it (log: " in message
     assert message.endswith(
-        "not run because of that: benchmark@int8, report; "
-        "finished, and kept for the next run: quantize@gptq-int4, benchmark@gptq-int4; unchanged: 3 stages"
+        "skipped, because they depend on a failed stage: benchmark@int8, report; "
+        "finished and kept for the next run: quantize@gptq-int4, benchmark@gptq-int4; unchanged: 3 stages"
     )
     assert sorted(toy.executed()[before:]) == ["benchmark@gptq-int4", "quantize@gptq-int4", "quantize@int8"]
     assert "working on quantize@int8" in toy.read(".modelpress/logs/quantize@int8.log")
-    # DVC had deleted both before it ran the stage; only one of them is in its cache
+    # DVC deleted both before the stage ran, and only one of them is in its cache
     assert toy.read("models/int8/content.json") == model
     assert toy.read("metrics/quantize/int8.json") == metrics
     last = toy.mlflow_runs()[-1]
@@ -109,7 +109,7 @@ def test_a_failed_stage_stops_what_follows_and_nothing_else(toy: Toy) -> None:
     assert toy.run()["report"] == "executed"
 
 
-def test_a_benchmark_runs_with_nothing_beside_it(toy: Toy) -> None:
+def test_a_benchmark_runs_alone(toy: Toy) -> None:
     before = len(toy.times())
     toy.set(model__source="path:elsewhere")
     for name in VARIANTS:
@@ -126,7 +126,7 @@ def test_a_benchmark_runs_with_nothing_beside_it(toy: Toy) -> None:
     assert {group for group in together if any("benchmark" in name for name in group)} == {
         frozenset({f"benchmark@{name}"}) for name in VARIANTS
     }
-    # the others do run side by side, or the test would say nothing
+    # other stages do run in parallel, otherwise the test would prove nothing
     assert any(len(group) > 1 for group in together)
 
 
@@ -138,7 +138,7 @@ def test_a_stage_that_takes_too_long_is_stopped(toy: Toy) -> None:
     assert toy.read("report/table.txt") == "the table of the field\n"
 
 
-def test_what_cannot_work_is_refused_before_any_stage_runs(toy: Toy) -> None:
+def test_invalid_settings_are_refused_before_any_stage_runs(toy: Toy) -> None:
     before = toy.executed()
     toy.set(gate__four_bit=0.9)
     toy.wish("preflight", "error: group_size is 7")
@@ -159,7 +159,7 @@ def test_two_runs_in_one_checkout_are_refused(toy: Toy) -> None:
     ("error", "again"),
     [(TransientStageError("busy"), True), (StageError("broken"), False), (OutOfMemoryError("too large"), False)],
 )
-def test_only_what_may_work_next_time_is_tried_again(prefect_server: str, error: Exception, again: bool) -> None:
+def test_only_transient_errors_are_retried(prefect_server: str, error: Exception, again: bool) -> None:
     @task(retries=1, retry_condition_fn=stage_task.retry_condition_fn)
     def fail() -> None:
         tries.append(1)
@@ -171,7 +171,7 @@ def test_only_what_may_work_next_time_is_tried_again(prefect_server: str, error:
     assert len(tries) == (2 if again else 1)
 
 
-def test_a_download_without_a_network_is_tried_again_until_it_works(
+def test_a_download_without_a_network_is_retried_until_it_works(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(stage_module, "WAITS", (0.1, 0.2, 0.3))
@@ -180,14 +180,16 @@ def test_a_download_without_a_network_is_tried_again_until_it_works(
     toy.wish("download", "away 2")
     assert toy.run()["download"] == "executed"
     assert toy.executed()[before:].count("download") == 3
-    told = [line for line in caplog.text.splitlines() if "trying again" in line]
+    told = [line for line in caplog.text.splitlines() if "retrying" in line]
     assert len(told) == 2
     assert "download: the hub is away (log: " in told[0]
-    assert told[0].endswith("trying again in 0.1 s (1 of 3)")
-    assert told[1].endswith("trying again in 0.2 s (2 of 3)")
+    assert told[0].endswith("retrying in 0.1 s (1 of 3)")
+    assert told[1].endswith("retrying in 0.2 s (2 of 3)")
 
 
-def test_a_network_that_stays_away_fails_the_run_after_the_last_try(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_permanent_network_failure_fails_the_run_after_the_last_retry(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stage_module, "WAITS", (0.0, 0.0, 0.0))
     before = len(toy.executed())
     toy.set(model__source="path:elsewhere")
@@ -197,14 +199,14 @@ def test_a_network_that_stays_away_fails_the_run_after_the_last_try(toy: Toy, mo
     assert toy.executed()[before:] == ["download"] * 4
 
 
-def test_an_interrupt_does_not_wait_for_the_next_try(toy: Toy, prefect_server: str) -> None:
+def test_an_interrupt_does_not_wait_for_the_next_retry(toy: Toy, prefect_server: str) -> None:
     toy.set(model__source="path:elsewhere")
     toy.wish("download", "away 9")
     longer = "from flows.execution import stage_task; stage_task.WAITS = (600.0,); from flows.cli import main; main()"
     process = toy.start([sys.executable, "-c", longer, "run"], PREFECT_API_URL=prefect_server)
     assert process.stdout is not None
     try:
-        while "trying again in 600 s" not in process.stdout.readline():
+        while "retrying in 600 s" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=300)
@@ -216,7 +218,7 @@ def test_an_interrupt_does_not_wait_for_the_next_try(toy: Toy, prefect_server: s
 @pytest.mark.parametrize(
     ("wish", "what"),
     [
-        ("killed", "killed, most likely by the system for want of memory"),
+        ("killed", "killed, most likely by the system because memory ran out"),
         ("no memory", "out of memory"),
     ],
 )
@@ -232,12 +234,12 @@ def test_a_stage_without_enough_memory_names_its_peak_and_what_to_lower(toy: Toy
         str(caught.value),
     )
     assert message, caught.value
-    # it allocates 300 MB, besides Python and DVC
+    # the stage allocates 300 MB, in addition to Python and DVC
     assert 0.3 <= float(message[1]) < float(message[2])
     assert toy.executed()[before:] == ["quantize@int8"]  # no retry
 
 
 def _gptq(group_size: int) -> dict[str, object]:
-    # a format in which a group size must divide every layer
+    # in the format awq, the group size must divide the width of every layer
     settings = {"scheme": "W4A16_ASYM", "group_size": group_size, "rounding": "gptq", "format": "awq"}
     return {"gptq-int4": settings}

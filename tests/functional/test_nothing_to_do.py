@@ -28,7 +28,7 @@ def test_it_says_so_and_shows_the_result(settled: Toy, monkeypatch: pytest.Monke
     first, second, table, *_ = done.stdout.splitlines()
     assert first == f"{len(STAGES)} stages: {len(STAGES)} unchanged"
     (run,) = settled.mlflow_runs()
-    assert second == f"MLflow: nothing new, this result is in run {run.info.run_id}"
+    assert second == f"MLflow: this result is already recorded in run {run.info.run_id}"
     assert table == "the table of the field"
 
 

@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny trained llama: real git, DVC, Prefect and MLflow, by the flow and by `dvc repro`."""
+"""The whole pipeline on a tiny trained llama, by the flow and by `dvc repro`, with real git, Prefect and MLflow."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.tiny import Corpus, tiny_corpus
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """More items than the shared corpus has."""
+    """A corpus with more items than the shared one."""
     return tiny_corpus(tmp_path_factory.mktemp("corpus"), items=ITEMS)
 
 
 def few(llama: Path, corpus: Corpus) -> dict[str, Any]:
-    """`params` with one variant: a second one takes a minute and shows no more."""
+    """`params` with one variant; a second one would take a minute and test nothing more."""
     values = params(llama, corpus)
     del values["variants"]["awq-int4"]
     return values
@@ -31,7 +31,7 @@ def few(llama: Path, corpus: Corpus) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def by_flow(llama: Path, corpus: Corpus, prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A checkout after `modelpress run`, with a server of its own. Tests that change it put it back."""
+    """A checkout after `modelpress run` with its own server. Tests must undo their changes."""
     folder = tmp_path_factory.mktemp("flow")
     checkout = Checkout(folder / "project", few(llama, corpus))
     checkout.output = checkout.run()  # type: ignore[attr-defined]
@@ -47,7 +47,7 @@ def test_the_run_shows_its_result(by_flow: Checkout) -> None:
     assert by_flow.runs() == {"parents": 1, "children": 2}
 
 
-def test_what_was_evaluated_is_what_is_packaged(by_flow: Checkout) -> None:
+def test_the_evaluated_model_is_packaged(by_flow: Checkout) -> None:
     summary = json.loads((by_flow.root / "report/summary.json").read_text())
     bundle = by_flow.root / "dist/smollm2-135m-instruct"
     sizes = {name: v["size_bytes"] for name, v in summary["variants"].items() if v["verdict"] == "pass"}
@@ -61,14 +61,14 @@ def test_what_was_evaluated_is_what_is_packaged(by_flow: Checkout) -> None:
     assert "/" + str(by_flow.root).strip("/") not in (bundle / "provenance.json").read_text()
 
 
-def test_the_baseline_is_compared_with_itself_without_loss(by_flow: Checkout) -> None:
+def test_the_baseline_has_no_loss_against_itself(by_flow: Checkout) -> None:
     base = json.loads((by_flow.root / "metrics/evaluate/base.json").read_text())
     int8 = json.loads((by_flow.root / "metrics/evaluate/int8.json").read_text())
     assert all(text["kl"] == 0 and text["top1"] == 1 for text in base["texts"].values())
     assert all(0 < text["kl"] < 0.5 and text["top1"] > 0.5 for text in int8["texts"].values())
     assert base["contract_hash"] == int8["contract_hash"]
     assert {task["items"] for task in base["tasks"].values()} == {ITEMS}
-    # int8's verdict was certain before
+    # the verdict for int8 is certain after fewer items
     assert all(0 < task["items"] < ITEMS for task in int8["tasks"].values())
 
 
@@ -85,13 +85,11 @@ def test_a_second_run_changes_nothing(by_flow: Checkout, prefect_server: str) ->
     assert by_flow.runs() == {"parents": 1, "children": 2}
 
 
-def test_what_dvc_executes_again_has_the_same_bytes_and_the_flow_nothing_to_do(
-    by_flow: Checkout, tmp_path: Path
-) -> None:
+def test_stages_run_again_by_dvc_give_the_same_bytes(by_flow: Checkout, tmp_path: Path) -> None:
     copy = copied(by_flow, tmp_path)
     executed_again(copy, "export@int8", "report")
     assert {stage.state for stage in read_plan(copy.root).values()} == {"unchanged"}
-    # last, for their metrics hold the seconds, which the report says
+    # last, because their metrics contain times, which appear in the report
     executed_again(copy, "quantize@int8", "evaluate@int8")
     same_bytes(by_flow, copy)
 
@@ -114,7 +112,7 @@ def executed_again(checkout: Checkout, *stages: str) -> None:
 
 
 def copied(checkout: Checkout, folder: Path) -> Checkout:
-    """Another one, with all that was done in the first."""
+    """A copy of the checkout with all its results."""
     copy = object.__new__(Checkout)
     copy.root = folder / "copy"
     shutil.copytree(checkout.root, copy.root, symlinks=True)
@@ -124,7 +122,7 @@ def copied(checkout: Checkout, folder: Path) -> Checkout:
 def same_bytes(one: Checkout, other: Checkout) -> None:
     ours, theirs = one.stages(), other.stages()
     assert ours.keys() == theirs.keys()
-    # report and package hold the seconds and the git commit of their own run
+    # report and package contain the times and the git commit of their run
     same = [name for name in ours if name not in ("report", "package")]
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
 
@@ -144,7 +142,7 @@ def test_a_change_of_one_variant_runs_its_stages_and_what_follows(by_flow: Check
 
 
 @pytest.mark.slow
-def test_for_onnx_a_graph_is_evaluated_and_packaged(llama: Path, corpus: Corpus, tmp_path: Path) -> None:
+def test_onnx_model_is_evaluated_and_packaged(llama: Path, corpus: Corpus, tmp_path: Path) -> None:
     checkout = Checkout(tmp_path / "project", params(llama, corpus) | {"target": "onnx"})
     checkout.dvc("repro")
     summary = json.loads((checkout.root / "report/summary.json").read_text())
@@ -160,7 +158,7 @@ def test_for_onnx_a_graph_is_evaluated_and_packaged(llama: Path, corpus: Corpus,
 
 @pytest.mark.slow
 @pytest.mark.gguf
-def test_for_gguf_one_file_is_evaluated_and_packaged(llama: Path, corpus: Corpus, tmp_path: Path) -> None:
+def test_gguf_file_is_evaluated_and_packaged(llama: Path, corpus: Corpus, tmp_path: Path) -> None:
     values = params(llama, corpus) | {"target": "gguf"}
     values["variants"]["q4km"] = {"scheme": "Q4_K_M", "imatrix": True}
     checkout = Checkout(tmp_path / "project", values)
@@ -177,7 +175,7 @@ def test_for_gguf_one_file_is_evaluated_and_packaged(llama: Path, corpus: Corpus
     assert load_runtime("gguf", bundle, "float32").generate("Anna", 4)
 
 
-def test_a_change_that_cannot_work_is_refused_before_work_and_not_kept(by_flow: Checkout) -> None:
+def test_an_invalid_change_is_refused_and_not_kept(by_flow: Checkout) -> None:
     params = by_flow.root / "params.yaml"
     before = params.read_bytes()
     done = subprocess.run(
@@ -190,5 +188,5 @@ def test_a_change_that_cannot_work_is_refused_before_work_and_not_kept(by_flow: 
     )
     assert done.returncode == 1
     assert "names layer 9, but the model has" in done.stderr
-    assert done.stderr.rstrip().endswith("params.yaml is as it was")
+    assert done.stderr.rstrip().endswith("params.yaml is unchanged")
     assert params.read_bytes() == before

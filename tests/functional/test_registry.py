@@ -157,5 +157,5 @@ def test_the_history_compares_finished_runs(here: Toy) -> None:
         NAME,
     ]
     (here.root / "mlflow.db").unlink()
-    assert here.call("history").stdout == "no finished runs yet; `modelpress run` makes the first\n"
+    assert here.call("history").stdout == "no finished runs yet; start one with `modelpress run`\n"
     assert not (here.root / "mlflow.db").exists()

@@ -47,7 +47,7 @@ def test_damaged_objects_and_their_links_are_recreated(toy: Toy) -> None:
     assert len(done.stdout.splitlines()) == 4
     assert "deleted models/int8/content.json" in done.stdout
     assert not model.exists()
-    assert toy.call("doctor", "--repair").stdout == "nothing to mend\n"
+    assert toy.call("doctor", "--repair").stdout == "nothing to repair\n"
 
     toy.run()
     assert _outputs(toy) == before

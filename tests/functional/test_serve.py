@@ -1,4 +1,4 @@
-"""`modelpress serve` for real: its pages in a browser, schedules, cancelling, and what listens where."""
+"""`modelpress serve` with real servers: the form in a browser, schedules, cancelling and listening addresses."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tests.functional.toy import PROJECT, Toy
 from tests.waiting import soon
 
 TOKEN = "hf_planted_" + "x" * 20
-PATIENCE = 300.0  # seconds for what takes some on a machine with nothing else to do
+PATIENCE = 300.0  # seconds; operations that take a few on an idle machine may take this long on a busy one
 SCREENSHOTS = PROJECT / ".screenshots"
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
 
 @dataclass
 class Served:
-    """A toy pipeline with its server at work."""
+    """A toy pipeline with its running server."""
 
     toy: Toy
     process: subprocess.Popen[str]
@@ -44,7 +44,7 @@ class Served:
     links: dict[str, str]
 
     def api(self, path: str, body: Any = None, method: str = "POST") -> Any:
-        """What Prefect's API answers."""
+        """Call Prefect's API and return the response."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             f"{self.pages}/api{path}", data, {"Content-Type": "application/json"}, method=method
@@ -56,7 +56,7 @@ class Served:
                     text = answer.read()
                 return json.loads(text) if text else None
             except urllib.error.HTTPError as error:
-                if error.code != 503:  # its database is busy for a moment
+                if error.code != 503:  # the database is busy
                     raise
                 time.sleep(1)
         raise AssertionError(f"{path}: busy for {PATIENCE:.0f} s")
@@ -65,7 +65,7 @@ class Served:
         return dict(self.api(f"/deployments/name/press/{name}", method="GET"))
 
     def run(self, name: str, deployment: str = "on-demand", **parameters: Any) -> str:
-        """Start a deployed run as the form does; its id."""
+        """Start a deployed run like the form; return its id."""
         path = f"/deployments/{self.deployment(deployment)['id']}/create_flow_run"
         return str(self.api(path, {"name": name, "parameters": parameters})["id"])
 
@@ -76,7 +76,7 @@ class Served:
         return str(self.flow_run(flow_run)["state_name"])
 
     def runs(self, deployment: str) -> list[dict[str, Any]]:
-        """The flow runs of a deployment that have been started."""
+        """The started flow runs of a deployment."""
         wanted = {
             "deployments": {"id": {"any_": [self.deployment(deployment)["id"]]}},
             "sort": "EXPECTED_START_TIME_ASC",
@@ -84,7 +84,7 @@ class Served:
         return [run for run in self.api("/flow_runs/filter", wanted) if run["state_name"] not in ("Scheduled", "Late")]
 
     def processes(self, part: str) -> list[psutil.Process]:
-        """The processes whose folder's path holds `part`."""
+        """The processes whose working directory contains `part`."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -97,12 +97,12 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The server on ports of its own; a stage of the toy is real enough for it."""
+    """The server on free ports, with a toy pipeline."""
     toy = Toy.create(tmp_path_factory.mktemp("served") / "toy")
     (toy.root / ".prefect").mkdir()
     shutil.copy(prefect_database, toy.root / ".prefect")
     shutil.copy(PROJECT / "prefect.yaml", toy.root)
-    (toy.root / "flows").symlink_to(PROJECT / "flows")  # where prefect.yaml says that the flow is
+    (toy.root / "flows").symlink_to(PROJECT / "flows")  # the flow's path in prefect.yaml
     ports = [free_port(), free_port()]
     arguments = ("serve", "--port", str(ports[0]), "--mlflow-port", str(ports[1]))
     log = toy.root / "serve.log"
@@ -111,7 +111,7 @@ def served(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "2",
         "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
-        "PREFECT_API_REQUEST_TIMEOUT": str(PATIENCE),  # of the worker and the runs: the machine may be busy
+        "PREFECT_API_REQUEST_TIMEOUT": str(PATIENCE),  # for worker and runs, because the machine may be busy
     }
     process = toy.start_cli(
         *arguments, PREFECT_HOME=str(toy.root / ".prefect"), PREFECT_API_URL="", HF_TOKEN=TOKEN, **quick
@@ -132,11 +132,11 @@ def served(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     assert soon(lambda: not Served(toy, process, "", (), {}).processes(str(toy.root)), 60)
 
 
-def test_a_second_one_says_the_addresses_and_starts_nothing(served: Served) -> None:
+def test_a_second_service_prints_the_addresses_and_starts_nothing(served: Served) -> None:
     again = served.toy.cli(*served.arguments)
     assert again.returncode == 0, again.stderr
     assert served.pages in again.stdout
-    assert "already at work" in again.stdout
+    assert "already running" in again.stdout
 
 
 def test_nothing_listens_beyond_this_machine(served: Served) -> None:
@@ -158,7 +158,7 @@ def test_a_bad_value_is_refused_by_name_before_a_run_starts(
 
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-def test_a_person_fills_in_the_form_and_opens_the_results(served: Served, browser: webdriver.Chrome) -> None:
+def test_a_user_fills_in_the_form_and_opens_the_results(served: Served, browser: webdriver.Chrome) -> None:
     browser.get(served.links["start a run"])
     samples = wait_for(browser, "//label[contains(., 'samples')]/following::input[1]")
     assert samples.get_attribute("value") == "32"
@@ -172,7 +172,7 @@ def test_a_person_fills_in_the_form_and_opens_the_results(served: Served, browse
 
     submit.click()
     if not soon(runs, 20):
-        submit.click()  # the page takes no click while it still checks what was typed
+        submit.click()  # the page ignores clicks while it validates the input
     (run,) = soon(runs, PATIENCE)
     assert run["parameters"]["gate_four_bit"] == 0.85
     assert soon(lambda: served.state(run["id"]) == "Completed", PATIENCE)
@@ -210,7 +210,7 @@ def test_cancelling_ends_every_process_of_the_run(served: Served) -> None:
 
 @pytest.fixture
 def held(served: Served) -> Iterator[Callable[[str], None]]:
-    """Runs that press quantize@int8 anew wait in that stage until they are let go by their names."""
+    """Make runs wait in quantize@int8, unless it is cached. The yielded function releases a run by its name."""
     served.toy.wish("quantize@int8", "wait")
     commit(served.toy, "wish")
     yield lambda name: (served.toy.root / ".modelpress/runs" / name / "go-quantize@int8").touch()
@@ -257,7 +257,7 @@ def test_the_fifth_run_on_demand_waits_for_one_of_four(served: Served, held: Cal
 def test_a_scheduled_run_starts_and_finishes(served: Served) -> None:
     nightly = served.deployment("nightly")
     assert [s["schedule"]["cron"] for s in nightly["schedules"]] == ["0 3 * * *"]
-    # once soon, and again where the machine was too busy for that
+    # soon, and repeatedly in case the machine is too busy for the first one
     soon_after = (datetime.now(UTC) + timedelta(seconds=8)).isoformat()
     often = [{"schedule": {"interval": 60, "anchor_date": soon_after}, "active": True}]
     (schedule,) = served.api(f"/deployments/{nightly['id']}/schedules", often)
@@ -271,8 +271,8 @@ def test_a_scheduled_run_starts_and_finishes(served: Served) -> None:
         served.api(f"/deployments/{nightly['id']}/schedules/{schedule['id']}", method="DELETE")
 
 
-def test_a_planted_token_is_nowhere(served: Served) -> None:
-    """After runs that finished, one that was cancelled and one from the schedule: in no log, database or commit."""
+def test_the_token_is_not_leaked(served: Served) -> None:
+    """After finished, cancelled and scheduled runs, no log, database or commit contains the token."""
     files = [path for path in served.toy.root.rglob("*") if path.is_file() and not path.is_symlink()]
     assert any(path.name == "prefect.db" for path in files)
     assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []

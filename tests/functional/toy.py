@@ -78,7 +78,7 @@ wish = Path("wish/preflight")
 sys.exit(wish.read_text() if wish.exists() else 0)
 """
 
-# files in wish/, which no stage depends on, control a stage's behaviour
+# files in wish/ control the stages; no stage depends on them
 STAGE = """
 import hashlib, json, os, signal, sys, time
 from pathlib import Path
@@ -92,14 +92,14 @@ with open("times.jsonl", "a") as file:
 print(f"working on {name}", flush=True)
 if wish == "fail":
     sys.exit(f"error: {name} found 3, expected 4; fix it")
-if wish.startswith("away"):  # so many times, then the network is there
+if wish.startswith("away"):  # fail this many times, as without a network
     Path(f"tries-{name}").open("a").write("x")
     if len(Path(f"tries-{name}").read_text()) <= int(wish.split()[1]):
         print("error: the hub is away", file=sys.stderr)
         sys.exit(75)
 if wish in ("killed", "no memory"):
     ballast = b"x" * 300_000_000
-    time.sleep(1.5)  # for a look at the memory
+    time.sleep(1.5)  # so that the memory is sampled
     if wish == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     print("error: out of memory; lower something", file=sys.stderr)
@@ -118,7 +118,7 @@ if out != "-":
 for path in metrics:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     values = {"variant": variant, "seconds": len(content), "layers": {"a": 0.5}}
-    # a variant's settings say how large it is and how much it gets right
+    # size and score are derived from the variant's settings
     values["size_bytes"] = 1_000_000 * (params["variants"][variant].get("samples") or 16)
     if name.startswith("evaluate"):
         values["contract"] = {"limit": params["evaluation"]["limit"], "tokenizer": {"file": params["model"]["source"]}}
@@ -155,7 +155,7 @@ class Toy:
 
     @classmethod
     def create(cls, root: Path, *, packaging: bool = False) -> Toy:
-        """Create a git and DVC repository in which nothing has run; packaging: with a last stage that packages."""
+        """Create a git and DVC repository in which nothing has run. packaging: add the stages evaluate and package."""
         root.mkdir(parents=True)
         toy = cls(root)
         params = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
@@ -192,7 +192,7 @@ class Toy:
         )
 
     def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run `modelpress` in this process: like `cli`, if the process itself is not under test."""
+        """Run `modelpress` in this process: faster than `cli`, for tests that need no separate process."""
         from flows.cli import main
 
         out, err = StringIO(), StringIO()
@@ -249,7 +249,7 @@ class Toy:
         """Make a stage `fail`, `sleep SECONDS`, lose the network (`away TIMES`), be `killed` or run out of memory
         (`no memory`).
 
-        `wait` makes it wait for the file go-STAGE beside dvc.yaml. The value for `preflight` is its reason to refuse.
+        `wait` makes it wait for the file go-STAGE next to dvc.yaml. The value for `preflight` is its error message.
         """
         self.write(f"wish/{stage}", what)
 

@@ -1,4 +1,4 @@
-"""When a new package takes the champion's place."""
+"""The rules by which a new package replaces the champion."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTRACT: dict[str, Any] = {"limit": 400, "dtype": "float32", "tokenizer": {"tok
 
 
 def contender(right: int, size: int = 100, **contract: Any) -> Contender:
-    """`right` of 400 items; whoever answers more answers also all that the others do."""
+    """A package with the first `right` of 400 items answered correctly."""
     items = [{"item": i, "hash": str(i), "score": float(i < right)} for i in range(400)]
     return Contender(size * 1_000_000, {**CONTRACT, **contract}, {"quiz": items})
 
@@ -26,8 +26,8 @@ def contender(right: int, size: int = 100, **contract: Any) -> Contender:
     [
         (contender(301), None),
         (contender(300, 90), None),
-        (contender(296, 90), None),  # a little worse and smaller: within the gate's share
-        (contender(330, 200), None),  # larger, and surely better
+        (contender(296, 90), None),  # smaller and a little worse, within the gate's share
+        (contender(330, 200), None),  # larger, and better with the gate's confidence
         (contender(300), r"it is no smaller and not better \(100\.0% of its score\)"),
         (contender(299), r"it is no smaller and not better \(99\.7% of its score\)"),
         (contender(301, 120), r"it is 20% larger and not surely better \(100\.3% of its score\)"),
@@ -36,7 +36,7 @@ def contender(right: int, size: int = 100, **contract: Any) -> Contender:
         (contender(400, limit=100), "evaluated in the same way: limit was 400 for the champion and is 100 now"),
     ],
 )
-def test_it_must_be_not_worse_and_better_in_something(new: Contender, reason: str | None) -> None:
+def test_a_new_champion_is_not_worse_and_better_in_something(new: Contender, reason: str | None) -> None:
     found = why_not(contender(300), new, GATE, share=0.95)
     if reason is None:
         assert found is None
@@ -45,7 +45,7 @@ def test_it_must_be_not_worse_and_better_in_something(new: Contender, reason: st
         assert re.search(reason, found), found
 
 
-def test_another_tokenizer_is_another_model_and_no_other_question() -> None:
+def test_a_different_tokenizer_does_not_prevent_a_comparison() -> None:
     assert why_not(contender(300), contender(310, tokenizer={"tokenizer.json": "b"}), GATE, share=0.95) is None
 
 
@@ -54,14 +54,14 @@ def test_other_items_are_not_compared() -> None:
     new.items["quiz"][3]["hash"] = "another question"
     found = why_not(contender(300), new, GATE, share=0.95)
     assert found is not None
-    assert found.startswith("the two did not answer the same items of quiz; to compare them, press the champion's")
+    assert found.startswith("the two did not answer the same items of quiz; to compare them, run the champion's")
 
 
 ORDER = Order(1234, {"quiz": 400})
 
 
 def scored_until(look: int, right: int, size: int = 100, order: bool = True) -> Contender:
-    """A package whose variant was scored until `look`; without `order` as an earlier version left it."""
+    """A package whose variant was scored until `look`; without `order`, a record of an earlier version."""
     had = set(ORDER.until(look)["quiz"])
     whole = contender(right, size, **({"order": ORDER.record()} if order else {}))
     return Contender(whole.size_bytes, whole.contract, {"quiz": [i for i in whole.items["quiz"] if i["item"] in had]})
@@ -78,7 +78,7 @@ SEQUENTIAL = GATE.model_copy(update={"sequential": True})
         pytest.param(scored_until(5, 300, order=False), scored_until(3, 300, 90), id="an earlier champion"),
     ],
 )
-def test_those_that_stopped_early_are_compared_over_the_items_of_both(champion: Contender, new: Contender) -> None:
+def test_packages_that_stopped_early_are_compared_over_common_items(champion: Contender, new: Contender) -> None:
     for gate in (SEQUENTIAL, GATE):
         assert why_not(champion, new, gate, share=0.9) is None
 

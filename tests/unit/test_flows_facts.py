@@ -19,7 +19,7 @@ def test_only_numbers_are_figures() -> None:
     assert dict(numbers(values, "m")) == {"m.score": 0.5, "m.items": 400.0}
 
 
-def test_the_hash_does_not_depend_on_the_order_of_stages_nor_on_stages_that_are_gone(tmp_path: Path) -> None:
+def test_the_hash_ignores_the_order_of_stages_and_removed_stages(tmp_path: Path) -> None:
     entries = {"a": {"cmd": "x"}, "b": {"cmd": "y"}}
     (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": entries}))
     first = lock_hash(tmp_path, entries)
@@ -49,5 +49,5 @@ def test_facts_of_a_variant_come_from_all_the_files(tmp_path: Path) -> None:
     assert [path.parent.name for path in int8.files] == ["evaluate", "quantize"]
 
 
-def test_outside_git_nothing_is_said_of_it(tmp_path: Path) -> None:
+def test_there_are_no_tags_outside_a_repository(tmp_path: Path) -> None:
     assert git_tags(tmp_path) == {}

@@ -1,4 +1,4 @@
-"""Stages that are forked from a process which has imported their libraries behave as `python -m` does."""
+"""Stages forked from a process with imported libraries behave like `python -m`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flows.processes.forked import SHARED, fork_server
 from flows.processes.process import Process
 from flows.processes.run_module import stage_environment
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="stages are forked on Linux alone")
+pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="stages are forked only on Linux")
 
 PROGRAM = """
 import os, sys, time
@@ -53,11 +53,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_server() -> None:
-    assert fork_server() is not None, "the tests share one: tests/conftest.py"
+    assert fork_server() is not None, "tests/conftest.py starts one for all tests"
 
 
 def stage(folder: Path, *arguments: str, threads: int = 1, keep: tuple[int, ...] = ()) -> Process:
-    """`python -m tasks.stage ARGUMENTS` in a shell, as DVC starts it."""
+    """Run `python -m tasks.stage ARGUMENTS` in a shell, like DVC."""
     command = ["sh", "-c", f"python -m tasks.stage {' '.join(arguments)}"]
     process = Process(command, folder, stage_environment(os.environ, threads), forked=True, keep=keep)
     assert isinstance(process._popen, forked.Forked)
@@ -65,7 +65,7 @@ def stage(folder: Path, *arguments: str, threads: int = 1, keep: tuple[int, ...]
 
 
 def ran(folder: Path, *arguments: str, threads: int = 1) -> tuple[int, str]:
-    """The exit status and all that was printed."""
+    """Run the stage; return its exit status and output."""
     with stage(folder, *arguments, threads=threads) as process:
         output = b"".join(process.chunks()).decode()
         return process.wait(), output
@@ -73,7 +73,7 @@ def ran(folder: Path, *arguments: str, threads: int = 1) -> tuple[int, str]:
 
 def test_a_module_is_run_in_its_folder_with_its_arguments(folder: Path) -> None:
     assert ran(folder, "say", "b") == (0, f"say b __main__ tasks.stage True {folder}\n")
-    assert ran(folder, "where") == (0, f"{folder}/tasks/stage.py {folder}\n")  # and nothing of the flows is loaded
+    assert ran(folder, "where") == (0, f"{folder}/tasks/stage.py {folder}\n")  # and no module of flows/ is loaded
 
 
 def test_the_environment_decides_the_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,14 +82,14 @@ def test_the_environment_decides_the_threads(folder: Path, monkeypatch: pytest.M
     assert ran(folder, "threads", threads=2) == (0, "2\n")
 
 
-def test_what_libraries_read_when_they_are_imported_is_heeded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_read_at_import_cause_a_new_interpreter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(folder))
     assert ran(folder, "say") == (0, f"say __main__ tasks.stage False {folder}\n")
 
 
-def test_python_itself_is_what_a_stage_finds(folder: Path) -> None:
+def test_a_stage_finds_the_real_python(folder: Path) -> None:
     status, found = ran(folder, "python")
-    assert (status, Path(found).parent) == (0, Path(sys.executable).parent)  # whatever name this one was started by
+    assert (status, Path(found).parent) == (0, Path(sys.executable).parent)  # the name of the executable may differ
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_python_itself_is_what_a_stage_finds(folder: Path) -> None:
         ("terminated", 143, "Terminated"),
     ],
 )
-def test_it_ends_as_it_would_have_by_itself(folder: Path, wish: str, status: int, last: str) -> None:
+def test_the_exit_status_is_that_of_a_separate_process(folder: Path, wish: str, status: int, last: str) -> None:
     found, output = ran(folder, wish)
     alone = subprocess.run(
         ["sh", "-c", f"python -m tasks.stage {wish}"], cwd=folder, env=stage_environment(os.environ, 1), check=False
@@ -112,19 +112,19 @@ def test_it_ends_as_it_would_have_by_itself(folder: Path, wish: str, status: int
     assert output.rstrip().endswith(last)
 
 
-def test_all_its_processes_are_one_group(folder: Path) -> None:
+def test_all_processes_of_a_stage_are_in_one_group(folder: Path) -> None:
     with stage(folder, "group") as process:
         group, parent = b"".join(process.chunks()).split()
         assert int(group) == int(parent) == process._popen.pid
 
 
-def test_it_has_no_more_open_files_than_a_program(folder: Path, tmp_path: Path) -> None:
+def test_a_stage_inherits_no_extra_open_files(folder: Path, tmp_path: Path) -> None:
     with (tmp_path / "lock").open("w") as lock, stage(folder, "open", keep=(lock.fileno(),)) as process:
-        assert b"".join(process.chunks()) == b"['0', '1', '2', '3']\n"  # the last is of listing them
+        assert b"".join(process.chunks()) == b"['0', '1', '2', '3']\n"  # the last one belongs to listdir
 
 
 @pytest.mark.parametrize("victim", ["stage", "client", "guard", "owner's end"])
-def test_whoever_is_killed_nothing_is_left(folder: Path, victim: str) -> None:
+def test_killing_one_process_ends_all(folder: Path, victim: str) -> None:
     process = stage(folder, "sleep")
     with process:
         pid = next(int(chunk) for chunk in process.chunks() if chunk.strip())
@@ -144,8 +144,8 @@ def test_whoever_is_killed_nothing_is_left(folder: Path, victim: str) -> None:
     assert soon(lambda: not any(map(_runs, family)))
 
 
-def test_a_lock_is_held_until_nothing_is_left(folder: Path, tmp_path: Path) -> None:
-    """Also where the flow is killed: its guard has the lock."""
+def test_a_lock_is_held_until_all_processes_have_ended(folder: Path, tmp_path: Path) -> None:
+    """Even if the flow is killed, because its guard holds the lock."""
     code = f"""
 import fcntl, os
 from pathlib import Path
@@ -176,7 +176,7 @@ with stage(Path({str(folder)!r}), "sleep", keep=(lock.fileno(),)) as process:
         assert not psutil.pid_exists(pid) or not _runs(psutil.Process(pid))
 
 
-def test_without_a_server_the_command_runs_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_runs_without_a_server_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command, env = ["sh", "-c", "echo here"], dict(os.environ)
     for address in ("0", str(folder / "nobody")):
         monkeypatch.setenv(SHARED, address)
@@ -185,7 +185,7 @@ def test_without_a_server_the_command_runs_all_the_same(folder: Path, monkeypatc
             assert b"".join(process.chunks()) == b"here\n"
 
 
-def test_a_server_ends_with_its_owner_and_leaves_nothing() -> None:
+def test_a_server_ends_with_its_owner_and_removes_its_folder() -> None:
     code = "from flows.processes.forked import ForkServer; print(ForkServer().folder, flush=True); input()"
     for end in (subprocess.Popen.kill, lambda owner: owner.communicate("\n")):
         owner = subprocess.Popen(
@@ -197,7 +197,7 @@ def test_a_server_ends_with_its_owner_and_leaves_nothing() -> None:
         )
         assert owner.stdout is not None
         place = Path(owner.stdout.readline().strip())
-        assert place.stat().st_mode & 0o077 == 0, "nobody else may ask it to run something"
+        assert place.stat().st_mode & 0o077 == 0, "other users must not be able to connect"
         end(owner)
         owner.wait()
         owner.stdout.close()
@@ -208,7 +208,7 @@ def test_a_server_ends_with_its_owner_and_leaves_nothing() -> None:
 
 
 def soon(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    """Whether it becomes true in time."""
+    """Whether the condition becomes true in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

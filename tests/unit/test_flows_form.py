@@ -1,4 +1,4 @@
-"""The form of a deployed run: its fields, the changes that they make, and the sources that they may not name."""
+"""The form of a deployed run: its fields, the resulting changes, and the sources that it rejects."""
 
 from __future__ import annotations
 
@@ -86,21 +86,21 @@ def test_form_has_drop_downs_bounds_descriptions_and_defaults() -> None:
     assert kinds["TaskName"]["enum"] == [
         *NOW.evaluation.tasks,
         "boolq_local",
-    ]  # those of the run, then the others
+    ]  # the tasks in params.yaml, then the others in evals/
     assert fields["variants"]["default"] == VARIANTS
     assert fields["model"]["default"] == NOW.model.source
     assert fields["gate_four_bit"]["default"] == NOW.gate.four_bit
     assert fields["limit"]["default"] == NOW.evaluation.limit
 
 
-SETTING = {  # field of the form -> the setting that it changes
+SETTING = {  # field of the form -> its setting
     "package": "package.name",
     "samples": "calibration.samples",
     "limit": "evaluation.limit",
     "gate_four_bit": "gate.four_bit",
     "gate_eight_bit": "gate.eight_bit",
 }
-OF_THE_FORM_ALONE = {"model", "jobs"}  # a model's source is checked by a function; jobs are not a setting
+OF_THE_FORM_ALONE = {"model", "jobs"}  # a function checks the model's source, and jobs is not a setting
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength", "pattern")
 
 

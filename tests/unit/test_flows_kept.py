@@ -43,7 +43,7 @@ def test_failed_stage_restores_its_outputs(tmp_path: Path) -> None:
         raise RuntimeError
     assert [p.name for p in (tmp_path / "models/a").iterdir()] == ["weights"]
     assert (tmp_path / "models/a/weights").read_text() == "old"
-    # the same file, so that neither time nor space is spent and DVC need not read it again
+    # the same inode: no copy was made, and DVC does not need to hash it again
     assert (tmp_path / "models/a/weights").stat().st_ino == inode
     assert (tmp_path / "metrics.json").read_text() == "old"
     assert not (tmp_path / "never").exists()

@@ -1,4 +1,4 @@
-"""The memory of a command and all that it starts."""
+"""The memory of a command and its child processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flows.processes.memory import GroupMemory
 from flows.processes.process import Process
 
 LARGE = 200_000_000  # bytes
-# two processes that share what the first has allocated, and then one that has as much of its own
+# a process and its fork share LARGE bytes; then the fork allocates LARGE more
 FORKS = f"""
 import os, sys
 shared = bytearray(b"x") * {LARGE}
@@ -35,7 +35,7 @@ def test_the_peak_counts_shared_memory_once(tmp_path: Path, monkeypatch: pytest.
             output += chunk
             if b"own" in output and process.peak_memory > 1.7 * LARGE:
                 break
-        assert process.peak_memory < 2.5 * LARGE  # resident, the two hold three times that
+        assert process.peak_memory < 2.5 * LARGE  # the sum of their resident sizes is 3 * LARGE
 
 
 def test_an_exact_look_waits_until_the_group_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_a_list_stays_on_its_line_and_null_is_written_out(params: Path) -> None:
 
 
 def test_a_variant_can_be_added_and_removed(params: Path) -> None:
-    """As in the help of `modelpress run`."""
+    """The example in the help of `modelpress run`."""
     (example,) = re.findall(r"--set '(\+variants\..*)'", run.__doc__ or "")
     override(params, [example, "~variants.int8"])
     variants = yaml.safe_load(params.read_text())["variants"]

@@ -13,7 +13,7 @@ import pytest
 
 from flows.processes.process import Process, Stopped, TimedOut, stopped_on_error
 
-# a command with a child of its own that does not heed SIGTERM
+# a command with a child process; the command ignores SIGTERM
 STUBBORN = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -28,18 +28,18 @@ def _process(code: str, tmp_path: Path) -> Process:
     return Process([sys.executable, "-c", code], tmp_path, dict(os.environ))
 
 
-def test_output_comes_as_it_is_written_and_the_status_at_the_end(tmp_path: Path) -> None:
+def test_output_is_streamed_and_the_status_follows(tmp_path: Path) -> None:
     code = "import sys, time; print('a', flush=True); time.sleep(1.2); print('b'); sys.exit(3)"
     with _process(code, tmp_path) as process:
         chunks = list(process.chunks())
         assert process.wait() == 3
-    # the silence between is told, so that whoever reads can look at the clock
+    # an empty chunk reports silence, so that the reader can check the time
     silence = chunks.index(b"")
     assert b"".join(chunks[:silence]) == b"a\n"
     assert b"".join(chunks[silence:]) == b"b\n"
 
 
-def test_too_long_is_told_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timeout_is_reported_and_ends_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.processes.process.GRACE", 0.5)
     pids: list[int] = []
     timed_out = False
@@ -54,7 +54,7 @@ def test_too_long_is_told_and_nothing_is_left(tmp_path: Path, monkeypatch: pytes
     assert not any(_runs(pid) for pid in pids)
 
 
-def test_an_error_elsewhere_stops_what_runs_and_what_is_about_to(tmp_path: Path) -> None:
+def test_an_error_elsewhere_stops_running_and_future_commands(tmp_path: Path) -> None:
     with _process("import time; time.sleep(600)", tmp_path) as process:
         with pytest.raises(RuntimeError), stopped_on_error():
             raise RuntimeError
@@ -66,7 +66,7 @@ def test_an_error_elsewhere_stops_what_runs_and_what_is_about_to(tmp_path: Path)
         assert b"".join(process.chunks()) == b"again\n"
 
 
-def test_a_killed_owner_takes_the_whole_group_along(tmp_path: Path) -> None:
+def test_killing_the_owner_ends_the_whole_group(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 from pathlib import Path
@@ -92,8 +92,8 @@ with Process([sys.executable, "-c", {STUBBORN!r}], Path("."), dict(os.environ)) 
     assert not any(_runs(pid) for pid in pids)
 
 
-def test_a_lock_is_held_until_nothing_is_left_of_what_a_killed_owner_had_started(tmp_path: Path) -> None:
-    # the command heeds SIGTERM, the program that it has started does not
+def test_a_lock_is_held_until_the_group_of_a_killed_owner_has_ended(tmp_path: Path) -> None:
+    # the command ends on SIGTERM, but its child ignores it
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
     command = f"""
 import subprocess, sys
@@ -130,7 +130,7 @@ with Process([sys.executable, "-c", {command!r}], Path("."), dict(os.environ), k
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process is at work; one that has ended may still wait to be buried."""
+    """Whether a process is running and not a zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

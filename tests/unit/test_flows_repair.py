@@ -1,4 +1,4 @@
-"""What `doctor --repair` takes away, puts back and leaves alone, on real git and DVC without a pipeline's work."""
+"""`doctor --repair` on a real git and DVC repository with an empty pipeline."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run_repair(root: Path) -> list[str]:
 
 
 def keep(root: Path, content: bytes, suffix: str = "") -> Path:
-    """An object of the cache."""
+    """Write an object to the cache."""
     digest = hashlib.md5(content).hexdigest()
     path = root / ".dvc/cache/files/md5" / digest[:2] / (digest[2:] + suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def test_damaged_object_is_deleted_with_all_links_to_it(project: Path) -> None:
     links[2].symlink_to(bad)
     os.link(sound, project / "models/a/config")
     before = bad.stat()
-    for path in (bad, listing):  # through a link, as root can; size, time and mode tell nothing
+    for path in (bad, listing):  # written through a link, as root can; size, time and mode do not change
         path.chmod(0o644)
         path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
         path.chmod(0o444)
@@ -219,7 +219,7 @@ def test_young_lock_is_waited_for(project: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_lock_of_a_running_git_is_kept(project: Path) -> None:
-    """A commit whose message is being edited, in a worktree of the user's."""
+    """The user is editing a commit message in another worktree."""
     elsewhere = project.parent / "elsewhere"
     git(project, "worktree", "add", "--quiet", "--detach", str(elsewhere), "HEAD")
     (elsewhere / "dvc.yaml").write_text("stages: {a: {cmd: x}}\n")

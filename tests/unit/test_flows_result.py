@@ -1,4 +1,4 @@
-"""The page of a result in Prefect: every figure of the summary, in readable form."""
+"""The result page in Prefect's UI shows every figure of the summary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def summary(tmp_path: Path) -> dict[str, Any]:
-    """The summary of fake measurements, by the code of the stage `report`."""
+    """The summary of fake measurements, created by the code of the stage `report`."""
     made_up(tmp_path, VARIANTS)
     return summarize(list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json")
 

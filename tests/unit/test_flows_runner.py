@@ -1,4 +1,4 @@
-"""The task runner: choice, environment, and the error for a missing library."""
+"""The task runner: choice, environment and the error for a missing library; the heartbeat."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_threads_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RUNNER_ENV, "dask")
     monkeypatch.setenv(CLUSTER_ENV, "tcp://scheduler:8786")
     assert executor_of(None) == Executor(RunnerName.dask, "tcp://scheduler:8786")
-    # the address of a Dask cluster
+    # the address is only for Dask
     assert executor_of(RunnerName.ray) == Executor(RunnerName.ray)
     assert executor_of(RunnerName.threads) == Executor()
 

@@ -15,7 +15,7 @@ GRAPH = {
 }
 
 
-def test_a_stage_starts_when_all_that_it_needs_is_done() -> None:
+def test_a_stage_starts_when_its_upstreams_are_done() -> None:
     assert startable(GRAPH, set(), set(), jobs=4) == ["download"]
     assert startable(GRAPH, set(), {"download"}, jobs=4) == []
     assert startable(GRAPH, {"download"}, set(), jobs=4) == ["quantize@a", "quantize@b"]
@@ -39,7 +39,7 @@ def test_benchmarks_wait_for_everything_else_and_run_one_at_a_time() -> None:
     assert startable(GRAPH, done | {"benchmark@a", "benchmark@b"}, set(), jobs=4) == ["report"]
 
 
-def test_what_needs_a_failed_stage_is_lost_and_nothing_else() -> None:
+def test_only_stages_after_a_failed_one_are_skipped() -> None:
     assert doomed(GRAPH, {"quantize@a"}) == ["evaluate@a", "benchmark@a", "report"]
     assert doomed(GRAPH, {"report"}) == []
 
@@ -56,7 +56,7 @@ def test_what_needs_a_failed_stage_is_lost_and_nothing_else() -> None:
         ("benchmark@a", ["benchmark@a"], [], 2, 2, 2),
     ],
 )
-def test_stages_that_run_together_share_the_cores(
+def test_parallel_stages_share_the_cores(
     stage: str, starting: list[str], running: list[str], jobs: int, cores: int, threads: int
 ) -> None:
     assert threads_of(stage, starting, running, jobs, cores) == threads

@@ -17,11 +17,11 @@ from flows.processes.run_module import error_line, stage_environment
         ),
         (["Traceback", "ValueError: no", "ERROR: failed to reproduce 'x': exited with 1"], "ValueError: no"),
         (["Running stage 'x':", "ERROR: failed to reproduce 'x'"], "failed to reproduce 'x'"),
-        (["Running stage 'x':", "Updating lock file 'dvc.lock'"], "ended with status 3, without a word"),
-        ([], "ended with status 3, without a word"),
+        (["Running stage 'x':", "Updating lock file 'dvc.lock'"], "ended with status 3 and without output"),
+        ([], "ended with status 3 and without output"),
     ],
 )
-def test_the_line_that_says_why_is_found(lines: list[str], word: str) -> None:
+def test_the_error_line_is_found(lines: list[str], word: str) -> None:
     assert error_line(lines, 3) == word
 
 
@@ -32,6 +32,6 @@ def test_a_stage_finds_this_python_first() -> None:
     assert env["HF_TOKEN"] == "kept"
 
 
-def test_threads_are_set_unless_the_person_did() -> None:
+def test_threads_are_set_unless_the_user_has_set_them() -> None:
     assert stage_environment({}, 3)["OMP_NUM_THREADS"] == "3"
     assert stage_environment({"OMP_NUM_THREADS": "8"}, 3)["OMP_NUM_THREADS"] == "8"

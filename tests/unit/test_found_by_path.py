@@ -64,7 +64,7 @@ def test_a_template_is_found_beside_its_renderer(tmp_path: Path, monkeypatch: py
 def test_a_command_without_its_guard_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (PROJECT / "flows/processes/guard.py").samefile(process.GUARD)
     monkeypatch.setattr(process, "GUARD", tmp_path / "guard.py")
-    with pytest.raises(FlowError, match=r"guard\.py is missing, .*; install modelpress anew"):
+    with pytest.raises(FlowError, match=r"guard\.py is missing, .*; reinstall modelpress"):
         process.Process([sys.executable, "-c", "open('started', 'w')"], tmp_path, dict(os.environ))
     assert not (tmp_path / "started").exists()
 
