@@ -4,8 +4,8 @@ python -m bench.plan --model models/source --calibration data/calibration --raw 
 python -m bench.plan --only statistics --only int8 --only gptq-int4          # a random model of 1 billion: 20 minutes
 
 The estimate is `python -m tasks.planning` with its usual time limit. Then each stage runs as a program, scoring all
-evaluation items: a stage that runs alone in a flow with all cores, the others with their share of the cores while another
-process computes. Measure on a quiet machine. The result is added to bench/results/plan.json.
+evaluation items: a stage that runs alone in a flow uses all cores, the others their share while another process
+computes. Measure on a quiet machine. The result is added to bench/results/plan.json.
 """
 
 from __future__ import annotations

@@ -177,8 +177,8 @@ def plan(
 
         graph = {name: stage.upstreams for name, stage in read_plan(root).items()}
         found, kept = measure(root, model, graph, jobs, machine)
-        room = {"memory": 1e9 * memory if memory else found.memory, "disk": 1e9 * disk if disk else found.disk}
-        found = replace(found, **room)
+        found = replace(found, memory=1e9 * memory if memory else found.memory)
+        found = replace(found, disk=1e9 * disk if disk else found.disk)
         for part in lines(simulate(graph, found.needs, jobs), found, jobs):
             Console(soft_wrap=not isinstance(part, Table), highlight=False).print(part)
         if machine is None:

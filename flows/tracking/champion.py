@@ -88,14 +88,14 @@ def why_not(champion: Contender, new: Contender, gate: GateSettings, share: floa
         return f"the two cannot be compared: {error}"
     verdict = judge(result, share)
     if verdict.verdict != "pass":
-        return f"it is not surely as good: of the champion's score {verdict.reason}"
+        return f"it is not certain to be as good: of the champion's score {verdict.reason}"
     larger = new.size_bytes / champion.size_bytes - 1
     if larger < -SAME_SIZE or (larger <= SAME_SIZE and result.mean > 1) or result.at_least > 1:
         return None
     score = f"{100 * result.mean:.1f}% of its score"
     if larger <= SAME_SIZE:
         return f"it is no smaller and not better ({score})"
-    return f"it is {100 * larger:.0f}% larger and not surely better ({score})"
+    return f"it is {100 * larger:.0f}% larger and not certain to be better ({score})"
 
 
 def _differences(champion: Contender, new: Contender) -> str:

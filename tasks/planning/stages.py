@@ -143,7 +143,7 @@ class Run:
         if times:
             quantize(name, variant, mini.model, tokens, statistics, mini.folder / "models" / name)
 
-    def streams(self, _: str, mini: Miniature, times: int) -> None:
+    def streams(self, name: str, mini: Miniature, times: int) -> None:
         """Run `times` streams of the scheme mixed through every layer."""
         decoder = Decoder(mini.model, torch.float32, self.device)
         hidden = decoder.embed([torch.zeros(sensitivity.SEQUENCES, sensitivity.LENGTH, dtype=torch.int64)])[0]

@@ -71,7 +71,7 @@ def test_the_first_package_is_registered_as_a_pointer_and_is_the_champion(here: 
 def test_alias_moves_only_to_a_better_version(here: Toy, caplog: pytest.LogCaptureFixture) -> None:
     variant("worse", smoothing=0.4)
     assert champion(here) == "run/first"
-    assert "version 1 (run/first) stays the champion; the new package: it is not surely as good" in caplog.text
+    assert "version 1 (run/first) stays the champion; the new package: it is not certain to be as good" in caplog.text
 
     press("other", variants=["int8"], limit=100, changes_to_params=["variants.int8.smoothing=0.95"])
     assert champion(here) == "run/first"
