@@ -74,6 +74,7 @@ class Run:
         self.costs: dict[Part, Cost] = {}
         self.outer: dict[tuple[str, bool], float] = {}
         self.loaded: dict[tuple[Path, str], Runtime] = {}
+        self.fast: dict[str, bool] = {}  # whether the runtime has a kernel for the variant's format
 
     def needs(self, measured: bool) -> dict[str, Need]:
         """The need of every stage; without times if not `measured`."""
@@ -92,6 +93,8 @@ class Run:
                     outer = cost.outer * (self.layers if mixed else 1)  # each layer's divergence takes the output layer
                     seconds = (seconds or 0.0) + cost.fixed + layers * cost.layer + outer
                     rough |= cost.rough
+                    if part[0] == "rounds" and not self.fast.get(name, True):
+                        break  # without a kernel the stage only loads the model
             except TaskError as error:
                 seconds, note = None, str(error)
             if not parts:
@@ -184,6 +187,7 @@ class Run:
     def rounds(self, name: str, mini: Miniature, times: int) -> None:
         """Load a model and run `times` rounds of the benchmark, none if the runtime has no kernel for the format."""
         runtime = self._load(name, mini, self.settings.benchmark.dtype)
+        self.fast[name] = runtime.fast
         alternate([runtime] if runtime.fast else [], self.settings.benchmark.model_copy(update={"repeats": times}))
 
     # -- what that takes
@@ -208,7 +212,9 @@ class Run:
                 if (what, BASE, count) not in self.costs:
                     raise
                 self.costs[part] = replace(self.costs[what, BASE, count], rough=True)
-            if served:
+            if what == "rounds" and not self.fast.get(name, True):
+                self.costs[part] = replace(self.costs[part], outer=0.0)
+            elif served:
                 self.outer[alike] = self.costs[part].outer
         return self.costs[part]
 
