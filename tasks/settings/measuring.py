@@ -1,4 +1,4 @@
-"""How variants are measured and judged: the sections statistics, evaluation, benchmark, gate and package."""
+"""Settings for measuring and judging variants: the sections statistics, evaluation, benchmark, gate and package."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tasks.settings.section import Name, Section
 
 
 class StatisticsSettings(Section):
-    """What is found out about the activations. importance: tokens count by how much of what the model says hangs on
-    them."""
+    """Statistics of the activations. importance: weight each token by its influence on the output (Fisher
+    information)."""
 
     importance: bool
 
 
 class EvaluationSettings(Section):
-    """How the baseline and every variant are measured: one contract for all."""
+    """The evaluation, which is the same for the baseline and all variants."""
 
     tasks: Annotated[list[str], Field(min_length=1)]
     limit: Annotated[int, Field(ge=1)] | None
@@ -42,7 +42,7 @@ class EvaluationSettings(Section):
 
 
 class BenchmarkSettings(Section):
-    """The work that speed is measured on."""
+    """The workload for measuring speed."""
 
     dtype: Literal["float32", "bfloat16", "float16"]
     prompt_tokens: Annotated[int, Field(ge=1)]
@@ -52,7 +52,7 @@ class BenchmarkSettings(Section):
 
 
 class GateSettings(Section):
-    """When a variant passes: the least retention, by the bits of its weights, and how sure we must be.
+    """When a variant passes: the required retention, by the bits of its weights, and the confidence.
 
     sequential: score items until the verdict is certain; false: all of them, with bootstrap intervals of `resamples`.
     """
@@ -64,11 +64,11 @@ class GateSettings(Section):
     resamples: Annotated[int, Field(ge=100, le=1_000_000)]
 
     def share(self, bits: int | None) -> float:
-        """The least retention for weights of so many bits; bits that are not known get the stricter gate."""
+        """The required retention for weights with `bits` bits; None (unknown) gets the gate for 8 bits."""
         return self.four_bit if bits is not None and bits <= 4 else self.eight_bit
 
 
 class PackageSettings(Section):
-    """What is shipped, and under which name."""
+    """The bundle to ship."""
 
     name: Name
