@@ -58,7 +58,7 @@ def test_ports_in_use_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("random.sample", lambda ports, _: [taken, *ports[:50]])
         assert free_port() != taken
         monkeypatch.setattr("random.sample", lambda *_: [taken])
-        with pytest.raises(FlowError, match="no port"):
+        with pytest.raises(FlowError, match="no free port"):
             free_port()
 
 
