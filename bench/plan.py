@@ -4,8 +4,8 @@ python -m bench.plan --model models/source --calibration data/calibration --raw 
 python -m bench.plan --only statistics --only int8 --only gptq-int4          # a random model of 1 billion: 20 minutes
 
 The estimate is `python -m tasks.planning` with its usual time limit. Then each stage runs as a program, scoring all
-evaluation items: a stage that runs alone in a flow uses all cores, the others their share while another process
-computes. Measure on a quiet machine. The result is added to bench/results/plan.json.
+evaluation items, with the cores that a flow would give it. Measure on a quiet machine. The result is added to
+bench/results/plan.json.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +27,6 @@ from flows.graph.schedule import threads_of
 from flows.planning.simulate import LIMIT
 from tasks.output import write_json
 from tasks.planning.need import read_measurement
-from tasks.planning.timing import Company
 from tasks.program import PARAMS
 from tasks.reporting.provenance import versions
 from tasks.settings import BASE, load_settings
@@ -107,13 +105,12 @@ def compare(folder: Path, names: list[str], kinds: tuple[str, ...]) -> dict[str,
     _python(folder, "-m", "tasks.planning", "models/source", "plan.json", str(LIMIT), *asked)
     estimate = read_measurement(folder / "plan.json")
     print(f"estimated in {estimate.took:.0f} s, holding {estimate.held / 1e9:.1f} GB", flush=True)
-    rows, start, company = [], 0.0, Company(folder)
+    rows, start = [], 0.0
     for stage in stages:
         module, _, name = stage.partition("@")
         os.environ["OMP_NUM_THREADS"] = str(threads[stage])
         began = time.perf_counter()
-        with company if threads[stage] < cores else nullcontext():
-            _python(folder, "-m", f"tasks.{module}", *([name] if name else []))
+        _python(folder, "-m", f"tasks.{module}", *([name] if name else []))
         seconds, need = time.perf_counter() - began - start, estimate.needs[stage]
         if stage == f"quantize@{BASE}":  # only starts and links; a run forks its stages and does not pay for the start
             start = seconds

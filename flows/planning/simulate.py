@@ -15,7 +15,7 @@ from tasks.errors import TaskError
 from tasks.planning.need import Measurement, Need, carried, read_measurement
 
 FOLDER = Path(".modelpress/plans")
-LIMIT = 55  # seconds to measure
+LIMIT = 52  # seconds to measure, from the start of the process
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,9 @@ def narrowed(config: Any, factor: int, layers: int = 1) -> Any:
     return _cut(config, (config.hidden_size * heads // queries, inner, heads, fewer), layers, WORDS)
 
 
-def thin(config: Any, hidden: int) -> Any:
-    """The configuration with the whole vocabulary, `hidden` channels and one layer with almost no weights."""
-    return _cut(config, (hidden, 64, 1, 1), 1, config.vocab_size)
+def thin(config: Any, words: int) -> Any:
+    """The configuration with `words` words and one layer with almost no weights."""
+    return _cut(config, (config.hidden_size, 64, 1, 1), 1, words)
 
 
 def _cut(config: Any, sizes: tuple[int, int, int, int], layers: int, words: int) -> Any:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from tasks.model.hollow import hollow_model, variant_bytes
 from tasks.model.linears import linear_shapes
 from tasks.planning.miniature import Miniature
 from tasks.planning.need import Need
-from tasks.planning.timing import Bench, Company, Cost
+from tasks.planning.timing import Bench, Cost
 from tasks.quantize import quantize
 from tasks.quantizers import sensitivity
 from tasks.quantizers.parallel import held_bytes, processes
@@ -43,6 +41,8 @@ ITEM = 50  # tokens of an evaluation item: a question with its answers, as in ev
 BATCH = 8  # items that are scored at once
 READ = 256  # tokens of text that are read at once
 ITEMS = 1000  # of a task, where `evaluation.limit` does not say
+# in this order: without time for a variant's evaluation or benchmark, it is assumed to be as fast as the baseline
+ORDER = (f"benchmark@{BASE}", "reference", "statistics", "quantize", "export", "evaluate", "benchmark")
 SHARES = {"statistics": 6.0, "quantize": 4.0}  # of the time to measure; other stages: 1
 
 Part = tuple[str, str, float]  # a method of `Run`, a variant, and how often the stage does it
@@ -70,7 +70,6 @@ class Run:
         self.largest = max((name for name in self.bytes if name != BASE), key=self.bytes.__getitem__)
         self.items = len(settings.evaluation.tasks) * (settings.evaluation.limit or ITEMS)
         self.bench = Bench(root, config, settings.model.dtype, self.weights, until)
-        self.company = Company(root) if until > time.monotonic() and len(set(threads.values())) > 1 else None
         self.costs: dict[Part, Cost] = {}
         self.outer: dict[tuple[str, bool], float] = {}
         self.loaded: dict[tuple[Path, str], Runtime] = {}
@@ -78,16 +77,15 @@ class Run:
 
     def needs(self, measured: bool) -> dict[str, Need]:
         """The need of every stage; without times if not `measured`."""
-        found, shares = {}, [SHARES.get(stage.partition("@")[0], 1.0) for stage in self.threads]
-        for number, stage in enumerate(self.threads):
+        order = sorted(self.threads, key=lambda stage: next((i for i, kind in enumerate(ORDER) if kind in stage), 0))
+        found, shares = {}, [SHARES.get(stage.partition("@")[0], 1.0) for stage in order]
+        for number, stage in enumerate(order):
             kind, _, name = stage.partition("@")
             parts, seconds, rough, note = self._parts(kind, name), 0.0 if measured else None, False, ""
             share = min(1.0, 1.5 * shares[number] / sum(shares[number:]))  # time that it leaves is for the others
-            together = self.threads[stage] < max(self.threads.values())  # others run at the same time
             try:
                 for part in parts if measured else ():
-                    with self.company if together and self.company else nullcontext():
-                        cost = self._cost(part, self.threads[stage], share)
+                    cost = self._cost(part, self.threads[stage], share)
                     layers = self._layers(name) if part[0] == "press" else float(self.layers)
                     mixed = part[0] == "press" and self.settings.variants[name].scheme == MIXED
                     outer = cost.outer * (self.layers if mixed else 1)  # each layer's divergence takes the output layer
@@ -102,7 +100,7 @@ class Run:
             elif kind in ("reference", "evaluate") and not note:
                 note = f"{self.items} items of {ITEM} tokens" + "; the gate may need fewer" * (kind == "evaluate")
             found[stage] = Need(seconds, *self._bytes(kind, name), note or None, rough)
-        return found
+        return {stage: found[stage] for stage in self.threads}
 
     # -- what the stages do
 
@@ -125,8 +123,6 @@ class Run:
             case "benchmark":
                 rounds = 1 + self.settings.benchmark.repeats
                 return [("rounds", one, rounds) for one in dict.fromkeys((name, BASE))]
-            case "package":
-                return [("texts", self.largest, 1)]
         return []
 
     def collect(self, _: str, mini: Miniature, times: int) -> None:
@@ -196,7 +192,7 @@ class Run:
         """Seconds of a part, timed once. Outside the decoder layers, all variants take equally long to serve."""
         if part not in self.costs:
             what, name, count = part
-            served = what in ("texts", "score", "rounds")
+            served = what in ("export", "texts", "score", "rounds")
             alike = (what, name == BASE and what == "texts")  # which compares a variant with the baseline
             torch.set_num_threads(max(1, threads // (self._processes(name) if what == "press" else 1)))
 

@@ -1,13 +1,11 @@
 """Time work on miniatures of a model and scale it: fixed + layers * layer + outer.
 
 Two models with almost no weights, one with one layer and one with two, give `fixed`. A layer of the model's own widths
-gives `layer`. A model with the whole vocabulary and almost no layer gives `outer`, the embedding and the output layer.
+gives `layer`. A model with a large part of the vocabulary and almost no layer gives `outer`: embedding and output layer.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,15 +18,9 @@ from tasks.planning.miniature import Miniature, narrowed, thin
 
 LARGEST = 64_000_000  # weights of the largest layer to measure: pressing it takes 3.5 GB
 SMALL = 4_000_000  # weights of a layer that takes little time: narrower ones are not measured
+OUTER = 10_000_000  # weights of the embedding that is measured
+LONG = 0.3  # seconds of work that is timed well by itself
 FACTORS = (16, 8, 4, 2, 1)  # of narrower layers, and of the whole one
-
-_COMPANY = """
-import os, sys, time, torch
-torch.set_num_threads(1)
-numbers, parent = torch.rand(1024, 1024), os.getppid()
-while os.getppid() == parent:
-    numbers @ numbers if os.path.exists(sys.argv[1]) else time.sleep(0.01)
-"""
 
 Work = Callable[[Miniature, int], object]  # does something on a miniature a number of times; at 0, only prepares it
 
@@ -41,23 +33,6 @@ class Cost:
     layer: float
     outer: float
     rough: bool
-
-
-class Company:
-    """Another process that computes while this one measures: stages that run together share caches and memory.
-
-    It computes while the file `root`/busy exists, and ends with this process.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._busy = root / "busy"
-        self._process = subprocess.Popen([sys.executable, "-c", _COMPANY, str(self._busy)])
-
-    def __enter__(self) -> None:
-        self._busy.touch()
-
-    def __exit__(self, *_: object) -> None:
-        self._busy.unlink()
 
 
 class Bench:
@@ -73,9 +48,8 @@ class Bench:
         smallest = min(SMALL, weights)
         sizes = [size for size in narrow if smallest <= weights * (size / whole) ** 2 <= LARGEST]
         self.ladder = [Miniature(root, narrow[size], dtype) for size in sizes]
-        hidden = max(64, min(whole, LARGEST // config.vocab_size // 64 * 64))
-        self.thin = Miniature(root, thin(config, hidden), dtype)
-        self._wider = whole / hidden
+        words = min(config.vocab_size, OUTER // whole)
+        self.thin, self._more = Miniature(root, thin(config, words), dtype), config.vocab_size / words
 
     def cost(
         self, work: Work, count: float, share: float, known: Callable[[Miniature], bool], outer: float | None
@@ -93,7 +67,7 @@ class Bench:
         rungs, spent = [(self.one.weights, one - fixed)], 0.0
         for mini in filter(known, self.ladder):
             began = time.monotonic()
-            if began + spent * mini.weights / rungs[-1][0] > until:
+            if spent and began + spent * mini.weights / rungs[-1][0] > until:
                 break
             try:
                 rungs.append((mini.weights, max(0.0, self._seconds(work, count, mini) - fixed)))
@@ -102,24 +76,29 @@ class Bench:
             spent = time.monotonic() - began
         if outer is None:
             try:
-                outer = max(0.0, self._seconds(work, count, self.thin) - one) * self._wider
+                outer = max(0.0, self._seconds(work, count, self.thin) - one) * self._more
             except TaskError:
                 outer = 0.0
         return Cost(fixed, _layer(rungs[-2:], self.weights), outer, rungs[-1][0] < self.weights)
 
     def _seconds(self, work: Work, count: float, mini: Miniature) -> float:
-        """The time of doing it `count` times, from once and three times.
+        """The time of doing it `count` times, from once and several times.
 
         On a CPU, the processor time of the main thread: other programs do not add to it, and idle OpenMP threads do not
         spin (OMP_WAIT_POLICY), so it covers the main thread's part of shared work.
         """
-        work(mini, 0)
-        found = []
-        for times in (1, 3) if count > 1 else (1,):
+
+        def seconds(times: int) -> float:
             began = self._clock()
             work(mini, times)
-            found.append(self._clock() - began)
-        return found[0] + (count - 1) * max(0.0, (found[-1] - found[0]) / 2)
+            return self._clock() - began
+
+        work(mini, 0)
+        once = seconds(1)
+        if count <= 1:
+            return once
+        more = 2 if once > LONG else 3
+        return once + (count - 1) * max(0.0, (seconds(more) - once) / (more - 1))
 
 
 def _layer(rungs: list[tuple[int, float]], weights: int) -> float:

@@ -69,7 +69,7 @@ def test_every_stage_has_an_estimate(needs: dict[str, Need]) -> None:
         assert need.memory > 0
         assert not need.rough
     small = {stage for stage, need in needs.items() if need.seconds == 0}
-    assert small == {"download", "quantize@base", "evaluate@base", "dance"}
+    assert small == {"download", "quantize@base", "evaluate@base", "package", "dance"}
     assert needs["quantize@auto"].seconds > needs["quantize@gptq-int4"].seconds  # type: ignore[operator]
 
 

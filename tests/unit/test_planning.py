@@ -115,7 +115,7 @@ def bench(tmp_path: Path) -> Clocked:
     made = Clocked(tmp_path, config(SMOLLM2), "bfloat16", 4_000_000, time.monotonic() + 60)
     made._clock = lambda: made.now
     made.one, made.two = FakeMini("one", 1, 1000), FakeMini("two", 2, 2000)
-    made.thin, made._wider = FakeMini("thin", 1, 1000), 2.0
+    made.thin, made._more = FakeMini("thin", 1, 1000), 2.0
     made.ladder = [FakeMini("a", 1, 250_000), FakeMini("b", 1, 1_000_000)]
     return made
 
@@ -146,7 +146,7 @@ def test_a_layer_that_is_too_wide_follows_from_two_narrower_ones(bench: Clocked,
     assert not found.rough
 
 
-def test_what_is_done_often_is_timed_once_and_three_times(bench: Clocked) -> None:
+def test_what_is_done_often_is_timed_for_a_few_times(bench: Clocked) -> None:
     bench.ladder.append(WHOLE)
     found = costs(bench, lambda w: 3e-6 * w, count=100)
     assert (found.fixed, found.layer, found.outer) == pytest.approx((102.0, 100 * 12.0, 2 * 100 * 5.0))
