@@ -1,7 +1,7 @@
 """Time work on miniatures of a model and scale it: fixed + layers * layer + outer.
 
 Two models with almost no weights, one with one layer and one with two, give `fixed`. A layer of the model's own widths
-gives `layer`. A model with a large part of the vocabulary and almost no layer gives `outer`: embedding and output layer.
+gives `layer`. A model with a large part of the vocabulary and almost no layer gives `outer`: embedding, output layer.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from tasks.activations.memory import stored_bytes
 from tasks.errors import TaskError
 from tasks.planning.__main__ import find_config
-from tasks.planning.miniature import Miniature, narrowed, thin
+from tasks.planning.miniature import Miniature, narrowed
 from tasks.planning.need import Measurement, Need, carried, read_measurement
 from tasks.planning.timing import Bench, Cost
 
@@ -81,13 +81,9 @@ def test_the_whole_layer_is_the_last_of_the_ladder_unless_it_is_too_large(tmp_pa
     assert [mini.config.hidden_size for mini in bench.ladder] == [1024, 2048]
     wide = Bench(tmp_path, config(LLAMA | {"hidden_size": 4096, "num_attention_heads": 64}), "bfloat16", 4 * WEIGHTS, 0)
     assert wide.ladder[-1].config.hidden_size == 2048
-    assert [mini.config.hidden_size for mini in Bench(tmp_path, config(SMOLLM2), "bfloat16", 3_000_000, 0).ladder] == [
-        576
-    ]
-    assert (thin(config(LLAMA), 64).vocab_size, bench.thin.config.hidden_size) == (
-        65536,
-        64_000_000 // 65536 // 64 * 64,
-    )
+    small = Bench(tmp_path, config(SMOLLM2), "bfloat16", 3_000_000, 0)
+    assert [mini.config.hidden_size for mini in small.ladder] == [576]
+    assert (bench.thin.config.hidden_size, bench.thin.config.vocab_size) == (2048, 10_000_000 // 2048)
 
 
 class FakeMini(Miniature):
