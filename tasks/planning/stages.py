@@ -96,9 +96,9 @@ class Run:
             except TaskError as error:
                 seconds, note = None, str(error)
             if not parts:
-                note = "not estimated, takes seconds"
+                note = "takes seconds"
             elif kind in ("reference", "evaluate") and not note:
-                note = f"{self.items} items of {ITEM} tokens" + "; the gate may need fewer" * (kind == "evaluate")
+                note = f"{self.items} items" + ", the gate may need fewer" * (kind == "evaluate")
             found[stage] = Need(seconds, *self._bytes(kind, name), note or None, rough)
         return {stage: found[stage] for stage in self.threads}
 
