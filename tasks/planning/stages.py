@@ -254,6 +254,8 @@ class Run:
                 return self.base + self._loaded(BASE, kind), 4 * states, 0
             case "evaluate" | "benchmark" | "package" if (kind, name) != ("evaluate", BASE):
                 beside = self._loaded(BASE, kind) if kind == "benchmark" and name != BASE else 0
+                if kind == "evaluate":  # the baseline's output layer and its predictions
+                    beside = 4 * self.words * self.hidden + 8 * self.settings.evaluation.window * self.words
                 return self.base + self._loaded(name or self.largest, kind) + beside, 0, 0
         return self.base, 0, 0
 
