@@ -34,7 +34,7 @@ def lines(found: RunEstimate, measured: Measurement, jobs: int) -> Iterator[str 
     yield table
     unknown = [stage for stage, need in needs.items() if need.seconds is None]
     without = f", without {', '.join(unknown)}" if unknown else ""
-    rough = "; rough: extrapolated from narrower layers" if any(need.rough for need in needs.values()) else ""
+    rough = "; rough: extrapolated" if any(need.rough for need in needs.values()) else ""
     yield f"\ntime     {duration(found.seconds)}, {jobs} stage{'s' * (jobs > 1)} at a time{without}{rough}"
     largest, stage = max((need.memory, stage) for stage, need in needs.items())
     together = f"; {size(found.memory)} while {' and '.join(found.together)} run together"

@@ -15,7 +15,7 @@ class Need:
     """The need of one stage.
 
     seconds: None if unknown; `note` gives the reason. memory: peak of its process, bytes; with a GPU, of the GPU. disk:
-    bytes that it leaves. scratch: further bytes on disk while it runs. rough: extrapolated from narrower layers.
+    bytes that it leaves. scratch: further bytes on disk while it runs. rough: extrapolated.
     """
 
     seconds: float | None

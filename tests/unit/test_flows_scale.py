@@ -89,7 +89,7 @@ def test_a_rough_time_and_one_that_is_not_known_are_marked() -> None:
     text = printed(changes={"quantize@int8": rough, "report": unknown})
     marked = {line.split()[0]: line for line in text.splitlines() if "rough" in line}
     assert set(marked) == {"quantize@int8", "time"}
-    assert ", without report; rough: extrapolated from narrower layers" in marked["time"]
+    assert ", without report; rough: extrapolated" in marked["time"]
     assert "no time was left" in text
 
 
