@@ -176,7 +176,8 @@ def plan(
         from flows.planning.table import lines
 
         graph = {name: stage.upstreams for name, stage in read_plan(root).items()}
-        found, kept = measure(root, model, graph, jobs, machine)
+        with Console(stderr=True).status("measuring, for up to a minute"):  # shown only on a terminal
+            found, kept = measure(root, model, graph, jobs, machine)
         found = replace(found, memory=1e9 * memory if memory else found.memory)
         found = replace(found, disk=1e9 * disk if disk else found.disk)
         for part in lines(simulate(graph, found.needs, jobs), found, jobs):

@@ -5,7 +5,6 @@ Prefect decides when and where a stage runs, DVC decides whether, MLflow records
 
 from __future__ import annotations
 
-import os
 import queue
 import time
 from collections import Counter
@@ -37,6 +36,7 @@ from flows.processes.process import stopped_on_error
 from flows.tracking.mlflow_run import recorded
 from flows.tracking.prefect_artifacts import show_result
 from flows.workspace.run_lock import exclusive
+from tasks.hardware import cpu_cores
 
 THREADS = Executor()
 PATIENCE = 15.0  # seconds for stages on a cluster to end after an interrupt
@@ -89,7 +89,7 @@ def _run_stages(
 ) -> tuple[dict[str, str], dict[str, BaseException]]:
     """Results and errors by stage. After a failure, the stages that depend on the failed one are skipped."""
     log = get_run_logger()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_cores()
     running: dict[str, PrefectFuture[Any]] = {}
     # keep states of ended stages, not futures: a cluster recomputes the futures of a lost worker
     states: dict[str, State[Any]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from flows.errors import FlowError
 from flows.graph.schedule import Upstreams, startable, threads_of
 from flows.processes.run_module import error_line, run_module
 from tasks.errors import TaskError
+from tasks.hardware import cpu_cores
 from tasks.planning.need import Measurement, Need, carried, read_measurement
 
 FOLDER = Path(".modelpress/plans")
@@ -59,7 +59,7 @@ def measure(root: Path, model: str, upstreams: Upstreams, jobs: int, there: Path
     Returns the measurement and its file. FlowError if the model or the file cannot be used.
     """
     kept = FOLDER / f"{re.sub(r'[^A-Za-z0-9]+', '-', model).strip('-')[-60:]}.json"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_cores()
     try:
         elsewhere = read_measurement(there) if there else None
         cores = elsewhere.cores if elsewhere else cores

@@ -35,7 +35,7 @@ def measure(settings: Settings, config: Path, folder: Path, limit: float, thread
     import torch
     from transformers import AutoConfig
 
-    from tasks.hardware import peak_memory, processor_name, total_memory
+    from tasks.hardware import cpu_cores, peak_memory, processor_name, total_memory
     from tasks.planning.stages import Run
 
     try:
@@ -54,7 +54,7 @@ def measure(settings: Settings, config: Path, folder: Path, limit: float, thread
         key=hashlib.sha256(f"{config.read_text(encoding='utf-8')}{settings.model_dump_json()}".encode()).hexdigest(),
         machine=processor_name(),
         device="cuda" if gpu else "cpu",
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cpu_cores(),
         memory=torch.cuda.get_device_properties(0).total_memory if gpu else total_memory(),
         disk=psutil.disk_usage(str(folder)).free,
         when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),

@@ -5,7 +5,6 @@ Repeating the same work on the same machine gives the same values: there are no 
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tasks.hardware import cpu_name, total_memory
+from tasks.hardware import cpu_cores, cpu_name, total_memory
 
 # libraries that can change a result; the lock file has the rest of the environment
 LIBRARIES = (
@@ -44,7 +43,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": cpu_name(),
         "architecture": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cpu_cores(),
         "memory_gib": round(total_memory() / 2**30),
         "gpus": _gpus(),
         "os": _operating_system(),

@@ -134,6 +134,7 @@ def test_an_old_champion_is_compared_with_a_new_package(
     write_params(here, values | {"variants": {"base": {"scheme": "none"}, "int8": int8}})
     finish(here, "new")
     assert champion_tag(here.root, NAME) == ("run/new" if better else "run/old")
-    told = "version 2 is now the champion" if better else "the new package: it is not certain to be as good"
+    loses = "the new package: it is not certain to be as good: of the champion's"
+    told = "version 2 is now the champion" if better else loses
     assert told in caplog.text
     assert [(run.tag, run.scheme) for run in finished_runs(here.root)] == [("run/new", "W8A8"), ("run/old", "W8A8")]

@@ -33,7 +33,7 @@ def contender(right: int, size: int = 100, **contract: Any) -> Contender:
         (contender(301, 120), r"it is 20% larger and not certain to be better \(100\.3% of its score\)"),
         (
             contender(288, 50),
-            "not certain to be as good: of the champion's score it keeps at least 9.*95% lies between",
+            "it is not certain to be as good: of the champion's score it keeps at least 9.*95% lies between",
         ),
         (contender(200, 50), "it is not certain to be as good: of the champion's score it keeps at most"),
         (contender(400, limit=100), "evaluated in the same way: limit was 400 for the champion and is 100 now"),
