@@ -25,13 +25,13 @@ demo: install ## Quantize the built-in model four ways and prove the result (abo
 	@$(BIN)/modelpress run
 
 test-all: install ## Run all tests, including those that take minutes: a real model, a cluster
-	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --run-slow
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --run-slow
 
 ui: install ## Serve the UIs of Prefect and MLflow on this machine, with a worker; Ctrl-C stops them
 	@$(BIN)/modelpress serve
 
-test: install ## Run the tests, three files in parallel, because many wait for subprocesses
-	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+test: install ## Run the tests (about 10 minutes on 2 cores)
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: install ## Quantize with our solvers and with the libraries, and compare (about 40 minutes on 2 cores)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro calibrate

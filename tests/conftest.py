@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 from flows.processes.forked import SHARED, fork_server
 from tests.tiny import Corpus, tiny_corpus, tiny_model
 
+PROJECT = Path(__file__).resolve().parents[1]
 LEFT_OUT = {"gpu": "needs an NVIDIA GPU", "slow": "takes minutes"}  # marker -> why
 
 
@@ -34,9 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Restore Ctrl-C, which programs started in the background ignore, because tests interrupt their child processes.
 
-    All tests and the programs that they start share one fork server.
+    All tests and the programs that they start share one fork server, which refuses programs with another PYTHONPATH.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["PYTHONPATH"] = str(PROJECT)
     if SHARED not in os.environ and (address := fork_server()):
         os.environ[SHARED] = address
 

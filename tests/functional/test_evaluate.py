@@ -17,6 +17,8 @@ from tests.functional.project import Checkout, params
 from tests.hub import FakeHub, Repository, running_hub
 from tests.tiny import Corpus
 
+pytestmark = pytest.mark.slow  # lm-eval reads the definitions of all its tasks
+
 ARC, GSM8K = "datasets/allenai/ai2_arc", "datasets/openai/gsm8k"  # lm-eval's repositories for arc_easy and gsm8k
 
 
@@ -54,7 +56,6 @@ def checkout(llama: Path, corpus: Corpus, hub: FakeHub, tmp_path: Path, monkeypa
     return checkout
 
 
-@pytest.mark.slow
 def test_tasks_of_lm_eval_are_scored_item_by_item(checkout: Checkout) -> None:
     checkout.stage("datasets")
     checkout.stage("reference")

@@ -101,6 +101,7 @@ def test_broken_connection_is_resumed(hub: FakeHub, llama_files: dict[str, bytes
     assert Path("models/source/model.safetensors").read_bytes() == llama_files["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_killed_download_is_resumed_by_the_next_run(hub: FakeHub, llama_files: dict[str, bytes]) -> None:
     hub.break_after, hub.hang = [11 << 20], True
     program = [

@@ -38,6 +38,7 @@ def test_a_server_that_dies_is_started_again_and_ends_with_the_run(
     assert _uvicorn(prefect) == []
 
 
+@pytest.mark.slow
 def test_another_server_at_its_port_is_not_mistaken_for_it(
     prefect_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,18 +96,18 @@ def test_the_history_shows_an_old_run_in_new_words(here: Toy) -> None:
 def test_what_was_made_is_shown_and_fetched_before_params_yaml_is_rewritten(here: Toy, tmp_path: Path) -> None:
     for what in ("champion", "run/old"):
         target = tmp_path / what.replace("/", "-")
-        done = here.cli("get", what, "--to", str(target))
+        done = here.call("get", what, "--to", str(target))
         assert done.returncode == 0, done.stderr
         variants, _ = json.loads((target / "content.json").read_text())
         assert variants == OLD["variants"]
-    assert "run/old" in here.cli("runs").stdout
-    done = here.cli("report")
+    assert "run/old" in here.call("runs").stdout
+    done = here.call("report")
     assert done.stdout.startswith("the table of the field\n")
     assert (done.returncode, f"dist/{NAME}" in done.stdout) == (0, True)
 
 
 def test_a_run_is_refused_with_the_new_words_for_each_old_one(here: Toy) -> None:
-    done = here.cli("run")
+    done = here.call("run")
     assert (done.returncode, done.stdout) == (1, "")
     first, *lines = done.stderr.splitlines()
     assert first.endswith("params.yaml uses settings of an earlier version; replace them with:")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from flows.graph.plan import read_plan
 from tests.functional.project import ITEMS, PATH, Checkout, params
 from tests.functional.toy import cli_command, cli_env
 from tests.tiny import Corpus, tiny_corpus
@@ -30,11 +29,12 @@ def few(llama: Path, corpus: Corpus) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def by_flow(llama: Path, corpus: Corpus, prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+def by_flow(llama: Path, corpus: Corpus, prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """A checkout after `modelpress run` with its own server. Tests must undo their changes."""
     folder = tmp_path_factory.mktemp("flow")
     checkout = Checkout(folder / "project", few(llama, corpus))
-    checkout.output = checkout.run()  # type: ignore[attr-defined]
+    shutil.copytree(prefect_database.parent, checkout.root / ".prefect")
+    checkout.output = checkout.run(PREFECT_HOME=str(checkout.root / ".prefect"))  # type: ignore[attr-defined]
     return checkout
 
 
@@ -77,20 +77,18 @@ def test_after_the_flow_dvc_has_nothing_to_do(by_flow: Checkout) -> None:
     assert "up to date" in by_flow.dvc("repro")
 
 
-def test_a_second_run_changes_nothing(by_flow: Checkout, prefect_server: str) -> None:
+def test_a_second_run_changes_nothing(by_flow: Checkout) -> None:
     before = (by_flow.root / "dvc.lock").read_bytes()
     stages = len(by_flow.stages())
-    assert by_flow.run(PREFECT_API_URL=prefect_server).startswith(f"{stages} stages: {stages} unchanged\n")
+    assert by_flow.run().startswith(f"{stages} stages: {stages} unchanged\n")
     assert (by_flow.root / "dvc.lock").read_bytes() == before
     assert by_flow.runs() == {"parents": 1, "children": 2}
 
 
-def test_stages_run_again_by_dvc_give_the_same_bytes(by_flow: Checkout, tmp_path: Path) -> None:
+def test_a_stage_run_again_by_dvc_gives_the_same_bytes(by_flow: Checkout, tmp_path: Path) -> None:
     copy = copied(by_flow, tmp_path)
-    executed_again(copy, "export@int8", "report")
-    assert {stage.state for stage in read_plan(copy.root).values()} == {"unchanged"}
-    # last, because their metrics contain times, which appear in the report
-    executed_again(copy, "quantize@int8", "evaluate@int8")
+    output = copy.dvc("repro", "--force", "--single-item", "quantize@int8")
+    assert "Running stage 'quantize@int8'" in output
     same_bytes(by_flow, copy)
 
 
@@ -104,11 +102,6 @@ def test_dvc_repro_gives_the_same_bytes_and_then_the_flow_has_nothing_to_do(
     output = by_dvc.run()
     assert not {line.split(":")[0] for line in output.splitlines() if ": executed" in line}
     assert by_dvc.runs() == {"parents": 1, "children": 2}
-
-
-def executed_again(checkout: Checkout, *stages: str) -> None:
-    output = checkout.dvc("repro", "--force", "--single-item", *stages)
-    assert all(f"Running stage '{stage}'" in output for stage in stages)
 
 
 def copied(checkout: Checkout, folder: Path) -> Checkout:

@@ -3,87 +3,112 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
-from transformers import AutoConfig
 
+from flows.graph.plan import read_plan
+from tasks.errors import TaskError
 from tasks.export import export
+from tasks.hardware import cpu_cores
 from tasks.output import write_manifest
-from tasks.planning.need import Need
-from tasks.planning.stages import Run
+from tasks.planning.__main__ import measure
+from tasks.planning.need import Measurement, read_measurement
 from tasks.quantize import quantize
-from tasks.settings import BASE, Settings, check_settings, load_settings
+from tasks.settings import BASE, Settings, load_settings
 from tasks.statistics import collect
+from tests.functional.project import Checkout, params
 from tests.functional.toy import PROJECT, Toy
-from tests.tiny import tiny_model
+from tests.tiny import Corpus, tiny_model
 
-SETTINGS = load_settings(PROJECT / "params.yaml")
 LAYERS, SAMPLES, LENGTH = 4, 8, 128
+VARIANTS = ("base", "auto", "ahead")
 
 
-def settings() -> Settings:
-    values = SETTINGS.model_dump(exclude_unset=True)
+@pytest.fixture(scope="module")
+def project(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """A project in which nothing has run, with two models that differ in their number of layers."""
+    values = params(llama, corpus)
+    default = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))["variants"]
+    ahead = default["gptq-int4"] | {"propagate": True, "format": "awq", "samples": None}
+    values["variants"] = {"base": default["base"], "auto": default["auto"] | {"samples": None}, "ahead": ahead}
     values["calibration"] |= {"samples": SAMPLES, "sequence_length": LENGTH}
-    values["variants"] = {name: values["variants"][name] for name in ("base", "int8", "auto")}
-    values["variants"]["ahead"] = SETTINGS.variants["gptq-int4"].model_dump(exclude_unset=True) | {
-        "propagate": True,
-        "format": "awq",
-    }
-    return check_settings(values)
+    toy = Toy(Checkout(tmp_path_factory.mktemp("plan") / "project", values).root)
+    write_manifest(tiny_model(toy.root / "tiny", hidden=256, layers=LAYERS))
+    tiny_model(toy.root / "twice", hidden=256, layers=2 * LAYERS)
+    return toy
+
+
+def settings(project: Toy) -> Settings:
+    return load_settings(project.root / "params.yaml")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("plan") / "model"
-    write_manifest(tiny_model(directory, hidden=256, layers=LAYERS))
-    return directory
+def planned(project: Toy) -> tuple[list[str], Measurement]:
+    """The output of `modelpress plan` for a model that is only a config.json, and the measurement that it keeps."""
+    (project.root / "alone").mkdir()
+    shutil.copy(project.root / "tiny/config.json", project.root / "alone")
+    done = project.call("plan", "--model", "alone", "--memory", "512", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    return lines, read_measurement(project.root / lines[-1].split()[2].rstrip(";"))
 
 
-@pytest.fixture(scope="module")
-def needs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Need]:
-    """Of every stage, each with one thread, measured with time enough."""
-    wanted = settings()
-    kinds = ("quantize", "export", "evaluate", "benchmark")
-    stages = [
-        "download",
-        "statistics",
-        "reference",
-        *(f"{kind}@{name}" for kind in kinds for name in wanted.variants),
-        "package",
-    ]
-    root, config = tmp_path_factory.mktemp("measuring"), AutoConfig.from_pretrained(model)
-    threads = torch.get_num_threads()
-    run = Run(wanted, config, root, dict.fromkeys([*stages, "dance"], 1), time.monotonic() + 1e6)
-    try:
-        return run.needs(measured=True)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_every_stage_has_an_estimate(needs: dict[str, Need]) -> None:
-    for stage, need in needs.items():
+def test_every_stage_has_an_estimate(project: Toy, planned: tuple[list[str], Measurement]) -> None:
+    lines, found = planned
+    assert lines[0].startswith("model    llama, ")
+    assert "512.0 GB memory" in lines[1]
+    assert any(line.startswith("time ") for line in lines)
+    assert any(line.endswith(": fits") for line in lines)
+    assert set(found.needs) == set(read_plan(project.root))
+    for stage, need in found.needs.items():
+        assert any(line.split()[:1] == [stage] for line in lines)
         assert need.seconds is not None, f"{stage}: {need.note}"
         assert (need.seconds > 0) == (need.note != "takes seconds")
         assert need.memory > 0
         assert not need.rough
-    small = {stage for stage, need in needs.items() if need.seconds == 0}
-    assert small == {"download", "quantize@base", "evaluate@base", "package", "dance"}
-    assert needs["quantize@auto"].seconds > needs["quantize@int8"].seconds  # type: ignore[operator]
+    measured = {stage for stage, need in found.needs.items() if need.seconds}
+    assert measured == {
+        "statistics",
+        "reference",
+        *(f"{kind}@{name}" for kind in ("quantize", "export", "evaluate", "benchmark") for name in VARIANTS),
+    } - {"quantize@base", "evaluate@base"}
+    assert not (project.root / "models").exists()
 
 
-def test_the_stages_take_and_write_what_is_estimated(model: Path, needs: dict[str, Need], tmp_path: Path) -> None:
+def test_times_of_another_machine_are_scaled_to_another_model(
+    project: Toy, planned: tuple[list[str], Measurement]
+) -> None:
+    _, found = planned
+    needs = {stage: asdict(need) for stage, need in found.needs.items()}
+    needs["quantize@auto"] |= {"seconds": 600.0, "rough": False}
+    project.write("server.json", json.dumps(asdict(found) | {"machine": "a server", "needs": needs}))
+    done = project.call("plan", "--model", "twice", "--machine", "server.json", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    assert "a server" in done.stdout
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("quantize@auto"))
+    assert "rough" in line
+    assert " min " in line  # of a model with more layers, scaled
+
+
+def test_the_stages_take_and_write_what_is_estimated(
+    project: Toy, planned: tuple[list[str], Measurement], tmp_path: Path
+) -> None:
     """Seconds within a factor of two, for they are few; bytes to the byte, but for what a mixture chooses."""
+    needs, model = planned[1].needs, project.root / "tiny"
     (tmp_path / "calibration").mkdir()
     tokens = torch.randint(6, 200, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
     save_file({"input_ids": tokens}, tmp_path / "calibration/tokens.safetensors")
     write_manifest(tmp_path / "calibration")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(cpu_cores())  # as for a stage that runs alone
 
     def taken(work: Callable[[], object]) -> float:
         began = time.thread_time()
@@ -93,7 +118,7 @@ def test_the_stages_take_and_write_what_is_estimated(model: Path, needs: dict[st
     inputs = (model, tmp_path / "calibration", tmp_path / "statistics")
     try:
         found = {"statistics": taken(lambda: collect(*inputs, importance=True))}
-        for name, variant in settings().variants.items():
+        for name, variant in settings(project).variants.items():
             made = tmp_path / "models" / name
             found[f"quantize@{name}"] = taken(lambda n=name, v=variant, m=made: quantize(n, v, *inputs, m))  # type: ignore[misc]
             written = sum(path.stat().st_size for path in made.glob("*.safetensors"))
@@ -112,40 +137,6 @@ def test_the_stages_take_and_write_what_is_estimated(model: Path, needs: dict[st
     assert written == pytest.approx(needs["statistics"].disk, rel=0.02)  # the files' heads
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    """A project in which nothing has run."""
-    toy = Toy.create(tmp_path_factory.mktemp("plan") / "toy")
-    toy.set(variants={name: SETTINGS.variants[name].model_dump(exclude_unset=True) for name in ("base", "int8")})
-    tiny_model(toy.root / "tiny", hidden=64, layers=2)
-    tiny_model(toy.root / "twice", hidden=64, layers=4)
-    return toy
-
-
-def test_a_run_is_estimated_from_a_config_alone_and_kept(fresh: Toy) -> None:
-    (fresh.root / "tiny/model.safetensors").unlink()
-    before = fresh.executed()
-    done = fresh.cli("plan", "--model", "tiny", "--memory", "512", "--jobs", "1")
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert said[0].startswith("model    llama, 0 million parameters")
-    assert "512.0 GB memory" in said[1]
-    assert {line.split()[0] for line in said if "@" in line} >= {"quantize@int8", "benchmark@base"}
-    assert any(line.startswith("time ") for line in said)
-    assert "fits" in done.stdout
-    assert fresh.executed() == before
-    kept = fresh.root / said[-1].split()[2].rstrip(";")
-    there = json.loads(kept.read_text())
-    there["needs"]["quantize@int8"] |= {"seconds": 600.0, "rough": False}
-    fresh.write("server.json", json.dumps(there | {"machine": "a server"}))
-    carried = fresh.cli("plan", "--model", "twice", "--machine", "server.json", "--jobs", "1")
-    assert carried.returncode == 0, carried.stderr
-    assert "a server" in carried.stdout
-    (line,) = (line for line in carried.stdout.splitlines() if line.startswith("quantize@int8"))
-    assert "rough" in line
-    assert " min " in line  # of a model with more layers, scaled
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -153,13 +144,19 @@ def test_a_run_is_estimated_from_a_config_alone_and_kept(fresh: Toy) -> None:
         (["--model", "nowhere"], "nowhere does not exist"),
         (["--model", "hf:no/revision"], "names no revision"),
         (["--model", "tiny", "--machine", "tiny/config.json"], "is not a measurement"),
-        (["--model", "bert"], "bert"),
     ],
 )
-def test_what_cannot_be_estimated_is_one_clear_line(fresh: Toy, arguments: list[str], words: str) -> None:
-    fresh.write("bert/config.json", json.dumps({"model_type": "bert"}))
-    done = fresh.call("plan", *arguments)
+def test_what_cannot_be_estimated_is_one_clear_line(project: Toy, arguments: list[str], words: str) -> None:
+    done = project.call("plan", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
     assert words in done.stderr
+
+
+def test_a_model_that_is_no_decoder_is_one_clear_line(project: Toy, tmp_path: Path) -> None:
+    config = project.root / "bert/config.json"
+    project.write("bert/config.json", json.dumps({"model_type": "bert"}))
+    with pytest.raises(TaskError, match="bert") as caught:
+        measure(settings(project), config, tmp_path, 0, {})
+    assert len(str(caught.value).splitlines()) == 1

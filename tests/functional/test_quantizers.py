@@ -157,7 +157,13 @@ def test_fast_requires_a_kernel(name: str, quantized: Quantized) -> None:
     assert runtime.fast == (runtime.note is None)
 
 
-@pytest.mark.parametrize("family", [family for family in ARCHITECTURES if family != "llama"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name not in ("llama", "qwen3")),
+    ],
+)
 def test_every_family_keeps_the_quality(
     family: str, calibration: Path, perplexity: Callable[[Path], float], tmp_path: Path
 ) -> None:
@@ -165,10 +171,10 @@ def test_every_family_keeps_the_quality(
     baseline = perplexity(model)
     assert baseline < 20
     collect(model, calibration, tmp_path / "statistics", importance=True)
-    for name, loss in LOSS.items():
+    for name in ("int8", "awq"):  # their scaling depends on the family
         quantize("v", variant(name), model, calibration, tmp_path / "statistics", tmp_path / name)
         result = perplexity(tmp_path / name)
-        assert result < baseline * loss, name
+        assert result < baseline * LOSS[name], name
         assert result != baseline, name
 
 
@@ -198,22 +204,20 @@ def test_the_report_counts_bits_and_errors(name: str, low: float, high: float, q
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_quantization_is_reproducible(
+def test_quantization_is_reproducible_with_any_number_of_threads(
     name: str, quantized: Quantized, model: Path, calibration: Path, statistics: Path, tmp_path: Path
 ) -> None:
-    threads = torch.get_num_threads()
-    for folder, count in (("two", 2), ("one", 1)):
-        torch.set_num_threads(count)
-        try:
-            quantize("v", variant(name), model, calibration, statistics, tmp_path / folder)
-        finally:
-            torch.set_num_threads(threads)
-        assert checksums(tmp_path / folder) == checksums(quantized(name)), folder
+    first, threads = checksums(quantized(name)), torch.get_num_threads()
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        quantize("v", variant(name), model, calibration, statistics, tmp_path / "again")
+    finally:
+        torch.set_num_threads(threads)
+    assert checksums(tmp_path / "again") == first
 
 
-@pytest.mark.parametrize(
-    "name", ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "awq", "auto"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
 def test_several_processes_give_the_same_bytes(
     name: str,
     quantized: Quantized,
@@ -236,29 +240,28 @@ def test_several_processes_give_the_same_bytes(
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
-@pytest.mark.parametrize("form", ["compressed-tensors", "awq", "gptq"])
 def test_any_method_works_with_any_format(
     name: str,
-    form: str,
     model: Path,
     calibration: Path,
     statistics: Path,
     perplexity: Callable[[Path], float],
     tmp_path: Path,
 ) -> None:
-    plain = tmp_path / "compressed-tensors"
-    for folder in {plain, tmp_path / form}:  # scales as in AutoAWQ's and AutoGPTQ's formats
-        known = variant(name, format=folder.name, scale_dtype="float16")
-        quantize("v", known, model, calibration, statistics, folder)
-    config = json.loads((tmp_path / form / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == form
-    assert perplexity(tmp_path / form) < perplexity(model) * LOSS[name]
-    # equal, whether unpacked by us or, from compressed-tensors, by its library
-    dense = load_dense(tmp_path / form, torch.float32)
     ids = load_file(calibration / "tokens.safetensors")["input_ids"][:2]
-    expected = load_runtime("transformers", plain, "float32").logprobs(ids)
-    with torch.no_grad():
-        assert torch.allclose(dense(ids).logits.log_softmax(-1), expected, atol=1e-4)
+    expected = None
+    for form in ("compressed-tensors", "awq", "gptq"):  # with scales as in AutoAWQ's and AutoGPTQ's formats
+        known = variant(name, format=form, scale_dtype="float16")
+        quantize("v", known, model, calibration, statistics, tmp_path / form)
+        config = json.loads((tmp_path / form / "config.json").read_text())["quantization_config"]
+        assert config["quant_method"] == form
+        # equal, whether unpacked by us or, from compressed-tensors, by its library
+        if expected is None:
+            assert perplexity(tmp_path / form) < perplexity(model) * LOSS[name]
+            expected = load_runtime("transformers", tmp_path / form, "float32").logprobs(ids)
+        dense = load_dense(tmp_path / form, torch.float32)
+        with torch.no_grad():
+            assert torch.allclose(dense(ids).logits.log_softmax(-1), expected, atol=1e-4)
 
 
 def test_a_group_size_that_does_not_divide_becomes_a_smaller_one(

@@ -133,7 +133,7 @@ def served(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_a_second_service_prints_the_addresses_and_starts_nothing(served: Served) -> None:
-    again = served.toy.cli(*served.arguments)
+    again = served.toy.call(*served.arguments)
     assert again.returncode == 0, again.stderr
     assert served.pages in again.stdout
     assert "already running" in again.stdout
@@ -203,7 +203,7 @@ def test_cancelling_ends_every_process_of_the_run(served: Served) -> None:
     served.api(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     assert soon(lambda: not served.processes(place), 60)
     assert soon(lambda: served.state(run) == "Cancelled", PATIENCE)
-    assert "cancelled" in served.toy.cli("runs").stdout
+    assert "cancelled" in served.toy.call("runs").stdout
     (served.toy.root / "wish/quantize@int8").write_text("")
     commit(served.toy, "no wish")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from flows.processes.process import Process
 
 PROJECT = Path(__file__).resolve().parents[2]
 VARIANTS = ("base", "int8", "gptq-int4")
@@ -191,7 +194,7 @@ class Toy:
             cli_command(*arguments), cwd=self.root, env=cli_env(**env), capture_output=True, text=True, timeout=300
         )
 
-    def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def call(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `modelpress` in this process: faster than `cli`, for tests that need no separate process."""
         from flows.cli import main
 
@@ -199,7 +202,8 @@ class Toy:
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.chdir(self.root)
             patch.setattr(sys, "argv", ["modelpress", *arguments])
-            for name, value in TERMINAL.items():
+            patch.setattr(logging.getLogger(), "handlers", logging.getLogger().handlers)
+            for name, value in (TERMINAL | env).items():
                 patch.setenv(name, value)
             with pytest.raises(SystemExit) as ended:
                 main()
@@ -224,8 +228,13 @@ class Toy:
         )
 
     def dvc(self, *arguments: str) -> str:
-        """Return the output of `dvc ARGUMENTS`."""
-        return self.command(sys.executable, "-P", "-m", "dvc", *arguments)
+        """Return the output of `dvc ARGUMENTS`, which must succeed. DVC is forked, which saves its imports."""
+        command = [sys.executable, "-P", "-m", "dvc", *arguments]
+        path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+        with Process(command, self.root, {**os.environ, "PATH": path}, forked=True) as process:
+            output = b"".join(process.chunks(300)).decode()
+            assert process.wait() == 0, output
+        return output
 
     def command(self, *words: str) -> str:
         """Return the output of a command, which must succeed."""

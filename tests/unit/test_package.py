@@ -271,7 +271,6 @@ class TestCard:
         remedies = {
             "uniform": (VARIANTS, {}, None),
             "mixed": (auto, {"auto": {"fused": False}}, "`variants.auto.fused: true`"),
-            "fused": (auto, {}, None),
             "asymmetric": (asymmetric, gptq["W4A16_ASYM"], "`variants.gptq-int4.format: compressed-tensors`"),
             "symmetric": (symmetric, gptq["W4A16"], None),
         }
@@ -394,10 +393,7 @@ class TestTrial:
     def test_nonsense(self, text: str) -> None:
         assert smoke.nonsense(text) is not None
 
-    def test_a_model_that_loads_and_writes_is_sound(self, llama: Path) -> None:
-        text = smoke.generates(llama, "transformers", "float32")
-        assert len(text.split()) > 3
-
+    @pytest.mark.slow
     def test_a_model_that_loads_and_writes_nonsense_is_refused(self, tmp_path: Path) -> None:
         model = tiny_model(tmp_path / "model") / "model.safetensors"
         weights = load_file(model)

@@ -237,6 +237,7 @@ def test_settings_are_immutable() -> None:
         settings.target = "vllm"  # type: ignore[assignment]
 
 
+@pytest.mark.slow  # lm-eval reads the definitions of all its tasks
 def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
     with pytest.raises(TaskError, match=r"names nonesuch, .*boolq_local, .*, piqa_local"):
         check_tasks(["piqa_local", "nonesuch"], Path("evals"))
