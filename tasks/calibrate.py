@@ -155,9 +155,11 @@ def _pack(
     each = math.ceil(length / size)
     pieces = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
     if len(pieces) < count * each:
+        lost = "".join(f", {number} {reason}" for reason, number in dropped.items())
         raise TaskError(
             f"calibration source {name} has {len(stream)} tokens, its share is {count * each * size} "
-            f"({count} sequences of {length}); lower calibration.samples or its weight, or add text"
+            f"({count} sequences of {length}; {len(found)} documents{lost}); lower calibration.samples or its weight, "
+            "or add text"
         )
     drawn = order.sample(pieces, count * each)
     # truncate the last excerpt
@@ -174,7 +176,7 @@ def _texts(
     dropped: Counter[str],
 ) -> Iterator[str]:
     for value in found:
-        if source.chat_template:
+        if source.chat_template and value is not None:
             value = _conversation(value, tokenizer, name)
         if not isinstance(value, str):
             dropped["not text"] += 1

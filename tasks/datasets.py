@@ -21,6 +21,7 @@ from tasks.program import run_stage
 from tasks.settings import DataSource, Settings
 from tasks.sources import fetch_file
 from tasks.text.documents import FILES
+from tasks.text.plain import plain_text
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class DataReport:
     """One entry of data/raw/sources.json.
 
     `file` is relative to data/raw, with its `sha256` and length; `pin` is the value for `sha256` in params.yaml (of the
-    wheel, if the file comes from one).
+    wheel, if the file comes from one). `replaced` counts the characters that no tokenizer can read (see `plain_text`).
     """
 
     source: str
@@ -37,6 +38,7 @@ class DataReport:
     sha256: str
     bytes: int
     file: str
+    replaced: int
 
 
 def datasets(
@@ -63,7 +65,10 @@ def datasets(
                     raise TaskError(f"{name} ({source.source}): {error}") from error
                 path = work / name / FILES[source.format]
                 path.parent.mkdir()
-                if fetched.own:
+                plain = plain_text(fetched.file, source.format)
+                if plain is not None:
+                    path.write_bytes(plain.content)
+                elif fetched.own:
                     # never link the user's files: DVC makes its cache read-only
                     shutil.copyfile(fetched.file, path)
                 else:
@@ -72,7 +77,12 @@ def datasets(
                     path.chmod(0o644)
                 file = path.relative_to(work).as_posix()
                 size = path.stat().st_size
-                reports[name] = DataReport(source.source, fetched.revision, fetched.pin, sha256(path), size, file)
+                replaced = plain.replaced if plain else 0
+                if replaced:
+                    print(f"{name}: {replaced} half characters (lone surrogates) replaced by U+FFFD")
+                reports[name] = DataReport(
+                    source.source, fetched.revision, fetched.pin, sha256(path), size, file, replaced
+                )
         write_json(work / "sources.json", {name: asdict(report) for name, report in reports.items()})
     return reports
 
@@ -89,7 +99,7 @@ def check_format(path: Path, source: DataSource) -> None:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                text = line.decode("utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"line {number} is not UTF-8 ({error.reason} at byte {error.start})") from error
             if source.format == "jsonl" and text.strip():

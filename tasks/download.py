@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tasks.companion_files import is_licence
 from tasks.errors import TaskError
 from tasks.model import from_gguf
+from tasks.model.old_names import with_old_class, with_old_names
 from tasks.output import checksums, link_or_copy, whole_directory, write_json, write_text
 from tasks.program import run_stage
 from tasks.settings import ModelSettings
@@ -106,17 +107,16 @@ def _place_folder(fetched: Fetched, work: Path, dtype: str) -> None:
 
 
 def _edit(work: Path, dtype: str) -> None:
-    """Set the dtype in the configurations, and remove the origin and references to custom code."""
+    """Set the dtype in the configurations, add the names of Transformers 4, and remove the origin and references to
+    custom code."""
     for path in (work / "config.json", work / "tokenizer_config.json"):
         if not path.exists():
             continue
         values = _read_json(path)
         for key in ("_name_or_path", "_model_name_or_path", "name_or_path", "is_local", "local_files_only", "auto_map"):
             values.pop(key, None)
-        if path.name == "config.json":
-            values.pop("torch_dtype", None)
-            values["dtype"] = dtype
-        write_json(path, values)
+        is_config = path.name == "config.json"
+        write_json(path, with_old_names(values | {"dtype": dtype}) if is_config else with_old_class(values))
 
 
 def _place(files: dict[str, Path], work: Path, *, own: bool) -> None:

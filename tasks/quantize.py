@@ -19,6 +19,7 @@ from tasks.device import compute_device
 from tasks.errors import TaskError
 from tasks.hardware import peak_memory
 from tasks.model.compatibility import check_fit
+from tasks.model.old_names import with_old_names
 from tasks.model.precisions import read_precisions
 from tasks.model.size import weight_bits
 from tasks.output import MANIFEST, link_or_copy, resumable_directory, whole_directory, write_json
@@ -104,6 +105,9 @@ def quantize(
         seconds = round(time.monotonic() - started, 1)
         _add_companions(model, work)
         baseline = variant.is_baseline
+        if not baseline:
+            config = work / "config.json"
+            write_json(config, with_old_names(json.loads(config.read_text(encoding="utf-8"))))
         errors = {}
         if not baseline and not any(work.glob("*.gguf")):  # llama.cpp's types cannot be read back
             from tasks.model.layer_errors import layer_errors  # takes seconds to import

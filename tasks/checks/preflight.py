@@ -6,11 +6,12 @@ python -m tasks.checks.preflight models/source    # also whether the variants fi
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 from tasks.exporters import load_exporter
-from tasks.model.compatibility import check_fit
+from tasks.model.compatibility import check_context, check_fit
 from tasks.program import run_stage
 from tasks.scoring.eval_tasks import check_tasks
 from tasks.settings import Settings
@@ -21,6 +22,7 @@ def check(settings: Settings, model: Path | None, evals: Path) -> None:
     check_tasks(settings.evaluation.tasks, evals)
     load_exporter(settings.target).check(settings, model)
     if model is not None:
+        check_context(settings, json.loads((model / "config.json").read_text(encoding="utf-8")))
         for name, variant in settings.variants.items():
             check_fit(name, variant, model)
 

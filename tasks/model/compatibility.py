@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from tasks.model.layout import (
     model_layout,
     quantized_shapes,
 )
+from tasks.rope import rope_parameters
 from tasks.schemes import LLAMA_CPP, MIXED, Scheme, precision_label
+from tasks.settings import Settings
 from tasks.settings.variant import BUILTIN, VariantSettings
 
 
@@ -52,6 +55,29 @@ def check_fit(name: str, variant: VariantSettings, model: Path) -> None:
                 _check_grid(f"variants.{name}.candidates holds {label}", scheme, model)
     else:
         _check_grid(f"variants.{name} is {precision_label(variant.precision)}", variant.precision, model)
+
+
+def check_context(settings: Settings, config: Mapping[str, Any]) -> None:
+    """TaskError naming the setting that asks for more tokens in a row than the model was made for.
+
+    config: the model's config.json. A model that names no longest context has none.
+    """
+    config = config.get("text_config") or config
+    longest = config.get("max_position_embeddings")
+    if not longest:
+        return
+    rope = rope_parameters(config)
+    if rope["rope_type"] in ("linear", "dynamic", "yarn"):  # these extend it
+        longest = max(longest, rope.get("original_max_position_embeddings", longest) * rope.get("factor", 1))
+    benchmark = settings.benchmark
+    asked = {
+        "calibration.sequence_length is": settings.calibration.sequence_length,
+        "evaluation.window is": settings.evaluation.window,
+        "benchmark.prompt_tokens and new_tokens are together": benchmark.prompt_tokens + benchmark.new_tokens,
+    }
+    for what, tokens in asked.items():
+        if tokens > longest:
+            raise TaskError(f"{what} {tokens}, but the model's context is {longest:g} tokens; lower it to at most that")
 
 
 def _check_format(variant: VariantSettings, model: Path) -> None:

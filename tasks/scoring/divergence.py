@@ -55,21 +55,29 @@ def text_windows(
 ) -> list[Window]:
     """Split the first `tokens` tokens of the data set `name` into windows of `window` tokens.
 
-    Each window begins with BOS if the tokenizer adds it. Raises TaskError if the text is too short.
+    Each window begins with BOS if the tokenizer adds it. Records whose field is not a text are left out and counted in
+    a printed line. Raises TaskError if the text is too short.
     """
     prefix = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     size = window - len(prefix)
     count = math.ceil(tokens / window)
     stream: list[int] = []
+    others = 0
     for text in documents(raw, name, source):
-        stream += tokenizer(str(text).strip() + SEPARATOR, add_special_tokens=False).input_ids
+        if not isinstance(text, str):
+            others += 1
+            continue
+        stream += tokenizer(text.strip() + SEPARATOR, add_special_tokens=False).input_ids
         if len(stream) >= count * size:
             break
     else:
+        left_out = f" ({others} records left out: not a text)" if others else ""
         raise TaskError(
-            f"the text {name} has {len(stream)} tokens, but evaluation.text_tokens is {tokens}; "
+            f"the text {name} has {len(stream)} tokens{left_out}, but evaluation.text_tokens is {tokens}; "
             "lower it or choose a longer text"
         )
+    if others:
+        print(f"{name}: {others} records left out: not a text")
     pieces = [stream[i * size : (i + 1) * size] for i in range(count)]
     return [Window([*prefix, *piece], len(str(tokenizer.decode(piece)).split())) for piece in pieces]
 

@@ -164,6 +164,13 @@ def _load(lm: RuntimeLM, settings: EvaluationSettings, evals: Path) -> dict[str,
                 f"the data of {', '.join(settings.tasks)} cannot be read: {reason}; "
                 "run the datasets stage, or check that the hub is reachable: modelpress doctor"
             ) from error
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            raise TaskError(
+                f"the data of {', '.join(settings.tasks)} comes with a script ({error}), and code from a hub is never "
+                "run; choose a task whose data are files"
+            ) from error
     return tasks
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from tasks.companion_files import small_files
 from tasks.errors import TaskError, TransientError
@@ -194,6 +195,12 @@ def _explained(address: HubAddress, kind: Kind) -> Iterator[None]:
         # disk errors have an errno, but so does a connection reset
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise TaskError(
+                f"cannot fetch {name}: {urlsplit(endpoint).hostname} shows a certificate that this machine does not "
+                "trust, as behind a company's proxy; set SSL_CERT_FILE to a file with the proxy's certificate "
+                f"({str(error).rpartition(': ')[2] or error})"
+            ) from error
         raise TransientError(
             f"cannot fetch {name} from {endpoint}: {type(error).__name__}; check the network, a proxy and "
             "HF_ENDPOINT, then run again; the partial download is kept"

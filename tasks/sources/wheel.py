@@ -140,6 +140,11 @@ def _explain(said: str, address: WheelAddress) -> TaskError:
         return TaskError(f"cannot fetch {what}: this Python has no pip; run `{sys.executable} -m ensurepip`")
     if "No space left" in said:
         return TaskError(f"cannot fetch {what}: no space left on the disk; free some space, then run again")
+    if "certificate verify failed" in said.lower():
+        return TaskError(
+            f"cannot fetch {what} with pip: the package index shows a certificate that this machine does not trust, as "
+            "behind a company's proxy; set PIP_CERT to a file with the proxy's certificate"
+        )
     if match := re.search(r"from versions: ([^)]+)\)", said):
         if match[1] != "none":
             near = difflib.get_close_matches(address.version, match[1].split(", "), 5, 0) or [match[1]]

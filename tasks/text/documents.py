@@ -35,7 +35,7 @@ def records(raw: Path, name: str, source: DataSource) -> Iterator[Any]:
 def documents(raw: Path, name: str, source: DataSource) -> Iterator[Any]:
     """Yield the texts of data set `name`: the document or the record's `field`, with `strip` removed.
 
-    A list of messages is yielded unchanged. TaskError if a record lacks the field.
+    A list of messages is yielded unchanged, and so is a null. TaskError if a record lacks the field.
     """
     for number, record in enumerate(records(raw, name, source), start=1):
         value = record

@@ -15,6 +15,7 @@ from tasks.datasets import datasets
 from tasks.errors import TaskError
 from tasks.output import checksums
 from tasks.settings import CalibrationSource, DataSource, TextSource
+from tasks.text.documents import documents
 from tests.tiny import Corpus, tiny_corpus
 
 RAW = Path("data/raw")
@@ -56,6 +57,7 @@ def test_every_source_is_one_file_at_its_own_path(corpus: Corpus) -> None:
         "sha256": digest,
         "bytes": corpus.news.stat().st_size,
         "file": "news/data.jsonl",
+        "replaced": 0,
     }
     assert corpus.text.stat().st_nlink == 1
 
@@ -77,13 +79,34 @@ def test_a_parquet_file(corpus: Corpus) -> None:
         (b'{"a": 1}\n{"a": \n', "line 2 is not JSON"),
         (b'{"a": 1}\n\n[1]\n', "line 3 is JSON, but not an object"),
         (b'{"a": 1}\n{"a": "\xff"}\n', "line 2 is not UTF-8"),
-        (b'\xef\xbb\xbf{"a": 1}\n', "line 1 is not JSON"),
     ],
 )
 def test_a_file_that_does_not_parse_is_refused_by_line(corpus: Corpus, content: bytes, said: str) -> None:
     message = refusal(Path("quiz.jsonl"), content)
     assert said in message
     assert message.startswith("quiz (path:quiz.jsonl): ")
+
+
+def test_a_byte_order_mark_is_removed(corpus: Corpus) -> None:
+    Path("quiz.jsonl").write_bytes(b'\xef\xbb\xbf{"a": "one"}\n{"a": "two"}\n')
+    Path("prose.txt").write_bytes(b"\xef\xbb\xbfOnce.")
+    quiz, prose = DataSource(source="path:quiz.jsonl", format="jsonl", field="a"), DataSource(source="path:prose.txt")
+    reports = datasets({}, {"quiz": quiz, "prose": prose}, {}, RAW)
+    assert list(documents(RAW, "quiz", quiz)) == ["one", "two"]
+    assert (RAW / "prose/data.txt").read_bytes() == b"Once."
+    assert reports["prose"].sha256 == hashlib.sha256(b"Once.").hexdigest()
+    assert reports["prose"].pin == hashlib.sha256(b"\xef\xbb\xbfOnce.").hexdigest()
+
+
+def test_half_characters_are_replaced_and_counted(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = b'{"a": "\\ud83d\\ude00"}\n'
+    Path("quiz.jsonl").write_bytes(whole + b'{"a": "x\\ud83d", "b": ["\\uDE00y"]}\n')
+    quiz = DataSource(source="path:quiz.jsonl", format="jsonl", field="a")
+    reports = datasets({}, {"quiz": quiz}, {}, RAW)
+    assert reports["quiz"].replaced == 2
+    assert "quiz: 2 half characters" in capsys.readouterr().out
+    assert list(documents(RAW, "quiz", quiz)) == ["\U0001f600", "x\ufffd"]
+    assert (RAW / "quiz/data.jsonl").read_bytes().startswith(whole)
 
 
 def test_text_must_be_utf_8(corpus: Corpus) -> None:

@@ -20,6 +20,7 @@ from tasks.settings import ModelSettings
 from tasks.sources import fetch_file
 from tests.hub import FakeHub, Repository, running_hub
 from tests.tiny import tiny_model
+from tests.untrusted import untrusted_server
 
 MODEL = "acme/tiny"
 DATA = "datasets/acme/questions"
@@ -131,6 +132,18 @@ download(ModelSettings(source="hf:{MODEL}@main", dtype="bfloat16"), Path("models
     assert hub.ranges() == [f"bytes={10 << 20}-"]
     assert Path("models/source/model.safetensors").read_bytes() == llama_files["model.safetensors"]
     assert list(Path(".modelpress/downloads/hub").glob("*.part")) == []
+
+
+def test_a_certificate_that_is_not_trusted_is_named_and_not_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.chdir(tmp_path)
+    with untrusted_server(tmp_path) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        said = refusal()
+    assert "127.0.0.1 shows a certificate that this machine does not trust" in said
+    assert "SSL_CERT_FILE" in said
 
 
 def test_bytes_with_a_wrong_checksum_are_deleted_and_refused(hub: FakeHub) -> None:

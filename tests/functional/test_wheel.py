@@ -11,6 +11,7 @@ import pytest
 from tasks.errors import TaskError, TransientError
 from tasks.sources import fetch_file
 from tasks.sources.files import DOWNLOADS, Fetched
+from tests.untrusted import untrusted_server
 
 SOURCE = "wheel:tiny-texts==1.0/tiny_texts/poems/first.txt"
 WHEEL = "tiny_texts-1.0-py3-none-any.whl"
@@ -150,3 +151,17 @@ def test_no_network_says_what_to_check(index: Path, monkeypatch: pytest.MonkeyPa
 def test_failure_leaves_no_partial_files(index: Path) -> None:
     refusal("wheel:tiny-texts==9.9/tiny_texts/poems/first.txt")
     assert list((DOWNLOADS / "wheels" / "tiny-texts-9.9").iterdir()) == []
+
+
+def test_a_certificate_that_is_not_trusted_is_named_and_not_retried(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with untrusted_server(tmp_path) as address:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{address}/simple")
+        with pytest.raises(TaskError, match=r"machine does not trust.*; set PIP_CERT") as caught:
+            fetch_file(SOURCE, None, tmp_path)
+    assert not isinstance(caught.value, TransientError)

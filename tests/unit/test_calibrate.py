@@ -99,18 +99,28 @@ def test_the_chat_template_is_applied(llama: Path, raw: Path, tmp_path: Path) ->
 
 def test_short_documents_and_other_values_are_dropped_and_counted(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "raw/set").mkdir(parents=True)
-    rows = ["A text that is long enough to be worth its place. " * 9] * 40 + ["short", "", 7]
+    rows = ["A text that is long enough to be worth its place. " * 9] * 40 + ["short", "", 7, None]
     (tmp_path / "raw/set/data.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     one = settings(sources={"set": {"source": "path:x", "format": "jsonl", "field": "text"}})
     report = calibrate(one, {}, llama, tmp_path / "raw", tmp_path / "out")
-    assert report.sources["set"].documents == 43
-    assert report.sources["set"].dropped == {"too short": 2, "not text": 1}
+    assert report.sources["set"].documents == 44
+    assert report.sources["set"].dropped == {"too short": 2, "not text": 2}
+    # with the chat template, a null is no message either
+    chats = settings(sources={"set": {"source": "path:x", "format": "jsonl", "field": "text", "chat_template": True}})
+    (tmp_path / "raw/set/data.jsonl").write_text(
+        "".join(json.dumps({"text": row}) + "\n" for row in [*rows[:40], None])
+    )
+    report = calibrate(chats, {}, llama, tmp_path / "raw", tmp_path / "chats")
+    assert report.sources["set"].dropped == {"not text": 1}
 
 
 def test_too_little_text_names_the_source_and_its_tokens(llama: Path, raw: Path, tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"calibration source \w+ has \d+ tokens, its share is"):
         calibrate(settings(samples=60000), {}, llama, raw, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (raw / "text/data.txt").write_text("short\n\n" * 3)
+    with pytest.raises(TaskError, match=r"text has 0 tokens, .*; 4 documents, 4 too short\);"):
+        calibrate(settings(), {}, llama, raw, tmp_path / "out")
 
 
 def test_missing_field_names_the_existing_fields(llama: Path, raw: Path, tmp_path: Path) -> None:

@@ -12,12 +12,15 @@ import yaml
 
 from tasks.checks.preflight import check
 from tasks.errors import TaskError
-from tasks.model.compatibility import check_fit
+from tasks.model.compatibility import check_context, check_fit
 from tasks.model.linears import linear_shapes
 from tasks.settings import Settings, VariantSettings, check_settings
 from tests.mixed import untied
+from tests.tiny import CONTEXT
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
+# within the tiny model's context
+PARAMS["calibration"]["sequence_length"] = PARAMS["evaluation"]["window"] = CONTEXT
 VARIANTS = PARAMS["variants"]
 # of a weight-only mixture
 PLAIN = {"smoothing": None, "symmetric_activations": None}
@@ -176,3 +179,30 @@ def test_shapes_are_of_the_linear_layers_inside_the_decoder(llama: Path) -> None
     shapes = linear_shapes(llama)
     assert shapes["model.layers.1.mlp.down_proj"] == (64, 128)
     assert len(shapes) == 14
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "name"),
+    [
+        ("calibration", "sequence_length", "calibration.sequence_length is"),
+        ("evaluation", "window", "evaluation.window is"),
+        ("benchmark", "prompt_tokens", "benchmark.prompt_tokens and new_tokens are together"),
+    ],
+)
+def test_more_tokens_than_the_models_context_are_refused(section: str, key: str, name: str) -> None:
+    less = PARAMS["benchmark"]["new_tokens"] if section == "benchmark" else 0
+    for tokens, fits in ((CONTEXT, True), (CONTEXT + 1, False)):
+        settings = check_settings(PARAMS | {section: PARAMS[section] | {key: tokens - less}})
+        check_context(settings, {})
+        for long in (
+            {"max_position_embeddings": 2 * CONTEXT},
+            {"max_position_embeddings": CONTEXT, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"text_config": {"max_position_embeddings": 2 * CONTEXT}, "max_position_embeddings": 1},
+        ):
+            check_context(settings, long)
+        config = {"max_position_embeddings": CONTEXT, "rope_scaling": {"rope_type": "llama3", "factor": 2.0}}
+        if fits:
+            check_context(settings, config)
+        else:
+            with pytest.raises(TaskError, match=rf"^{name} {CONTEXT + 1}, but the model's context is {CONTEXT} tokens"):
+                check_context(settings, config)

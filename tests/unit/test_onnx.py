@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,6 +125,36 @@ def test_graph_contains_the_quantized_weights(
     integers = exported(pressed, tmp_path / "integers").logprobs(IDS)
     assert distance(integers, expected) > EXACT
     assert divergence(integers, expected) < 0.01
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def test_llama3s_positions_are_those_of_transformers(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    plain = logprobs(model)
+    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": LLAMA3}))
+    expected = logprobs(model)
+    assert distance(expected, plain) > 100 * EXACT
+    assert distance(exported(model, tmp_path / "onnx").logprobs(IDS), expected) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("family", "turn"), [("llama", "linear"), ("llama", "yarn"), ("qwen2", "llama3"), ("qwen2", "dynamic")]
+)
+def test_positions_that_the_graph_would_compute_otherwise_are_refused(family: str, turn: str, tmp_path: Path) -> None:
+    config = {"model_type": family, "rope_theta": 10000.0, "rope_scaling": {"type": turn, "factor": 4.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TaskError, match=rf"has rope_type '{turn}'.*supported for {family}: default"):
+        OnnxExporter().check(SETTINGS.model_copy(update={"target": "onnx"}), tmp_path)
 
 
 def test_layers_keep_their_bits_and_share_a_product_only_with_equal_bits(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tasks.errors import TaskError
 from tasks.exporters import check_group_sizes
+from tasks.rope import rope_parameters
 from tasks.settings import Settings
 
 BLOCK = 16  # smallest number of weights that share a scale
@@ -31,9 +32,16 @@ class OnnxExporter:
 
 
 def check_family(model: Path) -> None:
-    """TaskError if the model's family is not supported."""
-    family = json.loads((model / "config.json").read_text(encoding="utf-8")).get("model_type")
+    """TaskError if the model's family or its rotary embedding is not supported."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    family = config.get("model_type")
     if family not in FAMILIES:
         raise TaskError(
             f"{model} is of type {family!r}, for which there is no ONNX export; supported: {', '.join(FAMILIES)}"
+        )
+    turns, turn = ("default", "llama3") if family == "llama" else ("default",), rope_parameters(config)["rope_type"]
+    if turn not in turns:
+        raise TaskError(
+            f"{model} has rope_type {turn!r}, which ONNX Runtime GenAI's graph computes otherwise; supported for "
+            f"{family}: {', '.join(turns)}; set target to transformers, or to gguf for linear"
         )

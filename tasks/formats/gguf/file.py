@@ -25,6 +25,7 @@ from tasks.formats.gguf.blocks import FLOATS, block_type, pack_blocks, plain
 from tasks.formats.gguf.vocabulary import add_vocabulary
 from tasks.formats.stored import StoredModel
 from tasks.output import write_json
+from tasks.rope import rope_parameters
 from tasks.tensor_files import EMBEDDING, OUTPUT
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def check_family(config: dict[str, Any], where: str) -> None:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise TaskError(f"{where} is of type {family!r}; the target gguf supports {', '.join(FAMILIES)}")
-    turn = _rope(config)["rope_type"]
+    turn = rope_parameters(config)["rope_type"]
     if turn not in ("default", "linear", "llama3"):
         raise TaskError(f"{where} has rope_type {turn!r}; the target gguf supports default, linear and llama3")
     if config.get("hidden_act", "silu") != "silu":
@@ -121,7 +122,7 @@ def _parts(stored: StoredModel, config: dict[str, Any], arch: gguf.MODEL_ARCH) -
         shape = tuple(linear.weight.integers.shape)
         own = EMBEDDING if name == OUTPUT and tied else name
         parts.append(_Part(_name(names, f"{own}.weight"), shape, kind, read))
-    if _rope(config)["rope_type"] == "llama3":
+    if rope_parameters(config)["rope_type"] == "llama3":
         factors = _llama3_factors(config)
         parts.append(_Part("rope_freqs.weight", tuple(factors.shape), Type.F32, lambda: plain(factors)))
     return parts
@@ -175,16 +176,9 @@ def _head(config: dict[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary embedding's parameters by transformers 5's names, also from an older config.json."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = found.get("rope_theta", config.get("rope_theta", 10000.0))
-    return {**found, "rope_type": found.get("rope_type", found.get("type", "default")), "rope_theta": theta}
-
-
 def _llama3_factors(config: dict[str, Any]) -> Tensor:
     """Llama 3's divisor of each frequency: float32 [head / 2] (transformers, modeling_rope_utils.py)."""
-    rope, size = _rope(config), _head(config)
+    rope, size = rope_parameters(config), _head(config)
     wavelength = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = ((rope["original_max_position_embeddings"] / wavelength - low) / (high - low)).clamp(0, 1)
@@ -196,7 +190,7 @@ def _add_configuration(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     context = config["max_position_embeddings"]
     if config.get("sliding_window") and config.get("use_sliding_window", True):
         context = min(context, config["sliding_window"])  # within it, equal to full attention
-    heads, rope = config["num_attention_heads"], _rope(config)
+    heads, rope = config["num_attention_heads"], rope_parameters(config)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_context_length(context)
     writer.add_embedding_length(config["hidden_size"])
