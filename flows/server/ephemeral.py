@@ -26,6 +26,7 @@ from flows.server.addresses import at_work
 START_SECONDS = 120.0  # the first start creates the database
 PORTS = range(10_000, 32_768)  # below the ephemeral ports of Linux, macOS and Windows
 RESTARTS = 5  # per run; more restarts would not help
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def quiet(root: Path) -> None:
@@ -48,6 +49,10 @@ def quiet(root: Path) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # servers on this machine are never reached through a proxy; libraries read one name or the other
+    others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    own = [name for name in LOOPBACK if name not in others.split(",")]
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join([*filter(None, [others]), *own])
 
 
 class Server:

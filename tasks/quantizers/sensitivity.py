@@ -124,16 +124,21 @@ def _trial(
     found = {}
     for name, solved in round_layer(layer, fitting, recipe).items():
         weight, gram, new = layer.weight(name), layer.inputs[name].gram, solved.weight()
-        error = (output_error(new - weight, gram).sum() / output_error(weight, gram).sum()).item()
+        error = _relative(output_error(new - weight, gram).sum(), output_error(weight, gram).sum())
         factor = known.inputs[name].mean / layer.inputs[name].mean if rounds_activations else None
         if factor is not None:
             factor = torch.where(factor.isfinite(), factor, 1)
             x = inputs[name] / factor
             change = dequantized(Activations(bool(precision.symmetric_activations)), x) - x
-            error += ((change @ weight.T).square().sum() / (x @ weight.T).square().sum()).item()
+            error += _relative((change @ weight.T).square().sum(), (x @ weight.T).square().sum())
             new = new / factor
         found[name] = error, new
     return found
+
+
+def _relative(error: Tensor, output: Tensor) -> float:
+    """The share of the output that is wrong; 0 for a layer without any output, as one whose weights are all zero."""
+    return (error / output).item() if error else 0.0
 
 
 @contextmanager

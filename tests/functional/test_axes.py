@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -137,6 +138,25 @@ def test_mixture_has_the_chosen_precisions(mixed: tuple[Path, QuantizeReport]) -
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["format"] == "mixed-precision"
     assert {group["format"] for group in config["config_groups"].values()} == {"pack-quantized", "int-quantized"}
+
+
+@pytest.mark.parametrize("zero", ["layers.1.", "layers.1.mlp.up_proj"])
+def test_layers_of_zeros_stay_zeros(zero: str, llama: Path, corpus: Corpus, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    for name in weights:
+        if zero in name:
+            weights[name].zero_()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    tied = Pressing.create(model, corpus, tmp_path)
+    baseline = tied.perplexity(tied.model)
+    for number, values in enumerate((MIXED, GPTQ, {"scheme": "W8A8", "scaling": "smoothquant", "smoothing": 0.5})):
+        tied.press(values, tmp_path / str(number))
+        assert tied.perplexity(tmp_path / str(number)) < 1.05 * baseline
+        stored = StoredModel(tmp_path / str(number))
+        zeros = [name for name in stored.quantized if zero in f"{name}."]
+        assert zeros
+        assert not any(stored.linear(name).weight.weight().any() for name in zeros)
 
 
 def test_fused_layers_share_a_scheme(tied: Pressing, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tests.waiting import soon
 def test_a_server_that_dies_is_started_again_and_ends_with_the_run(
     prefect_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which nothing answers, and no_proxy is not set
     _settings(tmp_path, monkeypatch)
     shutil.copytree(prefect_database.parent, tmp_path / ".prefect")
     with server(tmp_path) as prefect:
@@ -64,10 +65,19 @@ def test_ports_in_use_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _settings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+    for name in ("PREFECT_API_URL", "PREFECT_HOME", "NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # `quiet` changes only this test's environment
     quiet(home)
+
+
+def test_the_users_exceptions_from_the_proxy_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _settings(tmp_path, monkeypatch)
+    os.environ.pop("no_proxy")
+    os.environ["NO_PROXY"] = "hub.example,localhost"
+    quiet(tmp_path)
+    quiet(tmp_path)
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "hub.example,localhost,127.0.0.1,::1"
 
 
 def _hang_up(listener: socket.socket) -> None:
