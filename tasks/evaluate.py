@@ -34,6 +34,7 @@ from tasks.scoring.evaluation import (
     write_items,
     write_text_rows,
 )
+from tasks.scoring.float16_range import within_float16
 from tasks.scoring.reference_states import OutputLayer, States, output_layer, states_file
 from tasks.scoring.sequential import bounds
 from tasks.settings import BASE, GateSettings, Settings
@@ -52,8 +53,8 @@ def evaluate(
     baseline: directory of the baseline model, for the divergence. reference: output of the stage `reference`; None:
     load the baseline instead. gate: the gate and the retention that it requires of this variant; None, or a gate that
     is not sequential: score all items.
-    Raises TaskError if a task is unknown, its data cannot be read, a text is too short, or the reference was evaluated
-    under a different contract.
+    Raises TaskError if a task is unknown, its data cannot be read, a text is too short, the reference was evaluated
+    under a different contract, or the model ships in float16 but computes numbers beyond it.
     """
     subject = Subject(job)
     if reference is not None:
@@ -61,15 +62,16 @@ def evaluate(
         same_contract(name, read_reference(reference), ours)
     predictions = _Predictions(job, baseline, reference, subject.runtime.info.device)
     with whole_directory(destination) as work:
+        texts = {}
+        with within_float16(subject.runtime, job.model):
+            for text, windows in subject.windows():
+                found, texts[text] = measure_text(subject.runtime.logprobs, predictions.of(text), windows, text)
+                write_text_rows(work, text, found)
         if gate is None or not gate[0].sequential or reference is None:
             rows = subject.score_all()
         else:
             rows = subject.score_until(_decided(subject, *gate, reference))
         write_items(work, rows)
-        texts = {}
-        for text, windows in subject.windows():
-            found, texts[text] = measure_text(subject.runtime.logprobs, predictions.of(text), windows, text)
-            write_text_rows(work, text, found)
     return subject.report(name, rows, texts)
 
 

@@ -220,3 +220,28 @@ def test_another_contract_and_a_missing_reference_are_refused_before_anything_is
         hand_on(tmp_path / "nothing", tmp_path / "results")
     assert scored == []
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("where", ["mlp.down_proj", "mlp.up_proj"])
+def test_a_model_that_float16_cannot_hold_is_refused_if_it_ships_in_float16(
+    where: str, job: Job, tmp_path: Path
+) -> None:
+    """The numbers are what a product of two layers gives to the next one, or what one layer returns."""
+    model = shutil.copytree(BASE, tmp_path / "large")
+    weights = load_file(model / "model.safetensors")
+    factors = {"up_proj": 1e6, "down_proj": 1e-6}
+    if where == "mlp.down_proj":
+        factors = {"up_proj": 1e3, "gate_proj": 1e3, "down_proj": 1e-6}
+    for name, factor in factors.items():
+        weights[f"model.layers.1.mlp.{name}.weight"] *= factor
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    large = replace(job, model=model)
+    for shipped in ("bfloat16", "float16"):
+        (model / "config.json").write_text(json.dumps(config | {"dtype": shipped}))
+        if shipped == "bfloat16":
+            evaluate("large", large, BASE, REFERENCE, (GATE, 0.4), tmp_path / "results")
+        else:
+            with pytest.raises(TaskError, match=rf"large ships in float16.*layers\.1\.{where} computes numbers up to"):
+                evaluate("large", large, BASE, REFERENCE, (GATE, 0.4), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
