@@ -7,8 +7,10 @@ of the format is exact, but no 4-bit kernel runs. W8A8 models multiply integers 
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ from tasks.hardware import processor_name
 from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.runtimes.batches import batches
 from tasks.runtimes.dense import load_dense
+from tasks.runtimes.plain_passes import score_plainly
+from tasks.runtimes.shared_context import score_shared
+from tasks.runtimes.shared_proof import longest_shared
 from tasks.runtimes.w8a8 import use_integers
 
 
@@ -49,6 +54,7 @@ class TransformersRuntime:
         self.info = RuntimeInfo(
             "transformers", transformers.__version__, device, dtype, torch.get_num_threads(), processor_name()
         )
+        self._said = False
         integers = device == "cpu" and use_integers(self.model)
         self.fast = method is None or integers
         self.note = (
@@ -58,44 +64,29 @@ class TransformersRuntime:
         )
 
     def score(self, questions: Sequence[Question], batch_tokens: int, progress: str) -> list[list[Score]]:
-        """Scores of every continuation; all continuations of a context share its forward pass (see `_Tree`)."""
+        """Score every continuation. Those of a context share the pass over it where that is proven on this model, once
+        per loaded model (tasks/runtimes/shared_proof.py); elsewhere each has a plain pass of its own."""
+        longest, why = self._longest_shared
+        shared = [i for i, question in enumerate(questions) if _length(question) <= longest]
+        plain = [i for i, question in enumerate(questions) if _length(question) > longest]
+        if plain and not self._said:
+            self._said = True
+            tqdm.write(f"{len(plain)} of {len(questions)} questions are scored in plain passes: {why}", sys.stderr)
         results: list[list[Score]] = [[] for _ in questions]
         with tqdm(total=len(questions), desc=progress, unit="item", disable=not progress) as bar:
-            for batch in batches(questions, batch_tokens):
-                for index, scores in zip(batch, self._score([questions[i] for i in batch]), strict=True):
-                    results[index] = scores
+            asked = [questions[i] for i in shared]
+            for batch in batches(asked, batch_tokens):
+                for place, scores in zip(batch, score_shared(self.model, [asked[i] for i in batch]), strict=True):
+                    results[shared[place]] = scores
                 bar.update(len(batch))
+            found = score_plainly(self.model, [questions[i] for i in plain], batch_tokens, bar.update)
+            for index, scores in zip(plain, found, strict=True):
+                results[index] = scores
         return results
 
-    @torch.inference_mode()
-    def _score(self, questions: list[Question]) -> list[list[Score]]:
-        trees = [_Tree(question) for question in questions]
-        longest = max(len(tree.ids) for tree in trees)
-        ids = torch.zeros(len(trees), longest, dtype=torch.int64)
-        positions = torch.zeros_like(ids)
-        # padding sees itself alone: a row of the mask that is all False has no softmax
-        mask = torch.eye(longest, dtype=torch.bool).repeat(len(trees), 1, 1, 1)
-        for row, tree in enumerate(trees):
-            size = len(tree.ids)
-            ids[row, :size] = torch.tensor(tree.ids)
-            positions[row, :size] = torch.tensor(tree.positions)
-            mask[row, 0, :size, :size] = tree.mask
-        device = self.model.device
-        hidden = self.model.base_model(
-            input_ids=ids.to(device),
-            position_ids=positions.to(device),
-            attention_mask=mask.to(device),
-            use_cache=False,
-        ).last_hidden_state
-        results = []
-        for row, tree in enumerate(trees):
-            # the output layer costs a fifth of a small model: it runs where a token is scored, and there alone
-            logits = self.model.get_output_embeddings()(hidden[row, tree.reads]).float().log_softmax(-1)
-            targets = torch.tensor(tree.targets, device=logits.device)
-            chosen = logits.gather(1, targets[:, None])[:, 0].cpu()
-            greedy = (logits.argmax(-1) == targets).cpu()
-            results.append([Score(chosen[span].sum().item(), bool(greedy[span].all())) for span in tree.spans])
-        return results
+    @cached_property
+    def _longest_shared(self) -> tuple[float, str]:
+        return longest_shared(self.model)
 
     @torch.inference_mode()
     def logprobs(self, ids: Tensor) -> Tensor:
@@ -160,30 +151,6 @@ def _pad(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
 
-class _Tree:
-    """A question as one sequence: the context, then each continuation as a branch that sees the context and itself.
-
-    ids, positions: of the sequence. mask: bool [tokens, tokens]. reads: the places whose output scores a token,
-    targets: that token; spans: each continuation's slice of the two.
-    The last token of a continuation is scored but never read on from, so it is not in the sequence.
-    """
-
-    def __init__(self, question: Question) -> None:
-        start = len(question.context)
-        self.ids = list(question.context)
-        self.positions = list(range(start))
-        self.reads: list[int] = []
-        self.targets: list[int] = []
-        self.spans: list[slice] = []
-        size = start + sum(len(c) - 1 for c in question.continuations)
-        self.mask = torch.zeros(size, size, dtype=torch.bool)
-        self.mask[:start, :start] = torch.ones(start, start, dtype=torch.bool).tril()
-        for continuation in question.continuations:
-            at, length = len(self.ids), len(continuation) - 1
-            self.ids += continuation[:-1]
-            self.positions += range(start, start + length)
-            self.mask[at : at + length, :start] = True
-            self.mask[at : at + length, at : at + length] = torch.ones(length, length, dtype=torch.bool).tril()
-            self.spans.append(slice(len(self.targets), len(self.targets) + len(continuation)))
-            self.reads += [start - 1, *range(at, at + length)]
-            self.targets += continuation
+def _length(question: Question) -> int:
+    """Tokens that the model reads to score the longest continuation of a question."""
+    return len(question.context) + max(map(len, question.continuations)) - 1

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tasks.runtimes import RuntimeWithStates
 
-_CLOSE = 1e-4  # tolerance for log-probabilities: above rounding errors, below the effect of scaling or capping logits
+_CLOSE = 1e-5  # tolerance for log-probabilities: above rounding errors, below the effect of scaling or capping logits
 
 
 def states_file(folder: Path, text: str) -> Path:
