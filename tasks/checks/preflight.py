@@ -1,30 +1,66 @@
-"""Refuse unknown tasks and settings that do not fit the downloaded model before any work starts.
+"""Refuse unknown tasks and settings that do not fit the model before any work starts.
 
-python -m tasks.checks.preflight                  # only the settings
-python -m tasks.checks.preflight models/source    # also whether the variants fit this model
+python -m tasks.checks.preflight                  # before the download: of the model, only config.json is read
+python -m tasks.checks.preflight models/source    # the downloaded model
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
+from tasks.errors import TransientError
 from tasks.exporters import load_exporter
-from tasks.model.compatibility import check_context, check_fit
+from tasks.model.compatibility import check_context, check_family, check_fit
 from tasks.program import run_stage
 from tasks.scoring.eval_tasks import check_tasks
 from tasks.settings import Settings
+from tasks.sources.choice import check_config
+from tasks.sources.config import fetch_config
 
 
 def check(settings: Settings, model: Path | None, evals: Path) -> None:
-    """TaskError for the first problem. `model` None: not downloaded yet."""
+    """TaskError for the first problem. `model` None: only config.json is known, and even that not of a GGUF file or
+    while a hub is away."""
     check_tasks(settings.evaluation.tasks, evals)
     load_exporter(settings.target).check(settings, model)
     if model is not None:
-        check_context(settings, json.loads((model / "config.json").read_text(encoding="utf-8")))
-        for name, variant in settings.variants.items():
-            check_fit(name, variant, model)
+        check_model(settings, model)
+        return
+    try:
+        config = fetch_config(settings.model.source)
+    except TransientError:  # the stage download retries
+        return
+    if config is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            check_announced(settings, config, Path(folder))
+
+
+def check_model(settings: Settings, model: Path) -> None:
+    """TaskError if the settings do not fit the model in the directory; its weights are not read."""
+    check_context(settings, json.loads((model / "config.json").read_text(encoding="utf-8")))
+    for name, variant in settings.variants.items():
+        check_fit(name, variant, model)
+
+
+def check_announced(settings: Settings, config: Path, folder: Path) -> None:
+    """TaskError if the model that a config.json describes is not one that can be pressed, or if the settings do not fit
+    it. folder: for a model without numbers."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    check_config(values, settings.model.source)
+    check_context(settings, values)
+    for name, variant in settings.variants.items():
+        check_family(name, variant, values)
+    from transformers import AutoConfig
+
+    from tasks.model.hollow import hollow_model
+
+    known = AutoConfig.from_pretrained(config, trust_remote_code=False)
+    model = hollow_model(known, settings.model.dtype, folder / "model")
+    load_exporter(settings.target).check(settings, model)
+    check_model(settings, model)
 
 
 def main() -> None:

@@ -31,10 +31,7 @@ def check_fit(name: str, variant: VariantSettings, model: Path) -> None:
     if variant.is_baseline:
         return
     config = _json(model / "config.json")
-    if config.get("model_type") not in ARCHITECTURES:
-        raise TaskError(
-            f"variants.{name}: the model is of type {config.get('model_type')!r}; supported: {', '.join(ARCHITECTURES)}"
-        )
+    check_family(name, variant, config)
     layers = config["num_hidden_layers"]
     if beyond := [index for index in variant.skip_layers if index >= layers]:
         raise TaskError(
@@ -55,6 +52,14 @@ def check_fit(name: str, variant: VariantSettings, model: Path) -> None:
                 _check_grid(f"variants.{name}.candidates holds {label}", scheme, model)
     else:
         _check_grid(f"variants.{name} is {precision_label(variant.precision)}", variant.precision, model)
+
+
+def check_family(name: str, variant: VariantSettings, config: Mapping[str, Any]) -> None:
+    """TaskError if a model of this type cannot be pressed. config: its config.json."""
+    if not variant.is_baseline and config.get("model_type") not in ARCHITECTURES:
+        raise TaskError(
+            f"variants.{name}: the model is of type {config.get('model_type')!r}; supported: {', '.join(ARCHITECTURES)}"
+        )
 
 
 def check_context(settings: Settings, config: Mapping[str, Any]) -> None:

@@ -71,14 +71,9 @@ def find_config(model: str) -> Path:
     path = Path(model.removeprefix("path:")).expanduser()
     try:
         if model.startswith("hf:"):
-            from tasks.sources import hub
-            from tasks.sources.address import HubAddress, parse
-            from tasks.sources.files import DOWNLOADS
+            from tasks.sources.config import fetch_config
 
-            address = parse(model)
-            assert isinstance(address, HubAddress)
-            place = HubAddress(address.repository, address.revision, "config.json")
-            path = hub.fetch_file(place, None, "model", DOWNLOADS).file or path
+            path = fetch_config(model) or path
         path = path / "config.json" if path.is_dir() else path
         if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
             raise ValueError("it is not a JSON object")

@@ -206,3 +206,45 @@ def test_more_tokens_than_the_models_context_are_refused(section: str, key: str,
         else:
             with pytest.raises(TaskError, match=rf"^{name} {CONTEXT + 1}, but the model's context is {CONTEXT} tokens"):
                 check_context(settings, config)
+
+
+class TestBeforeTheDownload:
+    """The model's weights are not there yet, and its config.json says enough."""
+
+    @staticmethod
+    def announced(folder: Path, llama: Path, **changes: Any) -> Settings:
+        """Settings with a model of which only a changed config.json exists."""
+        config = json.loads((llama / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        variants = {"base": {"scheme": "none"}, "int8": VARIANTS["int8"], "v": {**VARIANTS["gptq-int4"]}}
+        model = PARAMS["model"] | {"source": f"path:{folder}", "sha256": None}
+        return check_settings(PARAMS | {"variants": variants, "model": model})
+
+    def test_settings_that_fit_pass(self, llama: Path, tmp_path: Path) -> None:
+        check(self.announced(tmp_path, llama), None, Path("evals"))
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, r"int8: the model is of type 'gemma2'"),
+            ({"max_position_embeddings": 128}, r"calibration\.sequence_length is 256, but the model's context is 128"),
+            ({"hidden_size": 60}, r"does not divide the width 60"),
+            ({"quantization_config": {"quant_method": "fp8"}}, r"already quantized \(fp8\)"),
+            ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"no decoder language model"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(
+        self, changes: dict[str, Any], words: str, llama: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(TaskError, match=words):
+            check(self.announced(tmp_path, llama, **changes), None, Path("evals"))
+
+    def test_a_hub_that_is_away_is_left_to_the_download(
+        self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        evals = Path("evals").resolve()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        settings = self.announced(tmp_path, llama)
+        away = settings.model.model_copy(update={"source": "hf:acme/tiny@main"})
+        check(settings.model_copy(update={"model": away}), None, evals)
