@@ -20,7 +20,7 @@ from tasks.errors import TaskError
 from tasks.output import whole_directory, write_json
 from tasks.program import run_stage
 from tasks.settings import CalibrationSettings, CalibrationSource, DataSource, Settings
-from tasks.text.bos import begins_with_bos
+from tasks.text.bos import begins_with_bos, without_bos
 from tasks.text.contamination import Match, check_overlap, find_overlap, ngrams
 from tasks.text.documents import SEPARATOR, documents
 
@@ -192,7 +192,8 @@ def _conversation(value: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> 
         )
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        # each sequence gets its BOS when it is packed
+        return without_bos(tokenizer, str(tokenizer.apply_chat_template(messages, tokenize=False)))
     except Exception as error:
         raise TaskError(f"calibration source {name}: the chat template refuses {str(value)[:80]!r}: {error}") from error
 

@@ -8,6 +8,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from tasks.runtimes import Question, Runtime, Score
+from tasks.text.bos import prompt_ids
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -59,8 +60,7 @@ class RuntimeLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids. add_special_tokens: None adds special tokens unless the text already begins with BOS."""
         if add_special_tokens is None:
-            bos = self.tokenizer.bos_token
-            add_special_tokens = not (bos and string.startswith(bos))
+            return prompt_ids(self.tokenizer, string)
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens).input_ids)
 
     def _loglikelihood_tokens(
