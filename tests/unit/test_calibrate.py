@@ -172,3 +172,13 @@ def test_a_sequence_of_chats_has_one_bos_even_if_the_template_writes_it(llama: P
     rows = load_file(tmp_path / "out/tokens.safetensors")["input_ids"]
     assert rows[:, 0].tolist() == [0] * len(rows)
     assert (rows == 0).sum() == len(rows)
+
+
+def test_bytes_depend_on_the_settings_date_and_not_on_the_day(llama: Path, raw: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    only_chats = {"chats": settings().sources["chats"].model_dump()}
+    calibrate(settings(sources=only_chats, chat_date="2001-02-03"), {}, model, raw, tmp_path / "out")
+    rows = load_file(tmp_path / "out/tokens.safetensors")["input_ids"]
+    assert "03 Feb 2001" in AutoTokenizer.from_pretrained(llama).decode(rows.flatten())
