@@ -20,7 +20,8 @@ from tasks.errors import TaskError
 from tasks.output import whole_directory, write_json
 from tasks.program import run_stage
 from tasks.settings import CalibrationSettings, CalibrationSource, DataSource, Settings
-from tasks.text.bos import begins_with_bos
+from tasks.text.bos import begins_with_bos, without_bos
+from tasks.text.chat import render
 from tasks.text.contamination import Match, check_overlap, find_overlap, ngrams
 from tasks.text.documents import SEPARATOR, documents
 
@@ -146,7 +147,7 @@ def _pack(
     used = 0
     # draw from more text than needed, so that no long document fills the share alone
     plenty = count * length * CHOICE
-    for text in _texts(found, source, tokenizer, name, dropped):
+    for text in _texts(found, source, tokenizer, name, settings.chat_date, dropped):
         if len(stream) >= plenty:
             break
         stream += tokenizer(text + SEPARATOR, add_special_tokens=False).input_ids
@@ -173,11 +174,12 @@ def _texts(
     source: CalibrationSource,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
+    date: str,
     dropped: Counter[str],
 ) -> Iterator[str]:
     for value in found:
         if source.chat_template and value is not None:
-            value = _conversation(value, tokenizer, name)
+            value = _conversation(value, tokenizer, name, date)
         if not isinstance(value, str):
             dropped["not text"] += 1
         elif len(value.strip()) < SHORTEST:
@@ -186,7 +188,7 @@ def _texts(
             yield value.strip()
 
 
-def _conversation(value: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+def _conversation(value: Any, tokenizer: PreTrainedTokenizerBase, name: str, date: str) -> str:
     """Apply the model's chat template to a list of messages, or to a text as the only user message."""
     if not tokenizer.chat_template:
         raise TaskError(
@@ -194,7 +196,8 @@ def _conversation(value: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> 
         )
     messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        # each sequence gets its BOS when it is packed
+        return without_bos(tokenizer, render(tokenizer, messages, date))
     except Exception as error:
         raise TaskError(f"calibration source {name}: the chat template refuses {str(value)[:80]!r}: {error}") from error
 

@@ -25,6 +25,7 @@ from tasks.formats.gguf.llama_model import load_model
 from tasks.hardware import cpu_name, processor_name
 from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.runtimes.batches import batches
+from tasks.text.bos import prompt_ids
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -134,7 +135,7 @@ class GgufRuntime:
 
     def generate(self, prompt: str, new_tokens: int) -> str:
         """See `Runtime`."""
-        ids = list(self.tokenizer(prompt).input_ids)
+        ids = prompt_ids(self.tokenizer, prompt)
         written: list[int] = []
         logits = self._read([Token(t, i, [0], i == len(ids) - 1) for i, t in enumerate(ids)], 1, more=new_tokens)
         while len(written) < new_tokens:

@@ -26,6 +26,7 @@ from tasks.errors import TaskError
 from tasks.hardware import cpu_name
 from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.runtimes.batches import batches
+from tasks.text.bos import prompt_ids
 
 GRAPH, CONFIG = "model.onnx", "genai_config.json"
 DTYPE = "float32"
@@ -128,7 +129,7 @@ class OnnxRuntime:
 
     def generate(self, prompt: str, new_tokens: int) -> str:
         """See `Runtime`."""
-        ids = self.tokenizer(prompt).input_ids
+        ids = prompt_ids(self.tokenizer, prompt)
         generator = self._begin(1, max_length=len(ids) + new_tokens, min_length=0)
         generator.append_tokens(numpy.array(ids, dtype=numpy.int32))
         while not generator.is_done():
@@ -138,7 +139,14 @@ class OnnxRuntime:
     def _begin(self, rows: int, **options: Any) -> Any:
         """Create a greedy generator."""
         parameters = onnxruntime_genai.GeneratorParams(self._load_generator())
-        greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        # each key of genai_config.json that changes what is most likely
+        greedy = {
+            "do_sample": False,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+        }
         parameters.set_search_options(batch_size=rows, **greedy, **options)
         return onnxruntime_genai.Generator(self._generator, parameters)
 

@@ -48,10 +48,8 @@ def longest_shared(model: Any) -> tuple[float, str]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model raises on a mask that it does not know
-        return (
-            0,
-            f"the model does not take the mask of a shared pass ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})",
-        )
+        reason = str(error).strip().partition("\n")[0]
+        return 0, f"the model does not take the mask of a shared pass ({type(error).__name__}: {reason})"
     pairs = [(a.logprob, b.logprob) for x, y in zip(plain, shared, strict=True) for a, b in zip(x, y, strict=True)]
     difference = max(abs(a - b) for a, b in pairs)
     if not difference <= _tolerance(model):  # also if it is not a number

@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CompressedTensorsConfig,
+    GenerationConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -37,6 +38,7 @@ from tasks.runtimes.plain_passes import score_plainly
 from tasks.runtimes.shared_context import score_shared
 from tasks.runtimes.shared_proof import longest_shared
 from tasks.runtimes.w8a8 import use_integers
+from tasks.text.bos import prompt_ids
 
 
 class TransformersRuntime:
@@ -50,6 +52,7 @@ class TransformersRuntime:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         method = config.get("quantization_config", {}).get("quant_method")
         self.model: Any = _load(directory, getattr(torch, dtype), method).to(device).eval()
+        self.model.generation_config = _greedy(self.model.generation_config)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
         self.info = RuntimeInfo(
             "transformers", transformers.__version__, device, dtype, torch.get_num_threads(), processor_name()
@@ -121,11 +124,23 @@ class TransformersRuntime:
     @torch.inference_mode()
     def generate(self, prompt: str, new_tokens: int) -> str:
         """See `Runtime`."""
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        ids = torch.tensor([prompt_ids(self.tokenizer, prompt)], device=self.model.device)
         out = self.model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=_pad(self.tokenizer)
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=_pad(self.tokenizer),
         )
-        return str(self.tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _greedy(own: GenerationConfig) -> GenerationConfig:
+    """The model's special tokens alone: its other keys (penalties, bans, lengths) would change what is most likely, and
+    `generate` takes what a call leaves out from the model."""
+    return GenerationConfig(
+        **{name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    )
 
 
 def _load(directory: Path, dtype: torch.dtype, method: str | None) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.errors import TaskError
 from tasks.output import sha256
 from tasks.text.bos import begins_with_bos
+from tasks.text.chat import writes_date
 
 if TYPE_CHECKING:
     from tasks.runtimes import Runtime
@@ -30,7 +31,7 @@ def contract_of(
     order: Order,
 ) -> dict[str, Any]:
     """The contract of an evaluation. definition: version and hash of each task. The hash covers all planned items,
-    whether or not they are scored."""
+    whether or not they are scored. The date is part of it where the prompts contain it."""
     data = json.loads((raw / "sources.json").read_text(encoding="utf-8"))
     return {
         "tasks": dict(definition),
@@ -49,6 +50,7 @@ def contract_of(
         "data": {name: data[name]["sha256"] for name in settings.sources},
         "tokenizer": {name: sha256(model / name) for name in TOKENIZER if (model / name).exists()},
         "libraries": libraries(runtime),
+        **({"chat_date": settings.chat_date} if settings.chat_template and writes_date(runtime.tokenizer) else {}),
     }
 
 

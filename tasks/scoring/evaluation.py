@@ -86,7 +86,7 @@ class Subject:
         self.started = time.monotonic()
         self.runtime = load_runtime(job.target, job.model, settings.dtype)
         config = json.loads((job.model / "config.json").read_text(encoding="utf-8"))
-        self._lm = RuntimeLM(self.runtime, settings.batch_tokens, config["max_position_embeddings"])
+        self._lm = RuntimeLM(self.runtime, settings.batch_tokens, config["max_position_embeddings"], settings.chat_date)
         self._questions = Questions(self._lm, settings, job.evals)
         self.order = self._questions.order
         self.contract = contract_of(

@@ -8,6 +8,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from tasks.runtimes import Question, Runtime, Score
+from tasks.settings import CHAT_DATE
+from tasks.text.bos import prompt_ids
+from tasks.text.chat import render
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -18,12 +21,13 @@ LONGEST_ANSWER = 256  # tokens, where a task sets no limit
 class RuntimeLM(TemplateLM):
     """Scores and generates with a `Runtime`. A beginning-of-sequence token is added where the tokenizer adds one."""
 
-    def __init__(self, runtime: Runtime, batch_tokens: int, max_length: int) -> None:
+    def __init__(self, runtime: Runtime, batch_tokens: int, max_length: int, chat_date: str = CHAT_DATE) -> None:
         super().__init__()
         self.runtime = runtime
         self.tokenizer = runtime.tokenizer
         self.batch_tokens = batch_tokens
         self.max_length = max_length
+        self.chat_date = chat_date
         self.progress = "items"  # label of the progress bar; empty: no bar
 
     @property
@@ -48,19 +52,18 @@ class RuntimeLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render messages with the model's chat template."""
-        text = self.tokenizer.apply_chat_template(
+        return render(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
+            self.chat_date,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        return str(text)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids. add_special_tokens: None adds special tokens unless the text already begins with BOS."""
         if add_special_tokens is None:
-            bos = self.tokenizer.bos_token
-            add_special_tokens = not (bos and string.startswith(bos))
+            return prompt_ids(self.tokenizer, string)
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens).input_ids)
 
     def _loglikelihood_tokens(

@@ -23,7 +23,7 @@ from tasks.settings.measuring import (
     PackageSettings,
     StatisticsSettings,
 )
-from tasks.settings.section import Name, Section
+from tasks.settings.section import CHAT_DATE, Name, Section
 from tasks.settings.variant import ABILITIES, BACKENDS, BUILTIN, FORMATS, VariantSettings
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "BACKENDS",
     "BASE",
     "BUILTIN",
+    "CHAT_DATE",
     "FORMATS",
     "TARGETS",
     "BenchmarkSettings",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tasks.settings.section import Name, Section, Sha256
+from tasks.settings.section import CHAT_DATE, Date, Name, Section, Sha256
 from tasks.sources.address import check_data_source, check_model_checksum, check_model_source
 
 
@@ -82,12 +82,13 @@ class Overlap(Section):
 
 
 class CalibrationSettings(Section):
-    """The calibration set."""
+    """The calibration set. chat_date: what a chat template takes for today, if it asks."""
 
     samples: Annotated[int, Field(ge=1, le=65536)]
     sequence_length: Annotated[int, Field(ge=16, le=131072)]
     excerpt: Annotated[int, Field(ge=16)] | None = None
     seed: Annotated[int, Field(ge=0)]
+    chat_date: Date = CHAT_DATE
     overlap: Overlap
     sources: Annotated[dict[Name, CalibrationSource], Field(min_length=1)]
 

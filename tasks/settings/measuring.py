@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from tasks.settings.data import DataSource, TextSource
-from tasks.settings.section import Name, Section
+from tasks.settings.section import CHAT_DATE, Date, Name, Section
 
 
 class StatisticsSettings(Section):
@@ -18,12 +18,16 @@ class StatisticsSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """The evaluation, which is the same for the baseline and all variants."""
+    """The evaluation, which is the same for the baseline and all variants.
+
+    chat_date: what the chat template takes for today, if it asks.
+    """
 
     tasks: Annotated[list[str], Field(min_length=1)]
     limit: Annotated[int, Field(ge=1)] | None
     shots: Annotated[int, Field(ge=0, le=64)] | None
     chat_template: bool
+    chat_date: Date = CHAT_DATE
     dtype: Literal["float32", "bfloat16", "float16"]
     batch_tokens: Annotated[int, Field(ge=16)]
     seed: Annotated[int, Field(ge=0)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from tasks.calibrate import calibrate, shares
@@ -168,3 +169,26 @@ def test_params_yaml_calibrates_on_other_data_than_it_evaluates_on() -> None:
     params = yaml.safe_load(Path("params.yaml").read_text())
     evaluation = {s["source"] for group in ("sources", "texts") for s in params["evaluation"][group].values()}
     assert not evaluation & {s["source"] for s in params["calibration"]["sources"].values()}
+
+
+def test_a_sequence_of_chats_has_one_bos_even_if_the_template_writes_it(llama: Path, raw: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.chat_template = "{{ bos_token }}" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(model)
+    only_chats = {"chats": settings().sources["chats"].model_dump()}
+    calibrate(settings(sources=only_chats), {}, model, raw, tmp_path / "out")
+    rows = load_file(tmp_path / "out/tokens.safetensors")["input_ids"]
+    assert rows[:, 0].tolist() == [0] * len(rows)
+    assert (rows == 0).sum() == len(rows)
+
+
+def test_bytes_depend_on_the_settings_date_and_not_on_the_day(llama: Path, raw: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    only_chats = {"chats": settings().sources["chats"].model_dump()}
+    calibrate(settings(sources=only_chats, chat_date="2001-02-03"), {}, model, raw, tmp_path / "out")
+    rows = load_file(tmp_path / "out/tokens.safetensors")["input_ids"]
+    assert "03 Feb 2001" in AutoTokenizer.from_pretrained(llama).decode(rows.flatten())

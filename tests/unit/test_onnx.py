@@ -388,6 +388,33 @@ class TestRuntime:
         assert runtime.generate_ids(ids, 6).tolist() == other.generate_ids(ids, 6).tolist()
         assert runtime.generate("Anna", 12) == other.generate("Anna", 12)
 
+    def test_sampling_keys_of_the_source_do_not_change_the_text_and_stay_in_the_bundle(
+        self, llama: Path, runtime: OnnxRuntime, tmp_path: Path
+    ) -> None:
+        shutil.copytree(llama, tmp_path / "model")
+        keys = tmp_path / "model/generation_config.json"
+        keys.write_text(
+            json.dumps(
+                {**json.loads(keys.read_text()), "do_sample": True, "temperature": 5.0, "repetition_penalty": 5.0}
+            )
+        )
+        write_manifest(tmp_path / "model")
+        export(tmp_path / "model", "onnx", tmp_path / "out")
+        assert (tmp_path / "out/generation_config.json").read_bytes() == keys.read_bytes()
+        # also those keys of the search that the exporter does not take from the source today
+        described = json.loads((tmp_path / "out/genai_config.json").read_text())
+        described["search"] |= {
+            "do_sample": True,
+            "repetition_penalty": 5.0,
+            "no_repeat_ngram_size": 1,
+            "min_length": 20,
+        }
+        (tmp_path / "out/genai_config.json").write_text(json.dumps(described))
+        other = load_runtime("onnx", tmp_path / "out", "float32")
+        ids = torch.tensor([[5, 9, 30], [100, 8, 40]])
+        assert other.generate_ids(ids, 6).tolist() == runtime.generate_ids(ids, 6).tolist()
+        assert other.generate("Anna", 12) == runtime.generate("Anna", 12)
+
     def test_scores_and_texts_may_alternate(self, runtime: OnnxRuntime) -> None:
         written = tuple(runtime.generate_ids(torch.tensor([[5, 9, 30]]), 4)[0, 3:].tolist())
         (scores,) = runtime.score([Question((5, 9, 30), (written, (1, 1)))], 64, "test")
