@@ -17,14 +17,16 @@ from tqdm import tqdm
 from tasks.companion_files import is_licence
 from tasks.errors import TaskError
 from tasks.model import from_gguf
+from tasks.model.arrival import INDEX, Arrival, check_finite, clean_config, inspect, read_index
 from tasks.model.old_names import with_old_class, with_old_names
+from tasks.model.tokenizer import check_rows, check_tokenizer
 from tasks.output import checksums, link_or_copy, whole_directory, write_json, write_text
 from tasks.program import run_stage
 from tasks.settings import ModelSettings
 from tasks.sources import Fetched, fetch_model
 from tasks.sources.choice import check_config
 from tasks.sources.files import require_space
-from tasks.tensor_files import BYTES, DTYPES, convert, needs_conversion, read_header
+from tasks.tensor_files import BYTES, DTYPES, EMBEDDING, convert, needs_conversion, read_header
 
 SOURCE = "source.json"
 
@@ -34,7 +36,8 @@ class SourceReport:
     """The contents of models/source, written to its source.json.
 
     `dequantized_from`: the original type of most weights, None for full precision; `grid`: the grid of that type.
-    `pin`: the value for model.sha256 in params.yaml, None for a folder. `files` excludes source.json.
+    `pin`: the value for model.sha256 in params.yaml, None for a folder. `corrections`: what was changed in the model's
+    files, in words (tasks/model/arrival.py). `files` excludes source.json.
     """
 
     source: str
@@ -46,14 +49,16 @@ class SourceReport:
     licence: str | None
     dtype: str
     parameters: int
+    corrections: list[str]
     files: dict[str, dict[str, str | int]]
 
 
 def download(settings: ModelSettings, destination: Path) -> SourceReport:
     """Fetch the model at `settings.source` and write it to `destination`.
 
-    TaskError, leaving `destination` unchanged, if it cannot be fetched, does not match its checksum, or is not a
-    decoder language model in full precision or in a GGUF file.
+    TaskError, leaving `destination` unchanged, if it cannot be fetched, does not match its checksum, is not a decoder
+    language model in full precision or in a GGUF file, or if its files contradict each other: tensors and config.json,
+    tokenizer and tokenizer.json.
     """
     with whole_directory(destination) as work:
         with tempfile.TemporaryDirectory(prefix=".scratch", dir=work) as scratch:
@@ -65,11 +70,13 @@ def download(settings: ModelSettings, destination: Path) -> SourceReport:
                 alone.symlink_to(fetched.file.resolve())
                 found = from_gguf.dequantize(alone, work, settings.dtype)
                 _place(fetched.files, work, own=fetched.own)
+                arrived = Arrival({}, None)
             else:
                 found = from_gguf.Quantized()
-                _place_folder(fetched, work, settings.dtype)
-        _edit(work, settings.dtype)
-        report = _finish(work, settings, fetched, found)
+                arrived = _place_folder(fetched, work, settings.dtype)
+        corrections = arrived.corrections + _edit(work, settings.dtype, arrived.untied)
+        check_finite(work)
+        report = _finish(work, settings, fetched, found, corrections)
         write_json(work / SOURCE, asdict(report))
         for path in work.iterdir():
             # a file shared with DVC's cache is 0444 and must stay so
@@ -85,38 +92,42 @@ def _check(files: dict[str, Path], settings: ModelSettings) -> None:
     check_config(_read_json(files["config.json"]), settings.source)
 
 
-def _place_folder(fetched: Fetched, work: Path, dtype: str) -> None:
-    """Write a model's files, with weights in `dtype`."""
+def _place_folder(fetched: Fetched, work: Path, dtype: str) -> Arrival:
+    """Write a model's files, with the weights that count in `dtype`."""
     weights = {n: p for n, p in fetched.files.items() if n.endswith(".safetensors")}
-    wrong = {n for n, p in weights.items() if needs_conversion(p, dtype)}
-    entries = {n: read_header(p).values() for n, p in weights.items()}
-    needed = {n: sum(e.count * BYTES[DTYPES[dtype]] for e in es) for n, es in entries.items()}
+    found = inspect(weights, read_index(fetched.files.get(INDEX)), _read_json(fetched.files["config.json"]))
+    wrong = {n for n, p in weights.items() if needs_conversion(p, dtype) or found.files.get(n) != read_header(p)}
+    wrong &= set(found.files)
+    needed = {n: sum(e.count * BYTES[DTYPES[dtype]] for e in es.values()) for n, es in found.files.items()}
     extra = sum(b for n, b in needed.items() if n in wrong or fetched.own)
     require_space(work, extra, "writing the weights")
-    _place({n: p for n, p in fetched.files.items() if n not in wrong}, work, own=fetched.own)
+    left_out = wrong | (set(weights) - set(found.files))
+    _place({n: p for n, p in fetched.files.items() if n not in left_out}, work, own=fetched.own)
     for name in tqdm(sorted(wrong), desc=f"to {dtype}", unit="file", disable=not wrong):
-        convert(weights[name], work / name, dtype)
-    index = work / "model.safetensors.index.json"
-    if index.exists():
-        values = _read_json(index)
-        lacking = sorted(set(values["weight_map"].values()) - set(weights))
-        if lacking:
-            raise TaskError(f"the model's index names {', '.join(lacking)}, but the source has no such file")
-        values["metadata"] = {"total_size": sum(needed.values())}
-        write_json(index, values)
+        convert(weights[name], work / name, dtype, found.files[name])
+    if found.index is not None:
+        total = {"total_size": sum(needed.values())}
+        write_json(work / INDEX, _read_json(work / INDEX) | {"weight_map": found.index, "metadata": total})
+    return found
 
 
-def _edit(work: Path, dtype: str) -> None:
+def _edit(work: Path, dtype: str, untied: bool) -> list[str]:
     """Set the dtype in the configurations, add the names of Transformers 4, and remove the origin and references to
-    custom code."""
+    custom code; return what else was corrected."""
+    corrections: list[str] = []
     for path in (work / "config.json", work / "tokenizer_config.json"):
         if not path.exists():
             continue
         values = _read_json(path)
         for key in ("_name_or_path", "_model_name_or_path", "name_or_path", "is_local", "local_files_only", "auto_map"):
             values.pop(key, None)
-        is_config = path.name == "config.json"
-        write_json(path, with_old_names(values | {"dtype": dtype}) if is_config else with_old_class(values))
+        if path.name == "config.json":
+            values, corrections = clean_config(values, untied)
+            values = with_old_names(values | {"dtype": dtype})
+        else:
+            values = with_old_class(values)
+        write_json(path, values)
+    return corrections
 
 
 def _place(files: dict[str, Path], work: Path, *, own: bool) -> None:
@@ -128,12 +139,15 @@ def _place(files: dict[str, Path], work: Path, *, own: bool) -> None:
             link_or_copy(path, work / name)
 
 
-def _finish(work: Path, settings: ModelSettings, fetched: Fetched, found: from_gguf.Quantized) -> SourceReport:
+def _finish(
+    work: Path, settings: ModelSettings, fetched: Fetched, found: from_gguf.Quantized, corrections: list[str]
+) -> SourceReport:
     """Add the files that every model folder needs, and write the report."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(work, trust_remote_code=False)
+        corrections = corrections + check_tokenizer(work)
         tokenizer = AutoTokenizer.from_pretrained(work, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -148,6 +162,8 @@ def _finish(work: Path, settings: ModelSettings, fetched: Fetched, found: from_g
     if licence and not any(is_licence(p.name) for p in work.iterdir()):
         write_text(work / "LICENSE", f"SPDX-License-Identifier: {licence}\nSource: {settings.source}\n")
     headers = [read_header(p) for p in sorted(work.glob("*.safetensors"))]
+    for rows in (e.shape[0] for header in headers for n, e in header.items() if n == f"{EMBEDDING}.weight"):
+        check_rows(tokenizer, rows)
     return SourceReport(
         source=settings.source,
         kind=fetched.kind,
@@ -158,6 +174,7 @@ def _finish(work: Path, settings: ModelSettings, fetched: Fetched, found: from_g
         licence=licence,
         dtype=settings.dtype,
         parameters=sum(e.count for header in headers for e in header.values()),
+        corrections=corrections,
         files={n: {"sha256": d, "bytes": (work / n).stat().st_size} for n, d in checksums(work).items()},
     )
 

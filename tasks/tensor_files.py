@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,8 +63,8 @@ def needs_conversion(path: Path, dtype: str) -> bool:
     return any(e.dtype in BYTES and e.dtype != DTYPES[dtype] for e in read_header(path).values())
 
 
-def convert(source: Path, destination: Path, dtype: str) -> None:
-    """Write `source` to `destination` with every floating-point tensor as `dtype` (a key of `DTYPES`).
+def convert(source: Path, destination: Path, dtype: str, names: Collection[str]) -> None:
+    """Write the tensors `names` of `source` to `destination`, the floating-point ones as `dtype` (a key of `DTYPES`).
 
     TaskError if a finite weight has no finite value in `dtype`.
     """
@@ -74,6 +74,7 @@ def convert(source: Path, destination: Path, dtype: str) -> None:
     new = {
         name: Entry(wanted, e.shape, e.count * BYTES[wanted]) if e.dtype in BYTES else e
         for name, e in read_header(source).items()
+        if name in names
     }
     with safe_open(source, framework="pt") as file:
 

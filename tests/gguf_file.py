@@ -23,15 +23,18 @@ _LAYER = {
 }
 
 
-def write_gguf(path: Path, model: Path, kind: str = "Q4_1", *, words: str = "smollm") -> Path:
+def write_gguf(path: Path, model: Path, kind: str = "Q4_1", *, words: str = "smollm", parts: int = 1) -> Path:
     """Write the tiny llama in the folder `model` (float32 safetensors) to `path`, its matrices as `kind`.
 
-    `words`: llama.cpp's name of the pre-tokenization rule.
+    `words`: llama.cpp's name of the pre-tokenization rule. `parts`: of how many files it says to be the first.
     """
     config = json.loads((model / "config.json").read_text())
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer = gguf.GGUFWriter(path, "llama")
+    if parts > 1:
+        writer.add_uint16("split.no", 0)
+        writer.add_uint16("split.count", parts)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])

@@ -143,7 +143,7 @@ def _sources(root: Path, settings: Settings) -> Iterator[Finding]:
     there = (root / "models/source").is_dir() and (root / "data/raw").is_dir()
     level: Literal["note", "bad"] = "note" if there else "bad"
     for path in sorted({s.removeprefix("path:") for s in sources if s.startswith("path:")}):
-        if not (root / path).exists():
+        if not (root / Path(path).expanduser()).exists():
             yield Finding("source", "bad", f"path:{path} does not exist", "fix the path in params.yaml")
     wheels = sorted({s.removeprefix("wheel:").partition("/")[0] for s in sources if s.startswith("wheel:")})
     if wheels:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from tasks.errors import TransientError
 from tasks.exporters import load_exporter
+from tasks.model.arrival import clean_config
 from tasks.model.compatibility import check_context, check_family, check_fit
+from tasks.output import write_json
 from tasks.program import run_stage
 from tasks.scoring.eval_tasks import check_tasks
 from tasks.settings import Settings
@@ -48,7 +50,7 @@ def check_model(settings: Settings, model: Path) -> None:
 def check_announced(settings: Settings, config: Path, folder: Path) -> None:
     """TaskError if the model that a config.json describes is not one that can be pressed, or if the settings do not fit
     it. folder: for a model without numbers."""
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values, _ = clean_config(json.loads(config.read_text(encoding="utf-8")), untied=False)
     check_config(values, settings.model.source)
     check_context(settings, values)
     for name, variant in settings.variants.items():
@@ -57,7 +59,8 @@ def check_announced(settings: Settings, config: Path, folder: Path) -> None:
 
     from tasks.model.hollow import hollow_model
 
-    known = AutoConfig.from_pretrained(config, trust_remote_code=False)
+    write_json(folder / "config.json", values)
+    known = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = hollow_model(known, settings.model.dtype, folder / "model")
     load_exporter(settings.target).check(settings, model)
     check_model(settings, model)

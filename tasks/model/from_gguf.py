@@ -48,6 +48,12 @@ def dequantize(path: Path, destination: Path, dtype: str) -> Quantized:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     reader = _read(path)
+    parts = reader.get_field("split.count")
+    if parts is not None and int(parts.contents()) > 1:
+        raise TaskError(
+            f"{path.name} is one of {int(parts.contents())} parts of a GGUF file; the other tensors would be random. "
+            "Merge the parts with llama.cpp's llama-gguf-split --merge, or use the model's safetensors"
+        )
     count: Counter[str] = Counter()
     for tensor in reader.tensors:
         count[tensor.tensor_type.name] += int(tensor.n_elements)

@@ -11,7 +11,9 @@ FORMS = (
     "or wheel:package==version/member"
 )
 
-_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[^/\s]+)(?:/(?P<file>\S.*))?")
+_HUB = re.compile(
+    r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>refs/(?:pr|convert)/[^/\s]+|[^/\s]+)(?:/(?P<file>\S.*))?"
+)
 _WHEEL = re.compile(r"(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[A-Za-z0-9][\w.!+-]*)/(?P<member>.+)", re.ASCII)
 
 

@@ -47,7 +47,7 @@ def check_config(config: Any, where: str) -> None:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
         raise TaskError(f"{where}: config.json has no model_type, so this is not a transformers model")
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unknown method")
         raise TaskError(
             f"{where} is already quantized ({method}); use the model in full precision, because a quantized "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +13,11 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tasks.download import SourceReport, download
 from tasks.errors import TaskError
+from tasks.model.hollow import hollow_model
 from tasks.output import checksums
 from tasks.settings import ModelSettings, load_settings
 from tests.gguf_file import write_gguf
@@ -173,12 +173,9 @@ def test_failed_download_leaves_the_destination_unchanged(model: Path) -> None:
 
 def test_full_disk_is_detected_before_writing(model: Path) -> None:
     # a sparse file takes no space, but its copy would
-    count = shutil.disk_usage(model).free * 3 // 8
-    tensor = {"dtype": "BF16", "shape": [count], "data_offsets": [0, count * 2]}
-    header = json.dumps({"model.norm.weight": tensor}).encode()
-    with (model / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        file.truncate(8 + len(header) + count * 2)
+    config = AutoConfig.from_pretrained(model)
+    config.vocab_size = shutil.disk_usage(model).free * 3 // 8 // config.hidden_size
+    hollow_model(config, "bfloat16", model)
     assert "free some space" in refusal(dtype="float32")
 
 
@@ -255,6 +252,12 @@ def test_a_damaged_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF" + bytes(100))
     assert "not a complete GGUF file" in refusal("path:tiny.gguf")
+
+
+def test_one_part_of_a_gguf_is_refused(llama_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_gguf(tmp_path / "tiny-00001-of-00002.gguf", llama_float, parts=2)
+    assert "is one of 2 parts of a GGUF file" in refusal("path:tiny-00001-of-00002.gguf")
 
 
 @pytest.mark.slow

@@ -19,6 +19,12 @@ def test_a_file_on_a_hub() -> None:
     assert parse("hf:acme/data@1a2b/en/test.jsonl") == HubAddress("acme/data", "1a2b", "en/test.jsonl")
 
 
+@pytest.mark.parametrize("revision", ["refs/pr/7", "refs/convert/parquet"])
+def test_a_revision_with_slashes(revision: str) -> None:
+    assert parse(f"hf:acme/tiny@{revision}") == HubAddress("acme/tiny", revision, None)
+    assert parse(f"hf:acme/data@{revision}/en/test.jsonl") == HubAddress("acme/data", revision, "en/test.jsonl")
+
+
 def test_a_path() -> None:
     assert parse("path:models/my model") == LocalAddress(Path("models/my model"))
 

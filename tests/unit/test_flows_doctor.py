@@ -53,6 +53,13 @@ def test_version_other_than_the_locked_one_is_found(project: Path) -> None:
     assert finding.remedy == "run `make install`"
 
 
+def test_folder_in_the_home_folder_is_found(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(project))
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("path:here", "path:~/here"))
+    assert "source" not in _findings(project)
+
+
 def test_bad_settings_and_a_missing_folder_are_found(project: Path) -> None:
     (project / "here").rmdir()
     assert _findings(project)["source"].found == "path:here does not exist"

@@ -1,0 +1,210 @@
+"""Model files that contradict each other: corrected where it is harmless, refused in one line where it is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tasks.download import SourceReport, download
+from tasks.errors import TaskError
+from tasks.model.tokenizer import PROBE
+from tasks.settings import ModelSettings
+from tasks.tensor_files import TensorFiles
+from tests.mixed import untied
+
+INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+LAST = "model.layers.1.mlp.down_proj.weight"
+SOURCE = Path("models/source")
+
+
+@pytest.fixture
+def model(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny model that a test may damage, in a project folder."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+def take(model: Path) -> SourceReport:
+    report = download(ModelSettings(source=f"path:{model}", dtype="bfloat16"), SOURCE)
+    assert json.loads((SOURCE / "source.json").read_text())["corrections"] == report.corrections
+    return report
+
+
+def refusal(model: Path) -> str:
+    with pytest.raises(TaskError) as caught:
+        take(model)
+    assert not SOURCE.exists()
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+def tensors(model: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(model / "model.safetensors"))
+
+
+def write(model: Path, found: dict[str, torch.Tensor], name: str = "model.safetensors") -> None:
+    save_file(found, model / name, {"format": "pt"})
+
+
+def edit(model: Path, **changes: Any) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def shard(model: Path) -> dict[str, str]:
+    """Split the weights in two files with an index, which is returned: all of layer 1 is in the second one."""
+    found = tensors(model)
+    place = {name: f"model-0000{1 + ('.layers.1.' in name)}-of-00002.safetensors" for name in found}
+    for file in set(place.values()):
+        write(model, {name: tensor for name, tensor in found.items() if place[name] == file}, file)
+    (model / "model.safetensors").unlink()
+    (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    return place
+
+
+def logits(model: Path) -> torch.Tensor:
+    with torch.inference_mode():
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        return torch.Tensor(loaded(torch.arange(6, 60)[None]).logits)
+
+
+def test_a_sound_model_has_nothing_to_correct(model: Path) -> None:
+    before = tensors(model)
+    assert take(model).corrections == []
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors(SOURCE).items())
+
+
+def test_rotary_tables_are_left_out(model: Path) -> None:
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    write(model, tensors(model) | {table: torch.ones(8)})
+    assert take(model).corrections == [f"{table} left out: a rotary table, which is computed from config.json"]
+    assert table not in tensors(SOURCE)
+
+
+class TestIndex:
+    def test_a_leftover_file_is_not_copied(self, model: Path) -> None:
+        expected = logits(model)
+        shard(model)
+        write(model, {LAST: torch.zeros(64, 128)}, "model-00099-of-00099.safetensors")
+        (said,) = take(model).corrections
+        assert said == f"model-00099-of-00099.safetensors: {LAST} left out, which the index does not place there"
+        assert not (SOURCE / "model-00099-of-00099.safetensors").exists()
+        assert torch.equal(logits(SOURCE), expected)
+
+    def test_a_tensor_counts_where_the_index_places_it(self, model: Path) -> None:
+        whole = tensors(model)
+        place = shard(model)
+        first = "model-00001-of-00002.safetensors"
+        write(model, dict(load_file(model / first)) | {LAST: torch.zeros(64, 128)}, first)
+        (said,) = take(model).corrections
+        assert said.startswith(f"{first}: {LAST} left out")
+        assert torch.equal(TensorFiles(SOURCE).read(LAST), whole[LAST])
+        assert json.loads((SOURCE / INDEX).read_text())["weight_map"] == place
+
+    def test_an_index_that_names_another_file_is_corrected(self, model: Path) -> None:
+        place = shard(model)
+        wrong = {**place, LAST: "model-00001-of-00002.safetensors"}
+        (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": wrong}))
+        (said,) = take(model).corrections
+        assert said == f"{LAST} is in {place[LAST]}, not in {wrong[LAST]} as the index says"
+        assert json.loads((SOURCE / INDEX).read_text())["weight_map"] == place
+
+    def test_a_tensor_that_no_file_holds_is_named(self, model: Path) -> None:
+        place = shard(model)
+        found = dict(load_file(model / place[LAST]))
+        del found[LAST]
+        write(model, found, place[LAST])
+        assert f"says that {place[LAST]} holds {LAST}, but it does not, and no file does" in refusal(model)
+
+
+class TestOutputLayer:
+    def test_a_copy_of_the_embedding_is_left_out(self, model: Path) -> None:
+        found = tensors(model)
+        write(model, found | {HEAD: found[EMBEDDING].clone()})
+        assert take(model).corrections == [f"{HEAD} left out: equal to {EMBEDDING}, to which config.json ties it"]
+        assert HEAD not in tensors(SOURCE)
+
+    def test_a_head_of_its_own_is_kept_and_untied(self, model: Path) -> None:
+        found = tensors(model)
+        write(model, found | {HEAD: found[EMBEDDING].flip(0).contiguous()})
+        (said,) = take(model).corrections
+        assert said == f"tie_word_embeddings set to false: {HEAD} differs from {EMBEDDING}"
+        assert json.loads((SOURCE / "config.json").read_text())["tie_word_embeddings"] is False
+        assert torch.equal(tensors(SOURCE)[HEAD], found[EMBEDDING].flip(0))
+        loaded = AutoModelForCausalLM.from_pretrained(SOURCE)
+        assert torch.equal(loaded.lm_head.weight, found[EMBEDDING].flip(0))
+
+    def test_an_untied_model_without_one_is_refused(self, model: Path) -> None:
+        apart = untied(model, Path("apart").absolute())
+        found = tensors(apart)
+        del found[HEAD]
+        write(apart, found)
+        assert refusal(apart).startswith(f"the files have no {HEAD}, and config.json does not tie")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda found: found.pop(LAST), f"1 are missing ({LAST})"),
+        (
+            lambda found: found.update({"model.extra.weight": torch.ones(2)}),
+            "1 are not part of it (model.extra",
+        ),
+        (
+            lambda found: found.update({LAST: torch.ones(64, 64)}),
+            f"{LAST} has the shape [64, 64], but config.json describes [64, 128]",
+        ),
+    ],
+)
+def test_other_tensors_than_the_models_are_refused(
+    model: Path, change: Callable[[dict[str, torch.Tensor]], object], words: str
+) -> None:
+    found = tensors(model)
+    change(found)
+    write(model, found)
+    assert words in refusal(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_named(model: Path, value: float) -> None:
+    found = tensors(model)
+    found[LAST][3, 5] = value
+    write(model, found)
+    assert refusal(model).startswith(f"{LAST} holds 1 numbers that are not finite")
+
+
+def test_what_says_nothing_about_the_model_is_removed_from_its_configuration(model: Path) -> None:
+    edit(model, quantization_config=None, attn_implementation="flash_attention_2")
+    removed = ["quantization_config", "attn_implementation"]
+    assert [said.partition(" ")[0].rstrip(":") for said in take(model).corrections] == removed
+    assert not set(removed) & json.loads((SOURCE / "config.json").read_text()).keys()
+    logits(SOURCE)
+
+
+class TestTokenizer:
+    def test_class_that_changes_the_tokens_is_corrected(self, model: Path) -> None:
+        path = model / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "LlamaTokenizerFast"}))
+        expected = Tokenizer.from_file(str(model / "tokenizer.json")).encode(PROBE, add_special_tokens=False).ids
+        assert AutoTokenizer.from_pretrained(model)(PROBE, add_special_tokens=False).input_ids != expected
+        (said,) = take(model).corrections
+        assert said.startswith("tokenizer_class set to PreTrainedTokenizerFast: LlamaTokenizerFast changes the tokens")
+        assert AutoTokenizer.from_pretrained(SOURCE)(PROBE, add_special_tokens=False).input_ids == expected
+
+    def test_token_without_a_row_in_the_embedding_is_refused(self, model: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        rows = len(tokenizer)
+        tokenizer.add_tokens(["<new>"])
+        tokenizer.save_pretrained(model)
+        assert f"the token '<new>' with the id {rows}, but the embedding has only {rows} rows" in refusal(model)
