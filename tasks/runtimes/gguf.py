@@ -26,6 +26,7 @@ from tasks.hardware import cpu_name, processor_name
 from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.runtimes.batches import batches
 from tasks.text.bos import prompt_ids
+from tasks.text.end_tokens import end_tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,6 +53,7 @@ class GgufRuntime:
 
     def __init__(self, directory: Path, dtype: str) -> None:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+        self._ends = frozenset(end_tokens(directory, self.tokenizer))  # the file may lack some
         self._dtype = dtype
         self._threads = torch.get_num_threads()
         self._model = load_model(gguf_file(directory))
@@ -140,7 +142,7 @@ class GgufRuntime:
         logits = self._read([Token(t, i, [0], i == len(ids) - 1) for i, t in enumerate(ids)], 1, more=new_tokens)
         while len(written) < new_tokens:
             token = int(logits[-1].argmax())
-            if llama_cpp.llama_vocab_is_eog(self._vocab, token):
+            if token in self._ends or llama_cpp.llama_vocab_is_eog(self._vocab, token):
                 break
             written.append(token)
             if len(written) < new_tokens:

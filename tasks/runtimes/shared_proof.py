@@ -12,11 +12,12 @@ import random
 from typing import Any
 
 import torch
+from torch import nn
 
-from tasks.activation_rounding import Activations
 from tasks.runtimes import Question
 from tasks.runtimes.plain_passes import score_plainly
 from tasks.runtimes.shared_context import score_shared
+from tasks.runtimes.w8a8 import Int8Linear
 
 CONTEXTS = (47, 40)  # tokens: two lengths, so that one row is padded
 CONTINUATIONS = (9, 1, 5)  # tokens
@@ -38,7 +39,8 @@ def longest_shared(model: Any) -> tuple[float, str]:
       sums of a llama of 30 layers by up to 0.05. Differences that are smaller than 0.15 do not show.
 
     The probe's 56 tokens prove nothing about longer texts where a model changes with their length: beyond a sliding
-    window, a chunk, or the original context of `dynamic` and `longrope` positions. There the answer is that length.
+    window, a chunk, or the original context of `dynamic` and `longrope` positions. There the answer is that length,
+    unless the probe is at least twice as long.
     Raises MemoryError or torch.OutOfMemoryError if the probe does not fit in memory.
     """
     questions = _probe(model)
@@ -55,7 +57,7 @@ def longest_shared(model: Any) -> tuple[float, str]:
     if not difference <= _tolerance(model):  # also if it is not a number
         return 0, f"a shared pass changes the model's scores (by {difference:.2g} nats on the probe)"
     length = _changes_at(model)
-    if length < max(CONTEXTS):  # proven beyond it
+    if 2 * length <= min(CONTEXTS):  # proven far beyond it
         return math.inf, ""
     return length, "" if length == math.inf else f"beyond {length} tokens the model's attention or positions change"
 
@@ -72,10 +74,17 @@ def _probe(model: Any) -> list[Question]:
 
 
 def _tolerance(model: Any) -> float:
-    rounded = any(isinstance(module, Activations) for module in model.modules()) or any(
-        getattr(getattr(module, "quantization_scheme", None), "input_activations", None) for module in model.modules()
+    exact = model.dtype == torch.float32 and not any(map(_rounds_activations, model.modules()))
+    return EXACT if exact else COARSE
+
+
+def _rounds_activations(module: nn.Module) -> bool:
+    scheme = getattr(module, "quantization_scheme", None)
+    return (
+        isinstance(module, Int8Linear)
+        or getattr(scheme, "input_activations", None) is not None
+        or (isinstance(module, nn.Linear) and bool(module._forward_pre_hooks))  # tasks/activation_rounding.py
     )
-    return EXACT if model.dtype == torch.float32 and not rounded else COARSE
 
 
 def _changes_at(model: Any) -> float:

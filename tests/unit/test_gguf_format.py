@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tasks.errors import TaskError
 from tasks.exporters.gguf import GgufExporter
 from tasks.formats.gguf.blocks import block_type, pack_blocks, unpack_blocks
 from tasks.formats.gguf.file import _llama3_factors, check_family, write_gguf
-from tasks.formats.gguf.vocabulary import rule_for_words
+from tasks.formats.gguf.vocabulary import add_vocabulary, rule_for_words
 from tasks.formats.stored import StoredModel
 from tasks.grid import Grid, Precision, QuantizedWeight
 from tasks.reporting.summary import _flattered
@@ -339,3 +340,42 @@ def test_llama_cpps_quantizer_is_for_its_own_target() -> None:
     values["target"] = "gguf"
     found = check_settings(values).variant("q4")
     assert (found.backend, found.format, found.bits) == ("llama.cpp", "gguf", 4)
+
+
+@pytest.mark.parametrize(
+    ("ends", "keys", "left"),
+    [
+        (1, {}, None),
+        ([1, 3], {"eom": 3}, None),
+        ([5, 1, 3], {"eom": 5, "eot": 3}, None),
+        ([1, 3, 4, 5], {"eom": 3, "eot": 4}, "<|assistant|>"),
+        ([1, 6, 9999], {}, None),  # one that llama.cpp knows by its text, and one outside the vocabulary
+    ],
+)
+def test_end_tokens_beside_eos_are_named(
+    llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    ends: int | list[int],
+    keys: dict[str, int],
+    left: str | None,
+) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    tokens = model / "tokenizer.json"
+    described = json.loads(tokens.read_text())
+    (ordinary,) = (token for token, number in described["model"]["vocab"].items() if number == 6)
+    described["model"]["vocab"] = {
+        "<|im_end|>" if token == ordinary else token: number for token, number in described["model"]["vocab"].items()
+    }
+    described["model"]["merges"] = [pair for pair in described["model"]["merges"] if ordinary not in pair]
+    tokens.write_text(json.dumps(described))
+    writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "llama")
+    add_vocabulary(writer, model, 300)
+    found = {name.rpartition(".")[2]: field.value for name, field in writer.kv_data[0].items()}
+    assert found["eos_token_id"] == 1
+    named = {name: found[f"{name}_token_id"] for name in ("eot", "eom") if f"{name}_token_id" in found}
+    assert named == keys
+    said = capsys.readouterr().out
+    assert ("does not stop at" in said) == (left is not None)
+    assert left is None or said.strip().endswith(left)

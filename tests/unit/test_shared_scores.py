@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tasks.activation_rounding import Activations, round_inputs
 from tasks.runtimes import Question, Score
 from tasks.runtimes.shared_context import score_shared
+from tasks.runtimes.shared_proof import COARSE, EXACT, _tolerance, longest_shared
 from tasks.runtimes.transformers import TransformersRuntime
+from tasks.runtimes.w8a8 import Int8Linear
 from tests.tiny import tiny_tokenizer
 
 WINDOW = 8
@@ -120,6 +124,30 @@ def test_beyond_a_window_that_the_probe_does_not_reach_passes_are_plain(
     # the shared pass alone is wrong here, so the test could fail
     difference = score_shared(runtime.model, longer[:1])[0][0].logprob - alone(folder)[0][0].logprob
     assert abs(difference) > 1e-3
+
+
+@pytest.mark.parametrize("window", [30, 46])
+def test_a_window_that_the_probe_hardly_exceeds_is_a_limit_too(tmp_path: Path, window: int) -> None:
+    """Even if the probe shows no difference, as it may in bfloat16; here attention is full in spite of the config."""
+    model = TransformersRuntime(make(tmp_path, "llama", {}), "float32").model
+    assert longest_shared(model)[0] == math.inf
+    model.config.sliding_window = window
+    assert longest_shared(model)[0] == window
+    model.config.sliding_window = WINDOW
+    assert longest_shared(model)[0] == math.inf  # proven far beyond it
+
+
+def test_rounded_activations_and_short_floats_get_a_coarser_proof(tmp_path: Path) -> None:
+    folder = make(tmp_path, "llama", {})
+    assert _tolerance(TransformersRuntime(folder, "float32").model) == EXACT
+    assert _tolerance(TransformersRuntime(folder, "bfloat16").model) == COARSE
+    hooked = TransformersRuntime(folder, "float32").model
+    round_inputs(hooked, {"model.layers.0.mlp.up_proj": False})
+    assert _tolerance(hooked) == COARSE
+    integers = TransformersRuntime(folder, "float32").model
+    weight, scale = torch.zeros(64, 64, dtype=torch.int8), torch.ones(64)
+    integers.model.layers[0].self_attn.o_proj = Int8Linear(weight, scale, None, Activations(symmetric=True))
+    assert _tolerance(integers) == COARSE
 
 
 def test_a_model_without_room_for_the_probe_is_not_called_different(

@@ -15,10 +15,14 @@ from gguf import TokenType
 from tasks.errors import TaskError
 from tasks.text import pretokenizer_rules
 from tasks.text.bos import begins_with_bos
+from tasks.text.end_tokens import end_tokens
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+# texts at which every version of llama.cpp stops (src/llama-vocab.cpp, special_eog_ids)
+_KNOWN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>")
+_END_KEYS = 2  # beside EOS
 _SPACE = "\u2581"  # SentencePiece's
 
 
@@ -56,10 +60,26 @@ def add_vocabulary(writer: GGUFWriter, model: Path, size: int) -> None:
         number = getattr(tokenizer, f"{name}_token_id")
         if number is not None and number < size:
             add(number)
+    _add_end_tokens(writer, model, tokenizer, tokens)
     writer.add_add_bos_token(begins_with_bos(tokenizer))
     writer.add_add_eos_token(False)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _add_end_tokens(writer: GGUFWriter, model: Path, tokenizer: Any, tokens: list[str]) -> None:
+    """Name the end tokens beside EOS that llama.cpp does not know by their texts, as far as the format has keys.
+
+    llama.cpp stops at the tokens of the keys eos, eot and eom, and at those with texts in its list. The key eom comes
+    first, because nothing else depends on it.
+    """
+    ends = [number for number in end_tokens(model, tokenizer) if number < len(tokens)]
+    others = [n for n in ends if n != tokenizer.eos_token_id and tokens[n] not in _KNOWN_ENDS]
+    for number, add in zip(others, (writer.add_eom_token_id, writer.add_eot_token_id), strict=False):
+        add(number)
+    if len(others) > _END_KEYS:
+        left = ", ".join(tokens[number] for number in others[_END_KEYS:])
+        print(f"a GGUF file has no key for more end tokens: llama.cpp does not stop at {left}", flush=True)
 
 
 def rule_for_words(described: dict[str, Any], model: Path) -> str | None:
