@@ -91,7 +91,7 @@ def _check_tied(found: Arrival, weights: Mapping[str, Path], config: Mapping[str
     place = {name: file for file, entries in found.files.items() for name in entries}
     head = f"{OUTPUT}.weight"
     embedding = next((name for name in place if name.endswith("embed_tokens.weight")), None)
-    if not config.get("tie_word_embeddings", _ties(config)) or head not in place or embedding is None:
+    if head not in place or embedding is None or not _known(config).get_text_config().tie_word_embeddings:
         return
     tensors = []
     for name in (head, embedding):
@@ -104,28 +104,31 @@ def _check_tied(found: Arrival, weights: Mapping[str, Path], config: Mapping[str
         found.corrections.append(f"tie_word_embeddings set to false: {head} differs from {embedding}")
 
 
-def _ties(config: Mapping[str, Any]) -> bool:
-    """Transformers' default where config.json does not say."""
+def _known(config: Mapping[str, Any]) -> Any:
+    """Transformers' configuration of a config.json; TaskError if it cannot be read."""
     from transformers import AutoConfig
 
-    known = {key: value for key, value in config.items() if key not in ("model_type", *_IGNORED)}
-    return bool(getattr(AutoConfig.for_model(config["model_type"], **known), "tie_word_embeddings", False))
+    values = {key: value for key, value in config.items() if key not in ("quantization_config", *_IGNORED)}
+    try:
+        return AutoConfig.for_model(**values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise TaskError(f"Transformers cannot read config.json: {reason}; fetch the model again") from error
 
 
 def _check_shapes(found: Arrival, config: Mapping[str, Any]) -> None:
     """TaskError unless the tensors are those of the model that config.json describes. Nothing is checked for a type
     whose names on disk Transformers converts."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     if get_checkpoint_conversion_mapping(config["model_type"]):
         return
-    values = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config", *_IGNORED)}
-    if found.untied:
-        values["tie_word_embeddings"] = False
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+        model: Any = AutoModelForCausalLM.from_config(
+            _known({**config, "tie_word_embeddings": False} if found.untied else config)
+        )
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys or ()) if model.config.get_text_config().tie_word_embeddings else set()
     held = {name: entry.shape for entries in found.files.values() for name, entry in entries.items()}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +19,6 @@ from safetensors.torch import save_file
 from flows.graph.plan import read_plan
 from tasks.errors import TaskError
 from tasks.export import export
-from tasks.hardware import cpu_cores
 from tasks.output import write_manifest
 from tasks.planning.__main__ import measure
 from tasks.planning.need import Measurement, read_measurement
@@ -50,12 +51,26 @@ def settings(project: Toy) -> Settings:
     return load_settings(project.root / "params.yaml")
 
 
+@contextmanager
+def one_core() -> Iterator[None]:
+    """This process and those it starts may use one core: with one thread, the processor time of a stage is steady."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("needs Linux")
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 @pytest.fixture(scope="module")
 def planned(project: Toy) -> tuple[list[str], Measurement]:
     """The output of `modelpress plan` for a model that is only a config.json, and the measurement that it keeps."""
     (project.root / "alone").mkdir()
     shutil.copy(project.root / "tiny/config.json", project.root / "alone")
-    done = project.call("plan", "--model", "alone", "--memory", "512", "--jobs", "1")
+    with one_core():
+        done = project.call("plan", "--model", "alone", "--memory", "512", "--jobs", "1")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     return lines, read_measurement(project.root / lines[-1].split()[2].rstrip(";"))
@@ -103,12 +118,13 @@ def test_the_stages_take_and_write_what_is_estimated(
 ) -> None:
     """Seconds within a factor of two, for they are few; bytes to the byte, but for what a mixture chooses."""
     needs, model = planned[1].needs, project.root / "tiny"
-    (tmp_path / "calibration").mkdir()
     tokens = torch.randint(6, 200, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
-    save_file({"input_ids": tokens}, tmp_path / "calibration/tokens.safetensors")
-    write_manifest(tmp_path / "calibration")
+    for folder, count in (("calibration", SAMPLES), ("one", 1)):
+        (tmp_path / folder).mkdir()
+        save_file({"input_ids": tokens[:count].clone()}, tmp_path / folder / "tokens.safetensors")
+        write_manifest(tmp_path / folder)
     threads = torch.get_num_threads()
-    torch.set_num_threads(cpu_cores())  # as for a stage that runs alone
+    torch.set_num_threads(1)  # as for a stage that runs alone on one core
 
     def taken(work: Callable[[], object]) -> float:
         began = time.thread_time()
@@ -116,7 +132,11 @@ def test_the_stages_take_and_write_what_is_estimated(
         return time.thread_time() - began
 
     inputs = (model, tmp_path / "calibration", tmp_path / "statistics")
+    warm = (model, tmp_path / "one", tmp_path / "warm")
     try:
+        # libraries import parts of themselves when they are first used
+        collect(*warm, importance=True)
+        quantize("auto", settings(project).variants["auto"], *warm, tmp_path / "warm-auto")
         found = {"statistics": taken(lambda: collect(*inputs, importance=True))}
         for name, variant in settings(project).variants.items():
             made = tmp_path / "models" / name
