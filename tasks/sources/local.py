@@ -14,7 +14,7 @@ from tasks.sources.files import Fetched, check_pin
 
 def fetch_file(address: LocalAddress, expected: str | None) -> Fetched:
     """Return the file at the path; TaskError if there is none."""
-    path = _present(address)
+    path = present(address)
     if not path.is_file():
         raise TaskError(f"path:{address.path} is a folder, expected one file; name a file in it")
     return Fetched("path", None, check_pin(path, expected, f"path:{address.path}"), path, own=True)
@@ -22,7 +22,7 @@ def fetch_file(address: LocalAddress, expected: str | None) -> Fetched:
 
 def fetch_model(address: LocalAddress, expected: str | None, check: Callable[[dict[str, Path]], None]) -> Fetched:
     """Return the model files in the folder at the path, or the GGUF file."""
-    path, where = _present(address), f"path:{address.path}"
+    path, where = present(address), f"path:{address.path}"
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise TaskError(f"{where} is a single file, which must be a .gguf")
@@ -36,7 +36,8 @@ def fetch_model(address: LocalAddress, expected: str | None, check: Callable[[di
     return Fetched("path", None, None, None, files | {n: path / n for n in weights}, own=True)
 
 
-def _present(address: LocalAddress) -> Path:
+def present(address: LocalAddress) -> Path:
+    """The path; TaskError if nothing is there."""
     if not address.path.exists():
         raise TaskError(
             f"path:{address.path} not found (looked at {address.path.absolute()}); a relative path is "

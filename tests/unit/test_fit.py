@@ -239,6 +239,12 @@ class TestBeforeTheDownload:
         with pytest.raises(TaskError, match=words):
             check(self.announced(tmp_path, llama, **changes), None, Path("evals"))
 
+    def test_a_path_without_a_model_is_refused(self, llama: Path, tmp_path: Path) -> None:
+        settings = self.announced(tmp_path, llama)
+        gone = settings.model.model_copy(update={"source": f"path:{tmp_path / 'gone'}"})
+        with pytest.raises(TaskError, match=r"gone not found \(looked at"):
+            check(settings.model_copy(update={"model": gone}), None, Path("evals"))
+
     def test_a_hub_that_is_away_is_left_to_the_download(
         self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
