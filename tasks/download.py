@@ -5,19 +5,17 @@ python -m tasks.download
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from tasks.companion_files import is_licence
 from tasks.errors import TaskError
 from tasks.model import from_gguf
-from tasks.model.arrival import INDEX, Arrival, check_finite, clean_config, inspect, read_index
+from tasks.model.arrival import INDEX, Arrival, check_finite, clean_config, inspect, read_json
 from tasks.model.old_names import with_old_class, with_old_names
 from tasks.model.tokenizer import check_rows, check_tokenizer
 from tasks.output import checksums, link_or_copy, whole_directory, write_json, write_text
@@ -89,15 +87,19 @@ def _check(files: dict[str, Path], settings: ModelSettings) -> None:
     """Check a model folder by its small files."""
     if "config.json" not in files:
         raise TaskError(f"{settings.source} has no config.json, so it is not a transformers model")
-    check_config(_read_json(files["config.json"]), settings.source)
+    check_config(read_json(files["config.json"]), settings.source)
 
 
 def _place_folder(fetched: Fetched, work: Path, dtype: str) -> Arrival:
     """Write a model's files, with the weights that count in `dtype`."""
     weights = {n: p for n, p in fetched.files.items() if n.endswith(".safetensors")}
-    found = inspect(weights, read_index(fetched.files.get(INDEX)), _read_json(fetched.files["config.json"]))
-    wrong = {n for n, p in weights.items() if needs_conversion(p, dtype) or found.files.get(n) != read_header(p)}
-    wrong &= set(found.files)
+    index = read_json(fetched.files[INDEX]) if INDEX in fetched.files else None
+    found = inspect(weights, index and index["weight_map"], read_json(fetched.files["config.json"]))
+    wrong = {
+        name
+        for name, entries in found.files.items()
+        if needs_conversion(weights[name], dtype) or entries != read_header(weights[name])
+    }
     needed = {n: sum(e.count * BYTES[DTYPES[dtype]] for e in es.values()) for n, es in found.files.items()}
     extra = sum(b for n, b in needed.items() if n in wrong or fetched.own)
     require_space(work, extra, "writing the weights")
@@ -105,9 +107,9 @@ def _place_folder(fetched: Fetched, work: Path, dtype: str) -> Arrival:
     _place({n: p for n, p in fetched.files.items() if n not in left_out}, work, own=fetched.own)
     for name in tqdm(sorted(wrong), desc=f"to {dtype}", unit="file", disable=not wrong):
         convert(weights[name], work / name, dtype, found.files[name])
-    if found.index is not None:
+    if index is not None:
         total = {"total_size": sum(needed.values())}
-        write_json(work / INDEX, _read_json(work / INDEX) | {"weight_map": found.index, "metadata": total})
+        write_json(work / INDEX, index | {"weight_map": found.index, "metadata": total})
     return found
 
 
@@ -118,7 +120,7 @@ def _edit(work: Path, dtype: str, untied: bool) -> list[str]:
     for path in (work / "config.json", work / "tokenizer_config.json"):
         if not path.exists():
             continue
-        values = _read_json(path)
+        values = read_json(path)
         for key in ("_name_or_path", "_model_name_or_path", "name_or_path", "is_local", "local_files_only", "auto_map"):
             values.pop(key, None)
         if path.name == "config.json":
@@ -177,13 +179,6 @@ def _finish(
         corrections=corrections,
         files={n: {"sha256": d, "bytes": (work / n).stat().st_size} for n, d in checksums(work).items()},
     )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TaskError(f"{path.name} is not JSON: {error}; fetch or save it again") from error
 
 
 def main() -> None:

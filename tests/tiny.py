@@ -18,6 +18,14 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>")
 CONTEXT = 256  # the model's context length
+LLAMA3 = {  # rotary parameters that change a short text
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 NO_STATISTICS = Path("no", "statistics")  # for tests that must not read statistics
 
 _PEOPLE, _THINGS, _VERBS, _PLACES = (

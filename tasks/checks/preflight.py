@@ -13,9 +13,8 @@ from pathlib import Path
 
 from tasks.errors import TransientError
 from tasks.exporters import load_exporter
-from tasks.model.arrival import clean_config
+from tasks.model.arrival import clean_config, known_config, read_json
 from tasks.model.compatibility import check_context, check_family, check_fit
-from tasks.output import write_json
 from tasks.program import run_stage
 from tasks.scoring.eval_tasks import check_tasks
 from tasks.settings import Settings
@@ -50,18 +49,14 @@ def check_model(settings: Settings, model: Path) -> None:
 def check_announced(settings: Settings, config: Path, folder: Path) -> None:
     """TaskError if the model that a config.json describes is not one that can be pressed, or if the settings do not fit
     it. folder: for a model without numbers."""
-    values, _ = clean_config(json.loads(config.read_text(encoding="utf-8")), untied=False)
+    values, _ = clean_config(read_json(config), untied=False)
     check_config(values, settings.model.source)
     check_context(settings, values)
     for name, variant in settings.variants.items():
         check_family(name, variant, values)
-    from transformers import AutoConfig
-
     from tasks.model.hollow import hollow_model
 
-    write_json(folder / "config.json", values)
-    known = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model = hollow_model(known, settings.model.dtype, folder / "model")
+    model = hollow_model(known_config(values), settings.model.dtype, folder / "model")
     load_exporter(settings.target).check(settings, model)
     check_model(settings, model)
 

@@ -86,25 +86,24 @@ def _follow_index(found: Arrival) -> None:
 
 def _check_tied(found: Arrival, weights: Mapping[str, Path], config: Mapping[str, Any]) -> None:
     """A tied model may still have an output layer in its files: a copy is left out, another one is the model's own."""
-    import torch
-
     place = {name: file for file, entries in found.files.items() for name in entries}
     head = f"{OUTPUT}.weight"
     embedding = next((name for name in place if name.endswith("embed_tokens.weight")), None)
-    if head not in place or embedding is None or not _known(config).get_text_config().tie_word_embeddings:
+    if head not in place or embedding is None or not known_config(config).get_text_config().tie_word_embeddings:
         return
     tensors = []
     for name in (head, embedding):
         with safe_open(weights[place[name]], framework="pt") as file:
             tensors.append(file.get_tensor(name))
-    if torch.equal(*tensors):
+    own, copied = tensors
+    if own.shape == copied.shape and bool((own == copied).all()):  # also if their types differ
         found.drop(head, f"equal to {embedding}, to which config.json ties it")
     else:
         found.untied = True
         found.corrections.append(f"tie_word_embeddings set to false: {head} differs from {embedding}")
 
 
-def _known(config: Mapping[str, Any]) -> Any:
+def known_config(config: Mapping[str, Any]) -> Any:
     """Transformers' configuration of a config.json; TaskError if it cannot be read."""
     from transformers import AutoConfig
 
@@ -127,7 +126,7 @@ def _check_shapes(found: Arrival, config: Mapping[str, Any]) -> None:
         return
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
-            _known({**config, "tie_word_embeddings": False} if found.untied else config)
+            known_config({**config, "tie_word_embeddings": False} if found.untied else config)
         )
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys or ()) if model.config.get_text_config().tie_word_embeddings else set()
@@ -155,6 +154,14 @@ def _check_shapes(found: Arrival, config: Mapping[str, Any]) -> None:
                 f"{name} has the shape {list(shape)}, but config.json describes {list(expected[name])}; fetch the "
                 "model again, or correct its config.json"
             )
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file that came with a model; TaskError if it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TaskError(f"{path.name} is not JSON: {error}; fetch or save it again") from error
 
 
 def clean_config(config: dict[str, Any], untied: bool) -> tuple[dict[str, Any], list[str]]:
@@ -188,8 +195,3 @@ def check_finite(folder: Path) -> None:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-
-
-def read_index(path: Path | None) -> dict[str, str] | None:
-    """The file by tensor that an index names; None without an index."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"]) if path else None

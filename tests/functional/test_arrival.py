@@ -127,6 +127,11 @@ class TestIndex:
         write(model, found, place[LAST])
         assert f"says that {place[LAST]} holds {LAST}, but it does not, and no file does" in refusal(model)
 
+    def test_a_damaged_one_is_one_line(self, model: Path) -> None:
+        shard(model)
+        (model / INDEX).write_text("{")
+        assert refusal(model).startswith(f"{INDEX} is not JSON")
+
 
 class TestOutputLayer:
     def test_a_copy_of_the_embedding_is_left_out(self, model: Path) -> None:
@@ -134,6 +139,11 @@ class TestOutputLayer:
         write(model, found | {HEAD: found[EMBEDDING].clone()})
         assert take(model).corrections == [f"{HEAD} left out: equal to {EMBEDDING}, to which config.json ties it"]
         assert HEAD not in tensors(SOURCE)
+
+    def test_a_copy_in_another_type_is_left_out(self, model: Path) -> None:
+        found = tensors(model)
+        write(model, found | {HEAD: found[EMBEDDING].float()})
+        assert take(model).corrections == [f"{HEAD} left out: equal to {EMBEDDING}, to which config.json ties it"]
 
     def test_a_head_of_its_own_is_kept_and_untied(self, model: Path) -> None:
         found = tensors(model)

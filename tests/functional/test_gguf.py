@@ -25,7 +25,7 @@ from tasks.runtimes.dense import load_dense
 from tasks.settings import BenchmarkSettings, check_settings
 from tasks.statistics import collect
 from tests.mixed import mixed_model
-from tests.tiny import Corpus, tiny_model
+from tests.tiny import LLAMA3, Corpus, tiny_model
 
 pytestmark = pytest.mark.gguf
 
@@ -34,14 +34,6 @@ QUESTIONS = [
     Question((5, 9, 30, 31, 32, 40, 41), ((7, 8), (100,))),
     Question((3,), ((4, 5, 6, 7, 8),)),
 ]
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 Change = Callable[[dict[str, Any]], None]
 
 

@@ -239,6 +239,12 @@ class TestBeforeTheDownload:
         with pytest.raises(TaskError, match=words):
             check(self.announced(tmp_path, llama, **changes), None, Path("evals"))
 
+    def test_a_damaged_configuration_is_one_line(self, llama: Path, tmp_path: Path) -> None:
+        settings = self.announced(tmp_path, llama)
+        (tmp_path / "config.json").write_text('{"model_type": ')
+        with pytest.raises(TaskError, match=r"config\.json is not JSON"):
+            check(settings, None, Path("evals"))
+
     def test_a_path_without_a_model_is_refused(self, llama: Path, tmp_path: Path) -> None:
         settings = self.announced(tmp_path, llama)
         gone = settings.model.model_copy(update={"source": f"path:{tmp_path / 'gone'}"})

@@ -31,7 +31,7 @@ from tasks.scoring.lm_eval_adapter import RuntimeLM
 from tasks.settings import check_settings, load_settings
 from tasks.tensor_files import EMBEDDING, OUTPUT
 from tests.mixed import rounded_model, untied
-from tests.tiny import tiny_model
+from tests.tiny import LLAMA3, tiny_model
 
 SETTINGS = load_settings(Path("params.yaml"))
 IDS = torch.tensor([[5, 9, 30, 31, 32, 40, 41, 100, 7, 8, 300, 12], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
@@ -127,21 +127,12 @@ def test_graph_contains_the_quantized_weights(
     assert divergence(integers, expected) < 0.01
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-
-
 def test_llama3s_positions_are_those_of_transformers(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     plain = logprobs(model)
-    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": LLAMA3}))
+    rope = LLAMA3 | {"original_max_position_embeddings": 16}
+    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
     expected = logprobs(model)
     assert distance(expected, plain) > 100 * EXACT
     assert distance(exported(model, tmp_path / "onnx").logprobs(IDS), expected) < EXACT
