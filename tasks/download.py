@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tasks.companion_files import is_licence
 from tasks.errors import TaskError
 from tasks.model import from_gguf
+from tasks.model.announced import write_announced
 from tasks.model.arrival import INDEX, Arrival, check_finite, clean_config, inspect, read_json
 from tasks.model.old_names import with_old_class, with_old_names
 from tasks.model.tokenizer import check_rows, check_tokenizer
@@ -163,6 +164,7 @@ def _finish(
     licence = settings.licence or fetched.licence or found.licence
     if licence and not any(is_licence(p.name) for p in work.iterdir()):
         write_text(work / "LICENSE", f"SPDX-License-Identifier: {licence}\nSource: {settings.source}\n")
+    write_announced(work)
     headers = [read_header(p) for p in sorted(work.glob("*.safetensors"))]
     for rows in (e.shape[0] for header in headers for n, e in header.items() if n == f"{EMBEDDING}.weight"):
         check_rows(tokenizer, rows)

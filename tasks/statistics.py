@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class StatisticsReport:
     """metrics/statistics.json. dtype: of the model's matrix products; all else is float32. estimate: see
-    `estimate_bytes`."""
+    `estimate_bytes`. few_tokens: the tokens of the experts that saw too few for statistics of their own, by name."""
 
     tokens: int
     layers: int
@@ -41,19 +41,24 @@ class StatisticsReport:
     bytes: int
     estimate_bytes: int
     peak_memory_bytes: int
+    few_tokens: dict[str, int]
 
 
-def collect(model: Path, calibration: Path, destination: Path, importance: bool) -> StatisticsReport:
-    """Run the model over the calibration tokens; write `layers.N.safetensors` for each layer, `lm_head.safetensors`.
+def collect(model: Path, calibration: Path, destination: Path, importance: bool, least: int = 128) -> StatisticsReport:
+    """Run the model over the calibration tokens; write `layers.N.safetensors` for each layer, `lm_head.safetensors`,
+    and what the layers consist of, structure.json.
 
-    importance: weight the tokens in the layers' Gram matrices by Fisher information (activations/importance.py).
+    importance: weight the tokens in the layers' Gram matrices by Fisher information (activations/importance.py). least:
+    tokens that an expert must see for statistics of its own (activations/gram.py).
     An interrupted run resumes at its layer. TaskError if the model has no decoder layers in safetensors files.
     """
     import torch
     from safetensors.torch import load_file
 
     from tasks.activations.importance import collect_weighed
+    from tasks.activations.store import load_few
     from tasks.model.decoder import Decoder
+    from tasks.model.structure import FILE, TOKENS, discover, read_structure, write_structure
 
     started = time.monotonic()
     device = compute_device()
@@ -61,11 +66,18 @@ def collect(model: Path, calibration: Path, destination: Path, importance: bool)
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
     estimate = estimate_bytes(decoder, tokens, importance)
     print(f"needs about {estimate / 1e9:.1f} GB of memory", flush=True)
-    with resumable_directory(destination, _key(model, calibration, decoder, importance)) as work:
+    with resumable_directory(destination, _key(model, calibration, decoder, importance, least)) as work:
+        if not (work / FILE).exists():
+            exact = decoder if decoder.products == torch.float32 else Decoder(model, torch.float32, device)
+            write_structure(discover(exact, tokens[:1, :TOKENS]), work)
+        layers = read_structure(work)
         if importance:
-            collect_weighed(decoder, tokens, work)
+            collect_weighed(decoder, layers, tokens, work, least)
         else:
-            collect_plain(decoder, tokens, work)
+            collect_plain(decoder, layers, tokens, work, least)
+        few = {
+            f"{layers[n].prefix}{name}": seen for n in range(len(layers)) for name, seen in load_few(work, n).items()
+        }
         size = sum(path.stat().st_size for path in work.iterdir())
     return StatisticsReport(
         tokens=tokens.numel(),
@@ -76,6 +88,7 @@ def collect(model: Path, calibration: Path, destination: Path, importance: bool)
         bytes=size,
         estimate_bytes=estimate,
         peak_memory_bytes=peak_memory(),
+        few_tokens=few,
     )
 
 
@@ -95,12 +108,19 @@ def estimate_bytes(decoder: Decoder, tokens: Tensor, importance: bool) -> int:
     )
 
 
-def _key(model: Path, calibration: Path, decoder: Decoder, importance: bool) -> str:
+def _key(model: Path, calibration: Path, decoder: Decoder, importance: bool, least: int) -> str:
     """The key of all inputs of the statistics."""
     import torch
     import transformers
 
-    parts = [torch.__version__, transformers.__version__, decoder.device, str(decoder.products), str(importance)]
+    parts = [
+        torch.__version__,
+        transformers.__version__,
+        decoder.device,
+        str(decoder.products),
+        str(importance),
+        str(least),
+    ]
     parts += [checksum for folder in (model, calibration) for checksum in sorted(checksums(folder).values())]
     return "\n".join(parts)
 
@@ -109,8 +129,9 @@ def main() -> None:
     """Run the stage on the model and the calibration tokens in the current directory."""
 
     def work(settings: Settings) -> None:
-        importance = settings.statistics.importance
-        report = collect(Path("models/source"), Path("data/calibration"), Path("data/statistics"), importance)
+        asked = settings.statistics
+        folders = Path("models/source"), Path("data/calibration"), Path("data/statistics")
+        report = collect(*folders, asked.importance, asked.expert_tokens)
         write_json(Path("metrics/statistics.json"), asdict(report))
         print(f"{report.layers} layers, {report.tokens:,} tokens, {report.bytes / 1e6:.0f} MB, {report.seconds} s")
 

@@ -17,6 +17,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ("<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # pressed since the first version: their bytes must not change
 CONTEXT = 256  # the model's context length
 LLAMA3 = {  # rotary parameters that change a short text
     "rope_type": "llama3",

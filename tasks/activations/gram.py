@@ -14,28 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tasks.activations.store import READERS, statistics_file
+from tasks.activations.hearing import hearing
+from tasks.activations.store import FEW, READERS, statistics_file
+from tasks.model.decoder import Decoder
+from tasks.model.linears import Origins
+from tasks.model.products import Product
+from tasks.model.structure import SEEN, LayerStructure
 from tasks.tensor_files import OUTPUT, save
 
 BLOCK = 384  # rows of a Gram matrix per product; only the upper blocks are computed, the lower ones are mirrored
-
-
-class Inputs:
-    """Identifies each distinct input tensor in one pass through a layer by the first linear layer that reads it."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[Tensor, str]] = []  # keeps the tensors alive, so that identities stay distinct
-
-    def first(self, name: str, x: Tensor) -> str:
-        """The first layer that read this tensor object; `name` if there is none."""
-        found = next((other for tensor, other in self._seen if tensor is x), None)
-        if found is None:
-            self._seen.append((x, name))
-        return found or name
-
-    def clear(self) -> None:
-        """Start another pass."""
-        self._seen.clear()
 
 
 class Sums:
@@ -61,6 +48,31 @@ class Sums:
                 end = start + BLOCK
                 self._gram[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
 
+    @classmethod
+    def over(cls, parts: Sequence[Sums], readers: list[str]) -> Sums:
+        """The sums over all tokens of `parts`."""
+        found = cls(readers, len(parts[0]._gram), parts[0]._gram.device)
+        for part in parts:
+            found._gram += part._gram
+            torch.maximum(found._largest, part._largest, out=found._largest)
+            found._total += part._total
+            found.tokens += part.tokens
+        return found
+
+    @classmethod
+    def alike(cls, readers: list[str], channels: int, device: torch.device) -> Sums:
+        """As of channels without correlations that are all as large."""
+        found = cls(readers, channels, device)
+        found._gram.fill_diagonal_(1)
+        found._largest.fill_(1)
+        found._total.fill_(1)
+        found.tokens = 1
+        return found
+
+    def forget_correlations(self) -> None:
+        """Keep the diagonal of the Gram matrix alone."""
+        self._gram = torch.diag(self._gram.diagonal().clone())
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors: `gram`, `largest` and `mean` of tasks.activations.store.Input."""
         for start in range(0, len(self._gram), BLOCK):
@@ -70,43 +82,68 @@ class Sums:
 
 
 @contextmanager
-def recording_inputs(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Sums]]:
+def recording_inputs(
+    layer: nn.Module, structure: LayerStructure, origins: Origins, weights: Mapping[str, Tensor]
+) -> Iterator[dict[str, Sums]]:
     """Record the sums of the inputs of the linear layers in `layer`, by the first reader of each input.
 
-    weights: of the tokens, [sequences, length] by first reader; missing: all equal.
+    weights: of the tokens, [sequences, length] by first reader; missing: all equal, as for experts, whose tokens are
+    known only in the pass itself.
     """
     sums: dict[str, Sums] = {}
-    inputs = Inputs()
 
-    def hear(name: str, x: Tensor) -> None:
-        first = inputs.first(name, x)
-        if first == name:
-            own = sums.setdefault(name, Sums([name], x.shape[-1], x.device))
-            weight = weights.get(name)
+    def hear(first: str, names: list[str], product: Product) -> None:
+        x = product.x.detach()
+        if first == names[0]:
+            own = sums.setdefault(first, Sums([], x.shape[-1], x.device))
+            weight = None if first in structure.experts else weights.get(first)
             own.add(x, None if weight is None else weight.flatten()[own.tokens : own.tokens + x[..., 0].numel()])
-        elif name not in sums[first].readers:
-            sums[first].readers.append(name)
+        sums[first].readers.extend(name for name in names if name not in sums[first].readers)
 
-    handles = [layer.register_forward_hook(lambda *_: inputs.clear())]
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear):
-            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: hear(name, args[0])))
-    yield sums
-    for handle in handles:
-        handle.remove()
+    with hearing(layer, structure, origins, hear):
+        yield sums
+
+
+def fill_experts(sums: dict[str, Sums], structure: LayerStructure, least: int, device: torch.device) -> dict[str, int]:
+    """Give the experts that fewer than `least` tokens were routed to other statistics, in place; their tokens, by the
+    first linear layer of each.
+
+    What reads tokens that any expert may see takes the sums over all of the layer's experts. What reads what an expert
+    itself has made takes its own, without their correlations, which few tokens do not tell; without any token, those
+    of channels that are all alike, with which every solver rounds to the nearest.
+    """
+    few: dict[str, int] = {}
+    groups = {group[0]: group for group in structure.groups}
+    for kind in dict.fromkeys(structure.experts.values()):
+        names = [name for name, own in structure.experts.items() if own == kind]
+        there = {name: sums[name] for name in names if name in sums}
+        short = {name: there[name].tokens if name in there else 0 for name in names}
+        few |= {name: tokens for name, tokens in short.items() if tokens < least}
+        for name in (name for name in names if short[name] < least):
+            if kind.endswith(SEEN) and there:
+                sums[name] = Sums.over(list(there.values()), groups[name])
+            elif name in there:
+                there[name].forget_correlations()
+            else:
+                sums[name] = Sums.alike(groups[name], structure.linears[name].width, device)
+    return few
 
 
 @torch.no_grad()
-def save_output_sums(norm: nn.Module, hidden: Sequence[Tensor], work: Path) -> None:
-    """Save the sums of the output layer's input. norm: the module before it; hidden: its input, in batches."""
-    sums = Sums([OUTPUT], hidden[0].shape[-1], hidden[0].device)
-    for rows in hidden:
-        sums.add(norm(rows.float()))
+def save_output_sums(decoder: Decoder, hidden: Sequence[Tensor], work: Path) -> None:
+    """Save the sums of the output layer's input. hidden: what the last layer makes, in batches."""
+    sums: Sums | None = None
+    with decoder.states() as states:
+        for rows in hidden:
+            x = states(rows.float())
+            sums = sums or Sums([OUTPUT], x.shape[-1], x.device)
+            sums.add(x)
+    assert sums is not None
     save_sums({OUTPUT: sums}, statistics_file(work, None))
 
 
-def save_sums(sums: Mapping[str, Sums], path: Path) -> None:
-    """Save a layer's sums for `tasks.activations.store.load_statistics`."""
+def save_sums(sums: Mapping[str, Sums], path: Path, few: Mapping[str, int] | None = None) -> None:
+    """Save a layer's sums for `tasks.activations.store.load_statistics`. few: the result of `fill_experts`."""
     readers = json.dumps({name: one.readers for name, one in sums.items()})
     found = {f"{name}.{key}": tensor for name, one in sums.items() for key, tensor in one.tensors().items()}
-    save(found, path, {READERS: readers})
+    save(found, path, {READERS: readers} | ({FEW: json.dumps(few)} if few else {}))

@@ -22,9 +22,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tasks.activations.gram import Inputs, Sums, save_output_sums, save_sums
+from tasks.activations.gram import Sums, fill_experts, save_output_sums, save_sums
+from tasks.activations.hearing import hearing
 from tasks.activations.memory import PREDICTED
 from tasks.activations.store import statistics_file
+from tasks.errors import TaskError
+from tasks.model.linears import Origins
+from tasks.model.products import Product
+from tasks.model.structure import LayerStructure
 from tasks.tensor_files import save
 
 if TYPE_CHECKING:
@@ -45,17 +50,27 @@ class Read:
     square: Tensor | float = 0.0
 
 
-def collect_weighed(decoder: Decoder, tokens: Tensor, work: Path) -> None:
+def collect_weighed(decoder: Decoder, layers: list[LayerStructure], tokens: Tensor, work: Path, least: int) -> None:
     """Write each layer's sums, and its token weights as `importance.N.safetensors`: for each distinct input, by the
     first linear layer that reads it, float32 [sequences, length], with a mean of 1 in each sequence.
 
-    tokens: int64 [sequences, length]. Resumes after an interruption.
+    An expert's weights have a mean of 1 over the tokens of all experts in the layer, and are written in the order in
+    which it saw them.
+
+    tokens: int64 [sequences, length]; least: tokens of an expert (gram.py). Resumes after an interruption. TaskError if
+    layers share keys and values, where a layer's gradient is not that of its output alone.
     """
-    if not _file(work, "importance", 0).exists():
+    first = next(iter(decoder.order))
+    if not _file(work, "importance", first).exists():
         embedded = [rows.to(KEPT) for rows in decoder.embed(list(tokens.split(1)))]
+        if decoder.shares_state:
+            raise TaskError(
+                f"the layers of the {decoder.model.config.model_type} model share keys and values, so a token's weight "
+                "cannot be found layer by layer; set statistics.importance to false"
+            )
         if not any(work.glob("gradient.*.safetensors")):
             _forward(decoder, embedded, work)
-        _backward(decoder, work)
+        _backward(decoder, layers, work, least)
     for path in (*work.glob("hidden.*.safetensors"), *work.glob("gradient.*.safetensors")):
         path.unlink()
 
@@ -75,10 +90,11 @@ def _forward(decoder: Decoder, hidden: list[Tensor], work: Path) -> None:
     else:
         _keep(hidden, work, "hidden", 0)
     for index in tqdm(range(begun, last), desc="forward", unit="layer", initial=begun, total=last):
-        with decoder.layer(index) as layer:
-            hidden = [decoder.run(index, layer, rows.float()).to(KEPT) for rows in hidden]
+        if index in decoder.order:
+            with decoder.layer(index) as layer:
+                hidden = [decoder.run(index, layer, rows.float(), n).to(KEPT) for n, rows in enumerate(hidden)]
         _keep(hidden, work, "hidden", index + 1)
-    save_output_sums(decoder.norm(), hidden, work)
+    save_output_sums(decoder, hidden, work)
     draw = torch.Generator().manual_seed(SEED)  # on the CPU, so that a GPU draws the same tokens
     with decoder.head() as head:
         found = [_likelihood_gradient(head, rows, draw) for rows in tqdm(hidden, desc="predictions", unit="sequence")]
@@ -101,35 +117,61 @@ def _likelihood_gradient(head: Callable[[Tensor], Tensor], hidden: Tensor, draw:
     return torch.cat(parts, 1).to(KEPT)
 
 
-def _backward(decoder: Decoder, work: Path) -> None:
+def _backward(decoder: Decoder, layers: list[LayerStructure], work: Path, least: int) -> None:
     """Propagate the gradient from the last layer to the first, and write each layer's sums and token weights."""
     last = len(decoder)
     begun = min(index for index in range(last + 1) if _file(work, "gradient", index).exists())
     gradient = _rows(work, "gradient", begun, decoder.device)
     bar = tqdm(reversed(range(begun)), desc="backward", unit="layer", initial=last - begun, total=last)
     for index in bar:
-        sums: dict[str, Sums] = {}
-        weights: dict[str, list[Tensor]] = {}
-        hidden = _rows(work, "hidden", index, decoder.device)
-        with decoder.layer(index) as layer, _watching(layer) as seen:
-            for number, rows in enumerate(hidden):
-                x = rows.float().requires_grad_()
-                made = decoder.run(index, layer, x)
-                (slope,) = torch.autograd.grad(made, x, gradient[number].to(made.dtype))
-                gradient[number] = slope.to(KEPT)
-                for name, read in seen.items():
-                    weight = _weight(torch.as_tensor(read.square))
-                    weights.setdefault(name, []).append(weight)
-                    # creating it for every sequence costs next to nothing; created once, the peak of the demo's
-                    # statistics was 1.2 GB instead of 1.0, because the C library returned less memory
-                    own = sums.setdefault(name, Sums(read.readers, read.x.shape[-1], read.x.device))
-                    own.add(read.x, weight)
-                seen.clear()
-        save_sums(sums, statistics_file(work, index))
-        save({name: torch.cat(parts) for name, parts in weights.items()}, _file(work, "importance", index))
+        if index in decoder.order:
+            _backward_through(decoder, layers[index], index, gradient, work, least)
         _keep(gradient, work, "gradient", index)
         for name in ("hidden", "gradient"):
             _file(work, name, index + 1).unlink(missing_ok=True)
+
+
+def _backward_through(
+    decoder: Decoder, structure: LayerStructure, index: int, gradient: list[Tensor], work: Path, least: int
+) -> None:
+    """Propagate `gradient`, in place, through one layer, and write its sums and token weights."""
+    sums: dict[str, Sums] = {}
+    weights: dict[str, list[Tensor]] = {}
+    hidden = _rows(work, "hidden", index, decoder.device)
+    with decoder.layer(index) as layer, _watching(layer, structure, decoder.origins(index)) as seen:
+        for number, rows in enumerate(hidden):
+            x = rows.float().requires_grad_()
+            made = decoder.run(index, layer, x, number)
+            (slope,) = torch.autograd.grad(made, x, gradient[number].to(made.dtype))
+            gradient[number] = slope.to(KEPT)
+            for name, weight in _weights(seen, structure).items():
+                read = seen[name]
+                weights.setdefault(name, []).append(weight)
+                # creating it for every sequence costs next to nothing; created once, the peak of the demo's
+                # statistics was 1.2 GB instead of 1.0, because the C library returned less memory
+                own = sums.setdefault(name, Sums(read.readers, read.x.shape[-1], read.x.device))
+                own.add(read.x, weight)
+            seen.clear()
+    few = fill_experts(sums, structure, least, hidden[0].device)
+    save_sums(sums, statistics_file(work, index), few)
+    save({name: torch.cat(parts) for name, parts in weights.items()}, _file(work, "importance", index))
+
+
+def _weights(seen: dict[str, Read], structure: LayerStructure) -> dict[str, Tensor]:
+    """The token weights of each input. Those of an expert are relative to the layer's tokens, not to its own: their
+    squares are divided by a mean over all experts of a kind."""
+    found = {}
+    kinds: dict[str, list[str]] = {}
+    for name, read in seen.items():
+        if name in structure.experts:
+            kinds.setdefault(structure.experts[name], []).append(name)
+        else:
+            found[name] = _weight(torch.as_tensor(read.square))
+    for names in kinds.values():
+        squares = [torch.as_tensor(seen[name].square).flatten() for name in names]
+        weight = _weight(torch.cat(squares))
+        found |= dict(zip(names, weight.split([len(one) for one in squares]), strict=True))
+    return {name: found[name] for name in seen}
 
 
 def _weight(square: Tensor) -> Tensor:
@@ -140,31 +182,23 @@ def _weight(square: Tensor) -> Tensor:
 
 
 @contextmanager
-def _watching(layer: nn.Module) -> Iterator[dict[str, Read]]:
+def _watching(layer: nn.Module, structure: LayerStructure, origins: Origins) -> Iterator[dict[str, Read]]:
     """Record the inputs and output gradients of the linear layers in `layer`, by the first reader of each input. Clear
     the result before the next pass."""
     seen: dict[str, Read] = {}
-    inputs = Inputs()
 
-    def watch(name: str, x: Tensor, made: Tensor) -> None:
-        first = inputs.first(name, x)
-        read = seen.setdefault(first, Read(x.detach()))
-        read.readers.append(name)
+    def watch(first: str, names: list[str], product: Product) -> None:
+        read = seen.setdefault(first, Read(product.x.detach()))
+        read.readers.extend(names)
 
         def add(gradient: Tensor) -> None:
             read.square = read.square + gradient.float().square().sum(-1)
 
-        made.register_hook(add)
+        if product.made.requires_grad:
+            product.made.register_hook(add)
 
-    handles = [layer.register_forward_hook(lambda *_: inputs.clear())]
-    handles += [
-        module.register_forward_hook(lambda _, args, made, name=name: watch(name, args[0], made))
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    yield seen
-    for handle in handles:
-        handle.remove()
+    with hearing(layer, structure, origins, watch):
+        yield seen
 
 
 def _file(work: Path, name: str, index: int) -> Path:

@@ -14,26 +14,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tasks.model.decoder import Decoder
+    from tasks.model.structure import LayerStructure
 
 STATE, DONE = "state.safetensors", "done"  # the next layer's input, until the last layer
 
 
-def collect_plain(decoder: Decoder, tokens: Tensor, work: Path) -> None:
-    """Run all tokens through each layer, one sequence at a time, which fits into the CPU's cache."""
+def collect_plain(decoder: Decoder, layers: list[LayerStructure], tokens: Tensor, work: Path, least: int) -> None:
+    """Run all tokens through each layer, one sequence at a time, which fits into the CPU's cache. least: tokens of an
+    expert (gram.py)."""
     import torch
 
-    from tasks.activations.gram import recording_inputs, save_output_sums, save_sums
+    from tasks.activations.gram import fill_experts, recording_inputs, save_output_sums, save_sums
 
     hidden = decoder.embed(list(tokens.split(1)))
     state = work / STATE
     first = _resume(state, hidden)
     bar = tqdm(range(first, len(decoder)), desc="statistics", unit="layer", initial=first, total=len(decoder))
     for index in bar:
-        with decoder.layer(index) as layer, recording_inputs(layer, {}) as sums:
-            hidden = [decoder.run(index, layer, rows) for rows in hidden]
-        save_sums(sums, statistics_file(work, index))
+        if index in decoder.order:
+            own, origins = layers[index], decoder.origins(index)
+            with decoder.layer(index) as layer, recording_inputs(layer, own, origins, {}) as sums:
+                hidden = [decoder.run(index, layer, rows, batch) for batch, rows in enumerate(hidden)]
+            few = fill_experts(sums, own, least, hidden[0].device)
+            save_sums(sums, statistics_file(work, index), few)
         save({"hidden": torch.cat(hidden)}, state, {DONE: str(index + 1)})
-    save_output_sums(decoder.norm(), hidden, work)
+    save_output_sums(decoder, hidden, work)
     state.unlink()
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 READERS = "readers"  # metadata key: the linear layers that read each input
+FEW = "few"  # metadata key: the tokens of experts that saw too few
 
 
 @dataclass(frozen=True)
@@ -47,4 +48,16 @@ def load_statistics(directory: Path, layer: int | None, device: str) -> dict[str
         for first, readers in json.loads(file.metadata()[READERS]).items():
             known = Input(*(file.get_tensor(f"{first}.{key}") for key in ("gram", "largest", "mean")))
             found |= dict.fromkeys(readers, known)
+    return found
+
+
+def load_few(directory: Path, layer: int) -> dict[str, int]:
+    """The tokens of the experts in decoder layer `layer` that saw too few for statistics of their own, by name."""
+    from safetensors import safe_open
+
+    path = statistics_file(directory, layer)
+    if not path.exists():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        found: dict[str, int] = json.loads(file.metadata().get(FEW, "{}"))
     return found

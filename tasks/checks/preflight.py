@@ -14,7 +14,7 @@ from pathlib import Path
 from tasks.errors import TransientError
 from tasks.exporters import load_exporter
 from tasks.model.arrival import clean_config, known_config, read_json
-from tasks.model.compatibility import check_context, check_family, check_fit
+from tasks.model.compatibility import check_context, check_fit
 from tasks.program import run_stage
 from tasks.scoring.eval_tasks import check_tasks
 from tasks.settings import Settings
@@ -52,8 +52,6 @@ def check_announced(settings: Settings, config: Path, folder: Path) -> None:
     values, _ = clean_config(read_json(config), untied=False)
     check_config(values, settings.model.source)
     check_context(settings, values)
-    for name, variant in settings.variants.items():
-        check_family(name, variant, values)
     from tasks.model.hollow import hollow_model
 
     model = hollow_model(known_config(values), settings.model.dtype, folder / "model")

@@ -45,13 +45,14 @@ def _check_model(settings: Settings, model: Path) -> None:
 
     from tasks.formats.gguf.file import check_family
     from tasks.formats.gguf.vocabulary import rule_for_words
-    from tasks.model.linears import linear_shapes
+    from tasks.model.announced import announced
 
     check_family(json.loads((model / "config.json").read_text(encoding="utf-8")), str(model))
     rule_for_words(json.loads(AutoTokenizer.from_pretrained(model).backend_tokenizer.to_str()), model)
     if all(variant.is_baseline for variant in settings.variants.values()):
         return
-    for layer, (_, width) in linear_shapes(model).items():
+    linears = {one.prefix + name: own for one in announced(model).layers for name, own in one.linears.items()}
+    for layer, width in ((name, own.width) for name, own in linears.items()):
         if width % BLOCK:
             raise TaskError(
                 f"the width of {layer} is {width}, but GGUF has a scale for each {BLOCK} weights: widths must be "

@@ -7,7 +7,7 @@ formats of a model directory, selected by `format` in params.yaml; exporters tra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.errors import TaskError
@@ -28,13 +28,15 @@ PACKED = 64  # rows, a multiple of what any format packs together
 class Layout:
     """The description of a quantized model for a format.
 
-    shapes: (rows, width) of the quantized linear layers, by full name; precisions: by the same names. skip_layers:
-    decoder layers left unquantized. act_order, damping: GPTQ settings that formats record.
+    shapes: (rows, width) of the quantized linear layers, by full name; precisions: by the same names. skipped:
+    the prefixes of the decoder layers left unquantized; others: all that an engine may take for a linear layer,
+    quantized or not, by name on disk: the name in memory. act_order, damping: GPTQ settings that formats record.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     precisions: Mapping[str, Precision]
-    skip_layers: Sequence[int] = ()
+    skipped: Sequence[str] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
     act_order: bool = False
     damping: float = 0.0
 

@@ -57,7 +57,7 @@ class Awq:
         """The quantization_config that AutoAWQ writes."""
         grid = layout.only_precision().grid
         # readers match these as name prefixes, patterns or substrings
-        skipped = [f"model.layers.{i}.{part}" for i in layout.skip_layers for part in ("self_attn", "mlp")]
+        skipped = [f"{prefix}{part}" for prefix in layout.skipped for part in ("self_attn", "mlp")]
         return {
             "bits": grid.bits,
             "group_size": grid.group_size,

@@ -5,6 +5,7 @@ Packing and config are those of https://github.com/vllm-project/compressed-tenso
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +123,11 @@ class CompressedTensors:
 def left_alone(layout: Layout) -> list[str]:
     """compressed-tensors' ignore list: the output layer, skipped decoder layers, and other unquantized linear
     layers."""
-    skipped = [rf"re:.*\.layers\.{index}\..*" for index in layout.skip_layers]
+    skipped = [rf"re:.*\.{re.escape('.'.join(prefix.split('.')[-3:]))}.*" for prefix in layout.skipped]
     others = [name for name in layout.shapes if name not in layout.precisions]
+    for name, own in layout.others.items():
+        if name not in layout.shapes and not name.startswith(tuple(layout.skipped) or (" ",)):
+            others += dict.fromkeys((name, own))
     return [*([] if OUTPUT in layout.precisions else [OUTPUT]), *skipped, *others]
 
 

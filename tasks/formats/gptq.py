@@ -42,7 +42,7 @@ class Gptq:
 
     def check(self, layout: Layout) -> None:
         """See `Format`."""
-        if layout.skip_layers:
+        if layout.skipped:
             raise TaskError(
                 "skip_layers is set, but the format gptq does not support unquantized layers; "
                 "set format to compressed-tensors or awq"

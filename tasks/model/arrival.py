@@ -116,24 +116,24 @@ def known_config(config: Mapping[str, Any]) -> Any:
 
 
 def _check_shapes(found: Arrival, config: Mapping[str, Any]) -> None:
-    """TaskError unless the tensors are those of the model that config.json describes. Nothing is checked for a type
-    whose names on disk Transformers converts."""
+    """TaskError unless the tensors are those of the model that config.json describes, through Transformers' own names
+    and conversions."""
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    if get_checkpoint_conversion_mapping(config["model_type"]):
-        return
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
-            known_config({**config, "tie_word_embeddings": False} if found.untied else config)
-        )
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys or ()) if model.config.get_text_config().tie_word_embeddings else set()
+    from tasks.model.names import Names
+    from tasks.model.skeleton import skeleton
+
+    known = known_config({**config, "tie_word_embeddings": False} if found.untied else config)
+    model = skeleton(known, torch.float32, "cpu")
     held = {name: entry.shape for entries in found.files.values() for name, entry in entries.items()}
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    missing = [name for name in expected if name not in held and name not in tied]
-    extra = [name for name in held if name not in expected and not any(one.search(name) for one in ignored)]
+    names = Names(model, held)
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in held.items() if name not in names.strangers}
+    made = {name: tuple(tensor.shape) for name, tensor in names.convert(shapes).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [name for name in expected if name not in made and names.ties.get(name) not in made]
+    missing = sorted({*missing} - {*names.ignored(missing, missing=True)}, key=list(expected).index)
+    ignored = {*names.ignored(names.strangers, missing=False)}
+    extra = [name for name in names.strangers if name not in ignored]
     kind = config["model_type"]
     if f"{OUTPUT}.weight" in missing:
         raise TaskError(
@@ -148,7 +148,7 @@ def _check_shapes(found: Arrival, config: Mapping[str, Any]) -> None:
             f"the files do not hold the tensors of the {kind} model in config.json: {', '.join(parts)}; fetch the "
             "model again, or correct its config.json"
         )
-    for name, shape in held.items():
+    for name, shape in made.items():
         if name in expected and shape != expected[name]:
             raise TaskError(
                 f"{name} has the shape {list(shape)}, but config.json describes {list(expected[name])}; fetch the "

@@ -11,7 +11,7 @@ import torch
 
 from tasks.errors import TaskError
 from tasks.formats import GROUP_SIZES, check_groups, load_format
-from tasks.model.family import ARCHITECTURES
+from tasks.model.announced import announced
 from tasks.model.layout import (
     asked_outer_precisions,
     asked_precision,
@@ -30,9 +30,7 @@ def check_fit(name: str, variant: VariantSettings, model: Path) -> None:
     """TaskError naming the layer and the valid values if `variant` does not fit the model."""
     if variant.is_baseline:
         return
-    config = _json(model / "config.json")
-    check_family(name, variant, config)
-    layers = config["num_hidden_layers"]
+    layers = len(announced(model).layers)
     if beyond := [index for index in variant.skip_layers if index >= layers]:
         raise TaskError(
             f"variants.{name}.skip_layers names layer {beyond[0]}, but the model has {layers}: 0 to {layers - 1}"
@@ -52,14 +50,6 @@ def check_fit(name: str, variant: VariantSettings, model: Path) -> None:
                 _check_grid(f"variants.{name}.candidates holds {label}", scheme, model)
     else:
         _check_grid(f"variants.{name} is {precision_label(variant.precision)}", variant.precision, model)
-
-
-def check_family(name: str, variant: VariantSettings, config: Mapping[str, Any]) -> None:
-    """TaskError if a model of this type cannot be pressed. config: its config.json."""
-    if not variant.is_baseline and config.get("model_type") not in ARCHITECTURES:
-        raise TaskError(
-            f"variants.{name}: the model is of type {config.get('model_type')!r}; supported: {', '.join(ARCHITECTURES)}"
-        )
 
 
 def check_context(settings: Settings, config: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from tasks.model.layout import (
     scale_dtype,
     uniform_precisions,
 )
+from tasks.model.skeleton import skeleton
 from tasks.output import write_json
 from tasks.schemes import LLAMA_CPP, MIXED
 from tasks.settings.variant import VariantSettings
@@ -29,13 +30,14 @@ NAMES |= {torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32", torch.int64: 
 def hollow_model(config: Any, dtype: str, directory: Path) -> Path:
     """Write the model of a Transformers configuration to `directory`, every tensor with its name and shape but without
     its numbers: what asks for shapes alone works on it, and it takes no disk."""
-    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model = skeleton(config, getattr(torch, dtype), "cpu")
+    stored = revert_weight_conversion(model, dict(model.named_parameters()))
     write_json(directory / "config.json", config.to_dict() | {"dtype": dtype})
+    size = getattr(torch, dtype).itemsize
     entries = {
-        name: Entry(DTYPES[dtype], tuple(tensor.shape), tensor.nbytes) for name, tensor in model.named_parameters()
+        name: Entry(DTYPES[dtype], tuple(tensor.shape), tensor.numel() * size) for name, tensor in stored.items()
     }
     write_hollow(directory / "model.safetensors", entries)
     return directory

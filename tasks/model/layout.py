@@ -12,7 +12,8 @@ import torch
 from tasks.errors import TaskError
 from tasks.formats import Format, Layout, load_format
 from tasks.grid import Precision
-from tasks.model.linears import linear_shapes
+from tasks.model.announced import announced
+from tasks.model.structure import read_structure
 from tasks.schemes import Scheme, parse_precision
 from tasks.settings.variant import VariantSettings
 from tasks.tensor_files import EMBEDDING, OUTPUT, TensorFiles
@@ -32,10 +33,19 @@ def scale_dtype(variant: VariantSettings, model: Path) -> torch.dtype:
     return load_format(variant.format).scale_dtype(own, asked)
 
 
-def quantized_shapes(variant: VariantSettings, model: Path) -> dict[str, Shape]:
-    """(rows, width) of the linear layers in decoder layers that are not skipped, by full name."""
-    inside = tuple(f".layers.{index}." for index in variant.skip_layers)
-    return {name: shape for name, shape in linear_shapes(model).items() if not any(part in name for part in inside)}
+def linear_shapes(model: Path, statistics: Path | None = None) -> dict[str, Shape]:
+    """(rows, width) of every linear layer that can be pressed, by full name. statistics: of the model, where there are
+    some: what a pass has found in place of what the model's headers announce."""
+    layers = announced(model).layers if statistics is None else read_structure(statistics)
+    return {layer.prefix + name: (own.rows, own.width) for layer in layers for name, own in layer.linears.items()}
+
+
+def quantized_shapes(variant: VariantSettings, model: Path, statistics: Path | None = None) -> dict[str, Shape]:
+    """(rows, width) of the linear layers in decoder layers that are not skipped, by full name; see `linear_shapes`."""
+    layers = announced(model).layers if statistics is None else read_structure(statistics)
+    skipped = tuple(layers[index].prefix for index in variant.skip_layers)
+    shapes = linear_shapes(model, statistics)
+    return {name: shape for name, shape in shapes.items() if not (skipped and name.startswith(skipped))}
 
 
 def asked_precision(variant: VariantSettings, model: Path) -> Precision:
@@ -43,12 +53,12 @@ def asked_precision(variant: VariantSettings, model: Path) -> Precision:
     return precision(load_format(variant.format), variant.precision, scale_dtype(variant, model))
 
 
-def uniform_precisions(variant: VariantSettings, model: Path) -> dict[str, Precision]:
+def uniform_precisions(variant: VariantSettings, model: Path, statistics: Path | None = None) -> dict[str, Precision]:
     """The same scheme for all linear layers, with smaller groups where the width requires it."""
     asked = asked_precision(variant, model)
     return {
         name: replace(asked, grid=asked.grid.fitted(width))
-        for name, (_, width) in quantized_shapes(variant, model).items()
+        for name, (_, width) in quantized_shapes(variant, model, statistics).items()
     }
 
 
@@ -92,15 +102,24 @@ def outer_tensor(name: str, files: TensorFiles) -> str:
     return name if f"{name}.weight" in files else EMBEDDING
 
 
-def model_layout(variant: VariantSettings, model: Path, precisions: Mapping[str, Precision]) -> Layout:
+def model_layout(
+    variant: VariantSettings, model: Path, precisions: Mapping[str, Precision], statistics: Path | None = None
+) -> Layout:
     """The layout of the quantized model; precisions: of the quantized layers, by name."""
     return Layout(
-        shapes=quantized_shapes(variant, model) | outer_shapes(precisions, model),
+        shapes=quantized_shapes(variant, model, statistics) | outer_shapes(precisions, model),
         precisions=precisions,
-        skip_layers=variant.skip_layers,
         act_order=variant.rounding == "gptq" and variant.act_order == "static",
         damping=variant.damping_share,
+        others={name: own for name, own in announced(model).modules.items() if name != OUTPUT},
+        skipped=_prefixes(variant, model),
     )
+
+
+def _prefixes(variant: VariantSettings, model: Path) -> list[str]:
+    """The prefixes of the skipped layers' tensors."""
+    layers = announced(model).layers if variant.skip_layers else []
+    return [layers[index].prefix for index in variant.skip_layers]
 
 
 def bits_per_weight(precision: Precision | None, width: int, dtype: torch.dtype) -> float:

@@ -36,8 +36,11 @@ def measure(settings: Settings, config: Path, folder: Path, limit: float, thread
     from transformers import AutoConfig
 
     from tasks.hardware import cpu_cores, peak_memory, processor_name, total_memory
+    from tasks.model.arrival import read_json
     from tasks.planning.stages import Run
+    from tasks.sources.choice import check_config
 
+    check_config(read_json(config), str(config))
     try:
         known = AutoConfig.from_pretrained(config, trust_remote_code=False)
         family, _ = known.model_type, (known.hidden_size, known.num_attention_heads, known.intermediate_size)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tasks.model.linears import linear_shapes
+from tasks.model.layout import linear_shapes
 from tasks.output import write_manifest
 
 WORDS = 512  # vocabulary of a model that stands for its decoder layers

@@ -22,7 +22,7 @@ from tasks.hardware import available_memory, current_memory
 from tasks.model.compatibility import check_fit
 from tasks.model.decoder import Decoder
 from tasks.model.hollow import hollow_model, variant_bytes
-from tasks.model.linears import linear_shapes
+from tasks.model.layout import linear_shapes
 from tasks.planning.miniature import Miniature
 from tasks.planning.need import Need
 from tasks.planning.timing import Bench, Cost

@@ -12,8 +12,15 @@ from tqdm import tqdm
 from tasks.formats import load_format
 from tasks.grid import Precision
 from tasks.hardware import available_memory
-from tasks.model.layout import model_layout, outer_precisions, outer_tensor, scale_dtype, uniform_precisions
-from tasks.model.linears import linear_shapes
+from tasks.model.layout import (
+    linear_shapes,
+    model_layout,
+    outer_precisions,
+    outer_tensor,
+    scale_dtype,
+    uniform_precisions,
+)
+from tasks.model.linears import join
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers.layer import Layer, read_layer
 from tasks.quantizers.layerwise import Parts
@@ -33,8 +40,8 @@ def press_model(job: QuantizeJob) -> None:
     form = load_format(variant.format)
     mixed = variant.scheme == MIXED
     outer = outer_precisions(variant, job.source)
-    precisions = choose_precisions(job) if mixed else uniform_precisions(variant, job.source)
-    layout = model_layout(variant, job.source, {**precisions, **outer})
+    precisions = choose_precisions(job) if mixed else uniform_precisions(variant, job.source, job.statistics)
+    layout = model_layout(variant, job.source, {**precisions, **outer}, job.statistics)
     form.check(layout)
     parts = Parts(job, form, scale_dtype(variant, job.source))
     _press_outside(job, parts, outer)
@@ -60,7 +67,9 @@ def _press_apart(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precis
     """Quantize layers independently, several at a time where that pays off."""
     todo = parts.missing()
     if job.device == "cpu" and todo:
-        weights = sum(rows * width for rows, width in linear_shapes(job.source).values()) // len(parts.prefixes)
+        weights = sum(rows * width for rows, width in linear_shapes(job.source, job.statistics).values()) // len(
+            parts.prefixes
+        )
         count = processes(torch.get_num_threads(), len(todo), weights, available_memory())
         if count > 1:
             press_side_by_side(partial(_press_alone, job, precisions), todo, count)
@@ -94,7 +103,7 @@ def _press_in_order(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Pre
             layer.inputs = stream.inputs(index)
             solved = solve_layer(layer, own, Recipe.of(job.variant), parts.dtype)
             dense: dict[str, Tensor] = {f"{name}.weight": weight.weight() for name, weight in solved.items()}
-            stream.advance(index, layer.tensors | dense, own)
+            stream.advance(index, join(layer.tensors | dense, layer.structure.linears), own)
         else:
             solved = {}
         parts.write_layer(layer, solved, own)
@@ -103,10 +112,10 @@ def _press_in_order(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Pre
 
 def _read(job: QuantizeJob, parts: Parts, index: int) -> Layer:
     """Read a layer; for a skipped one, only its stored weights."""
-    prefix = parts.prefixes[index]
-    if index in job.variant.skip_layers:
-        return Layer(index, prefix, parts.files.below(prefix), {})
-    return read_layer(job, parts.files, index, prefix)
+    own = parts.structure[index]
+    if index in job.variant.skip_layers or not own.linears:
+        return Layer(index, own, parts.files.below(own.prefix), {})
+    return read_layer(job, parts.files, own, index)
 
 
 def _own(layer: Layer, precisions: Mapping[str, Precision]) -> dict[str, Precision]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from tasks.activations.store import Input, load_statistics
 from tasks.grid import QuantizedWeight
-from tasks.model.family import SOURCES
+from tasks.model.linears import split
+from tasks.model.pairs import Pair
+from tasks.model.structure import LayerStructure
 from tasks.quantizers import QuantizeJob
 from tasks.solvers import damped
 from tasks.tensor_files import TensorFiles
@@ -18,13 +20,19 @@ from tasks.tensor_files import TensorFiles
 
 @dataclass
 class Layer:
-    """One decoder layer. prefix: of its tensor names in the model; tensors: by the rest of the name, weights as float32
-    on the job's device; inputs: by linear layer."""
+    """One decoder layer. tensors: by the rest of their names on disk, weights as float32 on the job's device, those of
+    a stack as matrices of their own; inputs: by linear layer; scaled: the pairs whose factors were moved."""
 
     index: int
-    prefix: str
+    structure: LayerStructure
     tensors: dict[str, Tensor]
     inputs: Mapping[str, Input]
+    scaled: list[Pair] = field(default_factory=list)
+
+    @property
+    def prefix(self) -> str:
+        """The prefix of its tensor names in the model."""
+        return self.structure.prefix
 
     def weight(self, linear: str) -> Tensor:
         """The weight of a linear layer: [rows, width]."""
@@ -50,12 +58,9 @@ class Layer:
             yield name, solved.rows(rows)
             start = rows.stop
 
-    def scalable(self) -> Iterator[tuple[str, list[str]]]:
-        """Modules that can absorb a factor per output channel, and the linear layers that read their output."""
-        for source, linears in SOURCES.items():
-            # with grouped-query attention, a value feeds several channels
-            if len(self.weight(source)) == len(self.inputs[linears[0]].mean):
-                yield source, linears
+    def scalable(self) -> Iterator[Pair]:
+        """The pairs whose factors can move, norms first."""
+        return (pair for pair in self.structure.usable() if all(name in self.inputs for name in pair.readers))
 
     def damp(self, linears: list[str], share: float) -> None:
         """Add `share` of its mean diagonal to the diagonal of the Gram matrix shared by `linears`. This reduces the
@@ -63,22 +68,34 @@ class Layer:
         known = self.inputs[linears[0]]
         self.inputs = {**self.inputs, **dict.fromkeys(linears, replace(known, gram=damped(known.gram, share)))}
 
-    def scale_input(self, source: str, linears: list[str], scale: Tensor, dtype: torch.dtype) -> None:
-        """Multiply the weights of `linears` by `scale` [width] and divide the output of `source` by it.
+    def scale_input(self, pair: Pair, scale: Tensor, dtype: torch.dtype) -> None:
+        """Multiply the weights of the pair's readers by `scale` [width] and divide what its source makes by it.
 
         A norm's weight is stored in `dtype`; its rounding is compensated exactly in the layers that read it.
         """
-        weight = self.tensors[f"{source}.weight"]
-        divided = weight / (scale if weight.dim() == 1 else scale[:, None])
-        if weight.dim() == 1:
-            divided = divided.to(dtype).float()
-            scale = torch.where(divided == 0, scale, weight / divided)
-        self.tensors[f"{source}.weight"] = divided
-        if (bias := self.tensors.get(f"{source}.bias")) is not None:
-            self.tensors[f"{source}.bias"] = bias / scale
-        for name in linears:
+        self.scaled.append(pair)
+        weight = self.tensors[f"{pair.source}.weight"]
+        if pair.offset is not None:
+            whole = weight + pair.offset if pair.offset else weight
+            divided = whole / scale
+            divided = (divided - pair.offset if pair.offset else divided).to(dtype).float()
+            made = divided + pair.offset if pair.offset else divided
+            scale = torch.where(made == 0, scale, whole / made)
+            self.tensors[f"{pair.source}.weight"] = divided
+            self._divide_bias(pair, scale)
+        else:
+            rows = torch.tensor(pair.rows, device=scale.device)
+            factor = torch.ones(len(weight), device=scale.device)
+            factor[rows] = scale if pair.power == 1 else scale ** (1 / pair.power)
+            self.tensors[f"{pair.source}.weight"] = weight / factor[:, None]
+            self._divide_bias(pair, factor)
+        for name in pair.readers:
             self.tensors[f"{name}.weight"] = self.weight(name) * scale
-        self.inputs = {**self.inputs, **dict.fromkeys(linears, _scaled(self.inputs[linears[0]], scale))}
+        self.inputs = {**self.inputs, **dict.fromkeys(pair.readers, _scaled(self.inputs[pair.readers[0]], scale))}
+
+    def _divide_bias(self, pair: Pair, factor: Tensor) -> None:
+        if (bias := self.tensors.get(f"{pair.source}.bias")) is not None:
+            self.tensors[f"{pair.source}.bias"] = bias / factor
 
 
 def _scaled(known: Input, scale: Tensor) -> Input:
@@ -86,7 +103,8 @@ def _scaled(known: Input, scale: Tensor) -> Input:
     return Input(known.gram / scale[:, None] / scale, known.largest / scale, known.mean / scale)
 
 
-def read_layer(job: QuantizeJob, files: TensorFiles, index: int, prefix: str) -> Layer:
+def read_layer(job: QuantizeJob, files: TensorFiles, structure: LayerStructure, index: int) -> Layer:
     """Read a layer with the statistics of its inputs."""
-    tensors = {name: tensor.to(job.device, torch.float32) for name, tensor in files.below(prefix).items()}
-    return Layer(index, prefix, tensors, load_statistics(job.statistics, index, job.device))
+    stored = {name: tensor.to(job.device, torch.float32) for name, tensor in files.below(structure.prefix).items()}
+    known = load_statistics(job.statistics, index, job.device)
+    return Layer(index, structure, split(stored, structure.linears), known)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ from torch import Tensor
 from tasks.errors import TaskError
 from tasks.formats import Format
 from tasks.grid import Precision, QuantizedWeight
+from tasks.model.linears import Linear, join
+from tasks.model.stored_places import write_places
+from tasks.model.structure import read_structure
 from tasks.output import write_json
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers.layer import Layer
-from tasks.tensor_files import TensorFiles, join, save
+from tasks.tensor_files import TensorFiles, save
+from tasks.tensor_files import join as join_files
 
 
 class Parts:
@@ -34,7 +39,8 @@ class Parts:
         self._job, self._format, self.dtype = job, form, dtype
         self._folder = job.destination / "parts.part"
         self._folder.mkdir(exist_ok=True)
-        self.prefixes = layer_prefixes(job.source, self.files)
+        self.structure = read_structure(job.statistics)
+        self.prefixes = [layer.prefix for layer in self.structure]
 
     def missing(self) -> list[int]:
         """The decoder layers still to be quantized."""
@@ -48,11 +54,9 @@ class Parts:
         self, layer: Layer, solved: Mapping[str, QuantizedWeight], precisions: Mapping[str, Precision]
     ) -> None:
         """Write a decoder layer; the linear layers in `solved` are quantized."""
-        tensors = {
-            layer.prefix + name: self._stored(tensor)
-            for name, tensor in layer.tensors.items()
-            if name.removesuffix(".weight") not in solved
-        }
+        dense = {name: own for name, own in layer.tensors.items() if name.removesuffix(".weight") not in solved}
+        stored = join(dense, layer.structure.linears)
+        tensors = {layer.prefix + name: self._stored(tensor) for name, tensor in stored.items()}
         for linear, weight in solved.items():
             tensors |= self._packed(layer.prefix + linear, weight, precisions[linear])
         save(tensors, self._path(layer.prefix))
@@ -68,14 +72,26 @@ class Parts:
 
     def finish(self, quantization_config: dict[str, Any]) -> None:
         """Join the parts into the model's weights, and write config.json."""
-        join(sorted(self._folder.glob("*.safetensors")), self._job.destination)
+        join_files(sorted(self._folder.glob("*.safetensors")), self._job.destination)
         shutil.rmtree(self._folder)
         described = json.loads((self._job.source / "config.json").read_text(encoding="utf-8"))
         described |= {
             "quantization_config": quantization_config,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        write_places(self._job.destination, self._places())
         write_json(self._job.destination / "config.json", described)
+
+    def _places(self) -> dict[str, Linear]:
+        """The quantized layers whose weights the source does not store as NAME.weight, [rows, width]."""
+        written = set(TensorFiles(self._job.destination))
+        ends = {name.rpartition(".")[0] for name in written if name.rpartition(".")[2] in self._format.parts}
+        return {
+            layer.prefix + name: replace(linear, tensor=layer.prefix + linear.tensor)
+            for layer in self.structure
+            for name, linear in layer.linears.items()
+            if (linear.stacked or linear.transposed) and layer.prefix + name in ends
+        }
 
     def _path(self, prefix: str) -> Path:
         return self._folder / f"{prefix}safetensors"
@@ -92,11 +108,3 @@ class Parts:
                 "set format to compressed-tensors and leave out scale_dtype, which keeps the model's dtype"
             )
         return stored
-
-
-def layer_prefixes(source: Path, files: TensorFiles) -> list[str]:
-    """The prefix of each decoder layer's tensor names."""
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    name = next(name for name in files if ".layers." in name)
-    start = name[: name.index(".layers.") + len(".layers.")]
-    return [f"{start}{index}." for index in range(config["num_hidden_layers"])]

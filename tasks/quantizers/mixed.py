@@ -13,9 +13,9 @@ import torch
 
 from tasks.errors import TaskError
 from tasks.grid import Precision
-from tasks.model.family import FUSED
 from tasks.model.layout import bits_per_weight, candidate_precisions, quantized_shapes
 from tasks.model.precisions import write_precisions
+from tasks.model.structure import LayerStructure, read_structure
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers.sensitivity import Sensitivity, measure
 from tasks.settings.variant import VariantSettings
@@ -26,9 +26,10 @@ def choose_precisions(job: QuantizeJob) -> dict[str, Precision]:
     """Choose the precision of each linear layer to quantize, by full name; record costs and choice in the destination.
     TaskError if no choice meets the budget."""
     candidates = candidate_precisions(job.variant, job.source)
-    shapes = quantized_shapes(job.variant, job.source)
+    shapes = quantized_shapes(job.variant, job.source, job.statistics)
     found = {name: one for name, one in measure(job, candidates).items() if name in shapes}
-    chosen = choose(shapes, found, candidates, job.variant, job.dtype)
+    units = _units(read_structure(job.statistics), bool(job.variant.fused))
+    chosen = choose(shapes, found, candidates, job.variant, job.dtype, units)
     write_precisions(job.destination, chosen, {name: one.costs() for name, one in found.items()})
     return {name: precision for name, label in chosen.items() if (precision := candidates[label])}
 
@@ -39,10 +40,12 @@ def choose(
     candidates: Mapping[str, Precision | None],
     variant: VariantSettings,
     dtype: torch.dtype,
+    unit: Mapping[str, str],
 ) -> dict[str, str]:
     """Choose the label of a candidate for each linear layer.
 
-    shapes: (rows, width) by layer name. dtype: of unquantized layers. TaskError if no choice fits the budget.
+    shapes: (rows, width) by layer name. dtype: of unquantized layers. unit: by layer name, a name shared by layers that
+    must have the same. TaskError if no choice fits the budget.
     """
 
     def size(name: str, label: str) -> float:
@@ -50,7 +53,7 @@ def choose(
 
     units: dict[str, list[str]] = {}
     for name in found:
-        units.setdefault(_fused(name) if variant.fused else name, []).append(name)
+        units.setdefault(unit[name], []).append(name)
     costs = {name: one.costs() for name, one in found.items()}
     table = {
         unit: {
@@ -79,7 +82,13 @@ def choose(
     return {name: chosen[unit] for unit, names in units.items() for name in names}
 
 
-def _fused(name: str) -> str:
-    """A name shared by layers that an engine such as vLLM fuses."""
-    stem, _, linear = name.rpartition(".")
-    return f"{stem}.{FUSED.get(linear, linear)}"
+def _units(layers: list[LayerStructure], fused: bool) -> dict[str, str]:
+    """By linear layer, the name of its unit. The experts of a layer share one precision, as engines ask for; if
+    `fused`, so do layers with the same input, which engines such as vLLM join."""
+    found = {}
+    for layer in layers:
+        for group in layer.groups:
+            for name in group:
+                own = group[0] if fused else name
+                found[layer.prefix + name] = layer.prefix + ("experts" if group[0] in layer.experts else own)
+    return found

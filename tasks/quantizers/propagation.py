@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tasks.activation_rounding import rounded_inputs
-from tasks.activations.gram import recording_inputs
+from tasks.activations.gram import fill_experts, recording_inputs
 from tasks.activations.importance import load_importance
 from tasks.activations.store import Input
 from tasks.grid import Precision
 from tasks.model.decoder import Decoder
+from tasks.model.rounding import rounded_products
+from tasks.model.structure import read_structure
 from tasks.quantizers import QuantizeJob
+from tasks.settings.measuring import EXPERT_TOKENS
 from tasks.tensor_files import save
 
 HIDDEN = "hidden"
@@ -35,14 +37,17 @@ class PropagatedActivations:
     def __init__(self, job: QuantizeJob) -> None:
         self._job = job
         self._decoder = Decoder(job.source, torch.float32, job.device)
+        self._structure = read_structure(job.statistics)
         self._embedded = self._decoder.embed(list(job.tokens.split(1)))
 
     def inputs(self, index: int) -> dict[str, Input]:
         """The statistics of each linear layer's input in layer `index`, as from `load_statistics`."""
         weights = load_importance(self._job.statistics, index, self._job.device)
-        with self._decoder.layer(index) as layer, recording_inputs(layer, weights) as sums:
-            for batch in self._before(index):
-                self._decoder.run(index, layer, batch)
+        own, origins = self._structure[index], self._decoder.origins(index)
+        with self._decoder.layer(index) as layer, recording_inputs(layer, own, origins, weights) as sums:
+            for number, batch in enumerate(self._before(index)):
+                self._decoder.run(index, layer, batch, number)
+        fill_experts(sums, own, EXPERT_TOKENS, torch.device(self._job.device))
         found: dict[str, Input] = {}
         for one in sums.values():
             found |= dict.fromkeys(one.readers, Input(**one.tensors()))
@@ -61,10 +66,9 @@ class PropagatedActivations:
             for name, one in (precisions or {}).items()
             if one.symmetric_activations is not None
         }
-        with self._decoder.layer(index) as layer, rounded_inputs(layer, rounding):
-            if tensors is not None:
-                layer.load_state_dict(dict(tensors), assign=True)
-            after = torch.cat([self._decoder.run(index, layer, batch) for batch in hidden])
+        origins = self._decoder.origins(index)
+        with self._decoder.layer(index, tensors) as layer, rounded_products(layer, origins.holds, rounding):
+            after = torch.cat([self._decoder.run(index, layer, batch, n) for n, batch in enumerate(hidden)])
         save({HIDDEN: after}, self._file(index + 1))
         self._file(index - 1).unlink(missing_ok=True)
 
@@ -76,6 +80,8 @@ class PropagatedActivations:
     def _before(self, index: int) -> list[Tensor]:
         if index == 0:
             return self._embedded
+        if index - 1 not in self._decoder.order:  # no text passes through it
+            return self._before(index - 1)
         if not self._file(index).exists():
             self.advance(index - 1, None)  # a skipped layer
         return list(load_file(self._file(index), device=self._job.device)[HIDDEN].split(1))

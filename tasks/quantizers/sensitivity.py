@@ -8,7 +8,7 @@ layers. All these streams pass through the model together, so one layer's weight
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +19,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tasks.activation_rounding import Activations, dequantized
+from tasks.activations.hearing import hearing
 from tasks.grid import Precision
 from tasks.model.decoder import Decoder
+from tasks.model.linears import Origins, join
+from tasks.model.products import Product
+from tasks.model.structure import LayerStructure, read_structure
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers.layer import Layer, read_layer
 from tasks.quantizers.solve import Recipe, round_layer, scale_channels
@@ -28,7 +32,7 @@ from tasks.solvers import output_error
 from tasks.tensor_files import save
 
 SEQUENCES, LENGTH = 4, 64  # of the calibration set, in a stream; half as many of twice the length are less informative
-STATE, HIDDEN, FOUND = "measured.part.safetensors", "hidden", "found"
+STATE, HIDDEN, FOUND, NEXT = "measured.part.safetensors", "hidden", "found", "next"
 DAMPING = 0.05
 FINE = 8  # bits with which the rounding method does not matter
 # the simplest recipe that distinguishes the precisions
@@ -38,7 +42,8 @@ TRIAL = Recipe(rounding="gptq", damping=DAMPING)
 @dataclass(frozen=True)
 class Sensitivity:
     """The sensitivity of one linear layer. errors: its squared output error at each candidate, relative to the output;
-    divergence: of the model from the baseline with only this layer at the coarsest candidate, nats per token."""
+    divergence: of the model from the baseline with only this layer at the coarsest candidate, nats per token; of the
+    experts of a layer, measured together, an equal share each."""
 
     errors: Mapping[str, float]
     divergence: float
@@ -56,40 +61,57 @@ def measure(job: QuantizeJob, candidates: Mapping[str, Precision | None]) -> dic
     `LENGTH` x channels for each linear layer.
     """
     decoder = Decoder(job.source, torch.float32, job.device)
+    layers = read_structure(job.statistics)
     hidden = decoder.embed([job.tokens[:SEQUENCES, :LENGTH]])[0]
     state = job.destination / STATE
     first, errors, streams = _resume(state, job.device)
     hidden = streams.pop(HIDDEN, hidden)
     bar = tqdm(range(first, len(decoder)), desc="measuring", unit="layer", initial=first, total=len(decoder))
     for index in bar:
-        prefix = decoder.layer_prefix(index)
-        known = read_layer(job, decoder.files, index, prefix)
+        if index not in decoder.order:
+            continue
+        structure, origins = layers[index], decoder.origins(index)
+        known = read_layer(job, decoder.files, structure, index)
         for linears, _ in list(known.readers()):
             known.damp(linears, DAMPING)
         with decoder.layer(index) as layer:
             streams = {name: decoder.run(index, layer, stream) for name, stream in streams.items()}
-            with _recorded_inputs(layer, list(known.inputs)) as inputs:
+            with _recorded_inputs(layer, structure, origins) as inputs:
                 after = decoder.run(index, layer, hidden)
-            coarsest: dict[str, Tensor] = {}
-            for label, precision in candidates.items():
-                for name, (error, weight) in _trial(known, precision, inputs, job.variant.smoothing).items():
-                    own = errors.setdefault(prefix + name, {})
-                    if error > max(own.values(), default=-1.0):
-                        coarsest[name] = weight
-                    own[label] = error
-            for name, weight in coarsest.items():
-                with _swapped(layer.get_submodule(name), weight):
-                    streams[prefix + name] = decoder.run(index, layer, hidden)
-            hidden = after
-        save({HIDDEN: hidden, **streams}, state, {FOUND: json.dumps(errors)})
-    found = {}
+        coarsest: dict[str, Tensor] = {}
+        for label, precision in candidates.items():
+            for name, (error, weight) in _trial(known, precision, inputs, job.variant.smoothing).items():
+                own = errors.setdefault(structure.prefix + name, {})
+                if error > max(own.values(), default=-1.0):
+                    coarsest[name] = weight
+                own[label] = error
+        for unit, together in _together(structure, coarsest).items():
+            changed = known.tensors | {f"{name}.weight": coarsest[name] for name in together}
+            with decoder.layer(index, join(changed, structure.linears)) as layer:
+                streams[structure.prefix + unit] = decoder.run(index, layer, hidden)
+        hidden = after
+        save({HIDDEN: hidden, **streams}, state, {FOUND: json.dumps(errors), NEXT: str(index + 1)})
+    units = {
+        layer.prefix + unit: [layer.prefix + name for name in together]
+        for layer in layers
+        for unit, together in _together(layer, [n for n in layer.linears if layer.prefix + n in errors]).items()
+    }
+    found: dict[str, Sensitivity] = {}
     with decoder.head() as head:
         baseline = head(hidden).log_softmax(-1)
         share = baseline.exp()
-        # in the order of `errors`: streams read from a file have another order
-        for name in tqdm(errors, desc="divergence", unit="layer"):
-            found[name] = Sensitivity(errors[name], divergence(baseline, share, head(streams[name])))
-    return found
+        for unit, names in tqdm(units.items(), desc="divergence", unit="layer"):
+            far = divergence(baseline, share, head(streams[unit])) / len(names)
+            found |= {name: Sensitivity(errors[name], far) for name in names}
+    return {name: found[name] for name in errors}  # in this order: streams read from a file have another one
+
+
+def _together(structure: LayerStructure, names: Iterable[str]) -> dict[str, list[str]]:
+    """Linear layers whose effect is measured together, by a name for them: each alone, but all experts of the layer,
+    which share one precision, at once."""
+    experts = {name for group in structure.groups if group[0] in structure.experts for name in group}
+    inside = [name for name in names if name in experts]
+    return {name: [name] for name in names if name not in experts} | ({"experts": inside} if inside else {})
 
 
 def stream_passes(layers: int, linears: int) -> int:
@@ -117,7 +139,7 @@ def _trial(
     grid = precision.grid
     fitting = {name: precision for name in known.inputs if grid.fitted(known.weight(name).shape[1]) == grid}
     recipe = replace(TRIAL, rounding="gptq" if grid.bits < FINE else "nearest", smoothing=smoothing)
-    layer = Layer(known.index, known.prefix, dict(known.tensors), known.inputs)
+    layer = Layer(known.index, known.structure, dict(known.tensors), known.inputs)
     rounds_activations = precision.symmetric_activations is not None
     if rounds_activations and smoothing is not None:
         scale_channels(layer, fitting, recipe, torch.float32)
@@ -126,7 +148,7 @@ def _trial(
         weight, gram, new = layer.weight(name), layer.inputs[name].gram, solved.weight()
         error = _relative(output_error(new - weight, gram).sum(), output_error(weight, gram).sum())
         factor = known.inputs[name].mean / layer.inputs[name].mean if rounds_activations else None
-        if factor is not None:
+        if factor is not None and name in inputs:
             factor = torch.where(factor.isfinite(), factor, 1)
             x = inputs[name] / factor
             change = dequantized(Activations(bool(precision.symmetric_activations)), x) - x
@@ -142,20 +164,15 @@ def _relative(error: Tensor, output: Tensor) -> float:
 
 
 @contextmanager
-def _recorded_inputs(layer: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """The inputs of the linear layers `names` in the last pass, [..., channels]."""
+def _recorded_inputs(layer: nn.Module, structure: LayerStructure, origins: Origins) -> Iterator[dict[str, Tensor]]:
+    """The inputs of the layer's linear layers in the last pass, [..., channels]; not of experts without a token."""
     inputs: dict[str, Tensor] = {}
 
-    def record(name: str, x: Tensor) -> None:
-        inputs[name] = x
+    def record(_: str, names: list[str], product: Product) -> None:
+        inputs.update(dict.fromkeys(names, product.x))
 
-    handles = [
-        layer.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]))
-        for name in names
-    ]
-    yield inputs
-    for handle in handles:
-        handle.remove()
+    with hearing(layer, structure, origins, record):
+        yield inputs
 
 
 def _resume(state: Path, device: str) -> tuple[int, dict[str, dict[str, float]], dict[str, Tensor]]:
@@ -165,17 +182,7 @@ def _resume(state: Path, device: str) -> tuple[int, dict[str, dict[str, float]],
     with safe_open(state, framework="pt", device=device) as file:
         errors = json.loads(file.metadata()[FOUND])
         streams = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    done = {name.partition(".layers.")[2].partition(".")[0] for name in errors}
-    return len(done), errors, streams
-
-
-@contextmanager
-def _swapped(linear: nn.Module, weight: Tensor) -> Iterator[None]:
-    """Replace the weight of a linear layer for the duration of the body."""
-    own = linear.weight
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    yield
-    linear.weight = own
+        return int(file.metadata()[NEXT]), errors, streams
 
 
 def divergence(baseline: Tensor, share: Tensor, other: Tensor) -> float:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tasks.grid import ClipRange, Grid, Precision, QuantizedWeight
-from tasks.model.family import UNCLIPPED
 from tasks.quantizers.layer import Layer
 from tasks.schemes import default_damping
 from tasks.settings.variant import VariantSettings
@@ -17,6 +16,9 @@ from tasks.solvers import gptq
 from tasks.solvers.awq import search_clip, search_scale
 from tasks.solvers.refine import refine
 from tasks.solvers.smoothquant import smooth
+
+# queries and keys are multiplied with each other: the error of either does not show the harm of clipping (AutoAWQ)
+UNCLIPPED = ("q_proj", "k_proj")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def solve_layer(
 
 def scale_channels(layer: Layer, precisions: Mapping[str, Precision], recipe: Recipe, dtype: torch.dtype) -> None:
     """Scale each input whose source can absorb the factors, for the coarsest grid among its readers."""
-    for source, linears in layer.scalable():
+    for pair in layer.scalable():
+        linears = pair.readers
         own = [precisions[name].grid for name in linears if name in precisions]
         if not own:
             continue
@@ -85,7 +88,7 @@ def scale_channels(layer: Layer, precisions: Mapping[str, Precision], recipe: Re
         else:
             grid = min(own, key=lambda grid: grid.bits_per_weight(len(known.mean)))
             factor = search_scale(weight, known.gram, known.mean, grid)
-        layer.scale_input(source, linears, factor, dtype)
+        layer.scale_input(pair, factor, dtype)
 
 
 def round_layer(layer: Layer, precisions: Mapping[str, Precision], recipe: Recipe) -> dict[str, QuantizedWeight]:
@@ -122,5 +125,6 @@ def _smoothed(linears: list[str], precisions: Mapping[str, Precision], recipe: R
 
 def _clip_range(layer: Layer, linears: list[str], weight: Tensor, gram: Tensor, grid: Grid) -> ClipRange:
     low, high = search_clip(weight, gram, grid)
-    free = torch.cat([torch.full((len(layer.weight(name)), 1), name in UNCLIPPED) for name in linears]).to(low.device)
+    whole = [torch.full((len(layer.weight(name)), 1), name.rpartition(".")[2] in UNCLIPPED) for name in linears]
+    free = torch.cat(whole).to(low.device)
     return low.masked_fill(free, -torch.inf), high.masked_fill(free, torch.inf)

@@ -82,6 +82,7 @@ def _rounds_activations(module: nn.Module) -> bool:
     scheme = getattr(module, "quantization_scheme", None)
     return (
         isinstance(module, Int8Linear)
+        or getattr(module, "rounds_activations", False)  # tasks/runtimes/dense.py
         or getattr(scheme, "input_activations", None) is not None
         or (isinstance(module, nn.Linear) and bool(module._forward_pre_hooks))  # tasks/activation_rounding.py
     )

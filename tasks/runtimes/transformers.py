@@ -21,7 +21,7 @@ from compressed_tensors.quantization import QuantizationStatus
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoTokenizer,
     CompressedTensorsConfig,
     GenerationConfig,
@@ -29,11 +29,11 @@ from transformers import (
 )
 
 from tasks.device import compute_device
-from tasks.formats import load_format
 from tasks.hardware import processor_name
+from tasks.model.skeleton import model_class
 from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.runtimes.batches import batches
-from tasks.runtimes.dense import load_dense
+from tasks.runtimes.dense import load_dense, needs_own_reader
 from tasks.runtimes.plain_passes import score_plainly
 from tasks.runtimes.shared_context import score_shared
 from tasks.runtimes.shared_proof import longest_shared
@@ -145,14 +145,17 @@ def _greedy(own: GenerationConfig) -> GenerationConfig:
 
 def _load(directory: Path, dtype: torch.dtype, method: str | None) -> Any:
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-    if method and not load_format(method).native:
+    if method and needs_own_reader(directory, method):
         return load_dense(directory, dtype)
     if method == "compressed-tensors":
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     if packed := sorted(directory.glob("*.gguf")):
         options["gguf_file"] = packed[0].name
     with warnings.catch_warnings(record=True):  # that only this option is heeded, the rest is the model's own
-        model = AutoModelForCausalLM.from_pretrained(directory, **options)
+        config = AutoConfig.from_pretrained(
+            directory, trust_remote_code=False, **{k: v for k, v in options.items() if k == "gguf_file"}
+        )
+        model = model_class(config).from_pretrained(directory, **options)
     for module in model.modules():
         if getattr(module, "quantization_status", None) is not None:
             # the weights lie on their grid; rounding them to it again at each call would cost time and change nothing

@@ -42,7 +42,9 @@ def check_config(config: Any, where: str) -> None:
 
     A model that needs custom Python code is refused: such code is never fetched and never run.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as VISION
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
@@ -54,12 +56,13 @@ def check_config(config: Any, where: str) -> None:
             "baseline hides the loss of further quantization"
         )
     names = config.get("architectures") or []
-    fits = kind in KNOWN and (not names or any(n in _classes(KNOWN[kind]) for n in names))
-    if fits and not config.get("is_encoder_decoder"):
+    classes = _classes(CAUSAL.get(kind, ())) + _classes(VISION.get(kind, ()))
+    both_ways = kind in MASKED and not config.get("is_decoder")  # its tokens see later ones as well
+    if classes and any(n in classes for n in names or classes) and not config.get("is_encoder_decoder", both_ways):
         return
     what = f"{where} is a {kind} model ({', '.join(names) or 'no architecture named'})"
     code = config.get("auto_map", {}).get("AutoModelForCausalLM")
-    if kind not in KNOWN and code is not None:
+    if not classes and code is not None:
         raise TaskError(
             f"{what} that needs custom Python code ({code}), which is never run; choose a model that "
             "transformers supports, such as llama"

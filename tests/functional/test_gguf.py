@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 from tasks.benchmark import benchmark
 from tasks.errors import TaskError
 from tasks.export import export
-from tasks.model.family import ARCHITECTURES
 from tasks.output import whole_directory, write_manifest
 from tasks.quantize import quantize
 from tasks.runtimes import Question, load_runtime
@@ -25,7 +24,7 @@ from tasks.runtimes.dense import load_dense
 from tasks.settings import BenchmarkSettings, check_settings
 from tasks.statistics import collect
 from tests.mixed import mixed_model
-from tests.tiny import LLAMA3, Corpus, tiny_model
+from tests.tiny import FAMILIES, LLAMA3, Corpus, tiny_model
 
 pytestmark = pytest.mark.gguf
 
@@ -61,12 +60,12 @@ def exported(model: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        *((family, {}) for family in ARCHITECTURES),
+        *((family, {}) for family in FAMILIES),
         ("llama", {"rope_parameters": LLAMA3}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
         ("llama", {"attention_bias": True}),
     ],
-    ids=[*ARCHITECTURES, "llama3", "linear", "biases"],
+    ids=[*FAMILIES, "llama3", "linear", "biases"],
 )
 def test_each_family_computes_what_transformers_computes(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     made = tiny_model(tmp_path / "made", family=family)

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 
 from tasks.errors import TaskError
 from tasks.formats.stored import StoredModel
-from tasks.model.family import ARCHITECTURES
 from tasks.output import checksums, whole_directory
 from tasks.quantize import quantize
 from tasks.quantizers import QuantizeJob
@@ -26,7 +25,7 @@ from tasks.runtimes import load_runtime
 from tasks.runtimes.dense import load_dense
 from tasks.settings import VariantSettings, check_settings
 from tasks.statistics import collect
-from tests.tiny import Corpus, tiny_corpus, tiny_model
+from tests.tiny import FAMILIES, Corpus, tiny_corpus, tiny_model
 
 LENGTH = 32
 PARAMS = yaml.safe_load(Path("params.yaml").read_text())
@@ -161,7 +160,7 @@ def test_fast_requires_a_kernel(name: str, quantized: Quantized) -> None:
     "family",
     [
         "qwen3",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name not in ("llama", "qwen3")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in ("llama", "qwen3")),
     ],
 )
 def test_every_family_keeps_the_quality(

@@ -165,4 +165,6 @@ def test_translated_variant_has_the_old_bytes(name: str, old: Path, inputs: Mapp
 
 
 def test_statistics_have_the_old_bytes(old: Path, inputs: Mapping[str, Path]) -> None:
-    assert checksums(old / "statistics") == checksums(inputs["statistics"])
+    found = checksums(inputs["statistics"])
+    del found["structure.json"]  # newer
+    assert checksums(old / "statistics") == found

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from tasks.grid import Grid, Precision
-from tasks.model.decoder import Decoder
+from tasks.model.structure import read_structure
 from tasks.output import whole_directory
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers import sensitivity as module
@@ -21,6 +21,7 @@ from tasks.quantizers.solve import round_layer
 from tasks.settings import VariantSettings
 from tasks.solvers import gptq, output_error
 from tasks.statistics import collect
+from tasks.tensor_files import TensorFiles
 from tests.tiny import Corpus
 
 COARSE, FINE = "W4A16_ASYM@32", "W8A16@64"
@@ -61,7 +62,8 @@ def test_divergence_equals_that_of_the_whole_model(job: QuantizeJob) -> None:
         before = model(ids).logits.log_softmax(-1)
         for name in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
             index = int(name.split(".")[2])
-            layer = read_layer(job, Decoder(job.source, torch.float32, "cpu").files, index, f"model.layers.{index}.")
+            structure = read_structure(job.statistics)[index]
+            layer = read_layer(job, TensorFiles(job.source), structure, index)
             linear = name.partition(f"{index}.")[2]
             layer.damp([linear], DAMPING)
             weight, gram = layer.weight(linear), layer.inputs[linear].gram

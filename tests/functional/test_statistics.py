@@ -23,16 +23,15 @@ from tasks.activations.importance import load_importance
 from tasks.activations.store import load_statistics
 from tasks.errors import TaskError
 from tasks.model.decoder import Decoder
-from tasks.model.family import ARCHITECTURES
 from tasks.output import checksums, resumable_directory
 from tasks.statistics import collect
 from tasks.tensor_files import join
-from tests.tiny import tiny_model
+from tests.tiny import FAMILIES, tiny_model
 
 TOKENS = torch.randint(6, 200, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp(request.param) / "model", family=request.param)
 
@@ -77,7 +76,7 @@ def test_layer_by_layer_equals_the_whole_model(model: Path, whole: tuple[dict[st
     hidden = decoder.embed(list(TOKENS.split(rows)))  # the last batch is smaller
     for index in range(len(decoder)):
         with decoder.layer(index) as layer:
-            hidden = [decoder.run(index, layer, batch) for batch in hidden]
+            hidden = [decoder.run(index, layer, batch, number) for number, batch in enumerate(hidden)]
         assert all(parameter.is_meta for parameter in layer.parameters())
     assert torch.allclose(torch.cat(hidden), whole[1], atol=1e-4)
 

@@ -132,7 +132,12 @@ def test_compressed_tensors_mixes_precisions() -> None:
         ("awq", {NAME: "W4A16@32", OUTPUT: "W4A16@32"}, {}, "of lm_head is set, but the format awq .*leave it out"),
         ("gptq", {NAME: "W4A16@32", OUTPUT: "W4A16@32"}, {}, "of lm_head is set, but the format gptq .*leave it out"),
         ("awq", {NAME: "W4A16@32", EMBEDDING: "W4A16@32"}, {}, r"of model\.embed_tokens is set, but the format awq"),
-        ("gptq", {NAME: "W4A16@32"}, {"skip_layers": [1]}, "skip_layers is set.*to compressed-tensors or awq"),
+        (
+            "gptq",
+            {NAME: "W4A16@32"},
+            {"skipped": ["model.layers.1."]},
+            "skip_layers is set.*to compressed-tensors or awq",
+        ),
         ("awq", {NAME: "W4A16@96"}, {}, f"96, which does not divide the width 128 of {NAME}; .*: 16, 32, 64, 128;"),
         ("gptq", {NAME: "W4A16@96"}, {}, f"96, which does not divide the width 128 of {NAME}; .*: 16, 32, 64, 128;"),
         ("compressed-tensors", {NAME: "W4A16@72"}, {}, f"72, which does not divide the width 128 of {NAME}; sizes"),
@@ -244,8 +249,10 @@ def test_configs_describe_the_quantization() -> None:
 
 def test_mixed_config_names_every_layer_and_the_unquantized_ones() -> None:
     coarse, fine = (asked("compressed-tensors", label) for label in ("W4A16_ASYM@32", "W8A16@32"))
-    some = layout({"a": coarse, "b": fine, "c": coarse, OUTPUT: fine}, skip_layers=[3])
-    words = load_format("compressed-tensors").describe(Layout({**some.shapes, "d": (1, 1)}, some.precisions, [3]))
+    some = layout({"a": coarse, "b": fine, "c": coarse, OUTPUT: fine}, skipped=["model.layers.3."])
+    words = load_format("compressed-tensors").describe(
+        Layout({**some.shapes, "d": (1, 1)}, some.precisions, ["model.layers.3."])
+    )
     found = {group["weights"]["num_bits"]: group["targets"] for group in words["config_groups"].values()}
     assert found == {4: ["a", "c"], 8: ["b", OUTPUT]}
     assert words["ignore"] == [r"re:.*\.layers\.3\..*", "d"]
