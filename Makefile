@@ -7,7 +7,7 @@ PACKAGES := $(VENV)/.packages
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install gguf demo ui test test-all bench drills deps lint types docs lock clean
+.PHONY: help install gguf demo ui test test-all bench models drills deps lint types docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -36,6 +36,9 @@ test: install ## Run the tests (about 10 minutes on 2 cores)
 bench: install ## Quantize with our solvers and with the libraries, and compare (about 40 minutes on 2 cores)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro calibrate
 	@$(BIN)/python -m bench
+
+models: install ## Press a tiny model of every type that Transformers knows, and write docs/models.md (about 15 minutes)
+	@$(BIN)/python -m tools.models
 
 drills: install ## Break runs in every known way and check that nothing is lost (about 12 minutes)
 	@$(BIN)/python -m tests.drills

@@ -9,6 +9,7 @@ import gc
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,13 +23,14 @@ from tasks.model.compatibility import check_fit
 from tasks.model.old_names import with_old_names
 from tasks.model.precisions import read_precisions
 from tasks.model.size import weight_bits
+from tasks.model.structure import overview, read_structure
 from tasks.output import MANIFEST, link_or_copy, resumable_directory, whole_directory, write_json
 from tasks.program import one_argument, run_stage
 from tasks.quantizers import QuantizeJob, press
 from tasks.quantizers.parallel import held_beside
 from tasks.settings import Settings
 from tasks.settings.variant import BUILTIN, VariantSettings
-from tasks.tensor_files import OUTPUT
+from tasks.tensor_files import OUTPUT, TensorFiles
 
 # Libraries that affect the result, by backend.
 LIBRARIES = {
@@ -47,6 +49,7 @@ COMPANIONS = (
     "added_tokens.json",
     "chat_template*",
     "generation_config.json",
+    "*processor_config.json",
     "LICENSE*",
     "NOTICE*",
 )
@@ -61,7 +64,9 @@ class QuantizeReport:
     output_layer_error: relative error of the logits; both None if unquantized. peak_memory_bytes: total of the stage's
     processes. tokens: of the calibration set. layers: each decoder layer's relative output error on the baseline's
     input. linears: for the scheme mixed, each linear layer's `name`, `chosen` precision, and `costs`, the divergence
-    for each candidate. identity: sha256 of base, calibration, statistics, settings and library versions.
+    for each candidate. structure: of the decoder as it was found (`overview` of tasks/model/structure.py), empty for
+    other backends. kept: the tensors outside the decoder's layers, unchanged, their number by the first two parts of
+    their names. identity: sha256 of base, calibration, statistics, settings and library versions.
     """
 
     variant: str
@@ -81,6 +86,8 @@ class QuantizeReport:
     libraries: dict[str, str]
     layers: dict[str, float]
     linears: list[dict[str, Any]]
+    structure: dict[str, list[dict[str, Any]]]
+    kept: dict[str, int]
 
 
 def quantize(
@@ -115,6 +122,8 @@ def quantize(
             errors = layer_errors(model, work, used[:2])
         bits = weight_bits(work)
         linears = read_precisions(work)
+        layers = read_structure(statistics) if backend == BUILTIN else []
+        kept = _kept(work, [layer.prefix for layer in layers])
     return QuantizeReport(
         variant=name,
         scheme=variant.scheme,
@@ -133,6 +142,8 @@ def quantize(
         libraries=libraries,
         layers=errors,
         linears=linears,
+        structure=overview(layers) if layers else {},
+        kept=kept,
     )
 
 
@@ -146,6 +157,14 @@ def identity(variant: VariantSettings, inputs: Sequence[Path], libraries: dict[s
             raise TaskError(f"{folder} is missing or incomplete; run the earlier stages: modelpress run")
         parts.append(manifest.read_text(encoding="utf-8"))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _kept(work: Path, prefixes: list[str]) -> dict[str, int]:
+    """The tensors outside the layers with these prefixes, by the first two parts of their names."""
+    if not prefixes:
+        return {}
+    names = [name for name in TensorFiles(work) if not name.startswith(tuple(prefixes))]
+    return dict(sorted(Counter(".".join(name.split(".")[:2]) for name in names).items()))
 
 
 def _add_companions(model: Path, work: Path) -> None:

@@ -59,6 +59,7 @@ def collect(model: Path, calibration: Path, destination: Path, importance: bool,
     from tasks.activations.store import load_few
     from tasks.model.decoder import Decoder
     from tasks.model.structure import FILE, TOKENS, discover, read_structure, write_structure
+    from tasks.model.whole import check_streamed
 
     started = time.monotonic()
     device = compute_device()
@@ -69,7 +70,10 @@ def collect(model: Path, calibration: Path, destination: Path, importance: bool,
     with resumable_directory(destination, _key(model, calibration, decoder, importance, least)) as work:
         if not (work / FILE).exists():
             exact = decoder if decoder.products == torch.float32 else Decoder(model, torch.float32, device)
-            write_structure(discover(exact, tokens[:1, :TOKENS]), work)
+            text = tokens[:1, :TOKENS]
+            found, hidden = discover(exact, text)
+            check_streamed(exact, model, text, hidden)
+            write_structure(found, work)
         layers = read_structure(work)
         if importance:
             collect_weighed(decoder, layers, tokens, work, least)

@@ -49,6 +49,10 @@ class Read:
     readers: list[str] = field(default_factory=list)
     square: Tensor | float = 0.0
 
+    def squares(self) -> Tensor:
+        """`square`; zeros if no gradient reached the readers, as where their output only chooses tokens."""
+        return self.square if isinstance(self.square, Tensor) else torch.zeros(self.x.shape[:-1], device=self.x.device)
+
 
 def collect_weighed(decoder: Decoder, layers: list[LayerStructure], tokens: Tensor, work: Path, least: int) -> None:
     """Write each layer's sums, and its token weights as `importance.N.safetensors`: for each distinct input, by the
@@ -166,9 +170,9 @@ def _weights(seen: dict[str, Read], structure: LayerStructure) -> dict[str, Tens
         if name in structure.experts:
             kinds.setdefault(structure.experts[name], []).append(name)
         else:
-            found[name] = _weight(torch.as_tensor(read.square))
+            found[name] = _weight(read.squares())
     for names in kinds.values():
-        squares = [torch.as_tensor(seen[name].square).flatten() for name in names]
+        squares = [seen[name].squares().flatten() for name in names]
         weight = _weight(torch.cat(squares))
         found |= dict(zip(names, weight.split([len(one) for one in squares]), strict=True))
     return {name: found[name] for name in seen}

@@ -65,7 +65,7 @@ def _look(model: Path, changed: int) -> Announced:
 
     from tasks.model.decoder import Decoder
 
-    decoder = Decoder(model, torch.float32, "meta")
+    decoder = Decoder(model, torch.float32, "cpu")
     layers = [AnnouncedLayer(decoder.layer_prefix(index), _linears(decoder, index)) for index in range(len(decoder))]
     modules: dict[str, str] = {}
     outer: dict[Any, str] = {}

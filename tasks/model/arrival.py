@@ -13,6 +13,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from tasks.errors import TaskError
+from tasks.model.skeleton import ties_output
 from tasks.tensor_files import OUTPUT, Entry, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -89,7 +90,7 @@ def _check_tied(found: Arrival, weights: Mapping[str, Path], config: Mapping[str
     place = {name: file for file, entries in found.files.items() for name in entries}
     head = f"{OUTPUT}.weight"
     embedding = next((name for name in place if name.endswith("embed_tokens.weight")), None)
-    if head not in place or embedding is None or not known_config(config).get_text_config().tie_word_embeddings:
+    if head not in place or embedding is None or not ties_output(known_config(config)):
         return
     tensors = []
     for name in (head, embedding):

@@ -20,7 +20,7 @@ from tasks.model.layout import (
     model_layout,
     quantized_shapes,
 )
-from tasks.rope import rope_parameters
+from tasks.rope import longest_context
 from tasks.schemes import LLAMA_CPP, MIXED, Scheme, precision_label
 from tasks.settings import Settings
 from tasks.settings.variant import BUILTIN, VariantSettings
@@ -57,13 +57,9 @@ def check_context(settings: Settings, config: Mapping[str, Any]) -> None:
 
     config: the model's config.json. A model that names no longest context has none.
     """
-    config = config.get("text_config") or config
-    longest = config.get("max_position_embeddings")
-    if not longest:
+    longest = longest_context(config)
+    if longest is None:
         return
-    rope = rope_parameters(config)
-    if rope["rope_type"] in ("linear", "dynamic", "yarn"):  # these extend it
-        longest = max(longest, rope.get("original_max_position_embeddings", longest) * rope.get("factor", 1))
     benchmark = settings.benchmark
     asked = {
         "calibration.sequence_length is": settings.calibration.sequence_length,

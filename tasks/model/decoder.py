@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tasks.errors import TaskError
 from tasks.hardware import release_memory
 from tasks.model.linears import Origins
 from tasks.model.names import Names, in_own_storage
-from tasks.model.skeleton import find_layers, place, skeleton, tensor_at
+from tasks.model.skeleton import embedded, find_layers, place, replaced, skeleton, tensor_at
 from tasks.tensor_files import TensorFiles
 
 LARGE = 1 << 26  # bytes of a layer's weights; releasing the memory of smaller ones frees little and costs time
@@ -71,6 +72,7 @@ class Decoder:
         self._names = Names(self.model, self.files)
         self._calls: list[dict[int, Call]] = []  # by batch
         self._origins: dict[str, Origins] = {}
+        self._added = 0  # tokens that the model itself puts before a text
         self._form: tuple[Any, ...] | None = None  # of what a layer returns
         self.order: list[int] = list(range(len(self._layers)))  # the layers that text passes through
 
@@ -149,11 +151,22 @@ class Decoder:
         return self._origins[key]
 
     def shared_weights(self, index: int) -> set[str]:
-        """The layer's tensors on disk, by the rest of their names, that other parts of the model use as well."""
-        prefix = self.layer_prefix(index)
+        """The tensors on disk of which the layer is made that other parts of the model use as well, by the rest of
+        their names."""
+        inside, prefix = self._inside(index), self.layer_prefix(index)
         sources = set(self._names.ties.values()) & set(self.model.state_dict())
-        used = {name for name, target in self._names.target.items() if target in sources}
-        return {name.removeprefix(prefix) for name in used if name.startswith(prefix)}
+        used = {name for name in self._names.stored(inside) if self._names.target[name] in sources}
+        used |= {name for name in self._names.stored(inside) if not name.startswith(prefix)}
+        return {name.removeprefix(prefix) for name in used}
+
+    def stored_module(self, index: int, module: str) -> str | None:
+        """The name on disk of the layer's module with a weight, by the rest of the name; None if its weight is stored
+        in another form or place."""
+        inside, prefix = self._inside(index), self.layer_prefix(index)
+        wanted = f"{inside}{module}.weight"
+        found = [name for name, target in self._names.target.items() if target == wanted and self._names.plain([name])]
+        fits = len(found) == 1 and found[0].startswith(prefix) and found[0].endswith(".weight")
+        return found[0].removeprefix(prefix).removesuffix(".weight") if fits else None
 
     def owners(self, index: int | None = None) -> dict[str, tuple[nn.Module, Tensor, str]]:
         """Of the tensors on disk, by name: the module in memory that each becomes a part of, the parameter or buffer
@@ -211,7 +224,7 @@ class Decoder:
             raise _ReachedError
 
         def states(hidden: Tensor) -> Tensor:
-            with _replaced(self._output(), read), suppress(_ReachedError):
+            with replaced(self._output(), read), suppress(_ReachedError):
                 self._tail(hidden)
             return found.pop()
 
@@ -227,15 +240,13 @@ class Decoder:
     def _tail(self, hidden: Tensor) -> Any:
         """The model's output for what the last layer makes."""
         last = self.order[-1]
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+        ids = torch.zeros(hidden.shape[0], hidden.shape[1] - self._added, dtype=torch.long, device=self.device)
 
         def stand(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return _shaped(self._form, hidden if index == last else Call.split(args, kwargs)[0])
 
-        def embedded(*_: Any, **__: Any) -> Tensor:
-            return torch.zeros_like(hidden)
-
-        with self._standing_in(stand), _replaced(self.model.get_input_embeddings(), embedded), self._mixed():
+        zeros = replaced(self.model.get_input_embeddings(), partial(embedded, self.model))
+        with self._standing_in(stand), zeros, self._mixed():
             return self.model(input_ids=ids, use_cache=False)
 
     def _record(self, ids: Tensor) -> tuple[Tensor, dict[int, Call]]:
@@ -252,6 +263,7 @@ class Decoder:
             given, calls[index] = Call.split(args, kwargs)
             if not first:
                 first.append(given)
+                self._added = given.shape[1] - ids.shape[1]
                 if self._form is None:
                     self._form = self._returned(index, calls[index], given)
             return _shaped(self._form, given)
@@ -300,13 +312,21 @@ class Decoder:
         if not output:
             left += _paths(self.model, self.model.get_output_embeddings())
         if not embedding:
-            left += _paths(self.model, self.model.get_input_embeddings())
+            left += self._embedding_paths()
         names = [name for name in self.model.state_dict() if not name.startswith(tuple(left))]
         sources = {self._names.ties.get(name, name) for name in names} | set(names)
         found = {name: self.files.read(name) for name, target in self._names.target.items() if target in sources}
         self._load(found, names, matrices)
+        blank = [] if embedding else [n for n in self.model.state_dict() if tensor_at(self.model, n).is_meta]
+        blank = [name for name in blank if name.startswith(tuple(self._embedding_paths()))]
+        for name in blank:  # some models look at its numbers without calling it; these take no memory
+            size = tensor_at(self.model, name).shape
+            place(self.model, name, torch.zeros(1, dtype=self.dtype, device=self.device).expand(size))
         yield
-        self._unload(names)
+        self._unload(names + blank)
+
+    def _embedding_paths(self) -> list[str]:
+        return _paths(self.model, self.model.get_input_embeddings())
 
     def _towers(self) -> list[str]:
         """The prefixes of models inside this one that are not the decoder, such as a vision tower."""
@@ -364,15 +384,6 @@ def _tensors(found: Any) -> list[Tensor]:
     if isinstance(found, Mapping):
         return [tensor for value in found.values() for tensor in _tensors(value)]
     return [tensor for value in found for tensor in _tensors(value)] if isinstance(found, list | tuple) else []
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    module.forward = forward
-    try:
-        yield
-    finally:
-        module.__dict__.pop("forward", None)
 
 
 def _paths(model: nn.Module, module: nn.Module | None) -> list[str]:

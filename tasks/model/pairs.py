@@ -23,6 +23,7 @@ FOUND = 1e-3  # relative to the largest number that a linear layer reads; the fa
 PROVEN = 1e-4  # relative to the largest number of a tensor; rounding in float32 moves it by about 1e-6
 POWERS = (1, 2)  # an activation may square what it reads
 DERIVED = 1e-4  # relative to the sum of the sizes of what a derivative adds up
+TOGETHER = 64  # channels whose derivatives are computed at once
 NEAR = 8  # factors to either side among which a channel's is looked for
 
 Run = Callable[[], list[Tensor]]  # a pass through the layer, and all that it makes
@@ -42,7 +43,8 @@ class Pair:
 
     source: a norm, or a linear layer on disk, by name. offset: of a norm, which makes (offset + weight) times what it
     has normalized. rows: for each channel of the input, the row of the source that it follows; power: how, 2: by its
-    square. readers: the linear layers on disk, by name. problem: why it is not used; empty if it is.
+    square. readers: the linear layers on disk, by name. problem: why it is not used; empty if it is. stored: a
+    norm's name on disk; source is that in memory.
     """
 
     source: str
@@ -54,6 +56,12 @@ class Pair:
     moved: Slice | None = None  # the source's matrix in memory, and its rows there
     places: Tensor | None = None
     slices: list[Slice] = field(default_factory=list)  # of the readers
+    stored: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The source's name on disk, where it has one."""
+        return self.stored or self.source
 
 
 def listen(layer: nn.Module, run: Callable[[], Any]) -> list[Heard]:
@@ -266,35 +274,54 @@ def _of_linears(layer: nn.Module, run: Run, origins: Origins) -> Iterator[Pair]:
 def _followed(x: Tensor, scales: Mapping[Slice, Tensor]) -> Iterator[tuple[str, int, Tensor]]:
     """The parameters of which every channel of x follows a row, how, and for each channel the row."""
     flat = x.flatten(0, -2)
-    sources = list(scales)
     draw = torch.Generator().manual_seed(2)
     weights = torch.randn(2, len(flat), generator=draw).to(flat)  # two, for in one a row may fit by chance
     sums = weights @ flat
     large = (weights.abs() @ flat.detach().abs()).clamp(min=1e-12)
-    rows: dict[tuple[Slice, int], list[int]] = {}
-    for channel in range(flat.shape[1]):
-        fits: dict[tuple[Slice, int], Tensor] = {}
-        for number in range(2):
-            slopes = torch.autograd.grad(
-                sums[number, channel], [scales[one] for one in sources], retain_graph=True, allow_unused=True
-            )
-            size = sums[number, channel].detach()
-            for source, slope in zip(sources, slopes, strict=True):
-                for power in POWERS if slope is not None else ():
-                    fit = (slope - power * size).abs() < DERIVED * large[number, channel]
-                    if number == 0:
-                        fits[source, power] = fit
-                    else:
-                        fits[source, power] &= fit
-        fits = {key: fit for key, fit in fits.items() if fit.any()}
-        if channel == 0:
-            rows = {key: [] for key in fits}
-        rows = {key: [*own, int(fits[key].nonzero()[0])] for key, own in rows.items() if key in fits}
+    rows: dict[tuple[Slice, int], list[Tensor]] = {(one, power): [] for one in scales for power in POWERS}
+    for channels in _blocks(flat.shape[1]):
         sources = list(dict.fromkeys(source for source, _ in rows))
+        slopes = [_slopes(sums[number], channels, [scales[one] for one in sources]) for number in range(2)]
+        for (source, power), own in list(rows.items()):
+            fit = None
+            for number in range(2):
+                slope = slopes[number][sources.index(source)]
+                if slope is not None:
+                    far = (slope - power * sums[number, channels, None].detach()).abs()
+                    near = far < DERIVED * large[number, channels, None]
+                    fit = near if fit is None else fit & near
+            if fit is None or not bool(fit.any(1).all()):
+                del rows[source, power]
+            else:
+                own.append(fit.int().argmax(1))
         if not rows:
             return
-    for (source, power), own in rows.items():
-        yield source.parameter, power, torch.tensor(own)
+    for (source, power), parts in rows.items():
+        yield source.parameter, power, torch.cat(parts).cpu()
+
+
+def _blocks(channels: int) -> Iterator[slice]:
+    """The channels, one first: mostly it follows no row, and the others need not be asked."""
+    yield slice(0, 1)
+    for start in range(1, channels, TOGETHER):
+        yield slice(start, min(start + TOGETHER, channels))
+
+
+def _slopes(sums: Tensor, channels: slice, scales: list[Tensor]) -> list[Tensor | None]:
+    """The derivatives of some channels' sums with respect to each row's factor: [channels, rows] for each of `scales`,
+    None where a sum does not depend on them."""
+    asked = sums[channels]
+    if len(asked) == 1:
+        found = torch.autograd.grad(asked[0], scales, retain_graph=True, allow_unused=True)
+        return [None if one is None else one[None] for one in found]
+    each = torch.eye(len(asked), dtype=asked.dtype, device=asked.device)
+    try:
+        many = torch.autograd.grad(asked, scales, each, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    except RuntimeError:  # an operation without a batched derivative
+        rows = [torch.autograd.grad(one, scales, retain_graph=True, allow_unused=True) for one in asked]
+        parts = zip(*rows, strict=True)
+        return [None if any(one is None for one in part) else torch.stack(part) for part in parts]
+    return list(many)
 
 
 def _linear_pair(source: Slice, rows: Tensor, power: int, slices: list[Slice], origins: Origins) -> Iterator[Pair]:

@@ -6,7 +6,9 @@ Nothing here names a family. The buffers (rotary tables, position tables, masks)
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -88,7 +90,7 @@ def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
                 and (len(lists[name]) == depth or not sized)
             ]
             outer = [name for name in fit if not any(name.startswith(f"{other}.") for other in fit)]
-            if len(outer) == 1 and (sized or named is not None):
+            if len(outer) == 1 and (sized or named is not None or len(called) == 1):
                 return outer[0], lists[outer[0]]
     found = ", ".join(f"{name} ({len(lists[name])})" for name in called) or "none"
     raise TaskError(
@@ -105,14 +107,33 @@ def _called(model: Any, lists: dict[str, nn.ModuleList]) -> list[str]:
         for name, layers in lists.items()
         for layer in layers
     ]
-    for device in ("meta", "cpu"):
-        with suppress(Exception), torch.no_grad():  # it stops where weights are missing
-            model(input_ids=torch.ones(1, 4, dtype=torch.long, device=device), use_cache=False)
-        if seen:
-            break
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with replaced(model.get_input_embeddings(), partial(embedded, model)), suppress(Exception), torch.no_grad():
+        model(input_ids=ids, use_cache=False)  # it stops where weights are missing
     for hook in hooks:
         hook.remove()
     return [name for name in lists if name in seen] or list(lists)
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Call `forward` in place of the module for the duration of the body."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        module.__dict__.pop("forward", None)
+
+
+def embedded(model: Any, ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """What the input embedding makes of token ids, with zeros for numbers."""
+    return torch.zeros(*ids.shape, model.get_input_embeddings().weight.shape[-1], device=ids.device)
+
+
+def ties_output(config: Any) -> bool:
+    """Whether the output layer has the embedding's weights."""
+    text = config.get_text_config()
+    return bool(getattr(text, "tie_word_embeddings", getattr(config, "tie_word_embeddings", False)))
 
 
 def tensor_at(model: nn.Module, name: str) -> torch.Tensor:

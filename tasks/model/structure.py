@@ -47,8 +47,11 @@ class LayerStructure:
         return [pair for pair in self.pairs if not pair.problem]
 
 
-def discover(decoder: Decoder, tokens: Tensor) -> list[LayerStructure]:
-    """The structure of each layer. decoder: with float32 products; tokens: int64 [1, length], some text."""
+def discover(decoder: Decoder, tokens: Tensor) -> tuple[list[LayerStructure], Tensor]:
+    """The structure of each layer, and what the last one makes of the tokens.
+
+    decoder: with float32 products; tokens: int64 [1, length], some text. TaskError if the layers are not found, or are
+    not called one after another."""
     hidden = decoder.embed([tokens])[0]
     found: list[LayerStructure] = []
     proposed: dict[Any, list[Pair]] = {}
@@ -67,13 +70,15 @@ def discover(decoder: Decoder, tokens: Tensor) -> list[LayerStructure]:
             if kind not in proposed:
                 proposed[kind] = propose(layer, run, origins)
                 find_offsets(layer, run, proposed[kind])
+                for pair in (each for each in proposed[kind] if each.moved is None):
+                    pair.stored = decoder.stored_module(index, pair.source)
             one.pairs = [replace(pair) for pair in proposed[kind]]
             for pair in one.pairs:
                 pair.problem = pair.problem or _problem(pair, one, origins)
             prove(layer, run, one.pairs)
             hidden = decoder.run(index, layer, hidden)
         found.append(one)
-    return found
+    return found, hidden
 
 
 def _linears(layer: nn.Module, heard: list[Heard], origins: Origins, prefix: str, shared: set[str]) -> LayerStructure:
@@ -148,7 +153,9 @@ def _problem(pair: Pair, one: LayerStructure, origins: Origins) -> str:
     """Why a pair is not used, whatever the proof says."""
     for name in pair.readers:
         if name in one.left:
-            return f"{name} reads it, which is left in full precision: {one.left[name]}"
+            return f"{name} reads it as well, which is left in full precision: {one.left[name]}"
+    if pair.moved is None and pair.stored is None:
+        return "the norm's weight is stored in another form"
     if pair.moved is None and any(one.linears[name].stacked for name in pair.readers):
         return "experts that saw no token read it as well"
     if pair.moved is not None and pair.source not in one.linears:
@@ -156,6 +163,26 @@ def _problem(pair: Pair, one: LayerStructure, origins: Origins) -> str:
     if len(set(pair.rows)) < len(pair.rows):
         return "several channels follow one row of the source (grouped queries)"
     return ""
+
+
+def overview(layers: list[LayerStructure]) -> dict[str, list[dict[str, Any]]]:
+    """What was found, for reading: the pairs used (`scaled`), those rejected, and the matrices left in full precision,
+    each once with the number of layers it was found in. * stands for numbers, such as an expert's."""
+    counts: dict[str, Counter[tuple[str, ...]]] = {"scaled": Counter(), "rejected": Counter(), "left": Counter()}
+    for layer in layers:
+        pairs = {(_any(pair.name), ", ".join(map(_any, pair.readers)), pair.problem) for pair in layer.pairs}
+        counts["scaled"].update((source, readers) for source, readers, problem in pairs if not problem)
+        counts["rejected"].update(pair for pair in pairs if pair[2])
+        counts["left"].update({(_any(name), why) for name, why in layer.left.items()})
+    keys = {"scaled": ("source", "readers"), "rejected": ("source", "readers", "reason"), "left": ("name", "reason")}
+    return {
+        kind: [dict(zip(keys[kind], found, strict=True), layers=count) for found, count in sorted(own.items())]
+        for kind, own in counts.items()
+    }
+
+
+def _any(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def write_structure(layers: list[LayerStructure], directory: Path) -> None:
@@ -182,7 +209,7 @@ def read_structure(directory: Path) -> list[LayerStructure]:
 def _plain(one: LayerStructure) -> dict[str, Any]:
     pairs = [
         {
-            "source": pair.source,
+            "source": pair.name,
             "offset": pair.offset,
             "power": pair.power,
             "rows": _ranges(pair.rows),

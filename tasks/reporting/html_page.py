@@ -21,11 +21,12 @@ def page(
     calibration: Mapping[str, Any],
     plot: Picture,
     heats: Mapping[str, Picture],
+    structure: Mapping[str, Any],
 ) -> str:
     """Render the page.
 
     layers: each variant's relative error by layer; calibration: the quality report of the calibration data; heats: the
-    heat map of each mixed-precision variant.
+    heat map of each mixed-precision variant; structure: what was found in the decoder's layers, may be empty.
     """
     return render(
         "report.html.j2",
@@ -42,6 +43,7 @@ def page(
         legend=legend(summary),
         plot=_text(plot),
         heats={v: _text(heat) for v, heat in heats.items()},
+        structure=structure,
     )
 
 

@@ -21,7 +21,7 @@ from tasks.model.linears import join
 from tasks.model.names import Names, in_own_storage
 from tasks.model.products import Slice
 from tasks.model.rounding import rounded_products
-from tasks.model.skeleton import find_layers, place, skeleton
+from tasks.model.skeleton import find_layers, place, skeleton, ties_output
 from tasks.model.stored_places import FILE, read_places
 from tasks.tensor_files import EMBEDDING, OUTPUT
 
@@ -51,7 +51,7 @@ def load_dense(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         dense[f"{name}.weight"] = linear.weight.weight().to(dtype)
         if linear.precision.symmetric_activations is not None:
             rounding[name] = linear.precision.symmetric_activations
-    if config.get_text_config().tie_word_embeddings and OUTPUT in stored.quantized:  # also the embedding's weight
+    if ties_output(config) and OUTPUT in stored.quantized:  # also the embedding's weight
         dense[f"{EMBEDDING}.weight"] = dense[f"{OUTPUT}.weight"]
     dense = join(dense, read_places(directory))
     model = skeleton(config, dtype, "cpu")

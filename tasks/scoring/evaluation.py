@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tasks.errors import TaskError
 from tasks.hardware import peak_memory
 from tasks.output import checksums, code_hashes, write_text
+from tasks.rope import longest_context
 from tasks.runtimes import Runtime, load_runtime
 from tasks.scoring.contract import contract_hash, contract_of, libraries
 from tasks.scoring.divergence import TextScore, Window, text_windows
@@ -23,6 +24,7 @@ from tasks.scoring.score_cache import ScoreCache
 from tasks.settings import EvaluationSettings
 
 REPORT = "evaluation.json"  # output of the stage `reference`: its report without COSTS, which differ from run to run
+UNLIMITED = 1 << 20  # tokens, of a model that names no longest context
 COSTS = ("seconds", "peak_memory_bytes")
 
 Unit = Mapping[str, Sequence[int]]  # items that are scored together, by task
@@ -86,7 +88,8 @@ class Subject:
         self.started = time.monotonic()
         self.runtime = load_runtime(job.target, job.model, settings.dtype)
         config = json.loads((job.model / "config.json").read_text(encoding="utf-8"))
-        self._lm = RuntimeLM(self.runtime, settings.batch_tokens, config["max_position_embeddings"], settings.chat_date)
+        longest = longest_context(config) or UNLIMITED
+        self._lm = RuntimeLM(self.runtime, settings.batch_tokens, longest, settings.chat_date)
         self._questions = Questions(self._lm, settings, job.evals)
         self.order = self._questions.order
         self.contract = contract_of(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
+from tasks.model.announced import announced
 from tasks.tensor_files import EMBEDDING, OUTPUT, TensorFiles, save
 
 if TYPE_CHECKING:
@@ -55,10 +56,11 @@ def output_layer(directory: Path, dtype: str, device: str) -> OutputLayer | None
     # a model with tied embeddings has no separate output layer
     name = next((name for name in (OUTPUT, EMBEDDING) if f"{name}.weight" in files), None)
     if name is None:
-        return None
+        found = announced(directory)
+        name = found.output or found.embedding
     weight, bias = (
         files.read(part).to(device, getattr(torch, dtype)) if part in files else None
-        for part in (f"{name}.weight", f"{OUTPUT}.bias")
+        for part in (f"{name}.weight", f"{name}.bias" if name != EMBEDDING else f"{OUTPUT}.bias")
     )
     return OutputLayer(weight, bias) if weight is not None else None
 

@@ -218,7 +218,7 @@ class TestTable:
 
     def test_every_output_has_the_same_words(self, summary_of: Summarize) -> None:
         summary = {**summary_of(), "machine": {}, "versions": {}}
-        html = html_page(summary, {}, {"documents": 1}, (b"", b""), {})
+        html = html_page(summary, {}, {"documents": 1}, (b"", b""), {}, {})
         page = " ".join(re.sub(r"<[^>]*>", " ", html).split())
         outputs = {
             "terminal": " ".join(table(summary).split()),
