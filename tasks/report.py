@@ -55,7 +55,9 @@ def report(settings: Settings, metrics: Path, results: Path, source: Path, desti
             (folder / f"precisions-{variant}.png").write_bytes(heats[variant][0])
         layers = {v: found["layers"] for v, found in pressed.items()}
         plots = plot, pareto(summary, dark=True)
-        structure = next((found["structure"] for found in pressed.values() if found.get("structure")), {})
+        structure: dict[str, Any] = next(
+            (found["structure"] for found in pressed.values() if found.get("structure")), {}
+        )
         write_text(folder / "index.html", page(summary, layers, calibration, plots, heats, structure))
     verdicts = {v: row["verdict"] for v, row in summary["variants"].items() if row["verdict"]}
     return Report(verdicts, summary["winner"], text)

@@ -20,7 +20,7 @@ def longest_context(config: Mapping[str, Any]) -> int | None:
     """The most tokens in a row that the model was made for; None if its config.json names no limit."""
     config = config.get("text_config") or config
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
-    longest = next((config[name] for name in names if isinstance(config.get(name), int)), None)
+    longest: int | None = next((config[name] for name in names if isinstance(config.get(name), int)), None)
     if not longest:
         return None
     rope = rope_parameters(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,9 +68,10 @@ def tiny_model(
     vocab: int = 512,
     seed: int = 0,
     steps: int = 0,
+    changes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model of the `family` (its model_type in config.json) with tied embeddings, and its tokenizer, to
-    `directory` (bfloat16 safetensors).
+    `directory` (bfloat16 safetensors). changes: other values of its configuration.
 
     The weights are random, with logits about 2 apart. With `steps` > 0 the model is trained for that many steps on the
     corpus's sentences, so that damage shows in its perplexity. Returns `directory`.
@@ -81,19 +82,18 @@ def tiny_model(
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer(vocab)
     ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=hidden * 2,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        **ids,
-    )
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 2,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": True,
+    }
+    config = AutoConfig.for_model(family, **values | ids | dict(changes or {}))
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     random_numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():

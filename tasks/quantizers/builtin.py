@@ -22,6 +22,7 @@ from tasks.model.layout import (
 )
 from tasks.model.linears import join
 from tasks.quantizers import QuantizeJob
+from tasks.quantizers.checks import check_scaled
 from tasks.quantizers.layer import Layer, read_layer
 from tasks.quantizers.layerwise import Parts
 from tasks.quantizers.mixed import choose_precisions
@@ -89,6 +90,7 @@ def _press_layer(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precis
     layer = _read(job, parts, index)
     own = _own(layer, precisions)
     solved = solve_layer(layer, own, Recipe.of(job.variant), parts.dtype) if own else {}
+    check_scaled(job, layer)
     parts.write_layer(layer, solved, own)
 
 
@@ -102,6 +104,7 @@ def _press_in_order(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Pre
         if own:
             layer.inputs = stream.inputs(index)
             solved = solve_layer(layer, own, Recipe.of(job.variant), parts.dtype)
+            check_scaled(job, layer)
             dense: dict[str, Tensor] = {f"{name}.weight": weight.weight() for name, weight in solved.items()}
             stream.advance(index, join(layer.tensors | dense, layer.structure.linears), own)
         else:

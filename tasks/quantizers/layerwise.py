@@ -23,6 +23,7 @@ from tasks.model.stored_places import write_places
 from tasks.model.structure import read_structure
 from tasks.output import write_json
 from tasks.quantizers import QuantizeJob
+from tasks.quantizers.checks import check_solved
 from tasks.quantizers.layer import Layer
 from tasks.tensor_files import TensorFiles, save
 from tasks.tensor_files import join as join_files
@@ -53,7 +54,8 @@ class Parts:
     def write_layer(
         self, layer: Layer, solved: Mapping[str, QuantizedWeight], precisions: Mapping[str, Precision]
     ) -> None:
-        """Write a decoder layer; the linear layers in `solved` are quantized."""
+        """Write a decoder layer; the linear layers in `solved` are quantized. TaskError if one is another's."""
+        check_solved(layer, solved)
         dense = {name: own for name, own in layer.tensors.items() if name.removesuffix(".weight") not in solved}
         stored = join(dense, layer.structure.linears)
         tensors = {layer.prefix + name: self._stored(tensor) for name, tensor in stored.items()}
