@@ -17,6 +17,7 @@ from tasks.errors import TaskError
 from tasks.model import from_gguf
 from tasks.model.announced import write_announced
 from tasks.model.arrival import INDEX, Arrival, check_finite, clean_config, inspect, read_json
+from tasks.model.from_blocks import block_type, dequantize_blocks, full_names
 from tasks.model.old_names import with_old_class, with_old_names
 from tasks.model.tokenizer import check_rows, check_tokenizer
 from tasks.output import checksums, link_or_copy, whole_directory, write_json, write_text
@@ -71,8 +72,7 @@ def download(settings: ModelSettings, destination: Path) -> SourceReport:
                 _place(fetched.files, work, own=fetched.own)
                 arrived = Arrival({}, None)
             else:
-                found = from_gguf.Quantized()
-                arrived = _place_folder(fetched, work, settings.dtype)
+                arrived, found = _place_folder(fetched, work, settings.dtype, Path(scratch))
         corrections = arrived.corrections + _edit(work, settings.dtype, arrived.untied)
         check_finite(work)
         report = _finish(work, settings, fetched, found, corrections)
@@ -91,27 +91,40 @@ def _check(files: dict[str, Path], settings: ModelSettings) -> None:
     check_config(read_json(files["config.json"]), settings.source)
 
 
-def _place_folder(fetched: Fetched, work: Path, dtype: str) -> Arrival:
-    """Write a model's files, with the weights that count in `dtype`."""
+def _place_folder(fetched: Fetched, work: Path, dtype: str, scratch: Path) -> tuple[Arrival, from_gguf.Quantized]:
+    """Write a model's files, with the weights that count in `dtype`; weights in FP8 or MXFP4 by blocks are
+    dequantized."""
     weights = {n: p for n, p in fetched.files.items() if n.endswith(".safetensors")}
     index = read_json(fetched.files[INDEX]) if INDEX in fetched.files else None
-    found = inspect(weights, index and index["weight_map"], read_json(fetched.files["config.json"]))
+    config = read_json(fetched.files["config.json"])
+    kind = block_type(config.get("quantization_config") or {})
+    files, own = dict(fetched.files), fetched.own
+    if kind is not None:
+        require_space(
+            work, 4 * sum(path.stat().st_size for path in weights.values()), f"writing {kind} weights in full"
+        )
+        weights = dequantize_blocks(weights, config["quantization_config"], dtype, scratch)
+        files, own = files | weights, False
+        index = index and index | {"weight_map": full_names(index["weight_map"])}
+    found = inspect(weights, index and index["weight_map"], config)
     wrong = {
         name
         for name, entries in found.files.items()
         if needs_conversion(weights[name], dtype) or entries != read_header(weights[name])
     }
     needed = {n: sum(e.count * BYTES[DTYPES[dtype]] for e in es.values()) for n, es in found.files.items()}
-    extra = sum(b for n, b in needed.items() if n in wrong or fetched.own)
+    extra = sum(b for n, b in needed.items() if n in wrong or own)
     require_space(work, extra, "writing the weights")
     left_out = wrong | (set(weights) - set(found.files))
-    _place({n: p for n, p in fetched.files.items() if n not in left_out}, work, own=fetched.own)
+    placed = {n: p for n, p in files.items() if n not in left_out}
+    _place({n: p for n, p in placed.items() if n not in weights}, work, own=fetched.own)
+    _place({n: p for n, p in placed.items() if n in weights}, work, own=own)
     for name in tqdm(sorted(wrong), desc=f"to {dtype}", unit="file", disable=not wrong):
         convert(weights[name], work / name, dtype, found.files[name])
     if index is not None:
         total = {"total_size": sum(needed.values())}
         write_json(work / INDEX, index | {"weight_map": found.index, "metadata": total})
-    return found
+    return found, from_gguf.Quantized(kind)
 
 
 def _edit(work: Path, dtype: str, untied: bool) -> list[str]:

@@ -20,10 +20,12 @@ FILE = "linears.json"  # in the downloaded model, so that later stages need not 
 
 @dataclass(frozen=True)
 class AnnouncedLayer:
-    """One decoder layer. prefix: of its tensors on disk; linears: its linear layers by the rest of their names."""
+    """One decoder layer. prefix: of its tensors on disk; linears: its linear layers by the rest of their names;
+    unusual: those among them that are not `nn.Linear` in memory, such as experts."""
 
     prefix: str
     linears: dict[str, Linear]
+    unusual: list[str]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def announced(model: Path) -> Announced:
         AnnouncedLayer(
             one["prefix"],
             {name: Linear(**own | {"shape": tuple(own["shape"])}) for name, own in one["linears"].items()},
+            one["unusual"],
         )
         for one in found["layers"]
     ]
@@ -66,7 +69,7 @@ def _look(model: Path, changed: int) -> Announced:
     from tasks.model.decoder import Decoder
 
     decoder = Decoder(model, torch.float32, "cpu")
-    layers = [AnnouncedLayer(decoder.layer_prefix(index), _linears(decoder, index)) for index in range(len(decoder))]
+    layers = [_layer(decoder, index) for index in range(len(decoder))]
     modules: dict[str, str] = {}
     outer: dict[Any, str] = {}
     for name, (owner, parameter, target) in decoder.owners().items():
@@ -87,12 +90,13 @@ def _stacks(module: Any, parameter: Any) -> bool:
     return parameter.dim() > 2 and not isinstance(module, nn.modules.conv._ConvNd)
 
 
-def _linears(decoder: Any, index: int) -> dict[str, Linear]:
+def _layer(decoder: Any, index: int) -> AnnouncedLayer:
     """By the modules and parameters of a layer: matrices of `nn.Linear`, of its transposed kind, and stacks."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     found: dict[str, Linear] = {}
+    unusual: list[str] = []
     prefix = decoder.layer_prefix(index)
     owners = decoder.owners(index)
     experts = {parameter.shape[0] for module, parameter, _ in owners.values() if _stacks(module, parameter)}
@@ -109,4 +113,5 @@ def _linears(decoder: Any, index: int) -> dict[str, Linear]:
             continue
         if not why_left(own[0], experts, decoder.shared_weights(index)):
             found |= {one.name: one for one in own}
-    return found
+            unusual += [] if isinstance(module, nn.Linear) else [one.name for one in own]
+    return AnnouncedLayer(prefix, found, unusual)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tasks.errors import TaskError
 from tasks.model.skeleton import ties_output
+from tasks.sources.choice import by_blocks
 from tasks.tensor_files import OUTPUT, Entry, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -171,6 +172,9 @@ def clean_config(config: dict[str, Any], untied: bool) -> tuple[dict[str, Any], 
     if values.get("quantization_config", ...) is None:
         del values["quantization_config"]
         corrections.append("quantization_config: null removed from config.json")
+    if by_blocks(values.get("quantization_config") or {}):
+        del values["quantization_config"]
+        corrections.append("quantization_config removed from config.json: the weights were dequantized")
     for key in _IGNORED:
         if values.pop(key, None) is not None:
             corrections.append(f"{key} removed from config.json: each machine chooses its own")

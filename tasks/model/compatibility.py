@@ -39,6 +39,13 @@ def check_fit(name: str, variant: VariantSettings, model: Path) -> None:
         raise TaskError(f"variants.{name}.skip_layers names all {layers} layers, so nothing would be quantized")
     if variant.scheme in LLAMA_CPP:
         return
+    unusual = next((one.prefix + name for one in announced(model).layers for name in one.unusual), None)
+    if unusual and (variant.backend != BUILTIN or variant.format != "compressed-tensors"):
+        what, remedy = ("backend", BUILTIN) if variant.backend != BUILTIN else ("format", "compressed-tensors")
+        raise TaskError(
+            f"variants.{name}.{what} is {getattr(variant, what)}, which does not hold {unusual}, a matrix that is no "
+            f"module of its own (an expert, or a transposed one); set {what} to {remedy}"
+        )
     check = _check_candidates if variant.scheme == MIXED else _check_format
     try:
         check(variant, model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tasks.errors import TaskError
@@ -49,8 +49,9 @@ def check_config(config: Any, where: str) -> None:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
         raise TaskError(f"{where}: config.json has no model_type, so this is not a transformers model")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unknown method")
+    quantization = config.get("quantization_config") or {}
+    if quantization and not by_blocks(quantization):
+        method = quantization.get("quant_method", "an unknown method")
         raise TaskError(
             f"{where} is already quantized ({method}); use the model in full precision, because a quantized "
             "baseline hides the loss of further quantization"
@@ -68,6 +69,14 @@ def check_config(config: Any, where: str) -> None:
             "transformers supports, such as llama"
         )
     raise TaskError(f"{what}, for which transformers has no decoder language model; choose one such as llama")
+
+
+def by_blocks(quantization: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` is one of the two that models are published in by their makers: FP8 by blocks and
+    MXFP4, which are dequantized on arrival (tasks/model/from_blocks.py)."""
+    sizes = quantization.get("weight_block_size")
+    fp8 = quantization.get("quant_method") == "fp8" and isinstance(sizes, list) and len(sizes) == 2
+    return fp8 or quantization.get("quant_method") == "mxfp4"
 
 
 def _classes(names: str | tuple[str, ...]) -> tuple[str, ...]:

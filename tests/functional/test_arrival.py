@@ -20,6 +20,7 @@ from tasks.model.tokenizer import PROBE
 from tasks.settings import ModelSettings
 from tasks.tensor_files import TensorFiles
 from tests.mixed import untied
+from tests.tiny import tiny_model
 
 INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -218,3 +219,77 @@ class TestTokenizer:
         tokenizer.add_tokens(["<new>"])
         tokenizer.save_pretrained(model)
         assert f"the token '<new>' with the id {rows}, but the embedding has only {rows} rows" in refusal(model)
+
+
+class TestBlocks:
+    """Models that their makers publish in FP8 by blocks, or in MXFP4."""
+
+    def test_fp8_is_dequantized_by_its_factors(self, model: Path) -> None:
+        found, right = tensors(model), {}
+        for name, weight in list(found.items()):
+            if weight.dim() == 2 and "proj" in name:
+                rows, columns = weight.shape
+                factors = torch.rand(-(-rows // 48), -(-columns // 32)) + 0.5  # 48 does not divide the rows
+                found[name] = (torch.randn(weight.shape) * 8).to(torch.float8_e4m3fn)
+                found[f"{name}_scale_inv"] = factors
+                each = torch.empty(rows, columns)
+                for row in range(rows):
+                    for column in range(columns):
+                        each[row, column] = factors[row // 48, column // 32]
+                right[name] = (found[name].float() * each).bfloat16()
+            else:
+                right[name] = weight
+        write(model, found)
+        edit(model, quantization_config={"quant_method": "fp8", "weight_block_size": [48, 32], "fmt": "e4m3"})
+        report = take(model)
+        assert (report.dequantized_from, report.grid) == ("FP8", None)
+        assert any("dequantized" in one for one in report.corrections)
+        taken = tensors(SOURCE)
+        assert taken.keys() == right.keys()
+        assert all(torch.equal(taken[name], right[name]) for name in right)
+        assert "quantization_config" not in json.loads((SOURCE / "config.json").read_text())
+
+    def test_fp8_in_shards_keeps_its_index(self, model: Path) -> None:
+        found = tensors(model)
+        found[LAST], found[f"{LAST}_scale_inv"] = found[LAST].to(torch.float8_e4m3fn), torch.ones(4, 4)
+        write(model, found)
+        edit(model, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 32]})
+        place = shard(model)
+        place[f"{LAST}_scale_inv"] = next(file for file in place.values() if file != place[LAST])
+        for file in set(place.values()):
+            write(model, {name: tensor for name, tensor in found.items() if place[name] == file}, file)
+        (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": place}))
+        take(model)
+        assert torch.equal(TensorFiles(SOURCE).read(LAST), found[LAST].to(torch.bfloat16))
+        assert f"{LAST}_scale_inv" not in json.loads((SOURCE / INDEX).read_text())["weight_map"]
+
+    def test_missing_factors_are_named(self, model: Path) -> None:
+        found = tensors(model)
+        found[LAST] = found[LAST].to(torch.float8_e4m3fn)
+        write(model, found)
+        edit(model, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 32]})
+        assert f"the model is in FP8, but its files hold no {LAST}_scale_inv" in refusal(model)
+
+    def test_mxfp4_is_dequantized_as_by_transformers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        monkeypatch.chdir(tmp_path)
+        experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+        model = tiny_model(tmp_path / "model", family="gpt_oss", changes=experts)
+        found, right = tensors(model), {}
+        for name in [name for name in found if name.endswith(("gate_up_proj", "down_proj"))]:
+            count, width, rows = found.pop(name).shape
+            blocks = torch.randint(0, 256, (count, rows, width // 32, 16), dtype=torch.uint8)
+            exponents = torch.randint(118, 130, (count, rows, width // 32), dtype=torch.uint8)
+            found[f"{name}_blocks"], found[f"{name}_scales"] = blocks, exponents
+            right[name] = convert_moe_packed_tensors(blocks, exponents, dtype=torch.bfloat16)
+        write(model, found)
+        edit(model, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+        assert take(model).dequantized_from == "MXFP4"
+        taken = tensors(SOURCE)
+        assert right
+        assert all(torch.equal(taken[name], weight) for name, weight in right.items())
+
+    def test_other_quantized_models_are_refused(self, model: Path) -> None:
+        edit(model, quantization_config={"quant_method": "fp8", "activation_scheme": "static"})
+        assert "already quantized (fp8)" in refusal(model)
