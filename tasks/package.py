@@ -77,7 +77,10 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
         form = str(config.get("quantization_config", {}).get("quant_method", "none"))
         if settings.target != "transformers":
             form = settings.target
-        write_text(bundle / CARD, model_card(summary, settings, files, form))
+        from tasks.runtimes.dense import needs_own_reader  # takes seconds to import
+
+        own = form == "compressed-tensors" and needs_own_reader(bundle, form)
+        write_text(bundle / CARD, model_card(summary, settings, files, form, own))
         write_json(bundle / PROVENANCE, provenance(summary, settings, inputs))
         text = attempt(bundle, settings.target, settings.evaluation.dtype)
     return Package(name, sum(p.stat().st_size for p in destination.rglob("*") if p.is_file()), text)

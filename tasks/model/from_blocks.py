@@ -41,7 +41,7 @@ def dequantize_blocks(
     TaskError if a tensor has no factors.
     """
     kind, number = block_type(quantization), getattr(torch, dtype)
-    place = {}
+    place: dict[str, Path] = {}
     for path in weights.values():
         with safe_open(path, framework="pt") as file:
             place |= dict.fromkeys(file.keys(), path)

@@ -59,6 +59,11 @@ class Pair:
     stored: str | None = None
 
     @property
+    def grouped(self) -> bool:
+        """Whether several channels follow one row of the source, as with grouped queries."""
+        return len(set(self.rows)) < len(self.rows)
+
+    @property
     def name(self) -> str:
         """The source's name on disk, where it has one."""
         return self.stored or self.source

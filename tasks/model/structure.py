@@ -42,9 +42,9 @@ class LayerStructure:
     left: dict[str, str] = field(default_factory=dict)
     experts: dict[str, str] = field(default_factory=dict)
 
-    def usable(self) -> list[Pair]:
-        """The proven pairs."""
-        return [pair for pair in self.pairs if not pair.problem]
+    def usable(self, grouped: bool = False) -> list[Pair]:
+        """The proven pairs. grouped: with those in which several channels follow one row."""
+        return [pair for pair in self.pairs if not pair.problem and (grouped or not pair.grouped)]
 
 
 def discover(decoder: Decoder, tokens: Tensor) -> tuple[list[LayerStructure], Tensor]:
@@ -160,8 +160,6 @@ def _problem(pair: Pair, one: LayerStructure, origins: Origins) -> str:
         return "experts that saw no token read it as well"
     if pair.moved is not None and pair.source not in one.linears:
         return f"{pair.source} is left in full precision"
-    if len(set(pair.rows)) < len(pair.rows):
-        return "several channels follow one row of the source (grouped queries)"
     return ""
 
 
@@ -170,7 +168,7 @@ def overview(layers: list[LayerStructure]) -> dict[str, list[dict[str, Any]]]:
     each once with the number of layers it was found in. * stands for numbers, such as an expert's."""
     counts: dict[str, Counter[tuple[str, ...]]] = {"scaled": Counter(), "rejected": Counter(), "left": Counter()}
     for layer in layers:
-        pairs = {(_any(pair.name), ", ".join(map(_any, pair.readers)), pair.problem) for pair in layer.pairs}
+        pairs = {(_any(pair.name), ", ".join(map(_any, pair.readers)), _reason(pair)) for pair in layer.pairs}
         counts["scaled"].update((source, readers) for source, readers, problem in pairs if not problem)
         counts["rejected"].update(pair for pair in pairs if pair[2])
         counts["left"].update({(_any(name), why) for name, why in layer.left.items()})
@@ -179,6 +177,11 @@ def overview(layers: list[LayerStructure]) -> dict[str, list[dict[str, Any]]]:
         kind: [dict(zip(keys[kind], found, strict=True), layers=count) for found, count in sorted(own.items())]
         for kind, own in counts.items()
     }
+
+
+def _reason(pair: Pair) -> str:
+    asked = "only with grouped_values: several channels follow one row (grouped queries)" if pair.grouped else ""
+    return pair.problem or asked
 
 
 def _any(name: str) -> str:

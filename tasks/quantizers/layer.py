@@ -21,13 +21,15 @@ from tasks.tensor_files import TensorFiles
 @dataclass
 class Layer:
     """One decoder layer. tensors: by the rest of their names on disk, weights as float32 on the job's device, those of
-    a stack as matrices of their own; inputs: by linear layer; scaled: the pairs whose factors were moved."""
+    a stack as matrices of their own; inputs: by linear layer; scaled: the pairs whose factors were
+    moved; grouped: whether those may in which several channels follow one row."""
 
     index: int
     structure: LayerStructure
     tensors: dict[str, Tensor]
     inputs: Mapping[str, Input]
     scaled: list[Pair] = field(default_factory=list)
+    grouped: bool = False
 
     @property
     def prefix(self) -> str:
@@ -60,7 +62,9 @@ class Layer:
 
     def scalable(self) -> Iterator[Pair]:
         """The pairs whose factors can move, norms first."""
-        return (pair for pair in self.structure.usable() if all(name in self.inputs for name in pair.readers))
+        return (
+            pair for pair in self.structure.usable(self.grouped) if all(name in self.inputs for name in pair.readers)
+        )
 
     def damp(self, linears: list[str], share: float) -> None:
         """Add `share` of its mean diagonal to the diagonal of the Gram matrix shared by `linears`. This reduces the
@@ -70,6 +74,7 @@ class Layer:
 
     def scale_input(self, pair: Pair, scale: Tensor, dtype: torch.dtype) -> None:
         """Multiply the weights of the pair's readers by `scale` [width] and divide what its source makes by it.
+        Channels that follow one row take the geometric mean of theirs.
 
         A norm's weight is stored in `dtype`; its rounding is compensated exactly in the layers that read it.
         """
@@ -85,6 +90,8 @@ class Layer:
             self._divide_bias(pair, scale)
         else:
             rows = torch.tensor(pair.rows, device=scale.device)
+            if pair.grouped:
+                scale = _by_row(scale, rows)
             factor = torch.ones(len(weight), device=scale.device)
             factor[rows] = scale if pair.power == 1 else scale ** (1 / pair.power)
             self.tensors[f"{pair.source}.weight"] = weight / factor[:, None]
@@ -98,6 +105,15 @@ class Layer:
             self.tensors[f"{pair.source}.bias"] = bias / factor
 
 
+def _by_row(scale: Tensor, rows: Tensor) -> Tensor:
+    """For each channel the geometric mean over the channels that follow the same row."""
+    size = int(rows.max()) + 1
+    total, count = torch.zeros(2, size, device=scale.device)
+    total.index_add_(0, rows, scale.log())
+    count.index_add_(0, rows, torch.ones_like(scale))
+    return (total / count.clamp(min=1)).exp()[rows]
+
+
 def _scaled(known: Input, scale: Tensor) -> Input:
     """The statistics of an input divided by `scale` [channels]."""
     return Input(known.gram / scale[:, None] / scale, known.largest / scale, known.mean / scale)
@@ -107,4 +123,5 @@ def read_layer(job: QuantizeJob, files: TensorFiles, structure: LayerStructure, 
     """Read a layer with the statistics of its inputs."""
     stored = {name: tensor.to(job.device, torch.float32) for name, tensor in files.below(structure.prefix).items()}
     known = load_statistics(job.statistics, index, job.device)
-    return Layer(index, structure, split(stored, structure.linears), known)
+    whole = split(stored, structure.linears)
+    return Layer(index, structure, whole, known, grouped=job.variant.grouped_values)

@@ -139,7 +139,7 @@ def _trial(
     grid = precision.grid
     fitting = {name: precision for name in known.inputs if grid.fitted(known.weight(name).shape[1]) == grid}
     recipe = replace(TRIAL, rounding="gptq" if grid.bits < FINE else "nearest", smoothing=smoothing)
-    layer = Layer(known.index, known.structure, dict(known.tensors), known.inputs)
+    layer = replace(known, tensors=dict(known.tensors), scaled=[])
     rounds_activations = precision.symmetric_activations is not None
     if rounds_activations and smoothing is not None:
         scale_channels(layer, fitting, recipe, torch.float32)

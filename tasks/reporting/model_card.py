@@ -23,10 +23,13 @@ HUB_LICENCES = (
 )
 
 
-def model_card(summary: Mapping[str, Any], settings: Settings, files: Iterable[str], quant_method: str) -> str:
+def model_card(
+    summary: Mapping[str, Any], settings: Settings, files: Iterable[str], quant_method: str, own_reader: bool = False
+) -> str:
     """README.md for the bundle of the winner of `summary`: YAML front matter for the hub, then Markdown.
 
-    files: the other files in the bundle; quant_method: the format's name in its config.json.
+    files: the other files in the bundle; quant_method: the format's name in its config.json; own_reader: whether
+    Transformers may not read the model as it was written (tasks/runtimes/dense.py).
     """
     files = sorted(files)
     summary = without_folders(dict(summary))
@@ -46,6 +49,8 @@ def model_card(summary: Mapping[str, Any], settings: Settings, files: Iterable[s
         outer="" if by_llama_cpp(row) else _outer(settings, name),
         licence_files=[f for f in files if is_licence(f)],
         quant_method=quant_method,
+        own_reader=own_reader and quant_method == "compressed-tensors",
+        stacks="places.json" in files,
         intervals=interval_method(summary["gate"]),
         chat_template="chat_template.jinja" in files,
     )

@@ -7,6 +7,7 @@ shapes on disk are not those in memory.
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def needs_own_reader(directory: Path, method: str) -> bool:
 
     if not load_format(method).native or (directory / FILE).exists():
         return True
-    config = AutoConfig.from_pretrained(directory)
-    kinds = {config.model_type, config.get_text_config().model_type}
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    kinds = {config.get("model_type"), (config.get("text_config") or {}).get("model_type")}
     return any(get_checkpoint_conversion_mapping(kind) for kind in kinds)
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
-from tasks.model.announced import announced
 from tasks.tensor_files import EMBEDDING, OUTPUT, TensorFiles, save
 
 if TYPE_CHECKING:
@@ -56,6 +55,8 @@ def output_layer(directory: Path, dtype: str, device: str) -> OutputLayer | None
     # a model with tied embeddings has no separate output layer
     name = next((name for name in (OUTPUT, EMBEDDING) if f"{name}.weight" in files), None)
     if name is None:
+        from tasks.model.announced import announced  # imports torch
+
         found = announced(directory)
         name = found.output or found.embedding
     weight, bias = (

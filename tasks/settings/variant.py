@@ -62,6 +62,7 @@ ABILITIES: dict[str, dict[str, tuple[Any, ...]]] = {
         "damping": (None,),
         "refine": (0,),
         "propagate": (False,),
+        "grouped_values": (False,),
         "scale_dtype": (None,),
         "skip_layers": ([],),
         "output_layer": (None,),
@@ -79,7 +80,8 @@ class VariantSettings(Section):
     linear layer; or a mixture of llama.cpp's quantizer.
     group_size, symmetric_activations: override the scheme. scale_dtype: dtype of scales and unquantized tensors; None:
     the model's, or the one that the format requires.
-    scaling: of channels before rounding; smoothing: its strength, for smoothquant. clip: search each group's clipping
+    scaling: of channels before rounding; smoothing: its strength, for smoothquant; grouped_values: also of values that
+    several query heads share. clip: search each group's clipping
     range. rounding, act_order, damping: GPTQ's column order and the damping of its Hessian.
     refine: rounds of least squares on the scales and coordinate descent on the integers. propagate: solve each layer on
     the activations of the quantized layers before it. skip_layers: decoder layers left unquantized.
@@ -101,6 +103,7 @@ class VariantSettings(Section):
     fused: bool | None = None
     scaling: Literal["none", "awq", "smoothquant"] = "none"
     smoothing: Annotated[float, Field(ge=0, le=1, strict=False)] | None = None
+    grouped_values: bool = False
     clip: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
     act_order: Literal["static", "none"] = "static"
