@@ -71,8 +71,8 @@ def collect(model: Path, calibration: Path, destination: Path, importance: bool,
         if not (work / FILE).exists():
             exact = decoder if decoder.products == torch.float32 else Decoder(model, torch.float32, device)
             text = tokens[:1, :TOKENS]
-            found, hidden = discover(exact, text)
-            check_streamed(exact, model, text, hidden)
+            found, *hidden = discover(exact, text)
+            check_streamed(exact, model, text, *hidden)
             write_structure(found, work)
         layers = read_structure(work)
         if importance:
@@ -97,10 +97,13 @@ def collect(model: Path, calibration: Path, destination: Path, importance: bool,
 
 
 def estimate_bytes(decoder: Decoder, tokens: Tensor, importance: bool) -> int:
-    """The estimated peak memory of `collect`, in bytes: the process's current memory plus `needed_bytes`."""
+    """The estimated peak memory of `collect`, in bytes: the process's current memory plus `needed_bytes`, or plus what
+    the comparison with the whole model takes."""
+    from tasks.model.whole import checking_bytes
+
     hidden, inner, vocabulary = decoder.widths
     widths = (hidden, hidden, hidden, inner)
-    return current_memory() + needed_bytes(
+    needed = needed_bytes(
         tokens.numel(),
         tokens.shape[1],
         widths,
@@ -110,6 +113,7 @@ def estimate_bytes(decoder: Decoder, tokens: Tensor, importance: bool) -> int:
         decoder.device,
         decoder.products.itemsize,
     )
+    return current_memory() + max(needed, checking_bytes(decoder))
 
 
 def _key(model: Path, calibration: Path, decoder: Decoder, importance: bool, least: int) -> str:

@@ -126,7 +126,7 @@ class Origins:
         self, shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]
     ):
         self._shapes = {name: shape for name, shape in shapes.items() if len(shape) > 1}
-        self._rows, self._columns = rows, columns
+        self._lines = {name: _lines(rows[name], columns[name]) for name in rows if rows[name].dim() > 1}
         counts = [torch.Size(shape[:-1]).numel() for shape in self._shapes.values()]
         self._starts = torch.tensor([0, *counts]).cumsum(0)
 
@@ -152,15 +152,25 @@ class Origins:
 
     def pieces(self, found: Slice) -> list[Piece]:
         """The linear layers whose rows the matrix in memory holds; empty if its rows are those of none."""
-        if found.parameter not in self._rows:
+        lines = self._lines.get(found.parameter)
+        (rows, width), length = found.shape, 0 if lines is None else lines.length
+        if lines is None or found.offset % length:
             return []
-        rows, columns = (found.view(one[found.parameter]).long() for one in (self._rows, self._columns))
-        whole = rows.numel() == self._rows[found.parameter].numel()
-        width = torch.arange(found.shape[1])
-        if bool((rows == rows[:, :1]).all()) and bool((columns == width).all()):
-            return self._split(rows[:, 0], None, found.shape, whole)
-        if bool((rows == rows[:1]).all()) and bool((columns == columns[:, :1]).all()):
-            return self._split(rows[0], columns[:, 0], found.shape, whole)
+        first = found.offset // length
+        whole = rows * width == len(lines.rows) * length
+        if found.strides == (length, 1) and width == length:
+            own = slice(first, first + rows)
+            if not lines.turned:
+                return self._split(lines.rows[own], None, found.shape, whole)
+            if bool((lines.rows[own] == lines.rows[first]).all()):
+                return self._split(lines.rows[first] + torch.arange(width), lines.columns[own], found.shape, whole)
+        if found.strides == (1, length) and rows == length:
+            own = slice(first, first + width)
+            if not lines.turned:
+                return self._split(lines.rows[own], torch.arange(rows), found.shape, whole)
+            alike = bool((lines.rows[own] == lines.rows[first]).all())
+            if alike and torch.equal(lines.columns[own], torch.arange(width)):
+                return self._split(lines.rows[first] + torch.arange(rows), None, found.shape, whole)
         return []
 
     def _split(self, rows: Tensor, columns: Tensor | None, shape: tuple[int, int], whole: bool) -> list[Piece]:
@@ -184,3 +194,26 @@ class Origins:
                 elif len(own) == count and torch.equal(own, torch.arange(count)):
                     found.append(Piece(linear, torch.arange(shape[0]), columns))
         return found
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """What a parameter's lines, along its last dimension of `length`, hold of the stored tensors. Of a line the row,
+    and all columns in order; or, `turned`, the column, and rows in order from the row."""
+
+    rows: Tensor
+    columns: Tensor
+    length: int
+    turned: bool
+
+
+def _lines(rows: Tensor, columns: Tensor) -> _Lines | None:
+    """From the numbers of rows and columns in a parameter; None if its lines are neither."""
+    length = rows.shape[-1]
+    row, column = rows.reshape(-1, length), columns.reshape(-1, length)
+    order = torch.arange(length, dtype=rows.dtype)
+    if bool((row == row[:, :1]).all()) and bool((column == order).all()):
+        return _Lines(row[:, 0].long(), column[:, 0].long(), length, turned=False)
+    if bool((column == column[:, :1]).all()) and bool((row == row[:, :1] + order).all()):
+        return _Lines(row[:, 0].long(), column[:, 0].long(), length, turned=True)
+    return None

@@ -47,13 +47,14 @@ class LayerStructure:
         return [pair for pair in self.pairs if not pair.problem and (grouped or not pair.grouped)]
 
 
-def discover(decoder: Decoder, tokens: Tensor) -> tuple[list[LayerStructure], Tensor]:
-    """The structure of each layer, and what the last one makes of the tokens.
+def discover(decoder: Decoder, tokens: Tensor) -> tuple[list[LayerStructure], Tensor, Tensor]:
+    """The structure of each layer, and what the first and the last layer make of the tokens.
 
     decoder: with float32 products; tokens: int64 [1, length], some text. TaskError if the layers are not found, or are
     not called one after another."""
     hidden = decoder.embed([tokens])[0]
     found: list[LayerStructure] = []
+    first: Tensor | None = None
     proposed: dict[Any, list[Pair]] = {}
     for index in tqdm(range(len(decoder)), desc="structure", unit="layer"):
         prefix = decoder.layer_prefix(index)
@@ -77,8 +78,10 @@ def discover(decoder: Decoder, tokens: Tensor) -> tuple[list[LayerStructure], Te
                 pair.problem = pair.problem or _problem(pair, one, origins)
             prove(layer, run, one.pairs)
             hidden = decoder.run(index, layer, hidden)
+        first = hidden if first is None else first
         found.append(one)
-    return found, hidden
+    assert first is not None  # a decoder has a layer that text passes through
+    return found, first, hidden
 
 
 def _linears(layer: nn.Module, heard: list[Heard], origins: Origins, prefix: str, shared: set[str]) -> LayerStructure:

@@ -111,7 +111,8 @@ def _by_row(scale: Tensor, rows: Tensor) -> Tensor:
     total, count = torch.zeros(2, size, device=scale.device)
     total.index_add_(0, rows, scale.log())
     count.index_add_(0, rows, torch.ones_like(scale))
-    return (total / count.clamp(min=1)).exp()[rows]
+    means: Tensor = (total / count.clamp(min=1)).exp()
+    return means[rows]
 
 
 def _scaled(known: Input, scale: Tensor) -> Input:
