@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tasks.errors import TaskError
 from tasks.model.linears import Origins
 
 
@@ -70,7 +71,13 @@ class Names:
                 one = joined.setdefault(target, deepcopy(by_pattern[pattern]))
                 one.add_tensor(target, name, pattern, tensors[name])
         for target, one in joined.items():
-            made = one.convert(target, model=self._model, config=self._model.config)
+            try:
+                made = one.convert(target, model=self._model, config=self._model.config)
+            except (RuntimeError, ValueError, IndexError, KeyError) as error:
+                raise TaskError(
+                    f"the tensors on disk do not make {target}: {str(error).strip().partition(chr(10))[0]}; some are "
+                    "missing or have another shape: fetch the model again"
+                ) from error
             found |= {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -219,6 +220,25 @@ class TestTokenizer:
         tokenizer.add_tokens(["<new>"])
         tokenizer.save_pretrained(model)
         assert f"the token '<new>' with the id {rows}, but the embedding has only {rows} rows" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("model.layers.1.mlp.experts.1.gate_proj.weight", r"do not make model.layers.1.mlp.experts.gate_up_proj"),
+        ("model.layers.1.mlp.experts.1.down_proj.weight", r"has the shape .3, "),
+        ("model.layers.1.mlp.gate.weight", r"1 are missing .model.layers.1.mlp.gate.weight."),
+    ],
+)
+def test_a_missing_expert_is_named(lost: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its matrices have other names and shapes on disk than in memory."""
+    monkeypatch.chdir(tmp_path)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    model = tiny_model(tmp_path / "model", family="qwen3_moe", changes=experts)
+    found = tensors(model)
+    del found[lost]
+    write(model, found)
+    assert re.search(said, refusal(model))
 
 
 class TestBlocks:
