@@ -99,6 +99,7 @@ def _layer(decoder: Any, index: int) -> AnnouncedLayer:
     unusual: list[str] = []
     prefix = decoder.layer_prefix(index)
     owners = decoder.owners(index)
+    shared = decoder.shared_weights(index)
     experts = {parameter.shape[0] for module, parameter, _ in owners.values() if _stacks(module, parameter)}
     for full, (module, parameter, _) in owners.items():
         name, shape = full.removeprefix(prefix), decoder.files.entry(full).shape
@@ -111,7 +112,7 @@ def _layer(decoder: Any, index: int) -> AnnouncedLayer:
             own = [Linear(name, at * shape[1], shape[1], turned, True, shape) for at in range(shape[0])]
         else:
             continue
-        if not why_left(own[0], experts, decoder.shared_weights(index)):
+        if not why_left(own[0], experts, shared):
             found |= {one.name: one for one in own}
             unusual += [] if isinstance(module, nn.Linear) else [one.name for one in own]
     return AnnouncedLayer(prefix, found, unusual)

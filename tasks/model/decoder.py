@@ -72,6 +72,7 @@ class Decoder:
         self._names = Names(self.model, self.files)
         self._calls: list[dict[int, Call]] = []  # by batch
         self._origins: dict[str, Origins] = {}
+        self._prefixes: dict[int, str] = {}
         self._added = 0  # tokens that the model itself puts before a text
         self._form: tuple[Any, ...] | None = None  # of what a layer returns
         self.order: list[int] = list(range(len(self._layers)))  # the layers that text passes through
@@ -103,6 +104,8 @@ class Decoder:
 
     def layer_prefix(self, index: int) -> str:
         """The prefix of the layer's tensor names on disk. TaskError if they have none of their own."""
+        if index in self._prefixes:
+            return self._prefixes[index]
         inside = self._inside(index)
         names = [name for name, target in self._names.target.items() if target.startswith(inside)]
         found = names[0].split(".")[:-1] if names else []
@@ -113,7 +116,8 @@ class Decoder:
                 f"the tensors of decoder layer {index} have no common prefix with its number ({', '.join(names[:3])}); "
                 "its layers cannot be pressed one by one"
             )
-        return ".".join(found) + "."
+        self._prefixes[index] = ".".join(found) + "."
+        return self._prefixes[index]
 
     @contextmanager
     def layer(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
@@ -154,9 +158,8 @@ class Decoder:
         """The tensors on disk of which the layer is made that other parts of the model use as well, by the rest of
         their names."""
         inside, prefix = self._inside(index), self.layer_prefix(index)
-        sources = set(self._names.ties.values()) & set(self.model.state_dict())
-        used = {name for name in self._names.stored(inside) if self._names.target[name] in sources}
-        used |= {name for name in self._names.stored(inside) if not name.startswith(prefix)}
+        sources, stored = set(self._names.ties.values()), self._names.stored(inside)
+        used = {name for name in stored if self._names.target[name] in sources or not name.startswith(prefix)}
         return {name.removeprefix(prefix) for name in used}
 
     def stored_module(self, index: int, module: str) -> str | None:
@@ -172,10 +175,11 @@ class Decoder:
         """Of the tensors on disk, by name: the module in memory that each becomes a part of, the parameter or buffer
         there, and its name. index: of the layer whose own are asked for; None: all."""
         inside, prefix = ("", "") if index is None else (self._inside(index), self.layer_prefix(index))
+        strangers = set(self._names.strangers)
         return {
             name: (self.model.get_submodule(target.rpartition(".")[0]), tensor_at(self.model, target), target)
             for name, target in self._names.target.items()
-            if target.startswith(inside) and name.startswith(prefix) and name not in self._names.strangers
+            if target.startswith(inside) and name.startswith(prefix) and name not in strangers
         }
 
     def parameters(self, index: int) -> dict[str, Tensor]:
