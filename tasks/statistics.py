@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.activations.memory import needed_bytes
+from tasks.activations.memory import EXPERT_TOKENS, needed_bytes
 from tasks.activations.plain import collect_plain
 from tasks.device import compute_device, fast_dtype
 from tasks.hardware import current_memory, peak_memory
@@ -44,7 +44,9 @@ class StatisticsReport:
     few_tokens: dict[str, int]
 
 
-def collect(model: Path, calibration: Path, destination: Path, importance: bool, least: int = 128) -> StatisticsReport:
+def collect(
+    model: Path, calibration: Path, destination: Path, importance: bool, least: int = EXPERT_TOKENS
+) -> StatisticsReport:
     """Run the model over the calibration tokens; write `layers.N.safetensors` for each layer, `lm_head.safetensors`,
     and what the layers consist of, structure.json.
 

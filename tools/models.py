@@ -121,7 +121,7 @@ class Trial:
     def statistics(self) -> str:
         """The stage, with importance where the layers allow it."""
         from tasks.errors import TaskError
-        from tasks.model.structure import read_structure
+        from tasks.model.structure import read_structure, without_numbers
         from tasks.statistics import collect
 
         where = self.folder / "source", self.folder / "calibration", self.folder / "statistics"
@@ -141,7 +141,7 @@ class Trial:
         for layer in layers:
             for name, why in layer.left.items():
                 names = self.row.left.setdefault(why, [])
-                names += [own for own in [_without_numbers(name)] if own not in names]
+                names += [own for own in [without_numbers(name)] if own not in names]
         return ""
 
     def scaled(self) -> str:
@@ -272,10 +272,6 @@ def _blank(width: int) -> Any:
     from tasks.activations.store import Input
 
     return Input(torch.eye(width), torch.ones(width), torch.ones(width))
-
-
-def _without_numbers(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _try(kind: str, folder: str, queue: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -49,9 +50,9 @@ class Sums:
                 self._gram[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
 
     @classmethod
-    def over(cls, parts: Sequence[Sums], readers: list[str]) -> Sums:
-        """The sums over all tokens of `parts`."""
-        found = cls(readers, len(parts[0]._gram), parts[0]._gram.device)
+    def over(cls, parts: Sequence[Sums]) -> Sums:
+        """The sums over all tokens of `parts`, without readers."""
+        found = cls([], len(parts[0]._gram), parts[0]._gram.device)
         for part in parts:
             found._gram += part._gram
             torch.maximum(found._largest, part._largest, out=found._largest)
@@ -67,6 +68,12 @@ class Sums:
         found._largest.fill_(1)
         found._total.fill_(1)
         found.tokens = 1
+        return found
+
+    def read_by(self, readers: list[str]) -> Sums:
+        """A copy for other readers."""
+        found = copy(self)
+        found.readers, found._gram, found._largest = readers, self._gram.clone(), self._largest.clone()
         return found
 
     def forget_correlations(self) -> None:
@@ -119,9 +126,11 @@ def fill_experts(sums: dict[str, Sums], structure: LayerStructure, least: int, d
         there = {name: sums[name] for name in names if name in sums}
         short = {name: there[name].tokens if name in there else 0 for name in names}
         few |= {name: tokens for name, tokens in short.items() if tokens < least}
+        shares = kind.endswith(SEEN) and there and min(short.values()) < least
+        shared = Sums.over(list(there.values())) if shares else None
         for name in (name for name in names if short[name] < least):
-            if kind.endswith(SEEN) and there:
-                sums[name] = Sums.over(list(there.values()), groups[name])
+            if shared:
+                sums[name] = shared.read_by(groups[name])
             elif name in there:
                 there[name].forget_correlations()
             else:

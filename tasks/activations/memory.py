@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+EXPERT_TOKENS = 128  # default of statistics.expert_tokens
 PREDICTED = 128  # tokens whose predictions importance.py holds at once; defined here to avoid an import of torch
 
 

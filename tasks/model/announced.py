@@ -48,7 +48,7 @@ def announced(model: Path) -> Announced:
     layers = [
         AnnouncedLayer(
             one["prefix"],
-            {name: Linear(**own | {"shape": tuple(own["shape"])}) for name, own in one["linears"].items()},
+            {name: Linear.read(own) for name, own in one["linears"].items()},
             one["unusual"],
         )
         for one in found["layers"]
@@ -76,7 +76,7 @@ def _look(model: Path, changed: int) -> Announced:
         stem, place = name.removesuffix(".weight"), target.removesuffix(".weight")
         if isinstance(owner, nn.Linear) and name.endswith(".weight"):
             modules[stem] = place
-        elif parameter.dim() > 2 and len(decoder.files.entry(name).shape) == 2 and _stacks(owner, parameter):
+        elif len(decoder.files.entry(name).shape) == 2 and _stacks(owner, parameter):
             modules[stem] = stem
         outer[owner] = stem
     output, embedding = decoder.model.get_output_embeddings(), decoder.model.get_input_embeddings()

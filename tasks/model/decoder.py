@@ -347,18 +347,12 @@ class Decoder:
 
     def _load(self, stored: Mapping[str, Tensor], names: list[str], matrices: torch.dtype) -> None:
         """Give the model's tensors `names` their values. stored: by name on disk. TaskError if one has none."""
-        found = self._names.convert(stored)
-        nowhere = []
-        for name in names:
-            tensor = found.get(name, found.get(self._names.ties.get(name, name)))
-            if tensor is None:
-                nowhere.append(name)
-                continue
+        values = self._names.values(stored, names)
+        for name, tensor in values.items():
             if tensor.is_floating_point():
                 tensor = tensor.to(self.device, matrices if tensor.dim() > 1 else self.dtype)
             place(self.model, name, in_own_storage(tensor.to(self.device)))
-        nowhere = sorted({*nowhere} - {*self._names.ignored(nowhere, missing=True)})
-        if nowhere:
+        if nowhere := self._names.nowhere(names, values):
             raise TaskError(
                 f"the model's files do not hold {nowhere[0]}" + f" and {len(nowhere) - 1} more" * (len(nowhere) > 1)
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ class Linear:
     transposed: bool
     stacked: bool
     shape: tuple[int, ...]
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Linear:
+        """From its fields as JSON has them."""
+        return cls(**{**values, "shape": tuple(values["shape"])})
 
     @property
     def columns(self) -> int:

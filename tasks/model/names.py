@@ -21,8 +21,7 @@ class Names:
     """Where the tensors of a model directory belong in the model.
 
     target: by name on disk, the name in memory of the (first) tensor that it becomes. ties: by name in memory, the
-    tensor whose weights it shares. strangers: names on disk that are none of the model's; missing: names in memory for
-    which there is nothing on disk.
+    tensor whose weights it shares. strangers: names on disk that are none of the model's.
     """
 
     def __init__(self, model: Any, stored: Iterable[str]) -> None:
@@ -81,15 +80,26 @@ class Names:
             found |= {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         return found
 
+    def values(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """The values that tensors on disk give to `names` in memory, shared weights included; a name without one is
+        left out."""
+        found = self.convert(tensors)
+        asked = {name: found.get(name, found.get(self.ties.get(name, name))) for name in names}
+        return {name: tensor for name, tensor in asked.items() if tensor is not None}
+
+    def nowhere(self, names: Iterable[str], values: Mapping[str, Tensor]) -> list[str]:
+        """Those of `names` without a value that Transformers would miss as well."""
+        missing = [name for name in names if name not in values]
+        return sorted({*missing} - {*self.ignored(missing, missing=True)})
+
     def origins(self, shapes: Mapping[str, tuple[int, ...]], inside: str, prefix: str) -> Origins:
         """Which linear layers on disk the parameters under `inside` are made of. shapes: of the stored tensors that
         they are made of; prefix: left out of these names."""
-        ties = {name: self.ties.get(name, name) for name in self._own if name.startswith(inside)}
+        names = [name for name in self._own if name.startswith(inside)]
         made = []
         for numbered in Origins.numbered(shapes):
-            found = self.convert(numbered)
-            own = {name.removeprefix(inside): found.get(name, found.get(tied)) for name, tied in ties.items()}
-            made.append({name: in_own_storage(tensor) for name, tensor in own.items() if tensor is not None})
+            found = self.values(numbered, names)
+            made.append({name.removeprefix(inside): in_own_storage(tensor) for name, tensor in found.items()})
         return Origins({name.removeprefix(prefix): shape for name, shape in shapes.items()}, *made)
 
     def _rename(self, name: str) -> tuple[str, str | None]:

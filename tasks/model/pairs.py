@@ -407,11 +407,7 @@ def _move(pair: Pair, parameters: Mapping[str, Tensor], draw: torch.Generator) -
         pair.moved.view(parameters[pair.moved.parameter].data).mul_(factor[:, None])
         bias = parameters.get(bias_name(pair.moved.parameter))
         if bias is not None:
-            own = (
-                bias.data
-                if bias.dim() == 1
-                else bias.data[pair.moved.offset // (pair.moved.shape[0] * pair.moved.shape[1])]
-            )
+            own = bias.data if bias.dim() == 1 else bias.data[pair.moved.place]
             own.mul_(factor)
     for one in pair.slices:
         one.view(parameters[one.parameter].data).div_(factor[rows.to(device)] ** pair.power)

@@ -23,19 +23,13 @@ def model_class(config: Any) -> Any:
     """The class that `config` names where Transformers has it, with a vision tower or without; else the decoder
     language model of its type."""
     import transformers
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
     for name in config.architectures or ():
         kind = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and issubclass(kind, _generation()):
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and issubclass(kind, GenerationMixin):
             return kind
     return AutoModelForCausalLM._model_mapping[type(config)]
-
-
-def _generation() -> Any:
-    from transformers import GenerationMixin
-
-    return GenerationMixin
 
 
 def skeleton(config: Any, dtype: torch.dtype, device: str) -> Any:

@@ -29,4 +29,4 @@ def read_places(directory: Path) -> dict[str, Linear]:
     if not path.exists():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
-    return {name: Linear(**own | {"shape": tuple(own["shape"])}) for name, own in found.items()}
+    return {name: Linear.read(own) for name, own in found.items()}

@@ -75,7 +75,7 @@ def discover(decoder: Decoder, tokens: Tensor) -> tuple[list[LayerStructure], Te
                     pair.stored = decoder.stored_module(index, pair.source)
             one.pairs = [replace(pair) for pair in proposed[kind]]
             for pair in one.pairs:
-                pair.problem = pair.problem or _problem(pair, one, origins)
+                pair.problem = pair.problem or _problem(pair, one)
             prove(layer, run, one.pairs)
             hidden = decoder.run(index, layer, hidden)
         first = hidden if first is None else first
@@ -152,7 +152,7 @@ def _expert_kinds(heard: list[Heard], sizes: Mapping[str, int]) -> dict[str, str
     return found
 
 
-def _problem(pair: Pair, one: LayerStructure, origins: Origins) -> str:
+def _problem(pair: Pair, one: LayerStructure) -> str:
     """Why a pair is not used, whatever the proof says."""
     for name in pair.readers:
         if name in one.left:
@@ -171,10 +171,10 @@ def overview(layers: list[LayerStructure]) -> dict[str, list[dict[str, Any]]]:
     each once with the number of layers it was found in. * stands for numbers, such as an expert's."""
     counts: dict[str, Counter[tuple[str, ...]]] = {"scaled": Counter(), "rejected": Counter(), "left": Counter()}
     for layer in layers:
-        pairs = {(_any(pair.name), ", ".join(map(_any, pair.readers)), _reason(pair)) for pair in layer.pairs}
+        pairs = {(without_numbers(pair.name), _readers(pair), _reason(pair)) for pair in layer.pairs}
         counts["scaled"].update((source, readers) for source, readers, problem in pairs if not problem)
         counts["rejected"].update(pair for pair in pairs if pair[2])
-        counts["left"].update({(_any(name), why) for name, why in layer.left.items()})
+        counts["left"].update({(without_numbers(name), why) for name, why in layer.left.items()})
     keys = {"scaled": ("source", "readers"), "rejected": ("source", "readers", "reason"), "left": ("name", "reason")}
     return {
         kind: [dict(zip(keys[kind], found, strict=True), layers=count) for found, count in sorted(own.items())]
@@ -182,12 +182,17 @@ def overview(layers: list[LayerStructure]) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def _readers(pair: Pair) -> str:
+    return ", ".join(map(without_numbers, pair.readers))
+
+
 def _reason(pair: Pair) -> str:
     asked = "only with grouped_values: several channels follow one row (grouped queries)" if pair.grouped else ""
     return pair.problem or asked
 
 
-def _any(name: str) -> str:
+def without_numbers(name: str) -> str:
+    """A name with * for each number in it."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
@@ -202,7 +207,7 @@ def read_structure(directory: Path) -> list[LayerStructure]:
     return [
         LayerStructure(
             one["prefix"],
-            {name: Linear(**linear | {"shape": tuple(linear["shape"])}) for name, linear in one["linears"].items()},
+            {name: Linear.read(linear) for name, linear in one["linears"].items()},
             one["groups"],
             [_read_pair(pair) for pair in one["pairs"]],
             one["left"],

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from tasks.activations.gram import fill_experts, recording_inputs
 from tasks.activations.importance import load_importance
+from tasks.activations.memory import EXPERT_TOKENS
 from tasks.activations.store import Input
 from tasks.grid import Precision
 from tasks.model.decoder import Decoder
 from tasks.model.rounding import rounded_products
 from tasks.model.structure import read_structure
 from tasks.quantizers import QuantizeJob
-from tasks.settings.measuring import EXPERT_TOKENS
 from tasks.tensor_files import save
 
 HIDDEN = "hidden"

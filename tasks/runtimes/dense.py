@@ -68,18 +68,12 @@ def load_dense(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _fill(model: Any, names: Names, dense: dict[str, torch.Tensor], dtype: torch.dtype, directory: Path) -> None:
     """Put the tensors in their places; `dense` is empty afterwards."""
-    converted = names.convert(dense)
+    values = names.values(dense, model.state_dict())
     unexpected = sorted({*names.strangers} - {*names.ignored(names.strangers, missing=False)})
     dense.clear()
-    missing = []
-    for name in model.state_dict():
-        tensor = converted.get(name, converted.get(names.ties.get(name, name)))
-        if tensor is None:
-            missing.append(name)
-        else:
-            kind = dtype if tensor.is_floating_point() else tensor.dtype
-            place(model, name, in_own_storage(tensor.to(kind)))
-    missing = sorted({*missing} - {*names.ignored(missing, missing=True)})
+    missing = names.nowhere(model.state_dict(), values)
+    for name, tensor in values.items():
+        place(model, name, in_own_storage(tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)))
     if missing or unexpected:
         raise TaskError(
             f"{directory} does not fit its config.json: missing {missing[:3]}, unexpected {unexpected[:3]}; "

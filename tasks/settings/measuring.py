@@ -9,15 +9,13 @@ from pydantic import Field, field_validator
 from tasks.settings.data import DataSource, TextSource
 from tasks.settings.section import CHAT_DATE, Date, Name, Section
 
-EXPERT_TOKENS = 128
-
 
 class StatisticsSettings(Section):
     """Statistics of the activations. importance: weight each token by its influence on the output (Fisher information).
     expert_tokens: tokens that an expert must see for statistics of its own (tasks/activations/gram.py)."""
 
     importance: bool
-    expert_tokens: Annotated[int, Field(ge=1)] = EXPERT_TOKENS
+    expert_tokens: Annotated[int, Field(ge=1)] = 128
 
 
 class EvaluationSettings(Section):

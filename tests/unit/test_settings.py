@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tasks.activations.memory import EXPERT_TOKENS
 from tasks.errors import TaskError
 from tasks.scoring.eval_tasks import check_tasks
 from tasks.settings import check_settings, load_settings
+from tasks.settings.measuring import StatisticsSettings
 
 PARAMS = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
 LIBRARY = {**PARAMS["variants"]["gptq-int4"], "backend": "llm-compressor", "clip": False, "refine": 0}
@@ -246,3 +248,8 @@ def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
 def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
     with pytest.raises(TaskError, match=r"no variant 'int2' in params\.yaml; there are: base, int8"):
         check_settings(PARAMS).variant("int2")
+
+
+def test_tokens_of_an_expert_have_one_default() -> None:
+    """No stage depends on the module of the settings, so the constant is where it is used."""
+    assert StatisticsSettings(importance=True).expert_tokens == EXPERT_TOKENS == PARAMS["statistics"]["expert_tokens"]
