@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from tasks.activations.store import load_statistics
 from tasks.errors import TaskError
 from tasks.grid import QuantizedWeight
 from tasks.output import whole_directory
@@ -159,3 +160,20 @@ def test_shared_values_are_scaled_only_if_asked(pressed: Pressed) -> None:
     after = pressed.perplexity(pressed.press("grouped", variant("awq", grouped_values=True)))
     assert bool(asked) == (after != before)
     assert after < pressed.perplexity(pressed.folder / "source") * BOUND["awq"]
+
+
+def test_experts_with_few_tokens_take_statistics_from_the_others(pressed: Pressed, tmp_path: Path) -> None:
+    parts = pressed.folder / "source", pressed.folder / "calibration"
+    collect(*parts, tmp_path / "own", importance=False, least=1)
+    report = collect(*parts, tmp_path / "few", importance=False, least=10**6)
+    own, few = (load_statistics(tmp_path / name, 1, "cpu") for name in ("own", "few"))
+    experts = {name for name in own if ".experts." in name}
+    assert bool(report.few_tokens) == bool(experts)
+    inputs = {id(one): one.gram for name, one in own.items() if name in experts and "down" not in name}
+    for name in own:
+        if name not in experts:
+            assert torch.equal(few[name].gram, own[name].gram)
+        elif "down" in name:
+            assert torch.equal(few[name].gram, own[name].gram.diagonal().diag())
+        else:
+            assert torch.allclose(few[name].gram, sum(inputs.values()), rtol=1e-4, atol=1e-4)
