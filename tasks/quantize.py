@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tasks.activations.store import IDENTITY
 from tasks.device import compute_device
 from tasks.errors import TaskError
 from tasks.hardware import peak_memory
@@ -152,10 +153,11 @@ def identity(variant: VariantSettings, inputs: Sequence[Path], libraries: dict[s
     is incomplete."""
     parts = [json.dumps(variant.model_dump(), sort_keys=True), json.dumps(libraries, sort_keys=True)]
     for folder in inputs:
-        manifest = folder / MANIFEST
-        if not manifest.exists():
+        if not (folder / MANIFEST).exists():
             raise TaskError(f"{folder} is missing or incomplete; run the earlier stages: modelpress run")
-        parts.append(manifest.read_text(encoding="utf-8"))
+        # of statistics, what does not depend on whether their Gram matrices are kept
+        said = folder / IDENTITY if (folder / IDENTITY).exists() else folder / MANIFEST
+        parts.append(said.read_text(encoding="utf-8"))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

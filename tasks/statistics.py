@@ -2,9 +2,10 @@
 
 python -m tasks.statistics
 
-A safetensors file for each decoder layer and one for the output layer hold, for each distinct input (q, k and v share
-one), the Gram matrix X^T X and the largest and mean magnitude by channel. The model runs layer by layer; memory holds
-one layer's weights, its statistics and the activations. Tokens may be weighted (importance.py).
+For each distinct input of each decoder layer's linear layers (q, k and v share one), and of the output layer, the Gram
+matrix X^T X and the largest and mean magnitude by channel; of a large model what each layer reads in place of the Gram
+matrices (tasks/activations/store.py). The model runs layer by layer; memory holds one layer's weights, its statistics
+and the activations. Tokens may be weighted (importance.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.activations.memory import EXPERT_TOKENS, needed_bytes
+from tasks.activations.memory import EXPERT_TOKENS, GRAM_GIGABYTES, gram_bytes, needed_bytes
 from tasks.activations.plain import collect_plain
 from tasks.device import compute_device, fast_dtype
 from tasks.hardware import current_memory, peak_memory
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class StatisticsReport:
     """metrics/statistics.json. dtype: of the model's matrix products; all else is float32. estimate: see
-    `estimate_bytes`. few_tokens: the tokens of the experts that saw too few for statistics of their own, by name."""
+    `estimate_bytes`. gram_bytes: of all Gram matrices; grams_kept: whether they are on disk, or each variant sums them
+    again. few_tokens: the tokens of the experts that saw too few for statistics of their own, by name."""
 
     tokens: int
     layers: int
@@ -41,24 +43,32 @@ class StatisticsReport:
     bytes: int
     estimate_bytes: int
     peak_memory_bytes: int
+    gram_bytes: int
+    grams_kept: bool
     few_tokens: dict[str, int]
 
 
 def collect(
-    model: Path, calibration: Path, destination: Path, importance: bool, least: int = EXPERT_TOKENS
+    model: Path,
+    calibration: Path,
+    destination: Path,
+    importance: bool,
+    least: int = EXPERT_TOKENS,
+    gram_gigabytes: float = GRAM_GIGABYTES,
 ) -> StatisticsReport:
-    """Run the model over the calibration tokens; write `layers.N.safetensors` for each layer, `lm_head.safetensors`,
-    and what the layers consist of, structure.json.
+    """Run the model over the calibration tokens; write the files of tasks/activations/store.py, and what the layers
+    consist of, structure.json.
 
     importance: weight the tokens in the layers' Gram matrices by Fisher information (activations/importance.py). least:
-    tokens that an expert must see for statistics of its own (activations/gram.py).
+    tokens that an expert must see for statistics of its own (activations/gram.py). gram_gigabytes: of Gram matrices on
+    disk at most.
     An interrupted run resumes at its layer. TaskError if the model has no decoder layers in safetensors files.
     """
     import torch
     from safetensors.torch import load_file
 
     from tasks.activations.importance import collect_weighed
-    from tasks.activations.store import load_few
+    from tasks.activations.store import load_few, save_text, write_identity
     from tasks.model.decoder import Decoder
     from tasks.model.structure import FILE, TOKENS, discover, read_structure, write_structure
     from tasks.model.whole import check_streamed
@@ -69,7 +79,7 @@ def collect(
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
     estimate = estimate_bytes(decoder, tokens, importance)
     print(f"needs about {estimate / 1e9:.1f} GB of memory", flush=True)
-    with resumable_directory(destination, _key(model, calibration, decoder, importance, least)) as work:
+    with resumable_directory(destination, _key(model, calibration, decoder, importance, least, gram_gigabytes)) as work:
         if not (work / FILE).exists():
             exact = decoder if decoder.products == torch.float32 else Decoder(model, torch.float32, device)
             text = tokens[:1, :TOKENS]
@@ -77,10 +87,17 @@ def collect(
             check_streamed(exact, model, text, *hidden)
             write_structure(found, work)
         layers = read_structure(work)
-        if importance:
-            collect_weighed(decoder, layers, tokens, work, least)
-        else:
-            collect_plain(decoder, layers, tokens, work, least)
+        grams = gram_bytes(layer.linears[group[0]].width for layer in layers for group in layer.groups)
+        kept = grams <= gram_gigabytes * 1e9
+        if not kept:
+            print(
+                f"the Gram matrices would take {grams / 1e9:.3g} GB, more than statistics.gram_gigabytes "
+                f"({gram_gigabytes:g}); each variant will sum its own",
+                flush=True,
+            )
+            save_text(tokens, work, decoder.products)
+        (collect_weighed if importance else collect_plain)(decoder, layers, tokens, work, least, kept)
+        write_identity(work, len(layers))
         few = {
             f"{layers[n].prefix}{name}": seen for n in range(len(layers)) for name, seen in load_few(work, n).items()
         }
@@ -94,6 +111,8 @@ def collect(
         bytes=size,
         estimate_bytes=estimate,
         peak_memory_bytes=peak_memory(),
+        gram_bytes=grams,
+        grams_kept=kept,
         few_tokens=few,
     )
 
@@ -118,7 +137,7 @@ def estimate_bytes(decoder: Decoder, tokens: Tensor, importance: bool) -> int:
     return current_memory() + max(needed, checking_bytes(decoder))
 
 
-def _key(model: Path, calibration: Path, decoder: Decoder, importance: bool, least: int) -> str:
+def _key(model: Path, calibration: Path, decoder: Decoder, importance: bool, least: int, gram_gigabytes: float) -> str:
     """The key of all inputs of the statistics."""
     import torch
     import transformers
@@ -130,6 +149,7 @@ def _key(model: Path, calibration: Path, decoder: Decoder, importance: bool, lea
         str(decoder.products),
         str(importance),
         str(least),
+        str(gram_gigabytes),
     ]
     parts += [checksum for folder in (model, calibration) for checksum in sorted(checksums(folder).values())]
     return "\n".join(parts)
@@ -141,7 +161,7 @@ def main() -> None:
     def work(settings: Settings) -> None:
         asked = settings.statistics
         folders = Path("models/source"), Path("data/calibration"), Path("data/statistics")
-        report = collect(*folders, asked.importance, asked.expert_tokens)
+        report = collect(*folders, asked.importance, asked.expert_tokens, asked.gram_gigabytes)
         write_json(Path("metrics/statistics.json"), asdict(report))
         print(f"{report.layers} layers, {report.tokens:,} tokens, {report.bytes / 1e6:.0f} MB, {report.seconds} s")
 

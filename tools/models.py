@@ -148,6 +148,7 @@ class Trial:
         """Random factors in all pairs, on the stored tensors."""
         import torch
 
+        from tasks.activations.inputs import Inputs
         from tasks.model.linears import join, split
         from tasks.model.structure import read_structure
         from tasks.quantizers.layer import Layer
@@ -159,8 +160,9 @@ class Trial:
         count = 0
         for index, structure in enumerate(read_structure(self.folder / "statistics")):
             own = {n.removeprefix(structure.prefix): t for n, t in tensors.items() if n.startswith(structure.prefix)}
-            blank = {name: _blank(linear.width) for name, linear in structure.linears.items()}
-            layer = Layer(index, structure, split(own, structure.linears), blank)
+            blank = {group[0]: _blank(structure.linears[group[0]].width) for group in structure.groups}
+            inputs = Inputs.of(blank, structure.groups)
+            layer = Layer(index, structure, split(own, structure.linears), inputs)
             for pair in list(layer.scalable()):
                 width = structure.linears[pair.readers[0]].width
                 layer.scale_input(pair, torch.rand(width, generator=draw) + 0.5, torch.float32)

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tasks.activations.gram import Sums, fill_experts, save_output_sums, save_sums
+from tasks.activations.gram import Sums, experts_with_few, fill_experts, save_output_sums, save_sums
 from tasks.activations.hearing import hearing
 from tasks.activations.memory import PREDICTED
-from tasks.activations.store import statistics_file
+from tasks.activations.store import ROWS, hidden_file, importance_file, statistics_file
 from tasks.errors import TaskError
 from tasks.model.linears import Origins
 from tasks.model.products import Product
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 SEED = 0  # for drawing tokens
 KEPT = torch.bfloat16  # dtype of saved activations and gradients: precise enough for token weights
-ROWS = "rows"
 
 
 @dataclass
@@ -54,18 +53,21 @@ class Read:
         return self.square if isinstance(self.square, Tensor) else torch.zeros(self.x.shape[:-1], device=self.x.device)
 
 
-def collect_weighed(decoder: Decoder, layers: list[LayerStructure], tokens: Tensor, work: Path, least: int) -> None:
+def collect_weighed(
+    decoder: Decoder, layers: list[LayerStructure], tokens: Tensor, work: Path, least: int, products: bool = True
+) -> None:
     """Write each layer's sums, and its token weights as `importance.N.safetensors`: for each distinct input, by the
     first linear layer that reads it, float32 [sequences, length], with a mean of 1 in each sequence.
 
     An expert's weights have a mean of 1 over the tokens of all experts in the layer, and are written in the order in
     which it saw them.
 
-    tokens: int64 [sequences, length]; least: tokens of an expert (gram.py). Resumes after an interruption. TaskError if
-    layers share keys and values, where a layer's gradient is not that of its output alone.
+    tokens: int64 [sequences, length]; least: tokens of an expert (gram.py); products: whether Gram matrices are summed;
+    else what each layer reads is kept (store.py). Resumes after an interruption. TaskError if layers share keys and
+    values, where a layer's gradient is not that of its output alone.
     """
     first = next(iter(decoder.order))
-    if not _file(work, "importance", first).exists():
+    if not importance_file(work, first).exists():
         embedded = [rows.to(KEPT) for rows in decoder.embed(list(tokens.split(1)))]
         if decoder.shares_state:
             raise TaskError(
@@ -74,14 +76,15 @@ def collect_weighed(decoder: Decoder, layers: list[LayerStructure], tokens: Tens
             )
         if not any(work.glob("gradient.*.safetensors")):
             _forward(decoder, embedded, work)
-        _backward(decoder, layers, work, least)
+        _backward(decoder, layers, work, least, products)
     for path in (*work.glob("hidden.*.safetensors"), *work.glob("gradient.*.safetensors")):
-        path.unlink()
+        if products or path not in [hidden_file(work, index) for index in decoder.order]:
+            path.unlink()
 
 
 def load_importance(directory: Path, layer: int, device: str) -> dict[str, Tensor]:
     """Load the token weights of decoder layer `layer` from `collect_weighed`; empty if there are none."""
-    path = _file(directory, "importance", layer)
+    path = importance_file(directory, layer)
     return load_file(path, device=device) if path.exists() else {}
 
 
@@ -121,7 +124,7 @@ def _likelihood_gradient(head: Callable[[Tensor], Tensor], hidden: Tensor, draw:
     return torch.cat(parts, 1).to(KEPT)
 
 
-def _backward(decoder: Decoder, layers: list[LayerStructure], work: Path, least: int) -> None:
+def _backward(decoder: Decoder, layers: list[LayerStructure], work: Path, least: int, products: bool) -> None:
     """Propagate the gradient from the last layer to the first, and write each layer's sums and token weights."""
     last = len(decoder)
     begun = min(index for index in range(last + 1) if _file(work, "gradient", index).exists())
@@ -129,14 +132,20 @@ def _backward(decoder: Decoder, layers: list[LayerStructure], work: Path, least:
     bar = tqdm(reversed(range(begun)), desc="backward", unit="layer", initial=last - begun, total=last)
     for index in bar:
         if index in decoder.order:
-            _backward_through(decoder, layers[index], index, gradient, work, least)
+            _backward_through(decoder, layers[index], index, gradient, work, least, products)
         _keep(gradient, work, "gradient", index)
-        for name in ("hidden", "gradient"):
+        for name in ("hidden", "gradient") if products else ("gradient",):
             _file(work, name, index + 1).unlink(missing_ok=True)
 
 
 def _backward_through(
-    decoder: Decoder, structure: LayerStructure, index: int, gradient: list[Tensor], work: Path, least: int
+    decoder: Decoder,
+    structure: LayerStructure,
+    index: int,
+    gradient: list[Tensor],
+    work: Path,
+    least: int,
+    products: bool,
 ) -> None:
     """Propagate `gradient`, in place, through one layer, and write its sums and token weights."""
     sums: dict[str, Sums] = {}
@@ -153,12 +162,13 @@ def _backward_through(
                 weights.setdefault(name, []).append(weight)
                 # creating it for every sequence costs next to nothing; created once, the peak of the demo's
                 # statistics was 1.2 GB instead of 1.0, because the C library returned less memory
-                own = sums.setdefault(name, Sums(read.readers, read.x.shape[-1], read.x.device))
+                own = sums.setdefault(name, Sums(read.readers, read.x.shape[-1], read.x.device, products))
                 own.add(read.x, weight)
             seen.clear()
-    few = fill_experts(sums, structure, least, hidden[0].device)
+    few = experts_with_few(sums, structure, least)
+    fill_experts(sums, structure, few, hidden[0].device, products)
     save_sums(sums, statistics_file(work, index), few)
-    save({name: torch.cat(parts) for name, parts in weights.items()}, _file(work, "importance", index))
+    save({name: torch.cat(parts) for name, parts in weights.items()}, importance_file(work, index))
 
 
 def _weights(seen: dict[str, Read], structure: LayerStructure) -> dict[str, Tensor]:

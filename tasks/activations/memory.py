@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 EXPERT_TOKENS = 128  # default of statistics.expert_tokens
+GRAM_GIGABYTES = 64.0  # default of statistics.gram_gigabytes
 PREDICTED = 128  # tokens whose predictions importance.py holds at once; defined here to avoid an import of torch
 
 
@@ -42,6 +43,11 @@ def needed_bytes(
     if importance:
         most = max(most, weight * vocabulary * hidden + 20 * PREDICTED * vocabulary) + 12 * sequence
     return int(8 * activations + most)
+
+
+def gram_bytes(widths: Iterable[int]) -> int:
+    """The size, bytes, of the Gram matrices of inputs with these widths."""
+    return sum(4 * width**2 for width in widths)
 
 
 def stored_bytes(tokens: int, widths: Sequence[int], layers: int, hidden: int, importance: bool) -> int:

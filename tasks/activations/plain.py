@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from tasks.activations.store import statistics_file
+from tasks.activations.store import ROWS, hidden_file, statistics_file
 from tasks.tensor_files import save
 
 if TYPE_CHECKING:
@@ -19,12 +19,20 @@ if TYPE_CHECKING:
 STATE, DONE = "state.safetensors", "done"  # the next layer's input, until the last layer
 
 
-def collect_plain(decoder: Decoder, layers: list[LayerStructure], tokens: Tensor, work: Path, least: int) -> None:
+def collect_plain(
+    decoder: Decoder, layers: list[LayerStructure], tokens: Tensor, work: Path, least: int, products: bool = True
+) -> None:
     """Run all tokens through each layer, one sequence at a time, which fits into the CPU's cache. least: tokens of an
-    expert (gram.py)."""
+    expert (gram.py); products: whether Gram matrices are summed; else what each layer reads is kept (store.py)."""
     import torch
 
-    from tasks.activations.gram import fill_experts, recording_inputs, save_output_sums, save_sums
+    from tasks.activations.gram import (
+        experts_with_few,
+        fill_experts,
+        recording_inputs,
+        save_output_sums,
+        save_sums,
+    )
 
     hidden = decoder.embed(list(tokens.split(1)))
     state = work / STATE
@@ -33,9 +41,12 @@ def collect_plain(decoder: Decoder, layers: list[LayerStructure], tokens: Tensor
     for index in bar:
         if index in decoder.order:
             own, origins = layers[index], decoder.origins(index)
-            with decoder.layer(index) as layer, recording_inputs(layer, own, origins, {}) as sums:
+            if not products:
+                save({ROWS: torch.cat(hidden)}, hidden_file(work, index))
+            with decoder.layer(index) as layer, recording_inputs(layer, own, origins, {}, None, products) as sums:
                 hidden = [decoder.run(index, layer, rows, batch) for batch, rows in enumerate(hidden)]
-            few = fill_experts(sums, own, least, hidden[0].device)
+            few = experts_with_few(sums, own, least)
+            fill_experts(sums, own, few, hidden[0].device, products)
             save_sums(sums, statistics_file(work, index), few)
         save({"hidden": torch.cat(hidden)}, state, {DONE: str(index + 1)})
     save_output_sums(decoder, hidden, work)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tasks.activations.inputs import Inputs
 from tasks.formats import load_format
 from tasks.grid import Precision
 from tasks.hardware import available_memory
@@ -117,7 +118,7 @@ def _read(job: QuantizeJob, parts: Parts, index: int) -> Layer:
     """Read a layer; for a skipped one, only its stored weights."""
     own = parts.structure[index]
     if index in job.variant.skip_layers or not own.linears:
-        return Layer(index, own, parts.files.below(own.prefix), {})
+        return Layer(index, own, parts.files.below(own.prefix), Inputs.of({}, []))
     return read_layer(job, parts.files, own, index)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from tasks.activations.store import Input, load_statistics
+from tasks.activations.inputs import Inputs, read_inputs
+from tasks.activations.store import Input
 from tasks.grid import QuantizedWeight
 from tasks.model.linears import split
 from tasks.model.pairs import Pair
@@ -27,7 +28,7 @@ class Layer:
     index: int
     structure: LayerStructure
     tensors: dict[str, Tensor]
-    inputs: Mapping[str, Input]
+    inputs: Inputs
     scaled: list[Pair] = field(default_factory=list)
     grouped: bool = False
 
@@ -42,10 +43,7 @@ class Layer:
 
     def readers(self) -> Iterator[tuple[list[str], Input]]:
         """Groups of linear layers with the same input, and that input."""
-        groups: dict[int, list[str]] = {}
-        for linear, known in self.inputs.items():
-            groups.setdefault(id(known), []).append(linear)
-        for names in groups.values():
+        for names in self.inputs.groups:
             yield names, self.inputs[names[0]]
 
     def stacked(self, linears: list[str]) -> Tensor:
@@ -69,8 +67,7 @@ class Layer:
     def damp(self, linears: list[str], share: float) -> None:
         """Add `share` of its mean diagonal to the diagonal of the Gram matrix shared by `linears`. This reduces the
         effect of the calibration text's correlations, and makes the matrix invertible for GPTQ."""
-        known = self.inputs[linears[0]]
-        self.inputs = {**self.inputs, **dict.fromkeys(linears, replace(known, gram=damped(known.gram, share)))}
+        self.inputs = self.inputs.changed(linears, lambda known: replace(known, gram=damped(known.gram, share)))
 
     def scale_input(self, pair: Pair, scale: Tensor, dtype: torch.dtype) -> None:
         """Multiply the weights of the pair's readers by `scale` [width] and divide what its source makes by it.
@@ -98,7 +95,7 @@ class Layer:
             self._divide_bias(pair, factor)
         for name in pair.readers:
             self.tensors[f"{name}.weight"] = self.weight(name) * scale
-        self.inputs = {**self.inputs, **dict.fromkeys(pair.readers, _scaled(self.inputs[pair.readers[0]], scale))}
+        self.inputs = self.inputs.changed(pair.readers, lambda known: _scaled(known, scale))
 
     def _divide_bias(self, pair: Pair, factor: Tensor) -> None:
         if (bias := self.tensors.get(f"{pair.source}.bias")) is not None:
@@ -123,6 +120,6 @@ def _scaled(known: Input, scale: Tensor) -> Input:
 def read_layer(job: QuantizeJob, files: TensorFiles, structure: LayerStructure, index: int) -> Layer:
     """Read a layer with the statistics of its inputs."""
     stored = {name: tensor.to(job.device, torch.float32) for name, tensor in files.below(structure.prefix).items()}
-    known = load_statistics(job.statistics, index, job.device)
+    known = read_inputs(job.statistics, job.source, index, job.device)
     whole = split(stored, structure.linears)
     return Layer(index, structure, whole, known, grouped=job.variant.grouped_values)

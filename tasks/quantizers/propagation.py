@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tasks.activations.gram import fill_experts, recording_inputs
+from tasks.activations.gram import experts_with_few, fill_experts, recording_inputs
 from tasks.activations.importance import load_importance
+from tasks.activations.inputs import Inputs
 from tasks.activations.memory import EXPERT_TOKENS
 from tasks.activations.store import Input
 from tasks.grid import Precision
@@ -40,18 +41,18 @@ class PropagatedActivations:
         self._structure = read_structure(job.statistics)
         self._embedded = self._decoder.embed(list(job.tokens.split(1)))
 
-    def inputs(self, index: int) -> dict[str, Input]:
-        """The statistics of each linear layer's input in layer `index`, as from `load_statistics`."""
-        weights = load_importance(self._job.statistics, index, self._job.device)
+    def inputs(self, index: int) -> Inputs:
+        """The statistics of each linear layer's input in layer `index`."""
         own, origins = self._structure[index], self._decoder.origins(index)
+        known = load_importance(self._job.statistics, index, self._job.device)
+        weights = {name: weight for name, weight in known.items() if name not in own.experts}  # routed otherwise here
         with self._decoder.layer(index) as layer, recording_inputs(layer, own, origins, weights) as sums:
             for number, batch in enumerate(self._before(index)):
                 self._decoder.run(index, layer, batch, number)
-        fill_experts(sums, own, EXPERT_TOKENS, torch.device(self._job.device))
-        found: dict[str, Input] = {}
-        for one in sums.values():
-            found |= dict.fromkeys(one.readers, Input(**one.tensors()))
-        return found
+        few = experts_with_few(sums, own, EXPERT_TOKENS)
+        fill_experts(sums, own, few, torch.device(self._job.device))
+        inputs = {first: Input(**one.tensors()) for first, one in sums.items()}
+        return Inputs.of(inputs, [one.readers for one in sums.values()])
 
     def advance(
         self, index: int, tensors: Mapping[str, Tensor] | None, precisions: Mapping[str, Precision] | None = None

@@ -72,7 +72,7 @@ def measure(job: QuantizeJob, candidates: Mapping[str, Precision | None]) -> dic
             continue
         structure, origins = layers[index], decoder.origins(index)
         known = read_layer(job, decoder.files, structure, index)
-        for linears, _ in list(known.readers()):
+        for linears in known.inputs.groups:
             known.damp(linears, DAMPING)
         with decoder.layer(index) as layer:
             streams = {name: decoder.run(index, layer, stream) for name, stream in streams.items()}

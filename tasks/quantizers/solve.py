@@ -65,7 +65,7 @@ def solve_layer(
     scales, only GPTQ damps.
     """
     if recipe.rounding == "gptq" or recipe.scaling == "awq":
-        for linears, _ in list(layer.readers()):
+        for linears in layer.inputs.groups:
             own = [precisions[name] for name in linears if name in precisions]
             if own and not _smoothed(linears, precisions, recipe):
                 layer.damp(linears, recipe.damping_of(own))

@@ -12,10 +12,12 @@ from tasks.settings.section import CHAT_DATE, Date, Name, Section
 
 class StatisticsSettings(Section):
     """Statistics of the activations. importance: weight each token by its influence on the output (Fisher information).
-    expert_tokens: tokens that an expert must see for statistics of its own (tasks/activations/gram.py)."""
+    expert_tokens: tokens that an expert must see for statistics of its own (tasks/activations/gram.py).
+    gram_gigabytes: of Gram matrices that are kept on disk; with more, each variant sums its own again."""
 
     importance: bool
     expert_tokens: Annotated[int, Field(ge=1)] = 128
+    gram_gigabytes: Annotated[float, Field(ge=0)] = 64
 
 
 class EvaluationSettings(Section):

@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import torch
 
-from tasks.activations.store import load_statistics
+from tasks.activations.inputs import read_inputs
 from tasks.errors import TaskError
 from tasks.formats.gguf.file import FAMILIES, NAME, write_gguf
 from tasks.quantizers import QuantizeJob
@@ -50,7 +50,7 @@ def _importance(job: QuantizeJob) -> Any:
     names = gguf.get_tensor_name_map(FAMILIES[config["model_type"]], layers)
     entries = []
     for index in range(layers):
-        for linear, known in load_statistics(job.statistics, index, "cpu").items():
+        for linear, known in read_inputs(job.statistics, job.source, index, "cpu").items():
             own = names.get_name(f"model.layers.{index}.{linear}.weight", try_suffixes=(".weight",))
             values = (known.gram.diagonal() / job.tokens.numel()).tolist()
             data = (ctypes.c_float * len(values))(*values)
