@@ -46,17 +46,22 @@ def resumable_directory(destination: Path, key: str) -> Iterator[Path]:
     TaskError if the code of the stages is not found.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256("".join([key, *code_hashes()]).encode()).hexdigest()[:16]
-    scratch = destination.parent / f".{destination.name}.{digest}.part"
+    work = resumable_work(destination, key)
+    scratch = work.parent
     for other in destination.parent.glob(f".{destination.name}.*.part"):
         if other != scratch:
             shutil.rmtree(other, ignore_errors=True)
-    work = scratch / "new"
     work.mkdir(parents=True, exist_ok=True)
     yield work
     write_manifest(work)
     _put_in_place(work, destination, scratch / "old")
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def resumable_work(destination: Path, key: str) -> Path:
+    """The directory that `resumable_directory` yields; it may not exist."""
+    digest = hashlib.sha256("".join([key, *code_hashes()]).encode()).hexdigest()[:16]
+    return destination.parent / f".{destination.name}.{digest}.part" / "new"
 
 
 def code_hashes() -> list[str]:

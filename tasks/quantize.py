@@ -6,41 +6,29 @@ python -m tasks.quantize awq-int4
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tasks.activations.store import IDENTITY
 from tasks.device import compute_device
-from tasks.errors import TaskError
 from tasks.hardware import peak_memory
 from tasks.model.compatibility import check_fit
 from tasks.model.old_names import with_old_names
 from tasks.model.precisions import read_precisions
 from tasks.model.size import weight_bits
 from tasks.model.structure import overview, read_structure
-from tasks.output import MANIFEST, link_or_copy, resumable_directory, whole_directory, write_json
+from tasks.output import link_or_copy, resumable_directory, whole_directory, write_json
 from tasks.program import one_argument, run_stage
 from tasks.quantizers import QuantizeJob, press
+from tasks.quantizers.identity import identity_of, read_tokens, versions
 from tasks.quantizers.parallel import held_beside
 from tasks.settings import Settings
 from tasks.settings.variant import BUILTIN, VariantSettings
 from tasks.tensor_files import OUTPUT, TensorFiles
 
-# Libraries that affect the result, by backend.
-LIBRARIES = {
-    "none": (),
-    BUILTIN: ("torch", "transformers", "compressed-tensors"),
-    "llm-compressor": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
-    "autoawq": ("torch", "transformers", "autoawq"),
-    "llama.cpp": ("gguf", "llama-cpp-python"),
-}
 # Files copied with the weights.
 COMPANIONS = (
     "tokenizer*",
@@ -95,16 +83,13 @@ def quantize(
     name: str, variant: VariantSettings, model: Path, calibration: Path, statistics: Path, destination: Path
 ) -> QuantizeReport:
     """Make the variant and write its model directory. TaskError if its settings do not fit the model."""
-    from safetensors.torch import load_file
-
     check_fit(name, variant, model)
     device = compute_device()
     backend = "none" if variant.is_baseline else variant.backend
-    libraries = {library: version(library) for library in LIBRARIES[backend]}
-    tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
-    used = tokens[: variant.samples]
+    libraries = versions(variant)
+    used = read_tokens(variant, calibration)
     started = time.monotonic()
-    key = identity(variant, [model, calibration, *([statistics] if backend == BUILTIN else [])], libraries)
+    key = identity_of(variant, model, calibration, statistics)
     # our quantizer writes layer by layer and resumes
     place = resumable_directory(destination, key) if backend == BUILTIN else whole_directory(destination)
     with place as work:
@@ -146,19 +131,6 @@ def quantize(
         structure=overview(layers) if layers else {},
         kept=kept,
     )
-
-
-def identity(variant: VariantSettings, inputs: Sequence[Path], libraries: dict[str, str]) -> str:
-    """The identity of a variant: sha256 of its inputs' bytes, its settings and library versions. TaskError if an input
-    is incomplete."""
-    parts = [json.dumps(variant.model_dump(), sort_keys=True), json.dumps(libraries, sort_keys=True)]
-    for folder in inputs:
-        if not (folder / MANIFEST).exists():
-            raise TaskError(f"{folder} is missing or incomplete; run the earlier stages: modelpress run")
-        # of statistics, what does not depend on whether their Gram matrices are kept
-        said = folder / IDENTITY if (folder / IDENTITY).exists() else folder / MANIFEST
-        parts.append(said.read_text(encoding="utf-8"))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _kept(work: Path, prefixes: list[str]) -> dict[str, int]:

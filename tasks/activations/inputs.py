@@ -70,10 +70,10 @@ class Inputs(Mapping[str, Input]):
         return len(self._first)
 
     def changed(self, linears: list[str], change: Change) -> Inputs:
-        """These inputs, with a change of the one that `linears`, a whole group, read."""
-        first = self._first[linears[0]]
-        changes = {**self._changes, first: (*self._changes.get(first, ()), change)}
-        return Inputs(self.groups, self._read, changes)
+        """These inputs, with a change of those that `linears` read."""
+        firsts = {self._first[name] for name in linears}
+        changes = {first: (*self._changes.get(first, ()), change) for first in firsts}
+        return Inputs(self.groups, self._read, {**self._changes, **changes})
 
 
 def read_inputs(directory: Path, model: Path, layer: int, device: str, wanted: Collection[str] | None = None) -> Inputs:

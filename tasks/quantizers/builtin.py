@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -14,7 +14,6 @@ from tasks.formats import load_format
 from tasks.grid import Precision
 from tasks.hardware import available_memory
 from tasks.model.layout import (
-    linear_shapes,
     model_layout,
     outer_precisions,
     outer_tensor,
@@ -25,14 +24,18 @@ from tasks.model.linears import join
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers.checks import check_scaled
 from tasks.quantizers.layer import Layer, read_layer
-from tasks.quantizers.layerwise import Parts
-from tasks.quantizers.mixed import choose_precisions
+from tasks.quantizers.layerwise import PARTS, Parts
+from tasks.quantizers.mixed import choose_precisions, chosen_precisions
 from tasks.quantizers.output_layer import solve_outer
-from tasks.quantizers.parallel import press_side_by_side, processes
+from tasks.quantizers.parallel import job_devices, press_side_by_side
 from tasks.quantizers.propagation import PropagatedActivations
 from tasks.quantizers.sensitivity import STATE
+from tasks.quantizers.shares import Share
 from tasks.quantizers.solve import Recipe, solve_layer
+from tasks.quantizers.together import is_led, leading
 from tasks.schemes import MIXED
+
+WAIT = 0.5  # seconds between two looks at what other processes do
 
 
 def press_model(job: QuantizeJob) -> None:
@@ -40,20 +43,53 @@ def press_model(job: QuantizeJob) -> None:
     format."""
     variant = job.variant
     form = load_format(variant.format)
-    mixed = variant.scheme == MIXED
     outer = outer_precisions(variant, job.source)
-    precisions = choose_precisions(job) if mixed else uniform_precisions(variant, job.source, job.statistics)
+    precisions = choose_precisions(job) if variant.scheme == MIXED else _uniform(job)
     layout = model_layout(variant, job.source, {**precisions, **outer}, job.statistics)
     form.check(layout)
-    parts = Parts(job, form, scale_dtype(variant, job.source))
+    parts = _parts(job, precisions)
     _press_outside(job, parts, outer)
     if variant.propagate:
         _press_in_order(job, parts, precisions)
     else:
-        _press_apart(job, parts, precisions)
+        with leading(parts.folder):
+            _press_apart(job, parts, precisions)
     parts.finish(form.describe(layout))
     # only now, so that an interrupted run does not measure again
     (job.destination / STATE).unlink(missing_ok=True)
+
+
+def help_press(job: QuantizeJob, asked: Callable[[], bool]) -> int:
+    """Quantize shares of the model that another process, perhaps on another machine, presses to the same destination,
+    until none is left or the process has ended. Returns how many. asked: whether to go on, asked before each share."""
+    done = 0
+    parts: Parts | None = None
+    while asked():
+        if not is_led(job.destination / PARTS):
+            if parts:
+                break
+            time.sleep(WAIT)
+            continue
+        if parts is None:
+            precisions = chosen_precisions(job) if job.variant.scheme == MIXED else _uniform(job)
+            parts = _parts(job, precisions)
+        for share in parts.missing():
+            if _press_alone(job, precisions, share, parts):
+                done += 1
+                break
+        else:
+            break
+    return done
+
+
+def _uniform(job: QuantizeJob) -> dict[str, Precision]:
+    return uniform_precisions(job.variant, job.source, job.statistics)
+
+
+def _parts(job: QuantizeJob, precisions: Mapping[str, Precision]) -> Parts:
+    variant = job.variant
+    cut = not variant.propagate  # where each layer needs the dequantized one before it, layers stay whole
+    return Parts(job, load_format(variant.format), scale_dtype(variant, job.source), precisions, cut)
 
 
 def _press_outside(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision]) -> None:
@@ -66,60 +102,64 @@ def _press_outside(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Prec
 
 
 def _press_apart(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision]) -> None:
-    """Quantize layers independently, several at a time where that pays off."""
+    """Quantize shares of layers independently, several at a time where that pays off, and wait for those that other
+    processes have begun."""
+    unit = "layer" if all(share.whole for share in parts.shares) else "share"
     todo = parts.missing()
-    if job.device == "cpu" and todo:
-        weights = sum(rows * width for rows, width in linear_shapes(job.source, job.statistics).values()) // len(
-            parts.prefixes
-        )
-        count = processes(torch.get_num_threads(), len(todo), weights, available_memory())
-        if count > 1:
-            press_side_by_side(partial(_press_alone, job, precisions), todo, count)
-            return
-    for index in tqdm(todo, desc="quantizing", unit="layer", disable=not todo):
-        _press_layer(job, parts, precisions, index)
+    while todo:
+        devices = job_devices(job.device, todo, available_memory())
+        if len(devices) > 1:
+            press_side_by_side(partial(_press_alone, job, precisions), todo, devices, unit)
+        else:
+            for share in tqdm(todo, desc="quantizing", unit=unit):
+                _press_alone(job, precisions, share, parts)
+        todo = parts.missing()
+        if todo:
+            print(f"waiting for {len(todo)} {unit}{'s' * (len(todo) > 1)} begun by other processes", flush=True)
+            time.sleep(WAIT)
 
 
-def _press_alone(job: QuantizeJob, precisions: Mapping[str, Precision], index: int) -> None:
-    """Quantize one layer in its own process."""
-    parts = Parts(job, load_format(job.variant.format), scale_dtype(job.variant, job.source))
-    _press_layer(job, parts, precisions, index)
-
-
-def _press_layer(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision], index: int) -> None:
-    """Quantize one layer independently of the others."""
-    layer = _read(job, parts, index)
-    own = _own(layer, precisions)
-    solved = solve_layer(layer, own, Recipe.of(job.variant), parts.dtype) if own else {}
-    check_scaled(job, layer)
-    parts.write_layer(layer, solved, own)
+def _press_alone(
+    job: QuantizeJob, precisions: Mapping[str, Precision], share: Share, parts: Parts | None = None
+) -> bool:
+    """Quantize one share of a layer independently of the others, unless another process is at it; whether it was done
+    here. parts: None: in a process of its own."""
+    parts = parts or _parts(job, precisions)
+    with parts.claimed(share) as mine:
+        if mine:
+            layer = _read(job, parts, share)
+            own = _own(layer, precisions)
+            solved = solve_layer(layer, own, Recipe.of(job.variant), parts.dtype) if own else {}
+            check_scaled(job, layer, None if share.whole else parts.structure[share.layer])
+            parts.write_layer(share, layer, solved, own)
+    return mine
 
 
 def _press_in_order(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precision]) -> None:
     """Quantize layers in order, each with the activations of the quantized layers before it."""
     stream = PropagatedActivations(job)
     todo = parts.missing()
-    for index in tqdm(todo, desc="quantizing", unit="layer", disable=not todo):
-        layer = _read(job, parts, index)
+    for share in tqdm(todo, desc="quantizing", unit="layer", disable=not todo):
+        layer = _read(job, parts, share)
         own = _own(layer, precisions)
         if own:
-            layer.inputs = stream.inputs(index)
+            layer.inputs = stream.inputs(share.layer)
             solved = solve_layer(layer, own, Recipe.of(job.variant), parts.dtype)
             check_scaled(job, layer)
             dense: dict[str, Tensor] = {f"{name}.weight": weight.weight() for name, weight in solved.items()}
-            stream.advance(index, join(layer.tensors | dense, layer.structure.linears), own)
+            stream.advance(share.layer, join(layer.tensors | dense, layer.structure.linears), own)
         else:
             solved = {}
-        parts.write_layer(layer, solved, own)
+        parts.write_layer(share, layer, solved, own)
     stream.close()
 
 
-def _read(job: QuantizeJob, parts: Parts, index: int) -> Layer:
-    """Read a layer; for a skipped one, only its stored weights."""
-    own = parts.structure[index]
-    if index in job.variant.skip_layers or not own.linears:
-        return Layer(index, own, parts.files.below(own.prefix), Inputs.of({}, []))
-    return read_layer(job, parts.files, own, index)
+def _read(job: QuantizeJob, parts: Parts, share: Share) -> Layer:
+    """Read a share of a layer; of a skipped layer, only its stored weights."""
+    own = share.structure
+    if share.layer in job.variant.skip_layers or not own.linears:
+        return Layer(share.layer, own, parts.files.below(own.prefix), Inputs.of({}, []))
+    return read_layer(job, parts.files, share)
 
 
 def _own(layer: Layer, precisions: Mapping[str, Precision]) -> dict[str, Precision]:

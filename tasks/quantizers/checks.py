@@ -15,7 +15,8 @@ from torch import Tensor
 from tasks.errors import TaskError
 from tasks.grid import QuantizedWeight
 from tasks.model.decoder import Decoder
-from tasks.model.linears import join
+from tasks.model.linears import join, split
+from tasks.model.structure import LayerStructure
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers.layer import Layer
 
@@ -24,15 +25,19 @@ CHANGED = 2e-3  # relative to the largest number; norms stored in bfloat16 are c
 STRANGE = 1.0  # relative; a weight and another's rounding are about 1.4 apart, a weight and its own below 0.5
 
 
-def check_scaled(job: QuantizeJob, layer: Layer) -> None:
-    """TaskError if the layer, scaled but not yet rounded, makes other numbers than the source's."""
+def check_scaled(job: QuantizeJob, layer: Layer, whole: LayerStructure | None = None) -> None:
+    """TaskError if the layer, scaled but not yet rounded, makes other numbers than the source's. whole: the structure
+    of the layer, if `layer` is a share of it."""
     if not layer.scaled:
         return
     decoder, hidden = _decoder(job.source, job.device)
+    scaled = layer.tensors
+    if whole:
+        scaled = split(decoder.files.below(layer.prefix), whole.linears) | scaled
     with torch.no_grad():
         with decoder.layer(layer.index) as own:
             before = decoder.everything(layer.index, own, hidden)
-        with decoder.layer(layer.index, join(layer.tensors, layer.structure.linears)) as own:
+        with decoder.layer(layer.index, join(scaled, (whole or layer.structure).linears)) as own:
             after = decoder.everything(layer.index, own, hidden)
     pairs = zip(before, after, strict=True)
     far = max(((a - b).abs().amax() / b.abs().amax().clamp(min=1e-12)).item() for b, a in pairs if b.numel())

@@ -15,14 +15,15 @@ from tasks.model.linears import split
 from tasks.model.pairs import Pair
 from tasks.model.structure import LayerStructure
 from tasks.quantizers import QuantizeJob
+from tasks.quantizers.shares import Share
 from tasks.solvers import damped
 from tasks.tensor_files import TensorFiles
 
 
 @dataclass
 class Layer:
-    """One decoder layer. tensors: by the rest of their names on disk, weights as float32 on the job's device, those of
-    a stack as matrices of their own; inputs: by linear layer; scaled: the pairs whose factors were
+    """One decoder layer, or a share of it. tensors: by the rest of their names on disk, weights as float32 on the job's
+    device, those of a stack as matrices of their own; inputs: by linear layer; scaled: the pairs whose factors were
     moved; grouped: whether those may in which several channels follow one row."""
 
     index: int
@@ -117,9 +118,11 @@ def _scaled(known: Input, scale: Tensor) -> Input:
     return Input(known.gram / scale[:, None] / scale, known.largest / scale, known.mean / scale)
 
 
-def read_layer(job: QuantizeJob, files: TensorFiles, structure: LayerStructure, index: int) -> Layer:
-    """Read a layer with the statistics of its inputs."""
-    stored = {name: tensor.to(job.device, torch.float32) for name, tensor in files.below(structure.prefix).items()}
-    known = read_inputs(job.statistics, job.source, index, job.device)
-    whole = split(stored, structure.linears)
-    return Layer(index, structure, whole, known, grouped=job.variant.grouped_values)
+def read_layer(job: QuantizeJob, files: TensorFiles, share: Share) -> Layer:
+    """Read a layer, or a share of it, with the statistics of its inputs, which are read as they are needed."""
+    structure = share.structure
+    names = [*share.others, *dict.fromkeys(linear.tensor for linear in structure.linears.values())]
+    stored = split({name: files.read(structure.prefix + name) for name in names}, structure.linears)
+    tensors = {name: tensor.to(job.device, torch.float32) for name, tensor in stored.items()}
+    inputs = read_inputs(job.statistics, job.source, share.layer, job.device, structure.linears)
+    return Layer(share.layer, structure, tensors, inputs, grouped=job.variant.grouped_values)

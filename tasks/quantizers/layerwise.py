@@ -1,13 +1,14 @@
 """Write a quantized model layer by layer, without holding it whole in memory.
 
-Each finished layer is saved to its own file, so an interrupted run resumes.
+Each finished layer, or share of a large one, is saved to its own file, so an interrupted run resumes.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,57 +26,70 @@ from tasks.output import write_json
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers.checks import check_solved
 from tasks.quantizers.layer import Layer
+from tasks.quantizers.shares import Share, shares, whole_layer
+from tasks.quantizers.together import claimed
 from tasks.tensor_files import TensorFiles, save
 from tasks.tensor_files import join as join_files
 
+PARTS = "parts.part"
+
 
 class Parts:
-    """The parts of a quantized model on disk: a file for each decoder layer, and for each tensor outside.
+    """The parts of a quantized model on disk: a file for each share of a decoder layer, and for each tensor outside.
 
-    dtype: of unquantized tensors.
+    dtype: of unquantized tensors; quantized: the linear layers that are quantized; cut: whether layers that are large
+    are cut into several shares.
     """
 
-    def __init__(self, job: QuantizeJob, form: Format, dtype: torch.dtype) -> None:
+    def __init__(
+        self, job: QuantizeJob, form: Format, dtype: torch.dtype, quantized: Collection[str] = (), cut: bool = False
+    ) -> None:
         self.files = TensorFiles(job.source)
         self._job, self._format, self.dtype = job, form, dtype
-        self._folder = job.destination / "parts.part"
-        self._folder.mkdir(exist_ok=True)
+        self.folder = job.destination / PARTS
+        self.folder.mkdir(exist_ok=True)
         self.structure = read_structure(job.statistics)
         self.prefixes = [layer.prefix for layer in self.structure]
+        self.shares = [share for index in range(len(self.structure)) for share in self._shares(index, quantized, cut)]
 
-    def missing(self) -> list[int]:
-        """The decoder layers still to be quantized."""
-        return [index for index, prefix in enumerate(self.prefixes) if not self._path(prefix).exists()]
+    def claimed(self, share: Share) -> AbstractContextManager[bool]:
+        """See `claimed` in together.py."""
+        return claimed(self.folder / share.file)
+
+    def missing(self) -> list[Share]:
+        """The shares still to be quantized."""
+        return [share for share in self.shares if not (self.folder / share.file).exists()]
 
     def outside(self) -> list[str]:
         """Names of the model's tensors outside the decoder layers."""
         return [name for name in self.files if not name.startswith(tuple(self.prefixes))]
 
     def write_layer(
-        self, layer: Layer, solved: Mapping[str, QuantizedWeight], precisions: Mapping[str, Precision]
+        self, share: Share, layer: Layer, solved: Mapping[str, QuantizedWeight], precisions: Mapping[str, Precision]
     ) -> None:
-        """Write a decoder layer; the linear layers in `solved` are quantized. TaskError if one is another's."""
+        """Write a share of a decoder layer; the linear layers in `solved` are quantized. TaskError if one is
+        another's."""
         check_solved(layer, solved)
         dense = {name: own for name, own in layer.tensors.items() if name.removesuffix(".weight") not in solved}
         stored = join(dense, layer.structure.linears)
         tensors = {layer.prefix + name: self._stored(tensor) for name, tensor in stored.items()}
         for linear, weight in solved.items():
             tensors |= self._packed(layer.prefix + linear, weight, precisions[linear])
-        save(tensors, self._path(layer.prefix))
+        save(tensors, self.folder / share.file)
 
     def write_linear(self, name: str, weight: QuantizedWeight, precision: Precision) -> None:
         """Write a quantized layer outside the decoder layers."""
-        save(self._packed(name, weight, precision), self._path(f"{name}."))
+        save(self._packed(name, weight, precision), self._path(name))
 
     def write_dense(self, names: Iterable[str]) -> None:
         """Write unquantized tensors outside the decoder layers."""
         for name in names:
-            save({name: self._stored(self.files.read(name))}, self._path(f"{name}."))
+            save({name: self._stored(self.files.read(name))}, self._path(name))
 
     def finish(self, quantization_config: dict[str, Any]) -> None:
         """Join the parts into the model's weights, and write config.json."""
-        join_files(sorted(self._folder.glob("*.safetensors")), self._job.destination)
-        shutil.rmtree(self._folder)
+        join_files(sorted(self.folder.glob("*.safetensors")), self._job.destination)
+        shutil.rmtree(self.folder)
         described = json.loads((self._job.source / "config.json").read_text(encoding="utf-8"))
         described |= {
             "quantization_config": quantization_config,
@@ -95,8 +109,16 @@ class Parts:
             if (linear.stacked or linear.transposed) and layer.prefix + name in ends
         }
 
-    def _path(self, prefix: str) -> Path:
-        return self._folder / f"{prefix}safetensors"
+    def _shares(self, index: int, quantized: Collection[str], cut: bool) -> list[Share]:
+        own = self.structure[index]
+        names = [name.removeprefix(own.prefix) for name in self.files if name.startswith(own.prefix)]
+        solved = {name for name in own.linears if own.prefix + name in quantized}
+        if not cut or not solved:
+            return [whole_layer(index, own, names)]
+        return shares(index, own, names, solved, self._job.variant.grouped_values)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
     def _packed(self, name: str, weight: QuantizedWeight, precision: Precision) -> dict[str, Tensor]:
         return {f"{name}.{end}": tensor for end, tensor in self._format.pack(weight, precision).items()}

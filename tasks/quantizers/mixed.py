@@ -14,7 +14,7 @@ import torch
 from tasks.errors import TaskError
 from tasks.grid import Precision
 from tasks.model.layout import bits_per_weight, candidate_precisions, quantized_shapes
-from tasks.model.precisions import write_precisions
+from tasks.model.precisions import read_precisions, write_precisions
 from tasks.model.structure import LayerStructure, read_structure
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers.sensitivity import Sensitivity, measure
@@ -32,6 +32,13 @@ def choose_precisions(job: QuantizeJob) -> dict[str, Precision]:
     chosen = choose(shapes, found, candidates, job.variant, job.dtype, units)
     write_precisions(job.destination, chosen, {name: one.costs() for name, one in found.items()})
     return {name: precision for name, label in chosen.items() if (precision := candidates[label])}
+
+
+def chosen_precisions(job: QuantizeJob) -> dict[str, Precision]:
+    """What `choose_precisions` has recorded in the destination."""
+    candidates = candidate_precisions(job.variant, job.source)
+    chosen = {one["name"]: candidates[one["chosen"]] for one in read_precisions(job.destination)}
+    return {name: precision for name, precision in chosen.items() if precision}
 
 
 def choose(

@@ -27,6 +27,7 @@ from tasks.model.products import Product
 from tasks.model.structure import LayerStructure, read_structure
 from tasks.quantizers import QuantizeJob
 from tasks.quantizers.layer import Layer, read_layer
+from tasks.quantizers.shares import whole_layer
 from tasks.quantizers.solve import Recipe, round_layer, scale_channels
 from tasks.solvers import output_error
 from tasks.tensor_files import save
@@ -71,7 +72,8 @@ def measure(job: QuantizeJob, candidates: Mapping[str, Precision | None]) -> dic
         if index not in decoder.order:
             continue
         structure, origins = layers[index], decoder.origins(index)
-        known = read_layer(job, decoder.files, structure, index)
+        names = [name.removeprefix(structure.prefix) for name in decoder.files if name.startswith(structure.prefix)]
+        known = read_layer(job, decoder.files, whole_layer(index, structure, names))
         for linears in known.inputs.groups:
             known.damp(linears, DAMPING)
         with decoder.layer(index) as layer:

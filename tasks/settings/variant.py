@@ -223,6 +223,11 @@ class VariantSettings(Section):
         return bool(self.scheme == NONE)
 
     @property
+    def has_shares(self) -> bool:
+        """Whether several processes can quantize its layers, also on several machines (tasks/quantizers/assist.py)."""
+        return not self.is_baseline and self.backend == BUILTIN and not self.propagate
+
+    @property
     def precision(self) -> Scheme:
         """The scheme of all linear layers with overrides; KeyError for none, mixed and llama.cpp's schemes."""
         return self._overridden(self._preset)

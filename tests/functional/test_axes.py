@@ -18,7 +18,8 @@ from tasks.activations.store import load_statistics
 from tasks.errors import TaskError
 from tasks.export import export
 from tasks.formats.stored import StoredModel
-from tasks.quantize import QuantizeReport, identity
+from tasks.quantize import QuantizeReport
+from tasks.quantizers.identity import identity
 from tasks.runtimes import load_runtime
 from tasks.runtimes.dense import load_dense
 from tasks.solvers import output_error

@@ -137,7 +137,7 @@ def test_weights_that_change_places_are_caught(pressed: Pressed, monkeypatch: py
     """As of two experts, between solving and writing."""
     real = layerwise.Parts.write_layer
 
-    def swapped(parts: Any, layer: Layer, solved: dict[str, QuantizedWeight], precisions: Any) -> None:
+    def swapped(parts: Any, share: Any, layer: Layer, solved: dict[str, QuantizedWeight], precisions: Any) -> None:
         names: dict[Any, list[str]] = {}
         for name, one in solved.items():
             names.setdefault(one.integers.shape, []).append(name)
@@ -145,7 +145,7 @@ def test_weights_that_change_places_are_caught(pressed: Pressed, monkeypatch: py
         if len(alike) < 2:
             pytest.skip("no two linear layers of a decoder layer have the same shape")
         first, second = alike[:2]
-        real(parts, layer, solved | {first: solved[second], second: solved[first]}, precisions)
+        real(parts, share, layer, solved | {first: solved[second], second: solved[first]}, precisions)
 
     monkeypatch.setattr(layerwise.Parts, "write_layer", swapped)
     with pytest.raises(TaskError, match="is another's"):

@@ -228,11 +228,11 @@ def test_several_processes_give_the_same_bytes(
 ) -> None:
     counted = []
 
-    def two(*_: Any) -> int:
+    def two(*_: Any) -> list[str]:
         counted.append(2)
-        return 2
+        return ["cpu", "cpu"]
 
-    monkeypatch.setattr("tasks.quantizers.builtin.processes", two)
+    monkeypatch.setattr("tasks.quantizers.builtin.job_devices", two)
     quantize("v", variant(name), model, calibration, statistics, tmp_path / "out")
     assert counted == [2]
     assert checksums(tmp_path / "out") == checksums(quantized(name))
@@ -440,7 +440,7 @@ def test_failure_leaves_the_destination_unchanged(
 def test_identity_covers_bytes_settings_and_libraries(
     model: Path, calibration: Path, statistics: Path, quantized: Quantized, tmp_path: Path
 ) -> None:
-    from tasks.quantize import identity
+    from tasks.quantizers.identity import identity
 
     libraries = {"torch": "1"}
     identities: Sequence[str] = [

@@ -17,6 +17,7 @@ from tasks.quantizers import QuantizeJob
 from tasks.quantizers import sensitivity as module
 from tasks.quantizers.layer import Layer, read_layer
 from tasks.quantizers.sensitivity import DAMPING, LENGTH, SEQUENCES, STATE, Sensitivity, measure
+from tasks.quantizers.shares import whole_layer
 from tasks.quantizers.solve import round_layer
 from tasks.settings import VariantSettings
 from tasks.solvers import gptq, output_error
@@ -63,7 +64,9 @@ def test_divergence_equals_that_of_the_whole_model(job: QuantizeJob) -> None:
         for name in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
             index = int(name.split(".")[2])
             structure = read_structure(job.statistics)[index]
-            layer = read_layer(job, TensorFiles(job.source), structure, index)
+            files = TensorFiles(job.source)
+            names = [name.removeprefix(structure.prefix) for name in files if name.startswith(structure.prefix)]
+            layer = read_layer(job, files, whole_layer(index, structure, names))
             linear = name.partition(f"{index}.")[2]
             layer.damp([linear], DAMPING)
             weight, gram = layer.weight(linear), layer.inputs[linear].gram

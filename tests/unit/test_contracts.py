@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 from setuptools import find_packages
 
-from tasks.quantize import LIBRARIES
+from tasks.quantizers.identity import LIBRARIES
 from tasks.scoring.eval_tasks import local_tasks
 from tasks.settings import Settings, load_settings
 

@@ -76,7 +76,7 @@ def test_each_layer_is_quantized_once_with_a_share_of_the_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    press_side_by_side(partial(does, tmp_path), range(5), 2)
+    press_side_by_side(partial(does, tmp_path), range(5), ["cpu"] * 2)
     found = [(tmp_path / f"layer-{number}").read_text().split() for number in range(5)]
     assert found[0][0] != found[1][0]
     assert len({pid for pid, _ in found}) == 2
@@ -91,7 +91,7 @@ def test_each_layer_is_quantized_once_with_a_share_of_the_threads(
 def test_failure_in_one_process_ends_all(tmp_path: Path, press_layer: Any, kind: type[Exception], words: str) -> None:
     started = time.monotonic()
     with pytest.raises(kind, match=words):
-        press_side_by_side(partial(press_layer, tmp_path), range(2), 2)
+        press_side_by_side(partial(press_layer, tmp_path), range(2), ["cpu"] * 2)
     assert time.monotonic() - started < 1000
     assert not sleeping(tmp_path)
 
@@ -100,7 +100,7 @@ def test_processes_end_with_a_killed_stage(tmp_path: Path) -> None:
     program = (
         "import sys; from functools import partial; from pathlib import Path\n"
         "from tests.unit.test_parallel import press_side_by_side, sleeps\n"
-        "if __name__ == '__main__': press_side_by_side(partial(sleeps, Path(sys.argv[1])), range(2), 2)"
+        "if __name__ == '__main__': press_side_by_side(partial(sleeps, Path(sys.argv[1])), range(2), ['cpu'] * 2)"
     )
     (tmp_path / "stage.py").write_text(program)
     (tmp_path / "work").mkdir()
