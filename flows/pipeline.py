@@ -21,6 +21,7 @@ from prefect.states import Crashed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.errors import FlowError
+from flows.execution.assistants import Assistants
 from flows.execution.heartbeat import beating
 from flows.execution.output_backup import recover
 from flows.execution.runner import Executor, task_runner
@@ -37,6 +38,7 @@ from flows.tracking.mlflow_run import recorded
 from flows.tracking.prefect_artifacts import show_result
 from flows.workspace.run_lock import exclusive
 from tasks.hardware import cpu_cores
+from tasks.settings import Settings
 
 THREADS = Executor()
 PATIENCE = 15.0  # seconds for stages on a cluster to end after an interrupt
@@ -61,7 +63,7 @@ def bring_up_to_date(
     Returns the outcome of each stage: unchanged, restored or executed. FlowError names all failed stages.
     """
     log = get_run_logger()
-    read_settings(root / "params.yaml")
+    settings = read_settings(root / "params.yaml")
     with exclusive(root):
         check_dvc(root)
         for path in recover(root):
@@ -73,7 +75,7 @@ def bring_up_to_date(
         check_settings_work(root, downloaded=DOWNLOAD in plan and plan[DOWNLOAD].state == "unchanged")
         timeout = 60 * timeout_minutes if timeout_minutes else None
         with recorded(root, home, plan, log, _identity()) as record:
-            results, failures = _run_stages(root, home, plan, jobs, timeout, executor)
+            results, failures = _run_stages(root, home, plan, jobs, timeout, executor, settings)
             if failures:
                 if "report" in results:  # perhaps no variant passed, which is also a result
                     record.results(results)
@@ -85,12 +87,19 @@ def bring_up_to_date(
 
 
 def _run_stages(
-    root: Path, home: Path, plan: Plan, jobs: int, timeout: float | None, executor: Executor
+    root: Path,
+    home: Path,
+    plan: Plan,
+    jobs: int,
+    timeout: float | None,
+    executor: Executor,
+    settings: Settings,
 ) -> tuple[dict[str, str], dict[str, BaseException]]:
     """Results and errors by stage. After a failure, the stages that depend on the failed one are skipped."""
     log = get_run_logger()
     cores = cpu_cores()
     running: dict[str, PrefectFuture[Any]] = {}
+    began: dict[str, float] = {}
     # keep states of ended stages, not futures: a cluster recomputes the futures of a lost worker
     states: dict[str, State[Any]] = {}
     results: dict[str, str] = {}
@@ -118,6 +127,7 @@ def _run_stages(
             wait_for=needed,
         )
         running[name] = future
+        began[name] = time.monotonic()
         future.add_done_callback(lambda _: ended.put(name))
 
     def upstreams() -> dict[str, tuple[str, ...]]:
@@ -131,6 +141,8 @@ def _run_stages(
         beating(root, str(flow_run.id)) as pulse,
         stopped_on_error(),
     ):
+        elsewhere = None if executor.cluster else max(1, cores // jobs)
+        helpers = Assistants(root, settings, there, ended.put, jobs, elsewhere, pulse) if executor.elsewhere else None
         while True:
             starting = startable(upstreams(), results, running, jobs)
             threads = [threads_of(name, starting, running, jobs, cores) for name in starting]
@@ -138,7 +150,13 @@ def _run_stages(
                 submit(name, count)
             if not running:
                 return results, failures
-            name = ended.get()
+            again = helpers.send({name: began[name] for name in running}) if helpers else None
+            try:
+                name = ended.get(timeout=again)
+            except queue.Empty:  # a stage has run long enough to be helped
+                continue
+            if helpers and helpers.done(name):
+                continue
             outcome, state = _outcome(name, running.pop(name))
             states[name] = state
             error = _refusal(root, name, outcome) if state.is_completed() else _error(name, outcome, state)

@@ -125,6 +125,62 @@ def _check_records(server: str, toy: Toy) -> None:
     assert len({line for line in lines if ", worker process " in line}) >= 2
 
 
+HELPER = """
+import os, sys, time
+from pathlib import Path
+
+name, until = sys.argv[1:]
+Path(f"helper-{name}").write_text(str(os.getpid()))
+while Path(until).exists() and not Path(f"go-quantize@{name}").exists():
+    time.sleep(0.1)
+print("helped")
+"""
+
+
+def test_an_idle_worker_helps_a_stage_that_shares_its_work(
+    toy: Toy, tmp_path: Path, start: Callable[..., Run], prefect_server: str
+) -> None:
+    toy.set(variants__int8__smoothing=0.45)
+    toy.write("tasks/quantizers/__init__.py", "")
+    toy.write("tasks/quantizers/assist.py", HELPER)
+    alike = toy.copy(tmp_path / "alike")
+    toy.wish("quantize@int8", "sleep 6")
+    run = start(toy, MODELPRESS_ASSIST_AFTER="0")
+    stage = stage_process(toy, "quantize@int8")
+    assert soon((toy.root / "helper-int8").exists, 60)
+    helper = int((toy.root / "helper-int8").read_text())
+    assert worker_of(helper) != worker_of(stage)
+    toy.write("go-quantize@int8", "")
+    output = run.end()
+    assert run.process.returncode == 0, output
+    assert soon(lambda: not psutil.pid_exists(helper), 20)
+    assert not list((toy.root / ".modelpress/assist").iterdir())
+    alike.run()
+    assert outputs(toy) == outputs(alike)
+
+
+def test_a_helper_that_fails_or_hangs_does_not_matter(toy: Toy, start: Callable[..., Run]) -> None:
+    toy.set(variants__int8__smoothing=0.45)
+    toy.write("tasks/quantizers/__init__.py", "")
+    toy.write("tasks/quantizers/assist.py", HELPER + "\nsys.exit('error: found 3, expected 4')")
+    toy.wish("quantize@int8", "sleep 6")
+    run = start(toy, MODELPRESS_ASSIST_AFTER="0")
+    assert soon((toy.root / "helper-int8").exists, 90)
+    toy.write("go-quantize@int8", "")
+    output = run.end()
+    assert run.process.returncode == 0, output
+    assert "quantize@int8 did without help: found 3, expected 4" in output
+
+    (toy.root / "go-quantize@int8").unlink()
+    (toy.root / "helper-int8").unlink()
+    toy.set(variants__int8__smoothing=0.55)
+    run = start(toy, MODELPRESS_ASSIST_AFTER="0")
+    assert soon((toy.root / "helper-int8").exists, 90)
+    output = run.end()
+    assert run.process.returncode == 0, output
+    assert soon(lambda: not psutil.pid_exists(int((toy.root / "helper-int8").read_text())), 20)
+
+
 def test_nothing_to_do_starts_no_cluster(toy: Toy, start: Callable[..., Run]) -> None:
     run = start(toy)
     assert "8 unchanged" in run.end()

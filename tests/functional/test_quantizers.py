@@ -478,7 +478,7 @@ def test_interrupted_mixture_does_not_measure_again(
 
     expected = checksums(quantized("auto"))
     with monkeypatch.context() as patch:
-        patch.setattr("tasks.quantizers.builtin._press_layer", stop)
+        patch.setattr("tasks.quantizers.builtin._press_alone", stop)
         with pytest.raises(KeyboardInterrupt):
             quantize("v", variant("auto"), model, calibration, statistics, tmp_path / "out")
     monkeypatch.setattr("tasks.quantizers.sensitivity._trial", stop)
