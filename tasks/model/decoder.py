@@ -7,7 +7,7 @@ arguments of a layer, and what follows the last one, are the model's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from tasks.errors import TaskError
 from tasks.hardware import release_memory
+from tasks.model import mapped
 from tasks.model.linears import Origins
+from tasks.model.mapped import Mapped
 from tasks.model.names import Names, in_own_storage
 from tasks.model.skeleton import embedded, find_layers, place, replaced, skeleton, tensor_at
 from tasks.tensor_files import TensorFiles
@@ -124,18 +126,25 @@ class Decoder:
         """Load the layer for the duration of the body. tensors: by the rest of their names on disk, instead of those in
         the model's files."""
         layer, inside = self._layers[index], self._inside(index)
-        if tensors is None:
-            found = {name: self.files.read(name) for name in self._names.stored(inside)}
-        else:
-            prefix = self.layer_prefix(index)
-            found = {prefix + name: tensor for name, tensor in tensors.items()}
-        names = [name for name in self.model.state_dict() if name.startswith(inside)]
-        self._load(found, names, self.products)
-        yield layer
+        with self.roomy(index):
+            if tensors is None:
+                found = {name: self.files.read(name) for name in self._names.stored(inside)}
+            else:
+                prefix = self.layer_prefix(index)
+                found = {prefix + name: tensor for name, tensor in tensors.items()}
+            names = [name for name in self.model.state_dict() if name.startswith(inside)]
+            self._load(found, names, self.products)
+            del found
+            yield layer
         size = sum(parameter.nbytes for parameter in layer.parameters())
         self._unload(names)
         if size > LARGE:
             release_memory()
+
+    def roomy(self, index: int) -> AbstractContextManager[object]:
+        """For work with copies of the layer's weights: where the layer is large, they are put into files."""
+        parameters = sum(parameter.numel() for parameter in self._layers[index].parameters())
+        return Mapped() if 4 * parameters > mapped.LAYER else nullcontext()
 
     def run(self, index: int, layer: nn.Module, hidden: Tensor, batch: int = 0) -> Tensor:
         """Run hidden states through `layer`, loaded by `layer(index)`, as in the whole model. batch: the number of the
@@ -151,7 +160,8 @@ class Decoder:
         shapes = {name: self.files.entry(name).shape for name in self._names.stored(inside)}
         key = str(sorted((name.removeprefix(prefix), shape) for name, shape in shapes.items()))
         if key not in self._origins:
-            self._origins[key] = self._names.origins(shapes, inside, prefix)
+            with self.roomy(index):
+                self._origins[key] = self._names.origins(shapes, inside, prefix)
         return self._origins[key]
 
     def shared_weights(self, index: int) -> set[str]:

@@ -147,8 +147,8 @@ class Origins:
                 continue
             count = torch.Size(shape[:-1]).numel()
             numbers = torch.arange(start, start + count, dtype=torch.float32)
-            rows[name] = numbers[:, None].expand(count, shape[-1]).reshape(shape).contiguous()
-            columns[name] = torch.arange(shape[-1], dtype=torch.float32).expand(shape).contiguous()
+            rows[name] = numbers.reshape(shape[:-1])[..., None].expand(shape)  # takes no memory
+            columns[name] = torch.arange(shape[-1], dtype=torch.float32).expand(shape)
             start += count
         return rows, columns
 

@@ -31,13 +31,13 @@ def check_scaled(job: QuantizeJob, layer: Layer, whole: LayerStructure | None = 
     if not layer.scaled:
         return
     decoder, hidden = _decoder(job.source, job.device)
-    scaled = layer.tensors
-    if whole:
-        scaled = split(decoder.files.below(layer.prefix), whole.linears) | scaled
     with torch.no_grad():
         with decoder.layer(layer.index) as own:
             before = decoder.everything(layer.index, own, hidden)
-        with decoder.layer(layer.index, join(scaled, (whole or layer.structure).linears)) as own:
+        with decoder.roomy(layer.index):
+            scaled = split(decoder.files.below(layer.prefix), whole.linears) if whole else {}
+            tensors = join(scaled | layer.tensors, (whole or layer.structure).linears)
+        with decoder.layer(layer.index, tensors) as own:
             after = decoder.everything(layer.index, own, hidden)
     pairs = zip(before, after, strict=True)
     far = max(((a - b).abs().amax() / b.abs().amax().clamp(min=1e-12)).item() for b, a in pairs if b.numel())
