@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tasks.companion_files import companion_files
 from tasks.device import compute_device
 from tasks.errors import TaskError
 from tasks.hardware import peak_memory
@@ -40,19 +41,6 @@ LIBRARIES = {
     "autoawq": ("torch", "transformers", "autoawq"),
     "llama.cpp": ("gguf", "llama-cpp-python"),
 }
-# Files copied with the weights.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 @dataclass(frozen=True)
@@ -168,11 +156,10 @@ def _kept(work: Path, prefixes: list[str]) -> dict[str, int]:
 
 
 def _add_companions(model: Path, work: Path) -> None:
-    """Copy the model's tokenizer, template, generation config and licence, byte for byte."""
-    for pattern in COMPANIONS:
-        for file in sorted(model.glob(pattern)):
-            (work / file.name).unlink(missing_ok=True)
-            link_or_copy(file, work / file.name)
+    """Copy the model's tokenizer, processor, template, generation config and licence, byte for byte."""
+    for name in companion_files(file.name for file in model.iterdir()):
+        (work / name).unlink(missing_ok=True)
+        link_or_copy(model / name, work / name)
     # llm-compressor's record of its run, which params.yaml replaces
     (work / "recipe.yaml").unlink(missing_ok=True)
     for file in work.iterdir():

@@ -10,6 +10,7 @@ import yaml
 
 from tasks.companion_files import is_licence
 from tasks.reporting.columns import interval_method
+from tasks.reporting.kept import Kept
 from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.provenance import without_folders
 from tasks.reporting.render import render
@@ -24,12 +25,17 @@ HUB_LICENCES = (
 
 
 def model_card(
-    summary: Mapping[str, Any], settings: Settings, files: Iterable[str], quant_method: str, own_reader: bool = False
+    summary: Mapping[str, Any],
+    settings: Settings,
+    files: Iterable[str],
+    quant_method: str,
+    own_reader: bool = False,
+    kept: Kept | None = None,
 ) -> str:
     """README.md for the bundle of the winner of `summary`: YAML front matter for the hub, then Markdown.
 
     files: the other files in the bundle; quant_method: the format's name in its config.json; own_reader: whether
-    Transformers may not read the model as it was written (tasks/runtimes/dense.py).
+    Transformers may not read the model as it was written (tasks/runtimes/dense.py); kept: of the source.
     """
     files = sorted(files)
     summary = without_folders(dict(summary))
@@ -51,6 +57,7 @@ def model_card(
         quant_method=quant_method,
         own_reader=own_reader and quant_method == "compressed-tensors",
         stacks="places.json" in files,
+        kept=kept,
         intervals=interval_method(summary["gate"]),
         chat_template="chat_template.jinja" in files,
     )

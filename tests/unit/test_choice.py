@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tasks.companion_files import small_files
+from tasks.companion_files import companion_files, small_files
 from tasks.errors import TaskError
 from tasks.sources.choice import check_config, weight_files
 from tasks.sources.files import require_space, size
@@ -45,6 +45,23 @@ def test_only_model_files_are_taken() -> None:
     taken = ["LICENSE", "LICENCE.md", "NOTICE", "chat_template.jinja", "config.json", "merges.txt", "tokenizer.model"]
     left = ["README.md", ".gitattributes", "modeling_x.py", "pytorch_model.bin", "onnx/config.json", "logo.png"]
     assert small_files([*left, *taken]) == sorted(taken)
+
+
+PROCESSORS = {  # what the publishers put beside the weights
+    "qwen-vl": "chat_template.json preprocessor_config.json video_preprocessor_config.json vocab.json merges.txt",
+    "gemma3": "added_tokens.json chat_template.json preprocessor_config.json processor_config.json tokenizer.model",
+    "mistral3": "SYSTEM_PROMPT.txt preprocessor_config.json processor_config.json tekken.json",
+    "llama4": "LICENSE USE_POLICY.md chat_template.jinja preprocessor_config.json processor_config.json",
+    "internvl": "preprocessor_config.json processor_config.json video_preprocessor_config.json",
+    "audio": "feature_extractor_config.json audio_preprocessor_config.json special_tokens_map.json source.spm",
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_files_of_the_processor_are_fetched_and_kept(kind: str) -> None:
+    names = PROCESSORS[kind].split()
+    own = ["config.json", "model.safetensors.index.json"]
+    assert companion_files(small_files([*names, *own, "linears.json", "source.json"])) == sorted(names)
 
 
 def test_decoder_is_accepted_without_its_custom_code() -> None:
