@@ -20,6 +20,7 @@ from tasks.reporting.model_card import model_card
 from tasks.reporting.provenance import dvc_identity, git_state, without_folders
 from tasks.reporting.summary import HOW, read_json
 from tasks.settings import BUILTIN, Settings
+from tasks.sources.choice import auto_class
 
 SUMS = "SHA256SUMS"
 CARD, PROVENANCE = "README.md", "provenance.json"
@@ -82,7 +83,7 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
 
         own = form == "compressed-tensors" and needs_own_reader(bundle, form)
         same = kept(bundle, inputs.source)
-        write_text(bundle / CARD, model_card(summary, settings, files, form, own, same))
+        write_text(bundle / CARD, model_card(summary, settings, files, form, auto_class(config), own, same))
         write_json(bundle / PROVENANCE, provenance(summary, settings, inputs, same))
         text = attempt(bundle, settings.target, settings.evaluation.dtype)
     return Package(name, sum(p.stat().st_size for p in destination.rglob("*") if p.is_file()), text)

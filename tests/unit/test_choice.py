@@ -23,8 +23,22 @@ def test_copies_of_the_weights_are_left_out() -> None:
 
 def test_shards_are_taken_where_there_is_an_index() -> None:
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    names = [*shards, "model.safetensors.index.json", "consolidated.safetensors", "model.safetensors"]
+    names = [*shards, "model.safetensors.index.json", "consolidated.safetensors"]
     assert weight_files(names, "here") == shards
+
+
+def test_the_index_may_name_its_files_otherwise() -> None:
+    names = ["model.safetensors-00001-of-00002.safetensors", "experts.safetensors", "model.safetensors.index.json"]
+    assert weight_files([*names, "other.safetensors"], "here", dict(zip("ab", names, strict=False))) == sorted(
+        names[:2]
+    )
+
+
+def test_two_models_in_one_folder_are_refused() -> None:
+    names = ["model-00001-of-00001.safetensors", "model.safetensors.index.json", "model.safetensors"]
+    with pytest.raises(TaskError, match=r"has both model.safetensors and model.safetensors.index.json"):
+        weight_files(names, "here", {"a": names[0]})
+    assert "model.safetensors" in weight_files(names, "here", {"a": "model.safetensors"})
 
 
 @pytest.mark.parametrize(
@@ -32,6 +46,7 @@ def test_shards_are_taken_where_there_is_an_index() -> None:
     [
         (["pytorch_model.bin", "config.json"], "only as pytorch_model.bin, which is refused"),
         (["adapter_model.safetensors"], "adapter_model.safetensors"),
+        (["adapter_config.json", "model.safetensors"], r"holds an adapter \(adapter_config.json\)"),
         (["config.json"], "has no weights"),
         ([], "found nothing"),
     ],
