@@ -371,12 +371,11 @@ def verdicts(rows: dict[str, Row]) -> dict[str, Any]:
 
 def refused(row: Row) -> str | None:
     """Why the type cannot be pressed, None if it can."""
-    for name in [] if row.passes else [*CHECKS, "statistics"]:
-        what = row.checks.get(name, PASSED)
-        if what != PASSED:
-            what = re.split(r"; |\. ", what.replace(NOT_BUILT, "a tiny one was not built"))[0]
-            return f"run layer by layer, its log-probability {what}" if what.startswith("differs") else what
-    return None
+    if row.passes:
+        return None
+    said = next(row.checks[name] for name in row.checks if row.checks[name] != PASSED)
+    what = re.split(r"; |\. | \(lists|: TypeError", said.replace(NOT_BUILT, "a tiny one was not built"))[0]
+    return what.replace("differs", "run layer by layer, its log-probabilities differ")
 
 
 def page(rows: dict[str, Row]) -> str:
