@@ -61,6 +61,12 @@ class Workplace:
         return [p.name for p in self.destination.parent.iterdir()] if self.destination.parent.exists() else []
 
 
+@pytest.fixture(autouse=True)
+def _no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The made-up exports hold no model that Transformers knows."""
+    monkeypatch.setattr("tasks.runtimes.dense.needs_own_reader", lambda *_: False)
+
+
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Settings]]:
     """The outputs of the stages before `package`, and the settings; cached by arguments. Copy it."""
