@@ -83,7 +83,7 @@ def _reads(model: Path, calibration: Path, wanted: list[int]) -> Iterator[tuple[
                 for part, module in modules.items():
                     module.register_forward_pre_hook(lambda _, args, own=read[part]: own.append(args[0][0]))
                 hidden = [decoder.run(index, layer, rows, number) for number, rows in enumerate(hidden)]
-                weights = {part: module.weight.clone() for part, module in modules.items()}
+                weights = {part: layer.get_parameter(f"mlp.{part}.weight").clone() for part in PARTS}
                 for module in modules.values():
                     module._forward_pre_hooks.clear()
             if index in wanted:

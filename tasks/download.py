@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tasks.companion_files import is_licence
 from tasks.errors import TaskError
 from tasks.model import from_gguf
-from tasks.model.announced import write_announced
+from tasks.model.announced import announced, write_announced
 from tasks.model.arrival import INDEX, Arrival, check_finite, clean_config, inspect, read_json
 from tasks.model.from_blocks import block_type, dequantize_blocks, full_names
 from tasks.model.old_names import with_old_class, with_old_names
@@ -26,7 +26,7 @@ from tasks.settings import ModelSettings
 from tasks.sources import Fetched, fetch_model
 from tasks.sources.choice import check_config
 from tasks.sources.files import require_space
-from tasks.tensor_files import BYTES, DTYPES, EMBEDDING, convert, needs_conversion, read_header
+from tasks.tensor_files import BYTES, DTYPES, convert, needs_conversion, read_header
 
 SOURCE = "source.json"
 
@@ -179,7 +179,8 @@ def _finish(
         write_text(work / "LICENSE", f"SPDX-License-Identifier: {licence}\nSource: {settings.source}\n")
     write_announced(work)
     headers = [read_header(p) for p in sorted(work.glob("*.safetensors"))]
-    for rows in (e.shape[0] for header in headers for n, e in header.items() if n == f"{EMBEDDING}.weight"):
+    embedding = f"{announced(work).embedding}.weight"
+    for rows in (header[embedding].shape[0] for header in headers if embedding in header):
         check_rows(tokenizer, rows)
     return SourceReport(
         source=settings.source,

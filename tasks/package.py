@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from tasks.checks.smoke import PROMPT, generates
-from tasks.companion_files import small_files
+from tasks.companion_files import companion_files
 from tasks.errors import TaskError
 from tasks.output import MANIFEST, checksums, link_or_copy, whole_directory, write_json, write_text
 from tasks.program import run_stage
+from tasks.reporting.kept import Kept, kept
 from tasks.reporting.model_card import model_card
 from tasks.reporting.provenance import dvc_identity, git_state, without_folders
 from tasks.reporting.summary import HOW, read_json
 from tasks.settings import BUILTIN, Settings
+from tasks.sources.choice import auto_class
 
 SUMS = "SHA256SUMS"
 CARD, PROVENANCE = "README.md", "provenance.json"
@@ -80,8 +82,9 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
         from tasks.runtimes.dense import needs_own_reader  # takes seconds to import
 
         own = form == "compressed-tensors" and needs_own_reader(bundle, form)
-        write_text(bundle / CARD, model_card(summary, settings, files, form, own))
-        write_json(bundle / PROVENANCE, provenance(summary, settings, inputs))
+        same = kept(bundle, inputs.source)
+        write_text(bundle / CARD, model_card(summary, settings, files, form, auto_class(config), own, same))
+        write_json(bundle / PROVENANCE, provenance(summary, settings, inputs, same))
         text = attempt(bundle, settings.target, settings.evaluation.dtype)
     return Package(name, sum(p.stat().st_size for p in destination.rglob("*") if p.is_file()), text)
 
@@ -93,8 +96,11 @@ def _reproducible(settings: Settings, name: str, device: str) -> str:
     return "not promised: quantized by a library, or on a GPU"
 
 
-def provenance(summary: Mapping[str, Any], settings: Settings, inputs: Inputs) -> dict[str, Any]:
-    """The winner's sources, revisions, checksums, parameters, commit, DVC identity, versions, seeds, machine.
+def provenance(
+    summary: Mapping[str, Any], settings: Settings, inputs: Inputs, same: Kept | None = None
+) -> dict[str, Any]:
+    """The winner's sources, revisions, checksums, parameters, commit, DVC identity, versions, seeds, machine, and what
+    of its source the bundle keeps.
 
     Reproducible byte for byte: contains no time, no duration and no path of this machine.
     """
@@ -109,6 +115,7 @@ def provenance(summary: Mapping[str, Any], settings: Settings, inputs: Inputs) -
             **{k: row[k] for k in (*HOW, "bits_per_weight", "identity", "device")},
             "reproducible": _reproducible(settings, name, row["device"]),
         },
+        "kept": same and same.facts(),
         "evaluation": {"contract": summary["contract"], "contract_hash": summary["contract_hash"]},
         "parameters": settings.model_dump(mode="json"),
         "seeds": {
@@ -136,11 +143,9 @@ def _same_bytes(name: str, evaluated: Mapping[str, str], linked: Mapping[str, st
 
 
 def _complete(bundle: Path, source: Path) -> None:
-    """Add files missing from the export: tokenizer, templates, licence."""
-    # the export has its own configuration and weight index
-    foreign = {*OF_THE_FOLDER, "config.json", "model.safetensors.index.json"}
-    for file in small_files(p.name for p in source.iterdir()):
-        if file not in foreign and not (bundle / file).exists():
+    """Add files missing from the export: tokenizer, processor, templates, licence."""
+    for file in companion_files(p.name for p in source.iterdir()):
+        if not (bundle / file).exists():
             link_or_copy(source / file, bundle / file)
 
 

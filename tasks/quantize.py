@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.companion_files import companion_files
 from tasks.device import compute_device
 from tasks.hardware import peak_memory
 from tasks.model.compatibility import check_fit
@@ -28,20 +29,6 @@ from tasks.quantizers.parallel import held_beside
 from tasks.settings import Settings
 from tasks.settings.variant import BUILTIN, VariantSettings
 from tasks.tensor_files import OUTPUT, TensorFiles
-
-# Files copied with the weights.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 @dataclass(frozen=True)
@@ -142,11 +129,10 @@ def _kept(work: Path, prefixes: list[str]) -> dict[str, int]:
 
 
 def _add_companions(model: Path, work: Path) -> None:
-    """Copy the model's tokenizer, template, generation config and licence, byte for byte."""
-    for pattern in COMPANIONS:
-        for file in sorted(model.glob(pattern)):
-            (work / file.name).unlink(missing_ok=True)
-            link_or_copy(file, work / file.name)
+    """Copy the model's tokenizer, processor, template, generation config and licence, byte for byte."""
+    for name in companion_files(file.name for file in model.iterdir()):
+        (work / name).unlink(missing_ok=True)
+        link_or_copy(model / name, work / name)
     # llm-compressor's record of its run, which params.yaml replaces
     (work / "recipe.yaml").unlink(missing_ok=True)
     for file in work.iterdir():

@@ -23,10 +23,20 @@ _LAYER = {
 }
 
 
-def write_gguf(path: Path, model: Path, kind: str = "Q4_1", *, words: str = "smollm", parts: int = 1) -> Path:
+def write_gguf(
+    path: Path,
+    model: Path,
+    kind: str = "Q4_1",
+    *,
+    words: str = "smollm",
+    parts: int = 1,
+    lost: str = "",
+    factors: bool = False,
+) -> Path:
     """Write the tiny llama in the folder `model` (float32 safetensors) to `path`, its matrices as `kind`.
 
-    `words`: llama.cpp's name of the pre-tokenization rule. `parts`: of how many files it says to be the first.
+    `words`: llama.cpp's name of the pre-tokenization rule. `parts`: of how many files it says to be the first. `lost`:
+    a tensor that is left out. `factors`: whether rotary frequencies are scaled by factors.
     """
     config = json.loads((model / "config.json").read_text())
     tokenizer = json.loads((model / "tokenizer.json").read_text())
@@ -47,7 +57,11 @@ def write_gguf(path: Path, model: Path, kind: str = "Q4_1", *, words: str = "smo
     writer.add_license("mit")
     _add_tokenizer(writer, tokenizer, words)
     writer.add_chat_template((model / "chat_template.jinja").read_text())
+    if factors:
+        writer.add_tensor("rope_freqs.weight", np.full(config["hidden_size"] // heads // 2, 8, np.float32))
     for name, weight in load_file(model / "model.safetensors").items():
+        if name == lost:
+            continue
         for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
             if part in name:
                 weight = _rotated(weight, count)

@@ -102,7 +102,7 @@ def tiny_model(
                 scale = 0.3 if "embed" in name else weight.shape[1] ** -0.5
                 weight.copy_(torch.randn(weight.shape, generator=random_numbers) * scale)
     if steps:
-        _train(model, tokenizer, steps, seed)
+        train(model, tokenizer, steps, seed)
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(do_sample=False, **ids)
     model.save_pretrained(directory)
@@ -110,10 +110,11 @@ def tiny_model(
     return directory
 
 
-def _train(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> None:
+def train(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, start: str = "") -> None:
+    """Train a model on the corpus's sentences. start: of each document."""
     import torch
 
-    texts = tokenizer([f"{t}\n\n" for t in _documents(random.Random(seed), 200)]).input_ids
+    texts = tokenizer([f"{start}{t}\n\n" for t in _documents(random.Random(seed), 200)]).input_ids
     ids = torch.tensor([i for text in texts for i in text])
     rows = ids[: len(ids) // 64 * 64].view(-1, 64)
     order = torch.Generator().manual_seed(seed)

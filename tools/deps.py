@@ -53,6 +53,7 @@ RULES = Rules(
         "tasks.errors": "messages and exit statuses",
         "tasks.output": "it writes files atomically; their contents come from elsewhere",
         "tasks.hardware": "it describes the machine, in messages and records",
+        "tasks.sources.known_types": "it refuses types of models before any work",
         "tasks.program": "it starts a stage and formats its errors",
     },
     through={"tasks.program": "it sets the environment that tasks.determinism describes"},

@@ -1,10 +1,10 @@
-"""Press a tiny random model of every type that Transformers knows, and write docs/models.md (`make models`).
+"""Press a tiny random model of every type that Transformers knows; write docs/models.md and known_types.json.
 
-python -m tools.models [TYPE ...] [--write]
+python -m tools.models [TYPE ...]    # `make models`, without a type
 
 For each type: statistics with importance, W4A16 with proven scaling and GPTQ, W8A8; the written models are read back by
 our own reader and, where it can, by Transformers, and generate a token. With types named, only these are tried and
-printed; without, docs/models.md is written. The last line is `N of M types pass`.
+printed; without, both files are written. The last line is `N of M types pass`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tasks.output import write_json
+from tasks.sources.known_types import FILE
 from tools.tiny_models import TYPES, write_tiny
 
 PAGE = Path("docs/models.md")
@@ -39,7 +42,7 @@ EXPECTED = {  # by check: what it shows
     "W8A8": "rounded weights and activations; read back, near the model",
     "generated": "the W4A16 model, read back, generates a token",
 }
-PASSED, SLOW = "+", "took too long"
+PASSED, SLOW, NOT_BUILT = "+", "took too long", "not built"
 
 
 @dataclass
@@ -289,7 +292,7 @@ def _try(kind: str, folder: str, queue: Any) -> None:
     try:
         row = Trial(kind, Path(folder)).run()
     except Exception as error:
-        row = Row(kind, TYPES[kind], {"streamed": f"not built: {' '.join(str(error).split())[:160]}"})
+        row = Row(kind, TYPES[kind], {"streamed": f"{NOT_BUILT}: {' '.join(str(error).split())[:160]}"})
     queue.put(asdict(row))
 
 
@@ -340,6 +343,7 @@ def main() -> None:
     rows = try_types(kinds or list(TYPES), os.cpu_count() or 1)
     if not kinds:
         PAGE.write_text(page(rows), encoding="utf-8")
+        write_json(FILE, verdicts(rows))
     print(total(rows))
 
 
@@ -348,9 +352,36 @@ def total(rows: dict[str, Row]) -> str:
     return f"{sum(row.passes for row in rows.values())} of {len(rows)} types pass"
 
 
+def in_vllm(row: Row) -> bool:
+    """Whether vLLM lists the architecture."""
+    return row.architecture in VLLM.read_text(encoding="utf-8").split()
+
+
+def verdicts(rows: dict[str, Row]) -> dict[str, Any]:
+    """The content of known_types.json. What took too long is not judged. needs: the library without which the type was
+    not built."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind, row in rows.items():
+        if SLOW in row.checks.values():
+            continue
+        engines = [name for name, reads in {"Transformers": row.native == "yes", "vLLM": in_vllm(row)}.items() if reads]
+        found[kind] = {"refused": refused(row), "engines": engines}
+        if missing := re.search(r"requires the (\w+) library", str(refused(row))):
+            found[kind]["needs"] = missing[1]
+    return {"transformers": version("transformers"), "vllm": VLLM_VERSION, "types": found}
+
+
+def refused(row: Row) -> str | None:
+    """Why the type cannot be pressed, None if it can."""
+    if row.passes:
+        return None
+    said = next(row.checks[name] for name in row.checks if row.checks[name] != PASSED)
+    what = re.split(r"; |\. | \(lists|: TypeError", said.replace(NOT_BUILT, "a tiny one was not built"))[0]
+    return what.replace("differs", "run layer by layer, its log-probabilities differ")
+
+
 def page(rows: dict[str, Row]) -> str:
     """The text of docs/models.md."""
-    known = set(VLLM.read_text(encoding="utf-8").split())
     lines = [
         "# Models",
         "",
@@ -367,6 +398,9 @@ def page(rows: dict[str, Row]) -> str:
         "  reader evaluates the model.",
         f"- **vLLM**: whether version {VLLM_VERSION} lists the architecture. The models were not run in it here.",
         "",
+        "A type that does not pass is refused by its config.json, before weights are fetched; so is one that neither",
+        "engine reads, for the target transformers (`tasks/sources/known_types.json`, of the same trial).",
+        "",
         "| type | streamed | scaled | W4A16 | W8A8 | generated | pairs | Transformers | vLLM | remarks |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -377,7 +411,7 @@ def page(rows: dict[str, Row]) -> str:
             f"{', '.join(f'`{name}`' for name in names)} in full precision: {why}" for why, names in row.left.items()
         ]
         remarks = "; ".join([*bad, *row.remarks, *left]).replace("|", "/")
-        vllm = "yes" if row.architecture in known else "no"
+        vllm = "yes" if in_vllm(row) else "no"
         lines.append(f"| {row.kind} | {' | '.join(marks)} | {row.pairs} | {row.native} | {vllm} | {remarks} |")
     return "\n".join([*lines, "", f"{total(rows)}.", ""])
 

@@ -32,7 +32,7 @@ _SIZES: list[tuple[Any, str]] = [
         "output_embedding_size word_embed_proj_dim lru_width attention_hidden_size max_position_embeddings n_positions "
         "n_ctx max_seq_len context_length max_target_positions max_source_positions out_hidden_size projection_dim "
         "projector_input_dim projector_output_dim vision_output_dim dim_model_base backbone_hidden_size embed_proj_dim "
-        "ngram_vocab_size_base encoder_hash_byte_group_vocab",
+        "ngram_vocab_size_base encoder_hash_byte_group_vocab hidden_size_global",
     ),
     (
         96,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tasks.errors import TaskError
 from tasks.settings import Settings
+from tasks.sources.known_types import known_type
 from tasks.tensor_files import EMBEDDING, OUTPUT, TensorFiles
 
 
@@ -15,6 +16,8 @@ class TransformersExporter:
 
     def check(self, settings: Settings, model: Path | None) -> None:
         """See `Exporter`."""
+        if model is not None and any(not variant.is_baseline for variant in settings.variants.values()):
+            _check_engines(model)
         for name, variant in settings.variants.items():
             if variant.embedding:
                 raise TaskError(
@@ -35,6 +38,17 @@ class TransformersExporter:
                 f"the embedding of {model} is quantized, but the target transformers looks up embeddings in full "
                 "precision; set target to onnx or gguf"
             )
+
+
+def _check_engines(model: Path) -> None:
+    """TaskError if it is known that no engine reads the model's type when it is pressed."""
+    kind = json.loads((model / "config.json").read_text(encoding="utf-8"))["model_type"]
+    known = known_type(kind)
+    if known and not known.engines:
+        raise TaskError(
+            f"no engine is known that reads a quantized {kind} model: tried were {known.tried} (docs/models.md); "
+            "choose another model, or set target to gguf or onnx if its runtime knows the type"
+        )
 
 
 _TIED = (

@@ -15,11 +15,13 @@ from tqdm import tqdm
 from tasks.errors import TaskError
 from tasks.model.skeleton import ties_output
 from tasks.sources.choice import by_blocks
-from tasks.tensor_files import OUTPUT, Entry, read_header
+from tasks.tensor_files import BYTES, OUTPUT, Entry, read_header
 
 INDEX = "model.safetensors.index.json"
 _ROTARY = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # computed from config.json
 _IGNORED = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
+_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 _NAMED = 3  # tensors in a message
 
 
@@ -107,14 +109,31 @@ def _check_tied(found: Arrival, weights: Mapping[str, Path], config: Mapping[str
 
 def known_config(config: Mapping[str, Any]) -> Any:
     """Transformers' configuration of a config.json; TaskError if it cannot be read."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     values = {key: value for key, value in config.items() if key not in ("quantization_config", *_IGNORED)}
     try:
-        return AutoConfig.for_model(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        known = AutoConfig.for_model(**values)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise TaskError(f"Transformers cannot read config.json: {reason}; fetch the model again") from error
+    _check_experts(known.get_text_config(decoder=True))
+    return known
+
+
+def _check_experts(text: Any) -> None:
+    """TaskError if more experts are chosen for a token than there are."""
+    chosen = next((name for name in _CHOSEN if getattr(text, name, None) is not None), None)
+    there = next((name for name in _EXPERTS if getattr(text, name, None)), None)
+    if chosen is None or there is None:
+        return
+    asked, count = getattr(text, chosen), getattr(text, there)
+    if not 0 < asked <= count:
+        raise TaskError(
+            f"config.json says that {chosen} is {asked}, but {there} is {count}; fetch the model again, or correct its "
+            "config.json"
+        )
 
 
 def _check_shapes(found: Arrival, config: Mapping[str, Any]) -> None:
@@ -125,6 +144,7 @@ def _check_shapes(found: Arrival, config: Mapping[str, Any]) -> None:
     from tasks.model.names import Names
     from tasks.model.skeleton import skeleton
 
+    _check_types(found)
     known = known_config({**config, "tie_word_embeddings": False} if found.untied else config)
     model = skeleton(known, torch.float32, "cpu")
     held = {name: entry.shape for entries in found.files.values() for name, entry in entries.items()}
@@ -137,7 +157,7 @@ def _check_shapes(found: Arrival, config: Mapping[str, Any]) -> None:
     ignored = {*names.ignored(names.strangers, missing=False)}
     extra = [name for name in names.strangers if name not in ignored]
     kind = config["model_type"]
-    if f"{OUTPUT}.weight" in missing:
+    if missing == [f"{OUTPUT}.weight"] and not extra:
         raise TaskError(
             f"the files have no {OUTPUT}.weight, and config.json does not tie the output layer to the embedding; "
             "without it Transformers would draw random numbers. Fetch the model again, or set tie_word_embeddings to "
@@ -156,6 +176,17 @@ def _check_shapes(found: Arrival, config: Mapping[str, Any]) -> None:
                 f"{name} has the shape {list(shape)}, but config.json describes {list(expected[name])}; fetch the "
                 "model again, or correct its config.json"
             )
+
+
+def _check_types(found: Arrival) -> None:
+    """TaskError if a weight is stored in a type of quantized models."""
+    for file, entries in found.files.items():
+        for name, entry in entries.items():
+            if name.endswith(".weight") and entry.dtype not in BYTES:
+                raise TaskError(
+                    f"{name} in {file} is stored as {entry.dtype}, but config.json says nothing of a quantized model; "
+                    "use the model in full precision, or fetch it again with its own config.json"
+                )
 
 
 def read_json(path: Path) -> Any:

@@ -124,14 +124,16 @@ class Decoder:
     @contextmanager
     def layer(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
         """Load the layer for the duration of the body. tensors: by the rest of their names on disk, instead of those in
-        the model's files."""
+        the model's files; weights that it shares with other layers, stored there, are read all the same."""
         layer, inside = self._layers[index], self._inside(index)
         with self.roomy(index):
             if tensors is None:
                 found = {name: self.files.read(name) for name in self._names.stored(inside)}
             else:
                 prefix = self.layer_prefix(index)
-                found = {prefix + name: tensor for name, tensor in tensors.items()}
+                elsewhere = (name for name in self._names.stored(inside) if not name.startswith(prefix))
+                found = {name: self.files.read(name) for name in elsewhere}
+                found |= {prefix + name: tensor for name, tensor in tensors.items()}
             names = [name for name in self.model.state_dict() if name.startswith(inside)]
             self._load(found, names, self.products)
             del found

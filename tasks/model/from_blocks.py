@@ -38,7 +38,7 @@ def dequantize_blocks(
 ) -> dict[str, Path]:
     """Write the weight files to `scratch` with full tensors in `dtype`, a torch name; the new files, by file name.
 
-    TaskError if a tensor has no factors.
+    TaskError if a tensor has no factors, or factors for other blocks.
     """
     kind, number = block_type(quantization), getattr(torch, dtype)
     place: dict[str, Path] = {}
@@ -65,7 +65,9 @@ def dequantize_blocks(
             else:
                 tensor = read(name)
                 if tensor.dtype == torch.float8_e4m3fn:
-                    tensor = _from_fp8(tensor, read(f"{name}{_SCALE}"), quantization["weight_block_size"])
+                    factors, block = read(f"{name}{_SCALE}"), quantization["weight_block_size"]
+                    _check_factors(name, tensor, factors, block)
+                    tensor = _from_fp8(tensor, factors, block)
                 tensors[name] = tensor.to(number) if tensor.is_floating_point() else tensor
         save(tensors, scratch / file_name)
         found[file_name] = scratch / file_name
@@ -80,6 +82,16 @@ def full_names(index: Mapping[str, str]) -> dict[str, str]:
         for name, file in names.items()
         if not (name.endswith(_SCALES) and name.removesuffix(_SCALES) in names)
     }
+
+
+def _check_factors(name: str, weight: Tensor, factors: Tensor, block: list[int]) -> None:
+    sizes = zip(weight.shape[-2:], block, strict=True)
+    expected = [*weight.shape[:-2], *(-(-size // width) for size, width in sizes)]
+    if list(factors.shape) != expected:
+        raise TaskError(
+            f"{name}{_SCALE} has the shape {list(factors.shape)}, but blocks of {block} in {list(weight.shape)} "
+            f"weights need {expected}; fetch the model again, or correct weight_block_size in its config.json"
+        )
 
 
 def _from_fp8(weight: Tensor, factors: Tensor, block: list[int]) -> Tensor:

@@ -66,12 +66,21 @@ def dequantize(path: Path, destination: Path, dtype: str) -> Quantized:
         with _parsed_once(reader):
             config = AutoConfig.from_pretrained(folder, gguf_file=name)
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, config=config)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=name, config=config, dtype=getattr(torch, dtype)
+            _check_rotary(reader, config, name)
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, config=config, dtype=getattr(torch, dtype), output_loading_info=True
             )
     except (ValueError, KeyError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise TaskError(f"transformers cannot read {name}: {reason}; use the model's safetensors") from error
+    model, loaded = found
+    missing = sorted({*loaded["missing_keys"], *(one[0] for one in loaded["mismatched_keys"])})
+    if missing := [one for one in missing if one not in (model.all_tied_weights_keys or {})]:
+        raise TaskError(
+            f"{name} does not give transformers {missing[0]}"
+            + f" and {len(missing) - 1} more" * (len(missing) > 1)
+            + f" of the {config.model_type} model, which would be random; use the model's safetensors"
+        )
     _fix(tokenizer, reader, splitter)
     # already dequantized, but the loaded model is marked as quantized and refuses to be saved
     model.hf_quantizer = None
@@ -95,6 +104,18 @@ def _read(path: Path) -> GGUFReader:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise TaskError(f"{path.name} is not a complete GGUF file ({error}); fetch it again") from error
+
+
+def _check_rotary(reader: GGUFReader, config: Any, name: str) -> None:
+    """TaskError if the file scales its rotary frequencies in a way that transformers does not read."""
+    read = getattr(config, "rope_parameters", None) or {}
+    scaling = _field(reader, f"{_field(reader, 'general.architecture')}.rope.scaling.type")
+    factors = [one.name for one in reader.tensors if one.name.startswith(("rope_freqs", "rope_factors"))]
+    if (factors or scaling not in (None, "none")) and read.get("rope_type", "default") == "default":
+        raise TaskError(
+            f"{name} scales its rotary frequencies ({', '.join(factors) or scaling}), which transformers does not read "
+            "from a GGUF file; use the model's safetensors"
+        )
 
 
 @contextmanager

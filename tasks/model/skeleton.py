@@ -34,10 +34,33 @@ def model_class(config: Any) -> Any:
 
 def skeleton(config: Any, dtype: torch.dtype, device: str) -> Any:
     """The model of a Transformers configuration: parameters on the meta device, buffers that no file holds on `device`
-    with their values. No parameter requires a gradient."""
+    with their values. No parameter requires a gradient. TaskError if Transformers cannot build it."""
+    try:
+        return _skeleton(model_class(config), config, dtype, device)
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise TaskError(
+            f"Transformers cannot build the {config.model_type} model that config.json describes: "
+            f"{type(error).__name__}: {first_line(error)}; fetch the model again, or correct its config.json"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _skeleton(kind: Any, config: Any, dtype: torch.dtype, device: str) -> Any:
     from transformers.modeling_utils import _load_parameter_into_model
 
-    kind = model_class(config)
     config._experts_implementation = EAGER
     with ExitStack() as stack:
         for context in kind.get_init_context(dtype, False, False, None):
@@ -65,7 +88,7 @@ def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """
     from transformers import PreTrainedModel
 
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = {name: one for name, one in model.named_modules() if isinstance(one, nn.ModuleList) and len(one)}
     called = _called(model, lists)
     recorded: set[str | None] = set()
@@ -88,8 +111,8 @@ def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
                 return outer[0], lists[outer[0]]
     found = ", ".join(f"{name} ({len(lists[name])})" for name in called) or "none"
     raise TaskError(
-        f"no list of {depth} decoder layers was found in the {model.config.model_type} model (lists of modules through "
-        f"which text passes: {found}); its layers cannot be pressed one by one"
+        f"no list of {depth or 'the'} decoder layers was found in the {model.config.model_type} model (lists of "
+        f"modules through which text passes: {found}); its layers cannot be pressed one by one"
     )
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from tasks.companion_files import is_licence
 from tasks.reporting.columns import interval_method
+from tasks.reporting.kept import Kept
 from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.provenance import without_folders
 from tasks.reporting.render import render
@@ -24,12 +25,19 @@ HUB_LICENCES = (
 
 
 def model_card(
-    summary: Mapping[str, Any], settings: Settings, files: Iterable[str], quant_method: str, own_reader: bool = False
+    summary: Mapping[str, Any],
+    settings: Settings,
+    files: Iterable[str],
+    quant_method: str,
+    auto_class: str,
+    own_reader: bool = False,
+    kept: Kept | None = None,
 ) -> str:
     """README.md for the bundle of the winner of `summary`: YAML front matter for the hub, then Markdown.
 
-    files: the other files in the bundle; quant_method: the format's name in its config.json; own_reader: whether
-    Transformers may not read the model as it was written (tasks/runtimes/dense.py).
+    files: the other files in the bundle; quant_method: the format's name in its config.json; auto_class: the class of
+    Transformers that loads it; own_reader: whether Transformers may not read the model as it was written
+    (tasks/runtimes/dense.py); kept: of the source.
     """
     files = sorted(files)
     summary = without_folders(dict(summary))
@@ -51,10 +59,14 @@ def model_card(
         quant_method=quant_method,
         own_reader=own_reader and quant_method == "compressed-tensors",
         stacks="places.json" in files,
+        kept=kept,
+        auto_class=auto_class,
         intervals=interval_method(summary["gate"]),
         chat_template="chat_template.jinja" in files,
     )
-    front = yaml.safe_dump(_front_matter(summary, settings, quant_method), sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(
+        _front_matter(summary, settings, quant_method, auto_class), sort_keys=False, allow_unicode=True
+    )
     return f"---\n{front}---\n\n{body}"
 
 
@@ -82,7 +94,7 @@ def _outer(settings: Settings, name: str) -> str:
     return f"; {' and '.join(rounded) or 'the output layer and the embedding are not quantized'}"
 
 
-def _front_matter(summary: Mapping[str, Any], settings: Settings, quant_method: str) -> dict[str, Any]:
+def _front_matter(summary: Mapping[str, Any], settings: Settings, quant_method: str, auto_class: str) -> dict[str, Any]:
     """The metadata block for the hub."""
     model, name = summary["model"], summary["winner"]
     row = summary["variants"][name]
@@ -95,7 +107,7 @@ def _front_matter(summary: Mapping[str, Any], settings: Settings, quant_method: 
         "base_model": base_model(model["source"]),
         "base_model_relation": "quantized",
         "library_name": settings.target,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if "Image" in auto_class else "text-generation",
         "tags": ["quantized", row["scheme"], f"{row['bits']}-bit", quant_method, "modelpress"],
         "quantization": {
             **{k: v for k, v in _made_by(settings, name).items() if k not in ("samples", "skip_layers")},

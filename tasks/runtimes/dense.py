@@ -37,7 +37,17 @@ def needs_own_reader(directory: Path, method: str) -> bool:
         return True
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     kinds = {config.get("model_type"), (config.get("text_config") or {}).get("model_type")}
-    return any(get_checkpoint_conversion_mapping(kind) for kind in kinds)
+    return any(get_checkpoint_conversion_mapping(kind) for kind in kinds) or _renamed(directory)
+
+
+def _renamed(directory: Path) -> bool:
+    """Whether tensors have other names in memory: then Transformers leaves quantized models in the dtype on disk."""
+    config = AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    stored = StoredModel(directory)
+    names = [*stored.dense, *(f"{name}.weight" for name in stored.quantized)]
+    found = Names(skeleton(config, torch.float32, "cpu"), names)
+    return any(target != name for name, target in found.target.items() if name not in found.strangers)
 
 
 def load_dense(directory: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from tasks.companion_files import small_files
 from tasks.errors import TaskError, TransientError
 from tasks.output import sha256
 from tasks.sources.address import HubAddress
-from tasks.sources.choice import weight_files
+from tasks.sources.choice import read_index, weight_files
 from tasks.sources.files import Fetched, check_pin, one_at_a_time, require_space, size
 
 Kind = Literal["model", "dataset"]
@@ -74,8 +74,9 @@ def fetch_model(address: HubAddress, check: Callable[[dict[str, Path]], None], d
             if commit is None or digest is None:
                 raise TaskError(f"{_endpoint()} returns no commit and no checksums, so it is not a model hub")
             remotes[f.rfilename] = _Remote(f.rfilename, url, f.size, digest)
-        weights = weight_files(remotes, _name(address))
+        weight_files(remotes, _name(address))  # before anything is fetched
         files = {name: _download(remotes[name], folder) for name in small_files(remotes)}
+        weights = weight_files(remotes, _name(address), read_index(files))
         check(files)
         missing = sum(remotes[n].bytes or 0 for n in weights if not (folder / remotes[n].digest).exists())
         require_space(folder, missing, f"downloading {_name(address)}")

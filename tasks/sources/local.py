@@ -8,7 +8,7 @@ from pathlib import Path
 from tasks.companion_files import small_files
 from tasks.errors import TaskError
 from tasks.sources.address import LocalAddress
-from tasks.sources.choice import weight_files
+from tasks.sources.choice import read_index, weight_files
 from tasks.sources.files import Fetched, check_pin
 
 
@@ -30,8 +30,8 @@ def fetch_model(address: LocalAddress, expected: str | None, check: Callable[[di
     if expected is not None:
         raise TaskError(f"sha256 cannot be given for {where}: it is a folder; set it to null")
     names = [p.name for p in path.iterdir() if p.is_file()]
-    weights = weight_files(names, where)
     files = {name: path / name for name in small_files(names)}
+    weights = weight_files(names, where, read_index(files))
     check(files)
     return Fetched("path", None, None, None, files | {n: path / n for n in weights}, own=True)
 

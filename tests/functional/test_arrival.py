@@ -222,23 +222,100 @@ class TestTokenizer:
         assert f"the token '<new>' with the id {rows}, but the embedding has only {rows} rows" in refusal(model)
 
 
-@pytest.mark.parametrize(
-    ("lost", "said"),
-    [
-        ("model.layers.1.mlp.experts.1.gate_proj.weight", r"do not make model.layers.1.mlp.experts.gate_up_proj"),
-        ("model.layers.1.mlp.experts.1.down_proj.weight", r"has the shape .3, "),
-        ("model.layers.1.mlp.gate.weight", r"1 are missing .model.layers.1.mlp.gate.weight."),
-    ],
-)
-def test_a_missing_expert_is_named(lost: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its matrices have other names and shapes on disk than in memory."""
+EXPERT, ROUTER = "model.layers.1.mlp.experts.1.down_proj.weight", "model.layers.1.mlp.gate.weight"
+STACK = r"model.layers.[01].mlp.experts.(gate_up|down)_proj"
+
+
+class TestExperts:
+    """Faulty mixtures: their matrices have other names and shapes on disk than in memory."""
+
+    @pytest.fixture(scope="class")
+    def sound(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        return tiny_model(tmp_path_factory.mktemp("mixture"), family="qwen3_moe", changes=experts)
+
+    @pytest.fixture
+    def mixture(self, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.chdir(tmp_path)
+        return Path(shutil.copytree(sound, tmp_path / "model"))
+
+    @pytest.mark.parametrize(
+        ("name", "change", "said"),
+        [
+            (EXPERT, None, rf"{STACK} has the shape .3, "),
+            (EXPERT.replace("down", "gate"), None, rf"do not make {STACK}"),
+            (ROUTER, None, rf"1 are missing .{ROUTER}."),
+            (
+                ROUTER,
+                lambda one: one.repeat(2, 1),
+                rf"{ROUTER} has the shape .8, 64., but config.json describes .4, 64",
+            ),
+            (EXPERT.replace(".1.down", ".7.down"), lambda _: torch.ones(64, 64), rf"{STACK} has the shape .5, "),
+            (EXPERT, lambda one: one * float("inf"), f"{EXPERT} holds [0-9]+ numbers that are not finite"),
+            (EXPERT, lambda one: one.to(torch.float8_e4m3fn), f"{EXPERT} in .* is stored as F8_E4M3"),
+            (EXPERT, lambda one: one.to(torch.int8), f"{EXPERT} in .* is stored as I8"),
+        ],
+    )
+    def test_a_wrong_tensor_is_named(
+        self, mixture: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None, said: str
+    ) -> None:
+        found = tensors(mixture)
+        one = found.pop(name, torch.empty(0))
+        write(mixture, found if change is None else found | {name: change(one)})
+        assert re.search(said, refusal(mixture))
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"num_local_experts": 8}, "has the shape .4, 64.*, but config.json describes .8"),
+            ({"num_local_experts": 2}, "has the shape .4, 64.*, but config.json describes .2"),
+            ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but num_local_experts is 4"),
+            ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0, but num_local_experts is 4"),
+            ({"moe_intermediate_size": 32}, rf"{STACK} has the shape"),
+            ({"head_dim": 32}, "_norm.weight has the shape .16., but config.json describes .32"),
+            ({"num_hidden_layers": 3}, "are missing .model.layers.2"),
+            ({"num_hidden_layers": 1}, "are not part of it .model.layers.1"),
+            ({"rope_parameters": None, "rope_scaling": {"rope_type": "other", "factor": 2.0}}, "KeyError: 'other'"),
+            ({"hidden_act": "other"}, "cannot build the qwen3_moe model .* KeyError: 'other'"),
+            ({"pad_token_id": 9999}, "cannot build the qwen3_moe model .* Padding_idx"),
+            ({"rms_norm_eps": "1e-6"}, "cannot read config.json: .* expected float, got str"),
+            ({"layer_types": ["full_attention"]}, "cannot read config.json: .* must be equal to the number of"),
+        ],
+    )
+    def test_a_wrong_configuration_is_refused(self, mixture: Path, changes: dict[str, Any], said: str) -> None:
+        edit(mixture, **changes)
+        assert re.search(said, refusal(mixture))
+
+    def test_a_lost_file_of_an_expert_is_named(self, mixture: Path) -> None:
+        place = shard(mixture)
+        (mixture / place[EXPERT]).unlink()
+        assert f"the model's index says that {place[EXPERT]} holds" in refusal(mixture)
+
+    def test_shards_may_have_other_names(self, mixture: Path) -> None:
+        whole, place = tensors(mixture), shard(mixture)
+        others = {file: f"model.safetensors-{file.removeprefix('model-')}" for file in place.values()}
+        for file, other in others.items():
+            (mixture / file).rename(mixture / other)
+        renamed = {name: others[file] for name, file in place.items()}
+        (mixture / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": renamed}))
+        assert take(mixture).corrections == []
+        assert torch.equal(TensorFiles(SOURCE).read(EXPERT), whole[EXPERT])
+
+    def test_factors_for_other_blocks_are_named(self, mixture: Path) -> None:
+        found = tensors(mixture)
+        found |= {EXPERT: found[EXPERT].to(torch.float8_e4m3fn), f"{EXPERT}_scale_inv": torch.ones(1, 1)}
+        write(mixture, found)
+        edit(mixture, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
+        assert f"{EXPERT}_scale_inv has the shape [1, 1], but blocks of [16, 16] in [64, 64]" in refusal(mixture)
+
+
+def test_token_without_a_row_is_found_under_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    model = tiny_model(tmp_path / "model", family="qwen3_moe", changes=experts)
-    found = tensors(model)
-    del found[lost]
-    write(model, found)
-    assert re.search(said, refusal(model))
+    model = tiny_model(tmp_path / "model", family="gpt2", changes={"n_positions": 64})
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    assert "the token '<new>' with the id" in refusal(model)
 
 
 class TestBlocks:

@@ -254,6 +254,20 @@ def test_a_damaged_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "not a complete GGUF file" in refusal("path:tiny.gguf")
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"lost": "model.layers.1.mlp.up_proj.weight"}, "does not give transformers model.layers.1.mlp.up_proj.weight"),
+        ({"factors": True}, "scales its rotary frequencies (rope_freqs.weight)"),
+    ],
+)
+def test_what_transformers_does_not_read_of_a_gguf_is_named(
+    fault: dict[str, Any], said: str, llama_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(f"path:{write_gguf(tmp_path / 'tiny.gguf', llama_float, **fault)}")
+
+
 def test_one_part_of_a_gguf_is_refused(llama_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_gguf(tmp_path / "tiny-00001-of-00002.gguf", llama_float, parts=2)

@@ -21,6 +21,7 @@ KINDS = (
     "qwen3_5_moe",  # linear attention, a gate for the shared expert
     "mamba2",  # no attention
     "gemma4_text",  # keys and values that layers share
+    "zamba",  # layers that share weights
     "qwen3_vl",  # a vision tower, and other names on disk
 )
 REFUSED = {  # by name, and why

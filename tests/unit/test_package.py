@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {"scheme": "W8A8", "bits": 8, "lost": 0.002, "size": 163_000_000, "worse": 0.006, "speed": 1.1},
     "gptq-int4": {"bits": 4, "lost": 0.015, "size": 112_000_000, "worse": 0.2, "speed": None},
 }
+NORM, INSIDE = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+OUTSIDE = {
+    "model.embed_tokens.weight": torch.randn(8, 2),
+    "model.visual.merger.weight": torch.tensor([float("nan"), -0.0]),
+    "model.visual.patch.bias": torch.ones(3, dtype=torch.bfloat16),
+    "model.layers.1.enorm.weight": torch.ones(2),  # a layer that predicts a further token
+    NORM: torch.ones(2),
+}
 FAILING = {"base": VARIANTS["base"], "int8": VARIANTS["int8"] | {"lost": 0.3}}
 
 
@@ -50,6 +59,12 @@ class Workplace:
 
     def leftovers(self) -> list[str]:
         return [p.name for p in self.destination.parent.iterdir()] if self.destination.parent.exists() else []
+
+
+@pytest.fixture(autouse=True)
+def _no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The made-up exports hold no model that Transformers knows."""
+    monkeypatch.setattr("tasks.runtimes.dense.needs_own_reader", lambda *_: False)
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +88,15 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
         (source / "LICENSE").write_text("Apache License")
         (source / "generation_config.json").write_text('{"of": "the source"}')
         (source / "config.json").write_text('{"of": "the source"}')
-        (source / "model.safetensors").write_bytes(b"the source's weights")
+        (source / "processor_config.json").write_text('{"of": "the processor"}')
+        save_file(OUTSIDE | {INSIDE: torch.ones(4, 2)}, source / "model.safetensors")
+        layer = {"prefix": "model.layers.0.", "linears": {}, "unusual": []}
+        write_json(source / "linears.json", {"layers": [layer], "modules": {}, "output": None, "embedding": None})
         for variant in variants:
             with whole_directory(root / "exports" / variant) as folder:
                 write_json(folder / "config.json", {"quantization_config": {"quant_method": "compressed-tensors"}})
-                (folder / "model.safetensors").write_bytes(variant.encode() * 100)
+                packed = {f"{INSIDE}_packed": torch.full((4,), len(variant))}
+                save_file(OUTSIDE | {NORM: OUTSIDE[NORM].half()} | packed, folder / "model.safetensors")
                 (folder / "tokenizer.json").write_text("{}")
                 (folder / "chat_template.jinja").write_text("{{ messages }}")
                 (folder / "README.md").write_text("of the exporter")
@@ -123,10 +142,12 @@ class TestBundle:
                 "tokenizer.json",
                 "chat_template.jinja",
                 "generation_config.json",
+                "processor_config.json",
             ),
             *("LICENSE", "README.md", "provenance.json", "SHA256SUMS"),
         }
-        assert (work.destination / "model.safetensors").read_bytes() == b"gptq-int4" * 100
+        exported = work.root / "exports/gptq-int4/model.safetensors"
+        assert sha256(work.destination / "model.safetensors") == sha256(exported)
         assert "quantization_config" in (work.destination / "config.json").read_text()
         assert (work.destination / "README.md").read_text() != "of the exporter"
         # a separate file, not written through a hard link to the export's
@@ -344,6 +365,24 @@ class TestProvenance:
         assert set(found["seeds"]) == {"calibration", "evaluation", "bootstrap"}
         assert found["machine"]["python"] == machine()["python"]
         assert found["libraries"]["torch"] == versions()["torch"]
+
+    def test_it_lists_what_is_kept_of_the_source(self, workplace: Callable[..., Workplace]) -> None:
+        work = workplace()
+        work.package()
+        assert json.loads((work.destination / "provenance.json").read_text())["kept"] == {
+            "unchanged": {
+                "model.embed_tokens": {"tensors": 1, "bytes": 64},
+                "model.layers.1": {"tensors": 1, "bytes": 8},
+                "model.visual": {"tensors": 2, "bytes": 14},
+            },
+            "changed": {"model.norm": {"tensors": 1, "bytes": 8}},  # in another dtype
+            "quantized": {},
+            "files": ["processor_config.json"],
+        }
+        text = (work.destination / "README.md").read_text()
+        assert "byte for byte (compared when the bundle was made):\n\n- `model.embed_tokens`: 1 tensor, 64 b" in text
+        assert "\n- `model.visual`: 2 tensors, 14 bytes\n- `processor_config.json`\n\nConverted to the dtype" in text
+        assert ": `model.norm`.\n" in text
 
     def test_dvc_identity_leaves_out_what_differs_between_runs(self, tmp_path: Path) -> None:
         def out(path: str, md5: str) -> dict[str, Any]:
