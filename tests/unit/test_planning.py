@@ -77,11 +77,12 @@ def test_a_narrower_layer_has_the_heads_and_the_groups_of_the_wide_one(values: d
 
 
 def test_the_whole_layer_is_the_last_of_the_ladder_unless_it_is_too_large(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, config(LLAMA), "bfloat16", WEIGHTS, 0.0)
+    bench = Bench(tmp_path, config(LLAMA), "bfloat16", (WEIGHTS, WEIGHTS), 0.0)
     assert [mini.config.hidden_size for mini in bench.ladder] == [1024, 2048]
-    wide = Bench(tmp_path, config(LLAMA | {"hidden_size": 4096, "num_attention_heads": 64}), "bfloat16", 4 * WEIGHTS, 0)
+    larger = config(LLAMA | {"hidden_size": 4096, "num_attention_heads": 64})
+    wide = Bench(tmp_path, larger, "bfloat16", (4 * WEIGHTS, 4 * WEIGHTS), 0)
     assert wide.ladder[-1].config.hidden_size == 2048
-    small = Bench(tmp_path, config(SMOLLM2), "bfloat16", 3_000_000, 0)
+    small = Bench(tmp_path, config(SMOLLM2), "bfloat16", (3_000_000, 3_000_000), 0)
     assert [mini.config.hidden_size for mini in small.ladder] == [576]
     assert (bench.thin.config.hidden_size, bench.thin.config.vocab_size) == (2048, 10_000_000 // 2048)
 
@@ -108,7 +109,7 @@ class Clocked(Bench):
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Clocked:
-    made = Clocked(tmp_path, config(SMOLLM2), "bfloat16", 4_000_000, time.monotonic() + 60)
+    made = Clocked(tmp_path, config(SMOLLM2), "bfloat16", (4_000_000, 4_000_000), time.monotonic() + 60)
     made._clock = lambda: made.now
     made.one, made.two = FakeMini("one", 1, 1000), FakeMini("two", 2, 2000)
     made.thin, made._more = FakeMini("thin", 1, 1000), 2.0
