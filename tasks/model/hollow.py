@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ def variant_bytes(variant: VariantSettings, model: Path) -> int:
         for name, entry in entries.items()
         if name not in solved
     }
+    sizes = lru_cache(maxsize=None)(partial(packed_sizes, form))  # a mixture has thousands of layers of one size
     for name, precision in (outer if mixed else outer | uniform_precisions(variant, model)).items():
-        for end, (kind, shape) in packed_sizes(form, precision, *shapes[name]).items():
+        for end, (kind, shape) in sizes(precision, *shapes[name]).items():
             found[f"{name}.{end}"] = Entry(NAMES[kind], shape, math.prod(shape) * kind.itemsize)
     if not mixed:
         return joined_bytes(found)

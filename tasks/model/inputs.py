@@ -49,9 +49,9 @@ def _look(model: Path, changed: int) -> list[list[int]]:
         if index not in decoder.order:
             found.append([])
             continue
-        with decoder.layer(index, {}) as layer:
-            kind = _kind(layer)
-            if kind not in known:
+        kind = decoder.kind(index)
+        if kind not in known:
+            with decoder.layer(index, {}) as layer:
                 known[kind] = _widths(decoder, index, layer, announced_layer, hidden)
         found.append(known[kind])
     return found
@@ -73,24 +73,23 @@ def _widths(
     return [group[0].shape[1] for group in groups] + alike
 
 
-def _kind(layer: nn.Module) -> str:
-    """What tells a layer from those that read alike: its parameters, and its modules' switches and names of kinds."""
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()]
-    switches = [
-        (name, key, value)
-        for name, module in layer.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, bool | str)
-    ]
-    return str((shapes, switches))
-
-
 class _Weightless(Decoder):
     """A decoder whose weights are zero and take no memory."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, torch.float32, "cpu")
         self.files = _Headers(directory)
+
+    def kind(self, index: int) -> str:
+        """What tells a layer from those that read alike: its parameters, its modules' switches and names of kinds."""
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in self.parameters(index).items()]
+        switches = [
+            (name, key, value)
+            for name, module in self._layers[index].named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, bool | str)
+        ]
+        return str((shapes, switches))
 
     def parameters_of(self, index: int, layer: AnnouncedLayer) -> dict[str, str]:
         """The layer's parameter in memory that each stored tensor with linear layers becomes a part of, by name."""
