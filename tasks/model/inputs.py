@@ -118,4 +118,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
     kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | UNCOUNTED
     memory: Any = mmap.mmap(-1, count * dtype.itemsize, flags=kind)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # one large page of zeros: reading many small ones takes seconds
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)

@@ -18,14 +18,14 @@ from tasks.errors import TaskError
 from tasks.export import export
 from tasks.exporters import load_exporter
 from tasks.formats import load_format
-from tasks.hardware import available_memory, current_memory
+from tasks.hardware import available_memory, current_memory, total_memory
 from tasks.model.compatibility import check_fit
 from tasks.model.decoder import Decoder
 from tasks.model.hollow import hollow_model, variant_bytes
 from tasks.model.inputs import input_widths
 from tasks.model.layout import layer_weights, linear_shapes
 from tasks.model.whole import checking_bytes
-from tasks.planning.miniature import Miniature, visited
+from tasks.planning.miniature import Miniature, narrowed, visited
 from tasks.planning.need import Need
 from tasks.planning.timing import Bench, Cost
 from tasks.quantize import quantize
@@ -69,9 +69,10 @@ class Run:
         self.by_layer = layer_weights(model)
         self.weights = sum(self.by_layer) // self.layers
         few = visited(config)
-        active = model if few is config else hollow_model(few, settings.model.dtype, root / "visited")
-        self.reads = sum(map(len, input_widths(active)))  # distinct inputs that a token is a part of
-        seen = sum(layer_weights(active)) // self.layers
+        seen, self.reads = self.weights, sum(map(len, self.widths))  # reads: distinct inputs that a token is a part of
+        if few is not config:
+            active = hollow_model(narrowed(few, 1), settings.model.dtype, root / "visited")
+            seen, self.reads = layer_weights(active)[0], len(input_widths(active)[0]) * self.layers
         self.parameters = sum(entry.count for entry in read_header(model / "model.safetensors").values())
         self.bytes = {name: variant_bytes(variant, model) for name, variant in settings.variants.items()}
         self.largest = max((name for name in self.bytes if name != BASE), key=self.bytes.__getitem__)
@@ -84,7 +85,13 @@ class Run:
 
     def needs(self, measured: bool) -> dict[str, Need]:
         """The need of every stage; without times if not `measured`."""
-        order = sorted(self.threads, key=lambda stage: next((i for i, kind in enumerate(ORDER) if kind in stage), 0))
+        bytes_ = {stage: self._bytes(*stage.partition("@")[::2]) for stage in self.threads}
+        room = total_memory() if self.device == "cpu" else torch.cuda.get_device_properties(0).total_memory
+
+        def turn(stage: str) -> tuple[bool, int]:  # what does not fit here comes last
+            return bytes_[stage][0] > room, next((i for i, kind in enumerate(ORDER) if kind in stage), 0)
+
+        order = sorted(self.threads, key=turn)
         found, shares = {}, [SHARES.get(stage.partition("@")[0], 1.0) for stage in order]
         for number, stage in enumerate(order):
             kind, _, name = stage.partition("@")
@@ -106,7 +113,7 @@ class Run:
                 note = "takes seconds"
             elif kind in ("reference", "evaluate") and not note:
                 note = f"{self.items} items" + ", the gate may need fewer" * (kind == "evaluate")
-            found[stage] = Need(seconds, *self._bytes(kind, name), note or None, rough)
+            found[stage] = Need(seconds, *bytes_[stage], note or None, rough)
         return {stage: found[stage] for stage in self.threads}
 
     # -- what the stages do

@@ -72,7 +72,7 @@ class Bench:
         rungs, spent = [(self.one.weights, one[0] - (fixed - again), one[1] - again)], 0.0
         for mini in filter(known, self.ladder):
             began = time.monotonic()
-            if spent and began + spent * mini.weights / rungs[-1][0] > until:
+            if began + spent * mini.weights / rungs[-1][0] > until:
                 break
             try:
                 once, more = self._seconds(work, count, mini)
