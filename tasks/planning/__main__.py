@@ -34,7 +34,7 @@ def measure(settings: Settings, config: Path, folder: Path, limit: float, thread
     """
     import torch
 
-    from tasks.hardware import cpu_cores, peak_memory, processor_name, total_memory
+    from tasks.hardware import cpu_cores, device_memory, peak_memory, processor_name
     from tasks.model.arrival import clean_config, known_config, read_json
     from tasks.planning.stages import Run
     from tasks.sources.choice import check_config
@@ -58,7 +58,7 @@ def measure(settings: Settings, config: Path, folder: Path, limit: float, thread
         machine=processor_name(),
         device="cuda" if gpu else "cpu",
         cores=cpu_cores(),
-        memory=torch.cuda.get_device_properties(0).total_memory if gpu else total_memory(),
+        memory=device_memory(),
         disk=psutil.disk_usage(str(folder)).free,
         when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         model=f"{family}, {size / 1e3:.2f} billion" if size >= 1e3 else f"{family}, {size:.0f} million",

@@ -18,7 +18,7 @@ from tasks.errors import TaskError
 from tasks.export import export
 from tasks.exporters import load_exporter
 from tasks.formats import load_format
-from tasks.hardware import available_memory, current_memory, total_memory
+from tasks.hardware import available_memory, current_memory, device_memory
 from tasks.model.compatibility import check_fit
 from tasks.model.decoder import Decoder
 from tasks.model.hollow import hollow_model, variant_bytes
@@ -86,7 +86,7 @@ class Run:
     def needs(self, measured: bool) -> dict[str, Need]:
         """The need of every stage; without times if not `measured`."""
         bytes_ = {stage: self._bytes(*stage.partition("@")[::2]) for stage in self.threads}
-        room = total_memory() if self.device == "cpu" else torch.cuda.get_device_properties(0).total_memory
+        room = device_memory()
 
         def turn(stage: str) -> tuple[bool, int]:  # what does not fit here comes last
             return bytes_[stage][0] > room, next((i for i, kind in enumerate(ORDER) if kind in stage), 0)
