@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tasks.formats import load_format, packed_sizes
+from tasks.model.announced import announced
 from tasks.model.layout import (
     outer_precisions,
     outer_shapes,
@@ -60,7 +61,9 @@ def variant_bytes(variant: VariantSettings, model: Path) -> int:
     form, dtype, mixed = load_format(variant.format), scale_dtype(variant, model), variant.scheme == MIXED
     inside, outer = quantized_shapes(variant, model), outer_precisions(variant, model)
     shapes = inside | outer_shapes(outer, model)
-    solved = {f"{name}.weight" for name in (*inside, *(outer_tensor(name, files) for name in outer))}
+    solved = {f"{outer_tensor(name, files)}.weight" for name in outer}
+    for layer in announced(model).layers:  # a tensor may stack several
+        solved |= {layer.prefix + own.tensor for name, own in layer.linears.items() if layer.prefix + name in inside}
     found = {
         name: Entry(NAMES[dtype], entry.shape, entry.count * dtype.itemsize)
         for name, entry in entries.items()

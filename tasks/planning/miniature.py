@@ -116,8 +116,11 @@ def narrowed(config: Any, factor: int, layers: int = 1) -> Any:
 
 
 def thin(config: Any, words: int) -> Any:
-    """The configuration with `words` words and one layer with almost no weights."""
-    return _cut(config, {name: min(64, getattr(config, name)) for name in _present(config, INNER)}, (1, 1), 1, words)
+    """The configuration with `words` words and one layer with almost no weights, and at most two experts, of which a
+    token visits one: their inputs are as wide as the model."""
+    sizes = {name: min(64, getattr(config, name)) for name in _present(config, INNER)}
+    sizes |= dict.fromkeys(_present(config, EXPERTS), 2) | dict.fromkeys(_present(config, VISITED), 1)
+    return _cut(config, sizes, (1, 1), 1, words)
 
 
 def _share(width: int, share: float, most: int) -> int:

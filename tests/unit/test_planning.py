@@ -19,7 +19,7 @@ from tasks.checks.preflight import check_announced
 from tasks.errors import TaskError
 from tasks.model.arrival import clean_config, known_config
 from tasks.planning.__main__ import find_config, measure
-from tasks.planning.miniature import Miniature, narrowed, runs, visited
+from tasks.planning.miniature import Miniature, narrowed, runs, thin, visited
 from tasks.planning.need import Measurement, Need, carried, read_measurement
 from tasks.planning.timing import Bench, Cost
 from tasks.runtimes import check_room
@@ -252,6 +252,7 @@ def test_a_layer_of_a_mixture_has_the_experts_that_a_token_visits(name: str) -> 
         assert experts - {None} == {layer.num_experts_per_tok}
         assert layer.num_hidden_layers == 1
     assert runs(narrowed(small, 16))
+    assert runs(thin(small, 512))
 
 
 def test_a_model_without_experts_is_visited_whole() -> None:
@@ -308,7 +309,7 @@ def test_a_baseline_that_cannot_fit_is_refused_before_it_is_loaded(monkeypatch: 
     check_room(11_000_000_000, "bfloat16")
     with pytest.raises(TaskError, match=r"needs more than 141\.1 GB .* 70\.6 billion weights in bfloat16, .* 24\.0 GB"):
         check_room(70_553_706_496, "bfloat16")
-    with pytest.raises(TaskError, match="set evaluation.dtype to bfloat16"):
+    with pytest.raises(TaskError, match=r"set evaluation\.dtype to bfloat16"):
         check_room(11_000_000_000, "float32")
 
 
