@@ -99,7 +99,7 @@ def run(
     from flows.workspace.run_lock import exclusive
 
     with exclusive(root):  # an active run must not see the change
-        for change in _override(root, overrides or []):
+        for change in _override(root, overrides or [], elsewhere=cluster is not None):
             print(f"params.yaml: {change}", file=sys.stderr)
     check_dvc(root)
     from flows.execution.nothing_to_do import nothing_to_do
@@ -147,7 +147,8 @@ def plan(
 
     With `--model`, estimate instead what a run with any model would take under the settings in params.yaml: time,
     memory and disk for every stage. Only the model's config.json is read, never its weights. For up to a minute this
-    measures the stages' own code on one random layer of the model's size; measure on a quiet machine.
+    measures the stages' own code on one random layer of the model's size; measure on a quiet machine. The exit status
+    is 1 if a stage needs more memory than there is.
 
     Examples:
 
@@ -173,7 +174,7 @@ def plan(
     read_settings(root / "params.yaml")
     if model is not None:
         from flows.planning.simulate import measure, simulate
-        from flows.planning.table import lines
+        from flows.planning.table import lines, refusal
 
         graph = {name: stage.upstreams for name, stage in read_plan(root).items()}
         with Console(stderr=True).status("measuring, for up to a minute"):  # shown only on a terminal
@@ -183,7 +184,9 @@ def plan(
         for part in lines(simulate(graph, found.needs, jobs), found, jobs):
             Console(soft_wrap=not isinstance(part, Table), highlight=False).print(part)
         if machine is None:
-            print(f"saved    to {kept}; --machine reads it on another machine")
+            print(f"saved    to {kept}; --machine reads it on another machine", flush=True)
+        if reason := refusal(found):
+            raise FlowError(reason)
         return
     stages = read_plan(root)
     table = Table("stage", "action", "reason", "size", box=None, pad_edge=False, header_style="bold")
@@ -339,7 +342,7 @@ def find_root() -> Path:
     raise FlowError(f"no dvc.yaml in {here} or above it; run in the project's folder")
 
 
-def _override(root: Path, overrides: list[str]) -> list[str]:
+def _override(root: Path, overrides: list[str], elsewhere: bool) -> list[str]:
     """Apply the --set changes; on an invalid change, restore params.yaml and raise FlowError."""
     from flows.graph.params_file import override
     from flows.graph.preflight import MODEL, check_settings_work
@@ -350,7 +353,9 @@ def _override(root: Path, overrides: list[str]) -> list[str]:
     if overrides:
         try:
             check_settings_work(
-                root, downloaded=(root / MODEL / "config.json").exists() and not _names_model(overrides)
+                root,
+                downloaded=(root / MODEL / "config.json").exists() and not _names_model(overrides),
+                elsewhere=elsewhere,
             )
         except FlowError as error:
             params.write_text(before, encoding="utf-8")

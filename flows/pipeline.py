@@ -72,7 +72,8 @@ def bring_up_to_date(
         log.info("%s", summary(plan))
         if not executor.elsewhere and any(stage.state != "unchanged" for stage in plan.values()):
             fork_server()  # it imports the libraries while the settings are checked
-        check_settings_work(root, downloaded=DOWNLOAD in plan and plan[DOWNLOAD].state == "unchanged")
+        there = executor.cluster is not None
+        check_settings_work(root, DOWNLOAD in plan and plan[DOWNLOAD].state == "unchanged", elsewhere=there)
         timeout = 60 * timeout_minutes if timeout_minutes else None
         with recorded(root, home, plan, log, _identity()) as record:
             results, failures = _run_stages(root, home, plan, jobs, timeout, executor, settings)
@@ -159,7 +160,7 @@ def _run_stages(
                 continue
             outcome, state = _outcome(name, running.pop(name))
             states[name] = state
-            error = _refusal(root, name, outcome) if state.is_completed() else _error(name, outcome, state)
+            error = _refusal(root, name, outcome, executor) if state.is_completed() else _error(name, outcome, state)
             if error is None:
                 results[name] = outcome
                 if outcome != "unchanged":
@@ -191,11 +192,11 @@ def _outcome(stage: str, future: PrefectFuture[Any]) -> tuple[Any, State[Any]]:
         return lost, Crashed(message=str(lost))
 
 
-def _refusal(root: Path, stage: str, outcome: str) -> FlowError | None:
+def _refusal(root: Path, stage: str, outcome: str, executor: Executor) -> FlowError | None:
     """Check the settings against a newly downloaded model; return the error, if any."""
     if stage == DOWNLOAD and outcome != "unchanged":
         try:
-            check_settings_work(root, downloaded=True)
+            check_settings_work(root, downloaded=True, elsewhere=executor.cluster is not None)
         except FlowError as error:
             return error
     return None

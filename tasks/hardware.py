@@ -62,6 +62,13 @@ def total_memory(root: Path = Path("/")) -> int:
     return min([int(psutil.virtual_memory().total), *(limit for limit in limits if limit is not None)])
 
 
+def device_memory() -> int:
+    """The memory, bytes, of what computes: of the GPU, or `total_memory`."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else total_memory()
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """The memory that this process can still allocate, in bytes: the machine's free memory, or the smallest remainder
     of its control groups. File cache that the kernel can drop counts as free. `root`: see `total_memory`."""

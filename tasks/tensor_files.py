@@ -142,10 +142,13 @@ def write_hollow(destination: Path, entries: Mapping[str, Entry]) -> None:
 def _shards(entries: Mapping[str, Entry], largest: int) -> list[dict[str, Entry]]:
     """The tensors of each file."""
     shards: list[dict[str, Entry]] = [{}]
+    held = 0  # bytes of the last one
     for name, entry in entries.items():
-        if shards[-1] and sum(e.bytes for e in shards[-1].values()) + entry.bytes > largest:
+        if shards[-1] and held + entry.bytes > largest:
             shards.append({})
+            held = 0
         shards[-1][name] = entry
+        held += entry.bytes
     return shards
 
 

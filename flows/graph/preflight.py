@@ -12,16 +12,18 @@ PROGRAM = "tasks.checks.preflight"
 FILE = Path("tasks/checks/preflight.py")
 
 
-def check_settings_work(root: Path, downloaded: bool) -> None:
+def check_settings_work(root: Path, downloaded: bool, elsewhere: bool = False) -> None:
     """Check the settings in `root`; FlowError if the checkout's tasks/checks/preflight.py fails or is missing.
 
-    downloaded: whether the model is in `models/source`, so that variants can be checked against it.
+    downloaded: whether the model is in `models/source`, so that variants can be checked against it. elsewhere: whether
+    the stages run on other machines, so that this one's memory does not count.
     """
     if not (root / FILE).is_file():
         raise FlowError(
             f"{root} has no {FILE}, which checks the settings before work starts; run in a complete checkout of the "
             f"project, or restore the file: git checkout -- {FILE}"
         )
-    status, lines = run_module(root, PROGRAM, *([MODEL] if downloaded else []), own=True)
+    arguments = ["--elsewhere"] * elsewhere + [MODEL] * downloaded
+    status, lines = run_module(root, PROGRAM, *arguments, own=True)
     if status:
         raise FlowError(error_line(lines, status))

@@ -39,10 +39,23 @@ def lines(found: RunEstimate, measured: Measurement, jobs: int) -> Iterator[str 
     largest, stage = max((need.memory, stage) for stage, need in needs.items())
     together = f"; {size(found.memory)} while {' and '.join(found.together)} run together"
     fits = "fits" if found.memory <= memory else "fits with --jobs 1 only"
-    verdict = fits if largest <= memory else f"does not fit: this machine has {size(memory)}"
+    verdict = fits if largest <= memory else "does not fit"
     yield f"memory   {size(largest)} for {stage}{together if len(found.together) > 1 else ''}: {verdict}"
     verdict = "fits" if found.disk + found.scratch <= disk else f"does not fit: {size(disk)} are free"
     yield f"disk     {size(found.disk)}, and {size(found.scratch)} more during the run: {verdict}"
+
+
+def refusal(measured: Measurement) -> str | None:
+    """The stages that need more memory than the machine has, and what to do, in one line; None if all fit."""
+    short = {stage: need.memory for stage, need in measured.needs.items() if need.memory > measured.memory}
+    if not short:
+        return None
+    kind = "GPU memory" if measured.device == "cuda" else "memory"
+    return (
+        f"{', '.join(short)} cannot run on a machine with {size(measured.memory)} of {kind}, they need up to "
+        f"{size(max(short.values()))}; run on a machine with more memory, or with a GPU that has as much (plan there, "
+        "or try --memory), or choose a smaller model"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 python -m tasks.checks.preflight                  # before the download: of the model, only config.json is read
 python -m tasks.checks.preflight models/source    # the downloaded model
+python -m tasks.checks.preflight --elsewhere ...  # the stages run on other machines: this one's memory does not count
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ from tasks.exporters import load_exporter
 from tasks.model.arrival import clean_config, known_config, read_json
 from tasks.model.compatibility import check_context, check_fit
 from tasks.program import run_stage
+from tasks.runtimes import check_room
 from tasks.scoring.eval_tasks import check_tasks
 from tasks.settings import Settings
 from tasks.sources.choice import check_config
 from tasks.sources.config import fetch_config
+from tasks.tensor_files import TensorFiles
+
+ELSEWHERE = "--elsewhere"
 
 
-def check(settings: Settings, model: Path | None, evals: Path) -> None:
+def check(settings: Settings, model: Path | None, evals: Path, here: bool = True) -> None:
     """TaskError for the first problem. `model` None: only config.json is known, and even that not of a GGUF file or
-    while a hub is away."""
+    while a hub is away. here: the stages run on this machine, so its memory counts."""
     check_tasks(settings.evaluation.tasks, evals)
     load_exporter(settings.target).check(settings, model)
     if model is not None:
-        check_model(settings, model)
+        check_model(settings, model, here)
         return
     try:
         config = fetch_config(settings.model.source)
@@ -36,17 +41,21 @@ def check(settings: Settings, model: Path | None, evals: Path) -> None:
         return
     if config is not None:
         with tempfile.TemporaryDirectory() as folder:
-            check_announced(settings, config, Path(folder))
+            check_announced(settings, config, Path(folder), here)
 
 
-def check_model(settings: Settings, model: Path) -> None:
-    """TaskError if the settings do not fit the model in the directory; its weights are not read."""
+def check_model(settings: Settings, model: Path, here: bool = False) -> None:
+    """TaskError if the settings do not fit the model in the directory, or if its baseline cannot be evaluated `here`;
+    its weights are not read."""
     check_context(settings, json.loads((model / "config.json").read_text(encoding="utf-8")))
     for name, variant in settings.variants.items():
         check_fit(name, variant, model)
+    if here and settings.target == "transformers":
+        files = TensorFiles(model)
+        check_room(sum(files.entry(name).count for name in files), settings.evaluation.dtype)
 
 
-def check_announced(settings: Settings, config: Path, folder: Path) -> None:
+def check_announced(settings: Settings, config: Path, folder: Path, here: bool = False) -> None:
     """TaskError if the model that a config.json describes is not one that can be pressed, or if the settings do not fit
     it. folder: for a model without numbers."""
     values, _ = clean_config(read_json(config), untied=False)
@@ -56,13 +65,14 @@ def check_announced(settings: Settings, config: Path, folder: Path) -> None:
 
     model = hollow_model(known_config(values), settings.model.dtype, folder / "model")
     load_exporter(settings.target).check(settings, model)
-    check_model(settings, model)
+    check_model(settings, model, here)
 
 
 def main() -> None:
     """Check the project in the current directory."""
-    model = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    run_stage(lambda settings: check(settings, model, Path("evals")))
+    given = [argument for argument in sys.argv[1:] if argument != ELSEWHERE]
+    model = Path(given[0]) if given else None
+    run_stage(lambda settings: check(settings, model, Path("evals"), here=ELSEWHERE not in sys.argv))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tasks.formats import load_format, packed_sizes
+from tasks.model.announced import announced
 from tasks.model.layout import (
     outer_precisions,
     outer_shapes,
@@ -59,14 +61,17 @@ def variant_bytes(variant: VariantSettings, model: Path) -> int:
     form, dtype, mixed = load_format(variant.format), scale_dtype(variant, model), variant.scheme == MIXED
     inside, outer = quantized_shapes(variant, model), outer_precisions(variant, model)
     shapes = inside | outer_shapes(outer, model)
-    solved = {f"{name}.weight" for name in (*inside, *(outer_tensor(name, files) for name in outer))}
+    solved = {f"{outer_tensor(name, files)}.weight" for name in outer}
+    for layer in announced(model).layers:  # a tensor may stack several
+        solved |= {layer.prefix + own.tensor for name, own in layer.linears.items() if layer.prefix + name in inside}
     found = {
         name: Entry(NAMES[dtype], entry.shape, entry.count * dtype.itemsize)
         for name, entry in entries.items()
         if name not in solved
     }
+    sizes = lru_cache(maxsize=None)(partial(packed_sizes, form))  # a mixture has thousands of layers of one size
     for name, precision in (outer if mixed else outer | uniform_precisions(variant, model)).items():
-        for end, (kind, shape) in packed_sizes(form, precision, *shapes[name]).items():
+        for end, (kind, shape) in sizes(precision, *shapes[name]).items():
             found[f"{name}.{end}"] = Entry(NAMES[kind], shape, math.prod(shape) * kind.itemsize)
     if not mixed:
         return joined_bytes(found)

@@ -40,6 +40,11 @@ def linear_shapes(model: Path, statistics: Path | None = None) -> dict[str, Shap
     return {layer.prefix + name: (own.rows, own.width) for layer in layers for name, own in layer.linears.items()}
 
 
+def layer_weights(model: Path) -> list[int]:
+    """The number of weights in the linear layers of each decoder layer, as the model's headers announce them."""
+    return [sum(own.rows * own.width for own in layer.linears.values()) for layer in announced(model).layers]
+
+
 def quantized_shapes(variant: VariantSettings, model: Path, statistics: Path | None = None) -> dict[str, Shape]:
     """(rows, width) of the linear layers in decoder layers that are not skipped, by full name; see `linear_shapes`."""
     layers = announced(model).layers if statistics is None else read_structure(statistics)

@@ -95,7 +95,7 @@ def _linears(layer: nn.Module, heard: list[Heard], origins: Origins, prefix: str
     left: dict[str, str] = {}
     groups: list[list[str]] = []
     common: dict[str, str] = {}
-    for number, slices in enumerate(_with_siblings(heard, sizes)):
+    for number, slices in enumerate(with_siblings(heard, sizes)):
         group: list[str] = []
         for slice_ in slices:
             pieces = origins.pieces(slice_)
@@ -122,7 +122,7 @@ def _linears(layer: nn.Module, heard: list[Heard], origins: Origins, prefix: str
     return LayerStructure(prefix, kept, [group for group in groups if group], left=left, experts=common)
 
 
-def _with_siblings(heard: list[Heard], sizes: Mapping[str, int]) -> list[list[Slice]]:
+def with_siblings(heard: list[Heard], sizes: Mapping[str, int]) -> list[list[Slice]]:
     """What reads each input; for experts to which no token was routed, as for one that had some."""
     found, done = [], set()
     for one in heard:

@@ -33,18 +33,18 @@ def measure(settings: Settings, config: Path, folder: Path, limit: float, thread
     TaskError if the model is not a decoder that can be planned for.
     """
     import torch
-    from transformers import AutoConfig
 
-    from tasks.hardware import cpu_cores, peak_memory, processor_name, total_memory
-    from tasks.model.arrival import read_json
+    from tasks.hardware import cpu_cores, device_memory, peak_memory, processor_name
+    from tasks.model.arrival import clean_config, known_config, read_json
     from tasks.planning.stages import Run
     from tasks.sources.choice import check_config
 
-    check_config(read_json(config), str(config))
+    values, _ = clean_config(read_json(config), untied=False)
+    check_config(values, str(config))
     try:
-        known = AutoConfig.from_pretrained(config, trust_remote_code=False)
-        family, _ = known.model_type, (known.hidden_size, known.num_attention_heads, known.intermediate_size)
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+        known = known_config(values)
+        family, _ = known.model_type, (known.hidden_size, known.num_attention_heads, known.num_hidden_layers)
+    except (TaskError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise TaskError(f"{config} does not describe a decoder that Transformers knows: {reason}") from error
     started = psutil.Process().create_time()
@@ -58,7 +58,7 @@ def measure(settings: Settings, config: Path, folder: Path, limit: float, thread
         machine=processor_name(),
         device="cuda" if gpu else "cpu",
         cores=cpu_cores(),
-        memory=torch.cuda.get_device_properties(0).total_memory if gpu else total_memory(),
+        memory=device_memory(),
         disk=psutil.disk_usage(str(folder)).free,
         when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         model=f"{family}, {size / 1e3:.2f} billion" if size >= 1e3 else f"{family}, {size:.0f} million",

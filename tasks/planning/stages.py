@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 
-from tasks.activations.memory import kept_bytes, stored_bytes
+from tasks.activations.memory import kept_bytes, needed_bytes, stored_bytes
 from tasks.benchmark import alternate
-from tasks.device import compute_device
+from tasks.device import compute_device, fast_dtype
 from tasks.errors import TaskError
 from tasks.export import export
 from tasks.exporters import load_exporter
 from tasks.formats import load_format
-from tasks.hardware import available_memory, current_memory
+from tasks.hardware import available_memory, current_memory, device_memory
 from tasks.model.compatibility import check_fit
 from tasks.model.decoder import Decoder
 from tasks.model.hollow import hollow_model, variant_bytes
-from tasks.model.layout import linear_shapes
-from tasks.planning.miniature import Miniature
+from tasks.model.inputs import input_widths
+from tasks.model.layout import layer_weights, linear_shapes
+from tasks.model.whole import checking_bytes
+from tasks.planning.miniature import Miniature, narrowed, visited
 from tasks.planning.need import Need
 from tasks.planning.timing import Bench, Cost
 from tasks.quantize import quantize
@@ -34,7 +36,7 @@ from tasks.schemes import LLAMA_CPP, MIXED
 from tasks.scoring.divergence import Window, measure_text
 from tasks.scoring.reference_states import output_layer
 from tasks.settings import BASE, BUILTIN, Settings
-from tasks.statistics import collect, estimate_bytes
+from tasks.statistics import collect
 from tasks.tensor_files import read_header
 
 ITEM = 50  # tokens of an evaluation item: a question with its answers, as in evals/
@@ -61,15 +63,21 @@ class Run:
         for name, variant in settings.variants.items():
             check_fit(name, variant, model)
         load_exporter(settings.target).check(settings, None)
-        self.decoder, self.shapes = Decoder(model, torch.float32, self.device), linear_shapes(model)
+        self.decoder, self.linears = Decoder(model, torch.float32, self.device), len(linear_shapes(model))
         self.hidden, _, self.words = self.decoder.widths
-        self.layers, self.linears = len(self.decoder), len(self.shapes) // len(self.decoder)
-        self.weights = sum(rows * width for rows, width in self.shapes.values()) // self.layers
+        self.layers, self.widths = len(self.decoder), input_widths(model)
+        self.by_layer = layer_weights(model)
+        self.weights = sum(self.by_layer) // self.layers
+        few = visited(config)
+        seen, self.reads = self.weights, sum(map(len, self.widths))  # reads: distinct inputs that a token is a part of
+        if few is not config:
+            active = hollow_model(narrowed(few, 1), settings.model.dtype, root / "visited")
+            seen, self.reads = layer_weights(active)[0], len(input_widths(active)[0]) * self.layers
         self.parameters = sum(entry.count for entry in read_header(model / "model.safetensors").values())
         self.bytes = {name: variant_bytes(variant, model) for name, variant in settings.variants.items()}
         self.largest = max((name for name in self.bytes if name != BASE), key=self.bytes.__getitem__)
         self.items = len(settings.evaluation.tasks) * (settings.evaluation.limit or ITEMS)
-        self.bench = Bench(root, config, settings.model.dtype, self.weights, until)
+        self.bench = Bench(root, few, settings.model.dtype, (self.weights, seen), until)
         self.costs: dict[Part, Cost] = {}
         self.outer: dict[tuple[str, bool], float] = {}
         self.loaded: dict[tuple[Path, str], Runtime] = {}
@@ -77,7 +85,13 @@ class Run:
 
     def needs(self, measured: bool) -> dict[str, Need]:
         """The need of every stage; without times if not `measured`."""
-        order = sorted(self.threads, key=lambda stage: next((i for i, kind in enumerate(ORDER) if kind in stage), 0))
+        bytes_ = {stage: self._bytes(*stage.partition("@")[::2]) for stage in self.threads}
+        room = device_memory()
+
+        def turn(stage: str) -> tuple[bool, int]:  # what does not fit here comes last
+            return bytes_[stage][0] > room, next((i for i, kind in enumerate(ORDER) if kind in stage), 0)
+
+        order = sorted(self.threads, key=turn)
         found, shares = {}, [SHARES.get(stage.partition("@")[0], 1.0) for stage in order]
         for number, stage in enumerate(order):
             kind, _, name = stage.partition("@")
@@ -99,7 +113,7 @@ class Run:
                 note = "takes seconds"
             elif kind in ("reference", "evaluate") and not note:
                 note = f"{self.items} items" + ", the gate may need fewer" * (kind == "evaluate")
-            found[stage] = Need(seconds, *self._bytes(kind, name), note or None, rough)
+            found[stage] = Need(seconds, *bytes_[stage], note or None, rough)
         return {stage: found[stage] for stage in self.threads}
 
     # -- what the stages do
@@ -114,7 +128,7 @@ class Run:
             case "quantize" if name != BASE:
                 variant = self.settings.variants[name]
                 parts: list[Part] = [("press", name, (variant.samples or samples) if self._reads_tokens(name) else 1)]
-                passes = sensitivity.stream_passes(self.layers, self.linears) / self.layers
+                passes = sensitivity.stream_passes(self.layers, self.linears // self.layers) / self.layers
                 return [*parts, ("streams", name, passes)] if variant.scheme == MIXED else parts
             case "export":
                 return [("export", name, 1)]
@@ -218,13 +232,14 @@ class Run:
         """Decoder layers that one process presses, the output layer among them by its weights."""
         variant = self.settings.variants[name]
         outer = self.words * self.hidden / self.weights if variant.output_layer else 0.0
-        return math.ceil((self.layers - len(set(variant.skip_layers))) / self._processes(name)) + outer
+        pressed = [weights for layer, weights in enumerate(self.by_layer) if layer not in variant.skip_layers]
+        return math.ceil(len(pressed) / self._processes(name)) * sum(pressed) / len(pressed) / self.weights + outer
 
     def _processes(self, name: str) -> int:
         """The number of processes that press layers side by side (quantizers/parallel.py)."""
         if self.device != "cpu" or self._reads_tokens(name) or self.settings.variants[name].scheme == MIXED:
             return 1
-        return processes(self.threads.get(f"quantize@{name}", 1), self.layers, self.weights, available_memory())
+        return processes(self.threads.get(f"quantize@{name}", 1), self.layers, max(self.by_layer), available_memory())
 
     def _reads_tokens(self, name: str) -> bool:
         """Whether quantizing runs the model over the calibration tokens again."""
@@ -238,15 +253,15 @@ class Run:
             case "download":
                 return self.base, self.bytes[BASE], 0
             case "statistics":
-                ids = torch.empty(calibration.samples, calibration.sequence_length, device="meta")
-                disk = stored_bytes(tokens, self._widths(), self.layers, self.hidden, importance)
+                inputs = [width for widths in self.widths for width in widths]
+                disk = stored_bytes(tokens, inputs, 1, self.hidden, False) + importance * 4 * tokens * self.reads
                 scratch = kept_bytes(tokens, self.layers, self.hidden, importance)
-                return estimate_bytes(self.decoder, ids, importance), disk, scratch
+                return self._statistics_memory(tokens), disk, scratch
             case "quantize" if name != BASE:
                 count = self._processes(name)
-                held = count * held_bytes(self.weights) + self.base * (count > 1)
+                held = count * held_bytes(max(self.by_layer)) + self.base * (count > 1)
                 if self.settings.variants[name].scheme == MIXED:
-                    streams = sensitivity.held_bytes(self.linears * self.layers, self.hidden, self.words)
+                    streams = sensitivity.held_bytes(self.linears, self.hidden, self.words)
                     held = max(held, self.base + streams)
                 return held, self.bytes[name], self.bytes[name]
             case "reference":
@@ -265,11 +280,15 @@ class Run:
         predictions = evaluation.window * self.words * (kind in ("reference", "evaluate"))
         return loaded_bytes(self.parameters, self.bytes[name], evaluation.dtype, native, predictions)
 
-    def _widths(self) -> list[int]:
-        """Of a layer's distinct inputs: a small model's statistics show which linear layers share one."""
-        header = read_header(self._statistics(self.bench.one, 1) / "layers.0.safetensors")
-        prefix, first = self.decoder.layer_prefix(0), [name for name in header if name.endswith(".gram")]
-        return [self.shapes[prefix + name.removesuffix(".gram")][1] for name in first]
+    def _statistics_memory(self, tokens: int) -> int:
+        """As `estimate_bytes` of the stage, for the layer with the most inputs."""
+        length, importance = self.settings.calibration.sequence_length, self.settings.statistics.importance
+        size, product = self.decoder.layer_parameters, fast_dtype(self.device).itemsize
+        most = max(
+            needed_bytes(tokens, length, widths or [self.hidden], self.words, size, importance, self.device, product)
+            for widths in self.widths
+        )
+        return self.base + max(most, checking_bytes(self.decoder))
 
     def _statistics(self, mini: Miniature, sequences: int) -> Path:
         if not (mini.folder / f"statistics-{sequences}").exists():

@@ -2,6 +2,9 @@
 
 Two models with almost no weights, one with one layer and one with two, give `fixed`. A layer of the model's own widths
 gives `layer`. A model with a large part of the vocabulary and almost no layer gives `outer`: embedding, output layer.
+
+A layer of a mixture is measured with the experts that one token visits. What is done once, such as loading or pressing
+it, is scaled to the weights of all experts; what is done again for more tokens, to the weights that a token visits.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ Work = Callable[[Miniature, int], object]  # does something on a miniature a num
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds. rough: the layer was extrapolated from narrower ones."""
+    """Seconds. rough: the layer was extrapolated from narrower ones, or from a few experts."""
 
     fixed: float
     layer: float
@@ -36,17 +39,18 @@ class Cost:
 
 
 class Bench:
-    """Miniatures of one model. weights: of one decoder layer; deadline: by time.monotonic()."""
+    """Miniatures of one model. config: of the layers that one token passes through (miniature.py); weights: of one
+    decoder layer, and those that a token visits; deadline: by time.monotonic()."""
 
-    def __init__(self, root: Path, config: Any, dtype: str, weights: int, deadline: float) -> None:
-        self.weights = weights
+    def __init__(self, root: Path, config: Any, dtype: str, weights: tuple[int, int], deadline: float) -> None:
+        self.all, self.visited = weights
         self.deadline = deadline
         self._clock = time.perf_counter if compute_device() == "cuda" else time.thread_time
         self.one, self.two = (Miniature(root, narrowed(config, 10**6, layers), dtype) for layers in (1, 2))
         whole = config.hidden_size
         narrow = {small.hidden_size: small for small in (narrowed(config, factor) for factor in FACTORS)}
-        smallest = min(SMALL, weights)
-        sizes = [size for size in narrow if smallest <= weights * (size / whole) ** 2 <= LARGEST]
+        smallest = min(SMALL, self.visited)
+        sizes = [size for size in narrow if smallest <= self.visited * (size / whole) ** 2 <= LARGEST]
         self.ladder = [Miniature(root, narrow[size], dtype) for size in sizes]
         words = min(config.vocab_size, OUTER // whole)
         self.thin, self._more = Miniature(root, thin(config, words), dtype), config.vocab_size / words
@@ -63,26 +67,36 @@ class Bench:
         if until < time.monotonic():
             raise TaskError("no time was left to measure it; try again when the machine is less busy")
         one, two = (self._seconds(work, count, mini) for mini in (self.one, self.two))
-        fixed = max(0.0, min(2 * one - two, one))
-        rungs, spent = [(self.one.weights, one - fixed)], 0.0
+        fixed = max(0.0, min(2 * sum(one) - sum(two), sum(one)))
+        again = max(0.0, min(2 * one[1] - two[1], one[1]))  # the part of `fixed` that is done again
+        rungs, spent = [(self.one.weights, one[0] - (fixed - again), one[1] - again)], 0.0
         for mini in filter(known, self.ladder):
             began = time.monotonic()
-            if spent and began + spent * mini.weights / rungs[-1][0] > until:
+            if began + spent * mini.weights / rungs[-1][0] > until:
                 break
             try:
-                rungs.append((mini.weights, max(0.0, self._seconds(work, count, mini) - fixed)))
+                once, more = self._seconds(work, count, mini)
             except TaskError:  # the group size does not divide the narrower widths
                 continue
+            rungs.append((mini.weights, once - (fixed - again), more - again))
             spent = time.monotonic() - began
         if outer is None:
             try:
-                outer = max(0.0, self._seconds(work, count, self.thin) - one) * self._more
+                outer = max(0.0, sum(self._seconds(work, count, self.thin)) - sum(one)) * self._more
             except TaskError:
                 outer = 0.0
-        return Cost(fixed, _layer(rungs[-2:], self.weights), outer, rungs[-1][0] < self.weights)
+        rough = rungs[-1][0] < self.all
+        return Cost(fixed, self._layer(rungs[-2:]), outer, rough)
 
-    def _seconds(self, work: Work, count: float, mini: Miniature) -> float:
-        """The time of doing it `count` times, from once and several times.
+    def _layer(self, rungs: list[tuple[int, float, float]]) -> float:
+        """Seconds of a layer, from the widest layers measured: weights, and seconds of what is done once and again."""
+        if self.all == self.visited:
+            return _scaled([(weights, max(0.0, once + again)) for weights, once, again in rungs], self.all)
+        found = _scaled([(weights, max(0.0, once)) for weights, once, _ in rungs], self.all, self.visited)
+        return found + _scaled([(weights, max(0.0, again)) for weights, _, again in rungs], self.visited)
+
+    def _seconds(self, work: Work, count: float, mini: Miniature) -> tuple[float, float]:
+        """The time of doing it `count` times, from once and several times: what is done once, and what is done again.
 
         On a CPU, the processor time of the main thread: other programs do not add to it, and idle OpenMP threads do not
         spin (OMP_WAIT_POLICY), so it covers the main thread's part of shared work.
@@ -96,18 +110,22 @@ class Bench:
         work(mini, 0)
         once = seconds(1)
         if count <= 1:
-            return once
+            return once, 0.0
         more = 2 if once > LONG else 3
-        return once + (count - 1) * max(0.0, (seconds(more) - once) / (more - 1))
+        each = max(0.0, (seconds(more) - once) / (more - 1))
+        first = max(0.0, once - each)
+        return first, once + (count - 1) * each - first
 
 
-def _layer(rungs: list[tuple[int, float]], weights: int) -> float:
-    """Seconds of a layer with `weights`, from the widest layers measured, (weights, seconds) each.
+def _scaled(rungs: list[tuple[int, float]], weights: int, visited: int | None = None) -> float:
+    """Seconds for `weights`, from the widest layers measured, (weights, seconds) each. visited: the weights of a layer
+    of the model's own widths with the experts of one token, where `weights` are those of all experts.
 
-    Work on each weight grows with the number of weights, products of their matrices with its power 1.5.
+    Work on each weight grows with the number of weights, products of their matrices with its power 1.5. Further experts
+    take as long as the first.
     """
     (small, less), (large, more) = rungs[0], rungs[-1]
-    products = 0.0
-    if small < large < weights:
+    products, wide = 0.0, visited or weights
+    if small < large < wide:
         products = min(max(0.0, (more / large - less / small) / (large**0.5 - small**0.5)), more / large**1.5)
-    return float(products * weights**1.5 + (more - products * large**1.5) * weights / large)
+    return float(products * wide**1.5 + (more - products * large**1.5) * wide / large) * weights / wide

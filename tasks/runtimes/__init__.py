@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from tasks.device import compute_device
 from tasks.errors import TaskError
+from tasks.hardware import device_memory
+from tasks.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,9 @@ def load_runtime(target: str, directory: Path, dtype: str) -> Runtime:
         case "transformers":
             from tasks.runtimes.transformers import TransformersRuntime
 
+            if "quantization_config" not in json.loads((directory / "config.json").read_text(encoding="utf-8")):
+                files = TensorFiles(directory)
+                check_room(sum(files.entry(name).count for name in files), dtype)
             return TransformersRuntime(directory, dtype)
         case "onnx":
             from tasks.runtimes.onnx import OnnxRuntime
@@ -100,9 +109,22 @@ def load_runtime(target: str, directory: Path, dtype: str) -> Runtime:
             raise TaskError(f"no runtime for the target {target!r}; there are: transformers, onnx, gguf")
 
 
+def check_room(parameters: int, dtype: str) -> None:
+    """TaskError if the weights of an unquantized model alone do not fit in this machine's memory, or its GPU's."""
+    needed, memory = parameters * WEIGHT_BYTES[dtype], device_memory()
+    if needed > memory:
+        raise TaskError(
+            f"evaluating the baseline needs more than {needed / 1e9:.1f} GB of memory for its {parameters / 1e9:.1f} "
+            f"billion weights in {dtype}, and this machine has {memory / 1e9:.1f} GB"
+            f"{' on its GPU' if compute_device() == 'cuda' else ''}; run on a machine with more memory, or with a GPU "
+            "that has as much, or choose a smaller model"
+            + ", or set evaluation.dtype to bfloat16, which takes half"
+            * (dtype == "float32")
+        )
+
+
 def loaded_bytes(parameters: int, stored: int, dtype: str, native: bool, predictions: int) -> int:
     """The memory, bytes, that a loaded model takes at most, in any runtime: its weights in `dtype` beside its file of
     `stored` bytes, twice where dense.py reads the format (native false), and `predictions` tokens' logits three times,
     given as numbers."""
-    weight = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
-    return parameters * weight * (1 if native else 2) + stored + 12 * predictions
+    return parameters * WEIGHT_BYTES[dtype] * (1 if native else 2) + stored + 12 * predictions

@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoConfig
 
+from flows.planning.table import refusal
 from tasks.activations.memory import stored_bytes
+from tasks.checks.preflight import check_announced
 from tasks.errors import TaskError
-from tasks.planning.__main__ import find_config
-from tasks.planning.miniature import Miniature, narrowed
+from tasks.model.arrival import clean_config, known_config
+from tasks.planning.__main__ import find_config, measure
+from tasks.planning.miniature import Miniature, narrowed, runs, thin, visited
 from tasks.planning.need import Measurement, Need, carried, read_measurement
 from tasks.planning.timing import Bench, Cost
+from tasks.runtimes import check_room
+from tasks.settings import check_settings
 
+ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 2048,
@@ -77,11 +84,12 @@ def test_a_narrower_layer_has_the_heads_and_the_groups_of_the_wide_one(values: d
 
 
 def test_the_whole_layer_is_the_last_of_the_ladder_unless_it_is_too_large(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, config(LLAMA), "bfloat16", WEIGHTS, 0.0)
+    bench = Bench(tmp_path, config(LLAMA), "bfloat16", (WEIGHTS, WEIGHTS), 0.0)
     assert [mini.config.hidden_size for mini in bench.ladder] == [1024, 2048]
-    wide = Bench(tmp_path, config(LLAMA | {"hidden_size": 4096, "num_attention_heads": 64}), "bfloat16", 4 * WEIGHTS, 0)
+    larger = config(LLAMA | {"hidden_size": 4096, "num_attention_heads": 64})
+    wide = Bench(tmp_path, larger, "bfloat16", (4 * WEIGHTS, 4 * WEIGHTS), 0)
     assert wide.ladder[-1].config.hidden_size == 2048
-    small = Bench(tmp_path, config(SMOLLM2), "bfloat16", 3_000_000, 0)
+    small = Bench(tmp_path, config(SMOLLM2), "bfloat16", (3_000_000, 3_000_000), 0)
     assert [mini.config.hidden_size for mini in small.ladder] == [576]
     assert (bench.thin.config.hidden_size, bench.thin.config.vocab_size) == (2048, 10_000_000 // 2048)
 
@@ -108,7 +116,7 @@ class Clocked(Bench):
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Clocked:
-    made = Clocked(tmp_path, config(SMOLLM2), "bfloat16", 4_000_000, time.monotonic() + 60)
+    made = Clocked(tmp_path, config(SMOLLM2), "bfloat16", (4_000_000, 4_000_000), time.monotonic() + 60)
     made._clock = lambda: made.now
     made.one, made.two = FakeMini("one", 1, 1000), FakeMini("two", 2, 2000)
     made.thin, made._more = FakeMini("thin", 1, 1000), 2.0
@@ -214,3 +222,103 @@ def test_a_model_is_a_config_or_a_folder_with_one(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     places = (str(tmp_path), str(tmp_path / "config.json"), f"path:{tmp_path}")
     assert {find_config(place) for place in places} == {tmp_path / "config.json"}
+
+
+MIXTURE = LLAMA | {
+    "model_type": "qwen3_moe",
+    "hidden_size": 256,
+    "moe_intermediate_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 6,
+    "head_dim": 32,
+    "vocab_size": 2048,
+}
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "Qwen3-235B-A22B", "gpt-oss-120b", "DeepSeek-V3"])
+def test_a_layer_of_a_mixture_has_the_experts_that_a_token_visits(name: str) -> None:
+    values, _ = clean_config(json.loads((CONFIGS / f"{name}.json").read_text()), untied=False)
+    whole = known_config(values)
+    small = visited(whole)
+    assert small is not whole
+    for factor in (1, 4, 10**6):
+        layer = narrowed(small, factor)
+        assert layer.num_experts_per_tok == values["num_experts_per_tok"]
+        experts = {getattr(layer, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")}
+        assert experts - {None} == {layer.num_experts_per_tok}
+        assert layer.num_hidden_layers == 1
+    assert runs(narrowed(small, 16))
+    assert runs(thin(small, 512))
+
+
+def test_a_model_without_experts_is_visited_whole() -> None:
+    whole = config(LLAMA)
+    assert visited(whole) is whole
+
+
+def test_what_does_not_run_is_not_measured() -> None:
+    assert not runs(config(MIXTURE | {"num_experts_per_tok": 64}))  # more than there are
+
+
+def test_what_is_done_once_is_scaled_to_all_experts_and_the_rest_to_those_of_a_token(bench: Clocked) -> None:
+    bench.all, bench.visited = 16_000_000, 1_000_000
+
+    def work(mini: Any, times: int) -> None:
+        if times:
+            bench.spend(3e-6 * mini.weights + times * 1e-6 * mini.weights)
+
+    found = bench.cost(work, 10, 1.0, lambda mini: True, 0.0)
+    assert found.layer == pytest.approx(3e-6 * 16_000_000 + 10 * 1e-6 * 1_000_000)
+    assert found.rough
+
+
+def test_a_mixture_is_measured_from_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(MIXTURE | {"architectures": ["Qwen3MoeForCausalLM"], "dtype": "bfloat16"})
+    )
+    small = {"samples": 2, "sequence_length": 64}
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["calibration"] |= small
+    values["variants"] = {
+        "base": {"scheme": "none"},
+        "int4": {"scheme": "W4A16", "group_size": 32, "format": "compressed-tensors"},
+    }
+    threads = {"statistics": 1, "quantize@int4": 1}
+    found = measure(check_settings(values), tmp_path / "config.json", tmp_path, 600, threads).needs
+    for need in found.values():
+        assert need.seconds
+        assert need.rough  # measured with 4 of 32 experts
+    # of each layer q, k and v's input, o's, and two of each expert; the output layer's
+    grams = 6 * (2 * 256**2 + 32 * (256**2 + 128**2)) + 256**2
+    assert found["statistics"].disk == pytest.approx(4 * grams, rel=0.05)
+
+
+def test_stages_that_do_not_fit_are_named_in_one_line_with_the_remedy() -> None:
+    assert refusal(HERE) is None
+    found = refusal(replace(HERE, memory=9e8)) or ""
+    assert found.startswith("statistics cannot run on a machine with 900 MB of memory, they need up to 1.0 GB; run on")
+    assert "\n" not in found
+
+
+def test_a_baseline_that_cannot_fit_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.runtimes.device_memory", lambda: 24 * 10**9)
+    check_room(11_000_000_000, "bfloat16")
+    with pytest.raises(TaskError, match=r"needs more than 141\.1 GB .* 70\.6 billion weights in bfloat16, .* 24\.0 GB"):
+        check_room(70_553_706_496, "bfloat16")
+    with pytest.raises(TaskError, match=r"set evaluation\.dtype to bfloat16"):
+        check_room(11_000_000_000, "float32")
+
+
+def test_the_preflight_refuses_it_from_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = check_settings(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    (tmp_path / "config.json").write_text(
+        json.dumps(MIXTURE | {"architectures": ["Qwen3MoeForCausalLM"], "dtype": "bfloat16"})
+    )
+    monkeypatch.setattr("tasks.runtimes.device_memory", lambda: 10**6)
+    with pytest.raises(TaskError, match="evaluating the baseline needs more than"):
+        check_announced(settings, tmp_path / "config.json", tmp_path / "here", here=True)
+    check_announced(settings, tmp_path / "config.json", tmp_path / "there", here=False)

@@ -18,6 +18,7 @@ from tasks.settings.variant import VariantSettings
 from tasks.statistics import collect
 from tasks.tensor_files import read_header
 from tests.tiny import tiny_model
+from tools.tiny_models import write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -86,3 +87,17 @@ def test_a_large_model_takes_no_disk_while_it_is_hollow(tmp_path: Path) -> None:
 
 def test_a_hollow_model_has_the_tensors_of_a_saved_one(made: Path, hollow: Path) -> None:
     assert read_header(hollow / "model.safetensors") == read_header(made / "model/model.safetensors")
+
+
+def test_experts_that_are_stacked_are_sized_as_they_are_written(tmp_path: Path) -> None:
+    write_manifest(write_tiny("gpt_oss", tmp_path / "model"))
+    (tmp_path / "calibration").mkdir()
+    save_file({"input_ids": torch.randint(6, 150, (2, 64))}, tmp_path / "calibration/tokens.safetensors")
+    write_manifest(tmp_path / "calibration")
+    folders = [tmp_path / name for name in ("model", "calibration", "statistics")]
+    collect(*folders, importance=False)
+    variant = VariantSettings(scheme="W4A16", group_size=32)
+    quantize("v", variant, *folders, tmp_path / "v")
+    written = sum(path.stat().st_size for path in (tmp_path / "v").glob("*.safetensors"))
+    hollow = hollow_model(AutoConfig.from_pretrained(folders[0]), "float32", tmp_path / "hollow")
+    assert variant_bytes(variant, hollow) == written
