@@ -11,7 +11,9 @@ and the activations. Tokens may be weighted (importance.py).
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +26,6 @@ from tasks.program import run_stage
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tasks.model.decoder import Decoder
 
 
@@ -77,8 +77,6 @@ def collect(
     device = compute_device()
     decoder = Decoder(model, torch.float32, device, fast_dtype(device))
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
-    estimate = estimate_bytes(decoder, tokens, importance)
-    print(f"needs about {estimate / 1e9:.1f} GB of memory", flush=True)
     with resumable_directory(destination, _key(model, calibration, decoder, importance, least, gram_gigabytes)) as work:
         if not (work / FILE).exists():
             exact = decoder if decoder.products == torch.float32 else Decoder(model, torch.float32, device)
@@ -96,6 +94,9 @@ def collect(
                 flush=True,
             )
             save_text(tokens, work, decoder.products)
+        widths = [[layer.linears[group[0]].width for group in layer.groups] for layer in layers]
+        estimate = current_memory() + estimate_bytes(decoder, len(tokens), tokens.shape[1], widths, importance, kept)
+        print(f"needs about {estimate / 1e9:.1f} GB of memory", flush=True)
         (collect_weighed if importance else collect_plain)(decoder, layers, tokens, work, least, kept)
         write_identity(work, len(layers))
         few = {
@@ -117,24 +118,26 @@ def collect(
     )
 
 
-def estimate_bytes(decoder: Decoder, tokens: Tensor, importance: bool) -> int:
-    """The estimated peak memory of `collect`, in bytes: the process's current memory plus `needed_bytes`, or plus what
-    the comparison with the whole model takes."""
+def estimate_bytes(
+    decoder: Decoder, sequences: int, length: int, widths: Sequence[Sequence[int]], importance: bool, kept: bool
+) -> int:
+    """The memory that `collect` takes besides what the process has, in bytes: `needed_bytes` of the layer that takes
+    the most, or what the comparison with the whole model takes. widths: of each layer's distinct inputs; kept: whether
+    Gram matrices are summed."""
     from tasks.model.whole import checking_bytes
 
     hidden, inner, vocabulary = decoder.widths
-    widths = (hidden, hidden, hidden, inner)
-    needed = needed_bytes(
-        tokens.numel(),
-        tokens.shape[1],
-        widths,
-        vocabulary,
-        decoder.layer_parameters,
-        importance,
-        decoder.device,
-        decoder.products.itemsize,
+    needed = partial(
+        needed_bytes,
+        vocabulary=vocabulary,
+        layer_parameters=decoder.layer_parameters,
+        importance=importance,
+        device=decoder.device,
+        product=decoder.products.itemsize,
+        kept=kept,
     )
-    return current_memory() + max(needed, checking_bytes(decoder))
+    most = max(needed(sequences * length, length, own or (hidden, inner)) for own in widths)
+    return max(most, checking_bytes(decoder))
 
 
 def _key(model: Path, calibration: Path, decoder: Decoder, importance: bool, least: int, gram_gigabytes: float) -> str:

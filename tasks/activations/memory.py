@@ -18,6 +18,7 @@ def needed_bytes(
     importance: bool,
     device: str,
     product: int,
+    kept: bool = True,
 ) -> int:
     """The additional memory of the pass, in bytes: all activations twice, and the maximum of
 
@@ -31,12 +32,12 @@ def needed_bytes(
     is GPU memory, they do not count.
 
     widths: of the distinct inputs in a layer; the first is the layer's own. product: bytes per weight in a matrix
-    product.
+    product. kept: whether Gram matrices are summed.
     """
     hidden, inner = widths[0], max(widths)
     activations = tokens * hidden
     sequence = sequence_length * (3 * inner + 8 * hidden)
-    grams = sum(width**2 for width in widths)
+    grams = sum(width**2 for width in widths) if kept else 0
     stored = 0 if device == "cuda" else 2
     weight = stored + product
     most = max((stored + 4) * vocabulary * hidden, weight * layer_parameters + 4 * (grams + sequence))
@@ -50,12 +51,23 @@ def gram_bytes(widths: Iterable[int]) -> int:
     return sum(4 * width**2 for width in widths)
 
 
-def stored_bytes(tokens: int, widths: Sequence[int], layers: int, hidden: int, importance: bool) -> int:
-    """The numbers, bytes, that the pass leaves: of each distinct input its Gram matrix and two magnitudes by channel,
-    and a weight for each token where they are weighed. widths: of the distinct inputs in one of the `layers`; hidden:
-    of the output layer's."""
-    sums = sum(4 * (width**2 + 2 * width) for width in [*widths] * layers + [hidden])
-    return sums + importance * 4 * tokens * len(widths) * layers
+def stored_bytes(widths: Sequence[int], hidden: int, weights: int, rows: int = 0) -> int:
+    """The numbers, bytes, that the pass leaves: of each distinct input, by width, its Gram matrix and two magnitudes by
+    channel, and `weights` of tokens. rows: bytes of what the layers read, where that is kept in place of the Gram
+    matrices. hidden: of the output layer, whose Gram matrix is always kept."""
+    grams = [hidden] if rows else [*widths, hidden]
+    return gram_bytes(grams) + 8 * (sum(widths) + hidden) + 4 * weights + rows
+
+
+def rows_bytes(tokens: int, layers: int, hidden: int, importance: bool) -> int:
+    """The size, bytes, of what the layers read."""
+    return tokens * hidden * layers * (2 if importance else 4)
+
+
+def again_bytes(tokens: int, hidden: int, layer_parameters: int, product: int, grams: int) -> int:
+    """The memory, bytes, that summing a layer's Gram matrices again takes: the layer, as stored and in the product
+    dtype, what it reads, and `grams` bytes of them."""
+    return (2 + product) * layer_parameters + 8 * tokens * hidden + grams
 
 
 def kept_bytes(tokens: int, layers: int, hidden: int, importance: bool) -> int:

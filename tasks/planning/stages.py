@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from tasks.activations.memory import kept_bytes, needed_bytes, stored_bytes
+from tasks.activations.inputs import AT_ONCE
+from tasks.activations.memory import again_bytes, gram_bytes, kept_bytes, rows_bytes, stored_bytes
 from tasks.benchmark import alternate
 from tasks.device import compute_device, fast_dtype
 from tasks.errors import TaskError
@@ -24,19 +25,20 @@ from tasks.model.decoder import Decoder
 from tasks.model.hollow import hollow_model, variant_bytes
 from tasks.model.inputs import input_widths
 from tasks.model.layout import layer_weights, linear_shapes
-from tasks.model.whole import checking_bytes
 from tasks.planning.miniature import Miniature, narrowed, visited
 from tasks.planning.need import Need
 from tasks.planning.timing import Bench, Cost
 from tasks.quantize import quantize
 from tasks.quantizers import sensitivity
 from tasks.quantizers.parallel import held_bytes, processes
+from tasks.quantizers.shares import LARGEST
 from tasks.runtimes import Question, Runtime, RuntimeWithStates, load_runtime, loaded_bytes
 from tasks.schemes import LLAMA_CPP, MIXED
 from tasks.scoring.divergence import Window, measure_text
 from tasks.scoring.reference_states import output_layer
 from tasks.settings import BASE, BUILTIN, Settings
-from tasks.statistics import collect
+from tasks.settings.variant import VariantSettings
+from tasks.statistics import collect, estimate_bytes
 from tasks.tensor_files import read_header
 
 ITEM = 50  # tokens of an evaluation item: a question with its answers, as in evals/
@@ -66,6 +68,8 @@ class Run:
         self.decoder, self.linears = Decoder(model, torch.float32, self.device), len(linear_shapes(model))
         self.hidden, _, self.words = self.decoder.widths
         self.layers, self.widths = len(self.decoder), input_widths(model)
+        self.grams = gram_bytes(width for widths in self.widths for width in widths)
+        self.again = self.grams > settings.statistics.gram_gigabytes * 1e9  # each variant sums them again
         self.by_layer = layer_weights(model)
         self.weights = sum(self.by_layer) // self.layers
         few = visited(config)
@@ -111,6 +115,9 @@ class Run:
                 seconds, note = None, str(error)
             if not parts:
                 note = "takes seconds"
+            elif kind == "statistics" and not note:
+                where = "summed again by each variant" if self.again else "kept on disk"
+                note = f"Gram matrices, {self.grams / 1e9:.3g} GB: {where}"
             elif kind in ("reference", "evaluate") and not note:
                 note = f"{self.items} items" + ", the gate may need fewer" * (kind == "evaluate")
             found[stage] = Need(seconds, *bytes_[stage], note or None, rough)
@@ -143,7 +150,8 @@ class Run:
         """The pass over `times` sequences."""
         tokens = mini.calibration(max(1, times), self.settings.calibration.sequence_length)
         if times:
-            collect(mini.model, tokens, mini.folder / f"statistics-{times}", self.settings.statistics.importance)
+            asked, most = self.settings.statistics, 0.0 if self.again else math.inf
+            collect(*(mini.model, tokens, mini.folder / f"statistics-{times}"), asked.importance, gram_gigabytes=most)
 
     def press(self, name: str, mini: Miniature, times: int) -> None:
         """The stage quantize with `times` sequences."""
@@ -152,7 +160,7 @@ class Run:
             budget = {"retention": None, "bits_per_weight": 16.0} if variant.retention else {}
             variant = variant.model_copy(update={"skip_layers": [], "samples": None, **budget})
         tokens = mini.calibration(max(1, times), self.settings.calibration.sequence_length)
-        statistics = self._statistics(mini, 3 if self._reads_tokens(name) else 1)
+        statistics = self._statistics(mini, max(1, times) if self.again else 3 if self._reads_tokens(name) else 1)
         if times:
             quantize(name, variant, mini.model, tokens, statistics, mini.folder / "models" / name)
 
@@ -237,13 +245,24 @@ class Run:
 
     def _processes(self, name: str) -> int:
         """The number of processes that press layers side by side (quantizers/parallel.py)."""
-        if self.device != "cpu" or self._reads_tokens(name) or self.settings.variants[name].scheme == MIXED:
+        variant = self.settings.variants[name]
+        if self.device != "cpu" or not variant.has_shares or variant.scheme == MIXED:
             return 1
-        return processes(self.threads.get(f"quantize@{name}", 1), self.layers, max(self.by_layer), available_memory())
+        weights = self._share(variant)
+        return processes(self.threads.get(f"quantize@{name}", 1), self.layers, weights, available_memory())
+
+    def _share(self, variant: VariantSettings) -> int:
+        """The weights that are quantized together: of the largest layer, or about those of a share of it."""
+        most = max(range(self.layers), key=self.by_layer.__getitem__)
+        weights = self.by_layer[most]
+        if not variant.has_shares:
+            return weights
+        return int(weights * min(1.0, LARGEST / (4 * weights + gram_bytes(self.widths[most]))))
 
     def _reads_tokens(self, name: str) -> bool:
         """Whether quantizing runs the model over the calibration tokens again."""
-        return self.settings.variants[name].propagate or self.settings.variants[name].backend != BUILTIN
+        variant = self.settings.variants[name]
+        return variant.propagate or variant.backend != BUILTIN or self.again
 
     def _bytes(self, kind: str, name: str) -> tuple[float, float, float]:
         """Memory, disk and scratch space of a stage."""
@@ -254,12 +273,20 @@ class Run:
                 return self.base, self.bytes[BASE], 0
             case "statistics":
                 inputs = [width for widths in self.widths for width in widths]
-                disk = stored_bytes(tokens, inputs, 1, self.hidden, False) + importance * 4 * tokens * self.reads
+                rows = rows_bytes(tokens, self.layers, self.hidden, importance) if self.again else 0
+                disk = stored_bytes(inputs, self.hidden, importance * tokens * self.reads, rows)
                 scratch = kept_bytes(tokens, self.layers, self.hidden, importance)
-                return self._statistics_memory(tokens), disk, scratch
+                length, text = calibration.sequence_length, calibration.samples
+                held = estimate_bytes(self.decoder, text, length, self.widths, importance, not self.again)
+                return self.base + held, disk, max(scratch - rows, 0)
             case "quantize" if name != BASE:
                 count = self._processes(name)
-                held = count * held_bytes(max(self.by_layer)) + self.base * (count > 1)
+                each = held_bytes(self._share(self.settings.variants[name]))
+                if self.again:
+                    grams = min(AT_ONCE, max(map(gram_bytes, self.widths)))
+                    size, product = self.decoder.layer_parameters, fast_dtype(self.device).itemsize
+                    each += again_bytes(tokens, self.hidden, size, product, grams)
+                held = count * each + self.base * (count > 1)
                 if self.settings.variants[name].scheme == MIXED:
                     streams = sensitivity.held_bytes(self.linears, self.hidden, self.words)
                     held = max(held, self.base + streams)
@@ -279,16 +306,6 @@ class Run:
         native = variant.is_baseline or variant.scheme in LLAMA_CPP or load_format(variant.format).native
         predictions = evaluation.window * self.words * (kind in ("reference", "evaluate"))
         return loaded_bytes(self.parameters, self.bytes[name], evaluation.dtype, native, predictions)
-
-    def _statistics_memory(self, tokens: int) -> int:
-        """As `estimate_bytes` of the stage, for the layer with the most inputs."""
-        length, importance = self.settings.calibration.sequence_length, self.settings.statistics.importance
-        size, product = self.decoder.layer_parameters, fast_dtype(self.device).itemsize
-        most = max(
-            needed_bytes(tokens, length, widths or [self.hidden], self.words, size, importance, self.device, product)
-            for widths in self.widths
-        )
-        return self.base + max(most, checking_bytes(self.decoder))
 
     def _statistics(self, mini: Miniature, sequences: int) -> Path:
         if not (mini.folder / f"statistics-{sequences}").exists():

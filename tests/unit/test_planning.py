@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoConfig
 
 from flows.planning.table import refusal
-from tasks.activations.memory import stored_bytes
+from tasks.activations.memory import rows_bytes, stored_bytes
 from tasks.checks.preflight import check_announced
 from tasks.errors import TaskError
 from tasks.model.arrival import clean_config, known_config
@@ -174,9 +174,16 @@ def test_no_rung_is_begun_that_would_end_after_the_deadline(bench: Clocked) -> N
 
 
 def test_the_statistics_are_a_matrix_and_two_rows_for_each_input() -> None:
-    plain = stored_bytes(1000, [8, 8, 16], 2, 8, importance=False)
+    plain = stored_bytes([8, 8, 16] * 2, 8, 0)
     assert plain == 4 * (2 * (8 * 8 + 16 + 8 * 8 + 16 + 16 * 16 + 32) + 8 * 8 + 16)
-    assert stored_bytes(1000, [8, 8, 16], 2, 8, importance=True) == plain + 4 * 1000 * 3 * 2
+    assert stored_bytes([8, 8, 16] * 2, 8, 1000 * 3 * 2) == plain + 4 * 1000 * 3 * 2
+
+
+@pytest.mark.parametrize("importance", [True, False])
+def test_without_the_matrices_what_the_layers_read_is_kept(importance: bool) -> None:
+    rows = rows_bytes(1000, 2, 8, importance)
+    assert rows == 1000 * 8 * 2 * (2 if importance else 4)
+    assert stored_bytes([8, 8, 16] * 2, 8, 0, rows) == rows + 8 * (2 * 32 + 8) + 4 * 8 * 8
 
 
 def test_a_measurement_is_read_as_it_was_written(tmp_path: Path) -> None:
