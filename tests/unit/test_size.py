@@ -94,7 +94,7 @@ def test_experts_that_are_stacked_are_sized_as_they_are_written(tmp_path: Path) 
     (tmp_path / "calibration").mkdir()
     save_file({"input_ids": torch.randint(6, 150, (2, 64))}, tmp_path / "calibration/tokens.safetensors")
     write_manifest(tmp_path / "calibration")
-    folders = [tmp_path / name for name in ("model", "calibration", "statistics")]
+    folders = (tmp_path / "model", tmp_path / "calibration", tmp_path / "statistics")
     collect(*folders, importance=False)
     variant = VariantSettings(scheme="W4A16", group_size=32)
     quantize("v", variant, *folders, tmp_path / "v")
