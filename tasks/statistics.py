@@ -124,13 +124,14 @@ def estimate_bytes(
     """The memory that `collect` takes besides what the process has, in bytes: `needed_bytes` of the layer that takes
     the most, or what the comparison with the whole model takes. widths: of each layer's distinct inputs; kept: whether
     Gram matrices are summed."""
+    from tasks.model.mapped import in_memory
     from tasks.model.whole import checking_bytes
 
     hidden, inner, vocabulary = decoder.widths
     needed = partial(
         needed_bytes,
         vocabulary=vocabulary,
-        layer_parameters=decoder.layer_parameters,
+        layer_parameters=in_memory(decoder.layer_parameters, decoder.device),
         importance=importance,
         device=decoder.device,
         product=decoder.products.itemsize,

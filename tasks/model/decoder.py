@@ -19,9 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from tasks.errors import TaskError
 from tasks.hardware import release_memory
-from tasks.model import mapped
 from tasks.model.linears import Origins
-from tasks.model.mapped import Mapped
+from tasks.model.mapped import Mapped, in_memory
 from tasks.model.names import Names, in_own_storage
 from tasks.model.skeleton import embedded, find_layers, place, replaced, skeleton, tensor_at
 from tasks.tensor_files import TensorFiles
@@ -146,7 +145,7 @@ class Decoder:
     def roomy(self, index: int) -> AbstractContextManager[object]:
         """For work with copies of the layer's weights: where the layer is large, they are put into files."""
         parameters = sum(parameter.numel() for parameter in self._layers[index].parameters())
-        return Mapped() if 4 * parameters > mapped.LAYER else nullcontext()
+        return nullcontext() if in_memory(parameters, self.device) else Mapped()
 
     def run(self, index: int, layer: nn.Module, hidden: Tensor, batch: int = 0) -> Tensor:
         """Run hidden states through `layer`, loaded by `layer(index)`, as in the whole model. batch: the number of the

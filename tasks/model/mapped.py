@@ -25,6 +25,17 @@ _JOINED = {_aten.cat.default: _aten.cat.out, _aten.stack.default: _aten.stack.ou
 _COPIED = (_aten.clone.default, _aten._to_copy.default)
 
 
+def in_memory(parameters: int, device: str) -> int:
+    """How many of a layer's parameters are in memory when it runs: all, or few at a time of files, counted as none."""
+    return parameters if device != "cpu" or 4 * parameters <= LAYER else 0
+
+
+def file_bytes(parameters: int, device: str) -> int:
+    """The disk, bytes, that a layer's tensors take at most while it is examined and runs: its weights, and two copies
+    with which factors are proven."""
+    return 0 if in_memory(parameters, device) else 12 * parameters
+
+
 class Mapped(TorchDispatchMode):
     """Within it, large tensors that are joined, copied or converted on the CPU are put into files below `folder`, which
     take disk only as long as the tensors exist."""

@@ -52,7 +52,7 @@ def checking_bytes(decoder: Decoder) -> int:
     loaded = _parameters(decoder)
     if loaded > LARGE:
         inside = [sum(one.numel() for one in decoder.parameters(index).values()) for index in range(len(decoder))]
-        loaded = loaded - sum(inside) + max(inside)
+        loaded = loaded - sum(inside) + inside[0]
     return FOR_A_PARAMETER * loaded
 
 

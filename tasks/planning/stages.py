@@ -25,6 +25,7 @@ from tasks.model.decoder import Decoder
 from tasks.model.hollow import hollow_model, variant_bytes
 from tasks.model.inputs import input_widths
 from tasks.model.layout import layer_weights, linear_shapes
+from tasks.model.mapped import file_bytes, in_memory
 from tasks.planning.miniature import Miniature, narrowed, visited
 from tasks.planning.need import Need
 from tasks.planning.timing import Bench, Cost
@@ -278,13 +279,15 @@ class Run:
                 scratch = kept_bytes(tokens, self.layers, self.hidden, importance)
                 length, text = calibration.sequence_length, calibration.samples
                 held = estimate_bytes(self.decoder, text, length, self.widths, importance, not self.again)
-                return self.base + held, disk, max(scratch - rows, 0)
+                files = file_bytes(self.decoder.layer_parameters, self.device)
+                return self.base + held, disk, max(scratch - rows, 0) + files
             case "quantize" if name != BASE:
                 count = self._processes(name)
                 each = held_bytes(self._share(self.settings.variants[name]))
                 if self.again:
                     grams = min(AT_ONCE, max(map(gram_bytes, self.widths)))
-                    size, product = self.decoder.layer_parameters, fast_dtype(self.device).itemsize
+                    size = in_memory(self.decoder.layer_parameters, self.device)
+                    product = fast_dtype(self.device).itemsize
                     each += again_bytes(tokens, self.hidden, size, product, grams)
                 held = count * each + self.base * (count > 1)
                 if self.settings.variants[name].scheme == MIXED:

@@ -76,7 +76,7 @@ def test_the_versions_that_stages_depend_on_are_the_pinned_ones() -> None:
         ]
 
 
-def test_every_package_is_installed_with_its_templates() -> None:
+def test_every_package_is_installed_with_its_data() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = find_packages(str(ROOT), include=setuptools["packages"]["find"]["include"])
     folders = {path.parent for top in ("flows", "tasks", "evals") for path in (ROOT / top).rglob("__init__.py")}
@@ -87,7 +87,8 @@ def test_every_package_is_installed_with_its_templates() -> None:
         for pattern in patterns
         for path in (ROOT / package.replace(".", "/")).glob(pattern)
     }
-    assert data == set((ROOT / "tasks").rglob("*.j2"))
+    beside = {path for path in (ROOT / "tasks").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert data == beside
 
 
 def test_the_lock_holds_every_direct_dependency_at_an_exact_version() -> None:
