@@ -21,11 +21,13 @@ from tasks.activations.memory import EXPERT_TOKENS, GRAM_GIGABYTES, gram_bytes, 
 from tasks.activations.plain import collect_plain
 from tasks.device import compute_device, fast_dtype
 from tasks.hardware import current_memory, peak_memory
-from tasks.output import checksums, resumable_directory, write_json
+from tasks.output import checksums, link_or_copy, resumable_directory, write_json
 from tasks.program import run_stage
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tasks.model.decoder import Decoder
 
 
@@ -55,13 +57,14 @@ def collect(
     importance: bool,
     least: int = EXPERT_TOKENS,
     gram_gigabytes: float = GRAM_GIGABYTES,
+    structure: Path | None = None,
 ) -> StatisticsReport:
     """Run the model over the calibration tokens; write the files of tasks/activations/store.py, and what the layers
     consist of, structure.json.
 
     importance: weight the tokens in the layers' Gram matrices by Fisher information (activations/importance.py). least:
     tokens that an expert must see for statistics of its own (activations/gram.py). gram_gigabytes: of Gram matrices on
-    disk at most.
+    disk at most. structure: the model's structure.json, if it is known; None: it is found out and proven.
     An interrupted run resumes at its layer. TaskError if the model has no decoder layers in safetensors files.
     """
     import torch
@@ -70,8 +73,7 @@ def collect(
     from tasks.activations.importance import collect_weighed
     from tasks.activations.store import load_few, save_text, write_identity
     from tasks.model.decoder import Decoder
-    from tasks.model.structure import FILE, TOKENS, discover, read_structure, write_structure
-    from tasks.model.whole import check_streamed
+    from tasks.model.structure import FILE, read_structure
 
     started = time.monotonic()
     device = compute_device()
@@ -79,11 +81,10 @@ def collect(
     tokens = load_file(calibration / "tokens.safetensors")["input_ids"]
     with resumable_directory(destination, _key(model, calibration, decoder, importance, least, gram_gigabytes)) as work:
         if not (work / FILE).exists():
-            exact = decoder if decoder.products == torch.float32 else Decoder(model, torch.float32, device)
-            text = tokens[:1, :TOKENS]
-            found, *hidden = discover(exact, text)
-            check_streamed(exact, model, text, *hidden)
-            write_structure(found, work)
+            if structure:
+                link_or_copy(structure, work / FILE)
+            else:
+                find_structure(decoder, model, tokens, work)
         layers = read_structure(work)
         grams = gram_bytes(layer.linears[group[0]].width for layer in layers for group in layer.groups)
         kept = grams <= gram_gigabytes * 1e9
@@ -116,6 +117,22 @@ def collect(
         grams_kept=kept,
         few_tokens=few,
     )
+
+
+def find_structure(decoder: Decoder, model: Path, tokens: Tensor, directory: Path) -> None:
+    """Find out what the layers of `decoder`, the model in a directory, consist of, compare it with the whole model, and
+    write structure.json to `directory`. TaskError if its layers cannot be pressed one by one."""
+    import torch
+
+    from tasks.model.decoder import Decoder
+    from tasks.model.structure import TOKENS, discover, write_structure
+    from tasks.model.whole import check_streamed
+
+    exact = decoder if decoder.products == torch.float32 else Decoder(model, torch.float32, decoder.device)
+    text = tokens[:1, :TOKENS]
+    found, *hidden = discover(exact, text)
+    check_streamed(exact, model, text, *hidden)
+    write_structure(found, directory)
 
 
 def estimate_bytes(

@@ -26,6 +26,7 @@ from tasks.model.hollow import hollow_model, variant_bytes
 from tasks.model.inputs import input_widths
 from tasks.model.layout import layer_weights, linear_shapes
 from tasks.model.mapped import file_bytes, in_memory
+from tasks.model.structure import FILE
 from tasks.planning.miniature import Miniature, narrowed, visited
 from tasks.planning.need import Need
 from tasks.planning.timing import Bench, Cost
@@ -39,7 +40,7 @@ from tasks.scoring.divergence import Window, measure_text
 from tasks.scoring.reference_states import output_layer
 from tasks.settings import BASE, BUILTIN, Settings
 from tasks.settings.variant import VariantSettings
-from tasks.statistics import collect, estimate_bytes
+from tasks.statistics import collect, estimate_bytes, find_structure
 from tasks.tensor_files import read_header
 
 ITEM = 50  # tokens of an evaluation item: a question with its answers, as in evals/
@@ -106,6 +107,8 @@ class Run:
                 for part in parts if measured else ():
                     cost = self._cost(part, self.threads[stage], share)
                     layers = self._layers(name) if part[0] == "press" else float(self.layers)
+                    if part[0] == "discover":  # nearly all of it is done once, for layers that are alike
+                        layers = 1.0
                     mixed = part[0] == "press" and self.settings.variants[name].scheme == MIXED
                     outer = cost.outer * (self.layers if mixed else 1)  # each layer's divergence takes the output layer
                     seconds = (seconds or 0.0) + cost.fixed + layers * cost.layer + outer
@@ -132,7 +135,7 @@ class Run:
         text = len(evaluation.texts) * evaluation.text_tokens / READ
         match kind:
             case "statistics":
-                return [("collect", "", samples)]
+                return [("discover", "", 1), ("collect", "", samples)]
             case "quantize" if name != BASE:
                 variant = self.settings.variants[name]
                 parts: list[Part] = [("press", name, (variant.samples or samples) if self._reads_tokens(name) else 1)]
@@ -147,12 +150,22 @@ class Run:
                 return [("rounds", one, rounds) for one in dict.fromkeys((name, BASE))]
         return []
 
+    def discover(self, name: str, mini: Miniature, times: int) -> None:
+        """Find out what the layers consist of, `times` times."""
+        tokens = torch.randint(mini.config.vocab_size, (1, self.settings.calibration.sequence_length))
+        for _ in range(times):
+            find_structure(Decoder(mini.model, torch.float32, self.device), mini.model, tokens, mini.folder)
+
     def collect(self, _: str, mini: Miniature, times: int) -> None:
         """The pass over `times` sequences."""
         tokens = mini.calibration(max(1, times), self.settings.calibration.sequence_length)
+        structure = mini.folder / FILE
+        if not structure.exists():
+            self.discover("", mini, 1)
         if times:
             asked, most = self.settings.statistics, 0.0 if self.again else math.inf
-            collect(*(mini.model, tokens, mini.folder / f"statistics-{times}"), asked.importance, gram_gigabytes=most)
+            folders = mini.model, tokens, mini.folder / f"statistics-{times}"
+            collect(*folders, asked.importance, gram_gigabytes=most, structure=structure)
 
     def press(self, name: str, mini: Miniature, times: int) -> None:
         """The stage quantize with `times` sequences."""
