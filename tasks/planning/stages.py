@@ -46,6 +46,7 @@ from tasks.tensor_files import read_header
 ITEM = 50  # tokens of an evaluation item: a question with its answers, as in evals/
 BATCH = 8  # items that are scored at once
 READ = 256  # tokens of text that are read at once
+LEAST = 0.001  # seconds to quantize a layer, extrapolated: less is the clock's noise
 ITEMS = 1000  # of a task, where `evaluation.limit` does not say
 # in this order: without time for a variant's evaluation or benchmark, it is assumed to be as fast as the baseline
 ORDER = (f"benchmark@{BASE}", "reference", "statistics", "quantize", "export", "evaluate", "benchmark")
@@ -106,6 +107,8 @@ class Run:
             try:
                 for part in parts if measured else ():
                     cost = self._cost(part, self.threads[stage], share)
+                    if part[0] == "press" and cost.rough and cost.layer < LEAST:
+                        raise TaskError("the layers that fit into the minute are too small to tell; run it here alone")
                     layers = self._layers(name) if part[0] == "press" else float(self.layers)
                     if part[0] == "discover":  # nearly all of it is done once, for layers that are alike
                         layers = 1.0
