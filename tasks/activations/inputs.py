@@ -8,7 +8,7 @@ here, by the same code from the same numbers, so to the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -91,15 +91,21 @@ class _Again:
     """Sums the Gram matrices of a layer's inputs from what the layer reads, as many at a time as `AT_ONCE` holds."""
 
     def __init__(self, directory: Path, model: Path, layer: int, device: str, wanted: list[str]) -> None:
-        self._directory, self._layer = directory, layer
-        self._decoder, structures = _decoder(directory, model, device)
-        self._structure: LayerStructure = structures[layer]
+        self._directory, self._model, self._layer = directory, model, layer
         self._device = torch.device(device)
         self._weights = load_importance(directory, layer, device)
         self._few = load_few(directory, layer)
         self._wanted = wanted
         self._held: dict[str, Input] = {}
         self._shared: dict[tuple[str, ...], Sums] = {}
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return _reader(self._directory, self._model, str(self._device))[0]
+
+    @cached_property
+    def _structure(self) -> LayerStructure:
+        return _reader(self._directory, self._model, str(self._device))[1][self._layer]
 
     def read(self, first: str) -> Input:
         """The input with this first reader; those that follow it are summed in the same pass."""
@@ -161,7 +167,7 @@ class _Again:
 
 
 @lru_cache(maxsize=1)
-def _decoder(directory: Path, model: Path, device: str) -> tuple[Decoder, list[LayerStructure]]:
+def _reader(directory: Path, model: Path, device: str) -> tuple[Decoder, list[LayerStructure]]:
     """The model that has read the text, as in the statistics stage."""
     tokens, products = load_text(directory)
     decoder = Decoder(model, torch.float32, device, products)

@@ -48,6 +48,7 @@ def press_model(job: QuantizeJob) -> None:
     layout = model_layout(variant, job.source, {**precisions, **outer}, job.statistics)
     form.check(layout)
     parts = _parts(job, precisions)
+    parts.folder.mkdir(exist_ok=True)
     _press_outside(job, parts, outer)
     if variant.propagate:
         _press_in_order(job, parts, precisions)
@@ -105,18 +106,24 @@ def _press_apart(job: QuantizeJob, parts: Parts, precisions: Mapping[str, Precis
     """Quantize shares of layers independently, several at a time where that pays off, and wait for those that other
     processes have begun."""
     unit = "layer" if all(share.whole for share in parts.shares) else "share"
-    todo = parts.missing()
-    while todo:
+    while todo := parts.missing():
         devices = job_devices(job.device, todo, available_memory())
         if len(devices) > 1:
             press_side_by_side(partial(_press_alone, job, precisions), todo, devices, unit)
         else:
             for share in tqdm(todo, desc="quantizing", unit=unit):
                 _press_alone(job, precisions, share, parts)
-        todo = parts.missing()
-        if todo:
-            print(f"waiting for {len(todo)} {unit}{'s' * (len(todo) > 1)} begun by other processes", flush=True)
-            time.sleep(WAIT)
+        _wait_for_others(parts, unit)
+
+
+def _wait_for_others(parts: Parts, unit: str) -> None:
+    """Wait until all that other processes have begun is there, or one of them has given up."""
+    left = parts.missing()
+    if left:
+        print(f"waiting for {len(left)} {unit}{'s' * (len(left) > 1)} begun by other processes", flush=True)
+    while left and not any(parts.is_free(share) for share in left):
+        time.sleep(WAIT)
+        left = parts.missing()
 
 
 def _press_alone(

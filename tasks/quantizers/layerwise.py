@@ -47,7 +47,6 @@ class Parts:
         self.files = TensorFiles(job.source)
         self._job, self._format, self.dtype = job, form, dtype
         self.folder = job.destination / PARTS
-        self.folder.mkdir(exist_ok=True)
         self.structure = read_structure(job.statistics)
         self.prefixes = [layer.prefix for layer in self.structure]
         self.shares = [share for index in range(len(self.structure)) for share in self._shares(index, quantized, cut)]
@@ -55,6 +54,11 @@ class Parts:
     def claimed(self, share: Share) -> AbstractContextManager[bool]:
         """See `claimed` in together.py."""
         return claimed(self.folder / share.file)
+
+    def is_free(self, share: Share) -> bool:
+        """Whether the share is not there, and nobody is at it."""
+        with self.claimed(share) as free:
+            return free
 
     def missing(self) -> list[Share]:
         """The shares still to be quantized."""

@@ -16,8 +16,14 @@ LEADS = "leads.lock"  # held while the other processes may help
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether the part `path` is this process's to write: it is not there, and nobody else is at it."""
-    with path.with_suffix(".lock").open("w") as file:
+    """Whether the part `path` is this process's to write: it is not there, and nobody else is at it. Nothing is once
+    the folder is gone, because the model is finished."""
+    try:
+        file = path.with_suffix(".lock").open("w")
+    except FileNotFoundError:
+        yield False
+        return
+    with file:
         if not _locked(file.fileno(), fcntl.LOCK_EX):
             yield False
             return

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from tasks.errors import TaskError
 from tasks.model.structure import LayerStructure, read_structure
 from tasks.output import checksums, whole_directory
 from tasks.quantize import quantize
-from tasks.quantizers import shares
+from tasks.quantizers import builtin, shares
 from tasks.quantizers.assist import assist
 from tasks.quantizers.layerwise import Parts
 from tasks.quantizers.shares import Share
+from tasks.quantizers.together import claimed
 from tasks.settings import VariantSettings
 from tasks.statistics import collect
 from tests.functional.test_damage import KINDS
@@ -158,6 +160,31 @@ def test_other_processes_help(helpers: int, made: Made, monkeypatch: pytest.Monk
     assert len(mine) + helped == 2  # layers
     assert helped
     assert checksums(made.folder / "models" / name) == checksums(whole)
+
+
+def test_the_stage_waits_for_what_another_has_begun_and_says_so_once(
+    made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other gives up: the stage quantizes that share as well."""
+    whole = made.press("gptq", "gptq")
+    monkeypatch.setattr(builtin, "WAIT", 0.02)
+    held = ExitStack()
+    real = Parts.write_layer
+
+    def write(parts: Parts, share: Share, *rest: Any) -> None:
+        real(parts, share, *rest)
+        if share.layer == 0:  # another process begins the next one
+            assert held.enter_context(parts.claimed(parts.shares[1]))
+            threading.Timer(1.0, held.close).start()
+
+    monkeypatch.setattr(Parts, "write_layer", write)
+    assert checksums(made.press("gptq", "waited")) == checksums(whole)
+    assert capsys.readouterr().out.count("waiting for 1 layer begun by other processes") == 1
+
+
+def test_nothing_is_claimed_of_a_finished_model(tmp_path: Path) -> None:
+    with claimed(tmp_path / "gone/model.layers.0.safetensors") as mine:
+        assert not mine
 
 
 def test_a_helper_ends_with_the_stage_or_when_it_is_told(made: Made, tmp_path: Path) -> None:
