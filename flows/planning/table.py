@@ -39,7 +39,7 @@ def lines(found: RunEstimate, measured: Measurement, jobs: int) -> Iterator[str 
     largest, stage = max((need.memory, stage) for stage, need in needs.items())
     together = f"; {size(found.memory)} while {' and '.join(found.together)} run together"
     fits = "fits" if found.memory <= memory else "fits with --jobs 1 only"
-    verdict = fits if largest <= memory else "does not fit"
+    verdict = fits if largest <= memory else f"does not fit: this machine has {size(memory)}"
     yield f"memory   {size(largest)} for {stage}{together if len(found.together) > 1 else ''}: {verdict}"
     verdict = "fits" if found.disk + found.scratch <= disk else f"does not fit: {size(disk)} are free"
     yield f"disk     {size(found.disk)}, and {size(found.scratch)} more during the run: {verdict}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tasks.activations.inputs import AT_ONCE
-from tasks.activations.memory import again_bytes, gram_bytes, kept_bytes, rows_bytes, stored_bytes
+from tasks.activations.memory import again_bytes, gram_bytes, grams_kept, kept_bytes, rows_bytes, stored_bytes
 from tasks.benchmark import alternate
 from tasks.device import compute_device, fast_dtype
 from tasks.errors import TaskError
@@ -23,12 +23,13 @@ from tasks.hardware import available_memory, current_memory, device_memory
 from tasks.model.compatibility import check_fit
 from tasks.model.decoder import Decoder
 from tasks.model.hollow import hollow_model, variant_bytes
-from tasks.model.inputs import input_widths
+from tasks.model.input_widths import input_widths
 from tasks.model.layout import layer_weights, linear_shapes
 from tasks.model.mapped import file_bytes, in_memory
 from tasks.model.structure import FILE
 from tasks.planning.miniature import Miniature, narrowed, visited
 from tasks.planning.need import Need
+from tasks.planning.timing import LARGEST as WIDEST
 from tasks.planning.timing import Bench, Cost
 from tasks.quantize import quantize
 from tasks.quantizers import sensitivity
@@ -46,7 +47,7 @@ from tasks.tensor_files import read_header
 ITEM = 50  # tokens of an evaluation item: a question with its answers, as in evals/
 BATCH = 8  # items that are scored at once
 READ = 256  # tokens of text that are read at once
-LEAST = 0.001  # seconds to quantize a layer, extrapolated: less is the clock's noise
+LEAST = 0.001  # seconds to quantize a layer that is too large to be measured whole: less is the clock's noise
 ITEMS = 1000  # of a task, where `evaluation.limit` does not say
 # in this order: without time for a variant's evaluation or benchmark, it is assumed to be as fast as the baseline
 ORDER = (f"benchmark@{BASE}", "reference", "statistics", "quantize", "export", "evaluate", "benchmark")
@@ -72,7 +73,7 @@ class Run:
         self.hidden, _, self.words = self.decoder.widths
         self.layers, self.widths = len(self.decoder), input_widths(model)
         self.grams = gram_bytes(width for widths in self.widths for width in widths)
-        self.again = self.grams > settings.statistics.gram_gigabytes * 1e9  # each variant sums them again
+        self.again = not grams_kept(self.grams, settings.statistics.gram_gigabytes)  # each variant sums its own
         self.by_layer = layer_weights(model)
         self.weights = sum(self.by_layer) // self.layers
         few = visited(config)
@@ -107,7 +108,7 @@ class Run:
             try:
                 for part in parts if measured else ():
                     cost = self._cost(part, self.threads[stage], share)
-                    if part[0] == "press" and cost.rough and cost.layer < LEAST:
+                    if part[0] == "press" and self.weights > WIDEST and cost.layer < LEAST:
                         raise TaskError("the layers that fit into the minute are too small to tell; run it here alone")
                     layers = self._layers(name) if part[0] == "press" else float(self.layers)
                     if part[0] == "discover":  # nearly all of it is done once, for layers that are alike
