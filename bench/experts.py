@@ -1,6 +1,6 @@
 """`python -m bench.experts`: how many tokens an expert needs before statistics of its own are better than the others'.
 
-python -m bench.experts --model models/source --calibration data/calibration        # 5 minutes for 135M
+python -m bench.experts --model models/source --calibration data/calibration        # minutes for 135M
 
 No mixture of experts with real weights is small enough for this. So a trained dense model stands in: the tokens that
 reach its MLPs are grouped by k-means, as a router groups tokens that are alike, and each group is an expert's. For each
@@ -80,12 +80,14 @@ def _reads(model: Path, calibration: Path, wanted: list[int]) -> Iterator[tuple[
             read: dict[str, list[Tensor]] = {part: [] for part in PARTS}
             with decoder.layer(index) as layer:
                 modules = {part: layer.get_submodule(f"mlp.{part}") for part in PARTS}
-                for part, module in modules.items():
+                handles = [
                     module.register_forward_pre_hook(lambda _, args, own=read[part]: own.append(args[0][0]))
+                    for part, module in modules.items()
+                ]
                 hidden = [decoder.run(index, layer, rows, number) for number, rows in enumerate(hidden)]
                 weights = {part: layer.get_parameter(f"mlp.{part}.weight").clone() for part in PARTS}
-                for module in modules.values():
-                    module._forward_pre_hooks.clear()
+                for handle in handles:
+                    handle.remove()
             if index in wanted:
                 yield {part: torch.cat(rows) for part, rows in read.items()}, weights
 

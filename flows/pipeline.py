@@ -142,8 +142,8 @@ def _run_stages(
         beating(root, str(flow_run.id)) as pulse,
         stopped_on_error(),
     ):
-        elsewhere = None if executor.cluster else max(1, cores // jobs)
-        helpers = Assistants(root, settings, there, ended.put, jobs, elsewhere, pulse) if executor.elsewhere else None
+        each = None if executor.cluster else max(1, cores // jobs)  # threads of a helper
+        helpers = Assistants(root, settings, there, ended.put, jobs, each, pulse) if executor.elsewhere else None
         while True:
             starting = startable(upstreams(), results, running, jobs)
             threads = [threads_of(name, starting, running, jobs, cores) for name in starting]

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tasks.companion_files import is_licence
-from tasks.errors import TaskError
+from tasks.errors import TaskError, first_line
 from tasks.model import from_gguf
 from tasks.model.announced import announced, write_announced
 from tasks.model.arrival import INDEX, Arrival, check_finite, clean_config, inspect, read_json
@@ -166,7 +166,7 @@ def _finish(
         corrections = corrections + check_tokenizer(work)
         tokenizer = AutoTokenizer.from_pretrained(work, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise TaskError(
             f"{settings.source}: transformers cannot load its configuration or tokenizer: {reason}"
         ) from error

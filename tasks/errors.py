@@ -10,3 +10,8 @@ class TaskError(Exception):
 
 class TransientError(TaskError):
     """A failure of the network or of a remote server: a retry may help."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line; its type if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

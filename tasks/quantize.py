@@ -27,7 +27,7 @@ from tasks.quantizers import QuantizeJob, press
 from tasks.quantizers.identity import identity_of, read_tokens, versions
 from tasks.quantizers.parallel import held_beside
 from tasks.settings import Settings
-from tasks.settings.variant import BUILTIN, VariantSettings
+from tasks.settings.variant import VariantSettings
 from tasks.tensor_files import OUTPUT, TensorFiles
 
 
@@ -78,7 +78,7 @@ def quantize(
     started = time.monotonic()
     key = identity_of(variant, model, calibration, statistics)
     # our quantizer writes layer by layer and resumes
-    place = resumable_directory(destination, key) if backend == BUILTIN else whole_directory(destination)
+    place = resumable_directory(destination, key) if variant.is_ours else whole_directory(destination)
     with place as work:
         press(QuantizeJob(model, used, statistics, variant, device, work))
         gc.collect()  # free the quantized model's memory
@@ -95,7 +95,7 @@ def quantize(
             errors = layer_errors(model, work, used[:2])
         bits = weight_bits(work)
         linears = read_precisions(work)
-        layers = read_structure(statistics) if backend == BUILTIN else []
+        layers = read_structure(statistics) if variant.is_ours else []
         kept = _kept(work, [layer.prefix for layer in layers])
     return QuantizeReport(
         variant=name,

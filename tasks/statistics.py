@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.activations.memory import EXPERT_TOKENS, GRAM_GIGABYTES, gram_bytes, needed_bytes
+from tasks.activations.memory import EXPERT_TOKENS, GRAM_GIGABYTES, gram_bytes, grams_kept, needed_bytes
 from tasks.activations.plain import collect_plain
 from tasks.device import compute_device, fast_dtype
 from tasks.hardware import current_memory, peak_memory
@@ -87,7 +87,7 @@ def collect(
                 find_structure(decoder, model, tokens, work)
         layers = read_structure(work)
         grams = gram_bytes(layer.linears[group[0]].width for layer in layers for group in layer.groups)
-        kept = grams <= gram_gigabytes * 1e9
+        kept = grams_kept(grams, gram_gigabytes)
         if not kept:
             print(
                 f"the Gram matrices would take {grams / 1e9:.3g} GB, more than statistics.gram_gigabytes "

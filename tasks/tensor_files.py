@@ -209,6 +209,10 @@ class TensorFiles:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
+    def names_below(self, prefix: str) -> list[str]:
+        """The tensors whose names start with `prefix`, by the rest of the name."""
+        return [name.removeprefix(prefix) for name in self if name.startswith(prefix)]
+
     def below(self, prefix: str) -> dict[str, Tensor]:
-        """Read all tensors whose names start with `prefix`, by the rest of the name."""
-        return {name.removeprefix(prefix): self.read(name) for name in self if name.startswith(prefix)}
+        """Read the tensors of `names_below`."""
+        return {name: self.read(prefix + name) for name in self.names_below(prefix)}

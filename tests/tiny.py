@@ -95,12 +95,7 @@ def tiny_model(
     }
     config = AutoConfig.for_model(family, **values | ids | dict(changes or {}))
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    random_numbers = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                scale = 0.3 if "embed" in name else weight.shape[1] ** -0.5
-                weight.copy_(torch.randn(weight.shape, generator=random_numbers) * scale)
+    randomize(model, seed)
     if steps:
         train(model, tokenizer, steps, seed)
     model.to(torch.bfloat16)
@@ -108,6 +103,18 @@ def tiny_model(
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def randomize(model: Any, seed: int = 0) -> None:
+    """Random matrices with which logits are about 2 apart."""
+    import torch
+
+    numbers = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                scale = 0.3 if "embed" in name else weight.shape[1] ** -0.5
+                weight.copy_(torch.randn(weight.shape, generator=numbers) * scale)
 
 
 def train(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, start: str = "") -> None:

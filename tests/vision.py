@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from tests.tiny import CONTEXT, tiny_tokenizer, train
+from tests.tiny import CONTEXT, randomize, tiny_tokenizer, train
 from tools.tiny_models import TYPES, tiny_config
 
 TOKENS = {  # by kind: the tokens of an image, and the configuration's fields that name them
@@ -56,12 +56,7 @@ def tiny_vision(directory: Path, kind: str, *, steps: int, start: str = "") -> P
     values["text_config"] |= ids | {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT}
     torch.manual_seed(0)
     model = getattr(transformers, TYPES[kind])._from_config(type(config)(**values))
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                scale = 0.3 if "embed_tokens" in name else weight.shape[1] ** -0.5
-                weight.copy_(torch.randn(weight.shape, generator=draw) * scale)
+    randomize(model)
     train(model, tokenizer, steps, 0, start)
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(do_sample=False, **ids)

@@ -91,21 +91,21 @@ def load_importance(directory: Path, layer: int, device: str) -> dict[str, Tenso
 def _forward(decoder: Decoder, hidden: list[Tensor], work: Path) -> None:
     """Save each layer's input, and the gradient of the last layer's output. hidden: the first layer's input."""
     last = len(decoder)
-    begun = max((index for index in range(last + 1) if _file(work, "hidden", index).exists()), default=0)
+    begun = max((index for index in range(last + 1) if hidden_file(work, index).exists()), default=0)
     if begun:
-        hidden = _rows(work, "hidden", begun, decoder.device)
+        hidden = _rows(hidden_file(work, begun), decoder.device)
     else:
-        _keep(hidden, work, "hidden", 0)
+        _keep(hidden, hidden_file(work, 0))
     for index in tqdm(range(begun, last), desc="forward", unit="layer", initial=begun, total=last):
         if index in decoder.order:
             with decoder.layer(index) as layer:
                 hidden = [decoder.run(index, layer, rows.float(), n).to(KEPT) for n, rows in enumerate(hidden)]
-        _keep(hidden, work, "hidden", index + 1)
+        _keep(hidden, hidden_file(work, index + 1))
     save_output_sums(decoder, hidden, work)
     draw = torch.Generator().manual_seed(SEED)  # on the CPU, so that a GPU draws the same tokens
     with decoder.head() as head:
         found = [_likelihood_gradient(head, rows, draw) for rows in tqdm(hidden, desc="predictions", unit="sequence")]
-    _keep(found, work, "gradient", last)
+    _keep(found, _gradient_file(work, last))
 
 
 def _likelihood_gradient(head: Callable[[Tensor], Tensor], hidden: Tensor, draw: torch.Generator) -> Tensor:
@@ -127,15 +127,16 @@ def _likelihood_gradient(head: Callable[[Tensor], Tensor], hidden: Tensor, draw:
 def _backward(decoder: Decoder, layers: list[LayerStructure], work: Path, least: int, products: bool) -> None:
     """Propagate the gradient from the last layer to the first, and write each layer's sums and token weights."""
     last = len(decoder)
-    begun = min(index for index in range(last + 1) if _file(work, "gradient", index).exists())
-    gradient = _rows(work, "gradient", begun, decoder.device)
+    begun = min(index for index in range(last + 1) if _gradient_file(work, index).exists())
+    gradient = _rows(_gradient_file(work, begun), decoder.device)
     bar = tqdm(reversed(range(begun)), desc="backward", unit="layer", initial=last - begun, total=last)
     for index in bar:
         if index in decoder.order:
             _backward_through(decoder, layers[index], index, gradient, work, least, products)
-        _keep(gradient, work, "gradient", index)
-        for name in ("hidden", "gradient") if products else ("gradient",):
-            _file(work, name, index + 1).unlink(missing_ok=True)
+        _keep(gradient, _gradient_file(work, index))
+        if products:
+            hidden_file(work, index + 1).unlink(missing_ok=True)
+        _gradient_file(work, index + 1).unlink(missing_ok=True)
 
 
 def _backward_through(
@@ -150,7 +151,7 @@ def _backward_through(
     """Propagate `gradient`, in place, through one layer, and write its sums and token weights."""
     sums: dict[str, Sums] = {}
     weights: dict[str, list[Tensor]] = {}
-    hidden = _rows(work, "hidden", index, decoder.device)
+    hidden = _rows(hidden_file(work, index), decoder.device)
     with decoder.layer(index) as layer, _watching(layer, structure, decoder.origins(index)) as seen:
         for number, rows in enumerate(hidden):
             x = rows.float().requires_grad_()
@@ -215,13 +216,13 @@ def _watching(layer: nn.Module, structure: LayerStructure, origins: Origins) -> 
         yield seen
 
 
-def _file(work: Path, name: str, index: int) -> Path:
-    return work / f"{name}.{index}.safetensors"
+def _gradient_file(work: Path, index: int) -> Path:
+    return work / f"gradient.{index}.safetensors"
 
 
-def _keep(rows: list[Tensor], work: Path, name: str, index: int) -> None:
-    save({ROWS: torch.cat(rows)}, _file(work, name, index))
+def _keep(rows: list[Tensor], path: Path) -> None:
+    save({ROWS: torch.cat(rows)}, path)
 
 
-def _rows(work: Path, name: str, index: int, device: str) -> list[Tensor]:
-    return list(load_file(_file(work, name, index), device=device)[ROWS].split(1))
+def _rows(path: Path, device: str) -> list[Tensor]:
+    return list(load_file(path, device=device)[ROWS].split(1))

@@ -51,6 +51,11 @@ def gram_bytes(widths: Iterable[int]) -> int:
     return sum(4 * width**2 for width in widths)
 
 
+def grams_kept(grams: int, gigabytes: float) -> bool:
+    """Whether `grams` bytes of Gram matrices are kept on disk, with a limit of so many gigabytes."""
+    return grams <= gigabytes * 1e9
+
+
 def stored_bytes(widths: Sequence[int], hidden: int, weights: int, rows: int = 0) -> int:
     """The numbers, bytes, that the pass leaves: of each distinct input, by width, its Gram matrix and two magnitudes by
     channel, and `weights` of tokens. rows: bytes of what the layers read, where that is kept in place of the Gram

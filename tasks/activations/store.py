@@ -112,7 +112,9 @@ def load_text(directory: Path) -> tuple[Tensor, torch.dtype]:
 
 def write_identity(directory: Path, layers: int) -> None:
     """Write a hash over what the Gram matrices are made of: the same, whether they are kept or summed again."""
-    digest = hashlib.sha256((directory / "structure.json").read_bytes())
+    from tasks.model.structure import FILE  # takes seconds to import
+
+    digest = hashlib.sha256((directory / FILE).read_bytes())
     for layer in [*range(layers), None]:
         if statistics_file(directory, layer).exists():
             _add_tensors(digest, statistics_file(directory, layer), ".gram")

@@ -22,7 +22,6 @@ from tasks.scoring.eval_tasks import check_tasks
 from tasks.settings import Settings
 from tasks.sources.choice import check_config
 from tasks.sources.config import fetch_config
-from tasks.tensor_files import TensorFiles
 
 ELSEWHERE = "--elsewhere"
 
@@ -51,8 +50,7 @@ def check_model(settings: Settings, model: Path, here: bool = False) -> None:
     for name, variant in settings.variants.items():
         check_fit(name, variant, model)
     if here and settings.target == "transformers":
-        files = TensorFiles(model)
-        check_room(sum(files.entry(name).count for name in files), settings.evaluation.dtype)
+        check_room(model, settings.evaluation.dtype)
 
 
 def check_announced(settings: Settings, config: Path, folder: Path, here: bool = False) -> None:

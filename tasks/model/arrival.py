@@ -13,6 +13,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from tasks.errors import TaskError
+from tasks.model.expert_fields import EXPERTS, VISITED, present
 from tasks.model.skeleton import ties_output
 from tasks.sources.choice import by_blocks
 from tasks.tensor_files import BYTES, OUTPUT, Entry, read_header
@@ -20,8 +21,6 @@ from tasks.tensor_files import BYTES, OUTPUT, Entry, read_header
 INDEX = "model.safetensors.index.json"
 _ROTARY = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # computed from config.json
 _IGNORED = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
-_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 _NAMED = 3  # tensors in a message
 
 
@@ -124,15 +123,15 @@ def known_config(config: Mapping[str, Any]) -> Any:
 
 def _check_experts(text: Any) -> None:
     """TaskError if more experts are chosen for a token than there are."""
-    chosen = next((name for name in _CHOSEN if getattr(text, name, None) is not None), None)
-    there = next((name for name in _EXPERTS if getattr(text, name, None)), None)
-    if chosen is None or there is None:
+    chosen = next((name for name in VISITED if getattr(text, name, None) is not None), None)
+    there = present(text, EXPERTS)
+    if chosen is None or not there:
         return
-    asked, count = getattr(text, chosen), getattr(text, there)
+    asked, count = getattr(text, chosen), getattr(text, there[0])
     if not 0 < asked <= count:
         raise TaskError(
-            f"config.json says that {chosen} is {asked}, but {there} is {count}; fetch the model again, or correct its "
-            "config.json"
+            f"config.json says that {chosen} is {asked}, but {there[0]} is {count}; fetch the model again, or correct "
+            "its config.json"
         )
 
 

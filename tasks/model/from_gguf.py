@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.errors import TaskError
+from tasks.errors import TaskError, first_line
 from tasks.sources.files import require_space
 from tasks.tensor_files import BYTES, DTYPES
 from tasks.text import pretokenizer_rules
@@ -71,7 +71,7 @@ def dequantize(path: Path, destination: Path, dtype: str) -> Quantized:
                 folder, gguf_file=name, config=config, dtype=getattr(torch, dtype), output_loading_info=True
             )
     except (ValueError, KeyError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise TaskError(f"transformers cannot read {name}: {reason}; use the model's safetensors") from error
     model, loaded = found
     missing = sorted({*loaded["missing_keys"], *(one[0] for one in loaded["mismatched_keys"])})

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tasks.errors import TaskError
+from tasks.errors import TaskError, first_line
 from tasks.model.linears import Origins
 
 
@@ -74,7 +74,7 @@ class Names:
                 made = one.convert(target, model=self._model, config=self._model.config)
             except (RuntimeError, ValueError, IndexError, KeyError) as error:
                 raise TaskError(
-                    f"the tensors on disk do not make {target}: {str(error).strip().partition(chr(10))[0]}; some are "
+                    f"the tensors on disk do not make {target}: {first_line(error)}; some are "
                     "missing or have another shape: fetch the model again"
                 ) from error
             found |= {name: value[0] if isinstance(value, list) else value for name, value in made.items()}

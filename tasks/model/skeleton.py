@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tasks.errors import TaskError
+from tasks.errors import TaskError, first_line
 
 EAGER = "eager"  # a loop over the experts, each reading only the tokens that are routed to it
 
@@ -51,11 +51,6 @@ def skeleton(config: Any, dtype: torch.dtype, device: str) -> Any:
             f"Transformers cannot build the {config.model_type} model that config.json describes: "
             f"{type(error).__name__}: {first_line(error)}; fetch the model again, or correct its config.json"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _skeleton(kind: Any, config: Any, dtype: torch.dtype, device: str) -> Any:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tasks.model.expert_fields import EXPERTS, VISITED, present
 from tasks.model.hollow import hollow_model
-from tasks.model.inputs import input_widths
+from tasks.model.input_widths import input_widths
 from tasks.model.layout import linear_shapes
 from tasks.output import write_manifest
 
 WORDS = 512  # vocabulary of a model that stands for its decoder layers
-# fields of configurations, of which a model has some: sizes inside a layer, which shrink with it; numbers of experts,
-# of those that a token visits, of groups that a router chooses from; and of first layers without experts
+# fields of configurations, of which a model has some: sizes inside a layer, which shrink with it; numbers of groups
+# that a router chooses from, and of first layers without experts
 INNER = (
     "intermediate_size",
     "moe_intermediate_size",
@@ -30,8 +31,6 @@ INNER = (
     "q_lora_rank",
     "kv_lora_rank",
 )
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-VISITED = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 EXPERT_GROUPS = ("n_group", "topk_group")
 DENSE = ("first_k_dense_replace", "num_dense_layers")
 
@@ -79,14 +78,14 @@ def visited(config: Any) -> Any:
 
     Unchanged for another model, or if the model with fewer experts does not run.
     """
-    experts = _present(config, EXPERTS)
-    seen = [getattr(config, name) for name in _present(config, VISITED)]
+    experts = present(config, EXPERTS)
+    seen = [getattr(config, name) for name in present(config, VISITED)]
     if not experts or not seen:
         return config
     small = copy.deepcopy(config)
     for name in experts:
         setattr(small, name, min(getattr(config, name), max(seen)))
-    for name in _present(config, EXPERT_GROUPS):
+    for name in present(config, EXPERT_GROUPS):
         setattr(small, name, 1)
     return small if runs(narrowed(small, 10**6)) else config
 
@@ -111,15 +110,15 @@ def narrowed(config: Any, factor: int, layers: int = 1) -> Any:
     fewer = max(1, keys // factor)
     heads = fewer * max(1, queries // keys // max(1, factor * fewer // keys))
     hidden = _share(config.hidden_size, heads / queries, 64)
-    inner = {name: _share(getattr(config, name), heads / queries, 256) for name in _present(config, INNER)}
+    inner = {name: _share(getattr(config, name), heads / queries, 256) for name in present(config, INNER)}
     return _cut(config, inner | {"hidden_size": hidden}, (heads, fewer), layers, WORDS)
 
 
 def thin(config: Any, words: int) -> Any:
     """The configuration with `words` words and one layer with almost no weights, and at most two experts, of which a
     token visits one: their inputs are as wide as the model."""
-    sizes = {name: min(64, getattr(config, name)) for name in _present(config, INNER)}
-    sizes |= dict.fromkeys(_present(config, EXPERTS), 2) | dict.fromkeys(_present(config, VISITED), 1)
+    sizes = {name: min(64, getattr(config, name)) for name in present(config, INNER)}
+    sizes |= dict.fromkeys(present(config, EXPERTS), 2) | dict.fromkeys(present(config, VISITED), 1)
     return _cut(config, sizes, (1, 1), 1, words)
 
 
@@ -127,12 +126,6 @@ def _share(width: int, share: float, most: int) -> int:
     """About so much of a width, divided by the powers of two, up to `most`, that divide it."""
     unit = math.gcd(width, most)
     return max(unit, round(width * share / unit) * unit)
-
-
-def _present(config: Any, names: Iterable[str]) -> list[str]:
-    """Those fields that the configuration has, with a number above 0."""
-    values = {name: getattr(config, name, None) for name in names}
-    return [name for name, value in values.items() if isinstance(value, int) and value > 0]
 
 
 def _cut(config: Any, sizes: Mapping[str, int], heads: tuple[int, int], layers: int, words: int) -> Any:
@@ -144,7 +137,7 @@ def _cut(config: Any, sizes: Mapping[str, int], heads: tuple[int, int], layers: 
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
             setattr(small, name, value[-layers:])  # the last layers of a mixture have experts
-    for name in _present(config, DENSE):
+    for name in present(config, DENSE):
         setattr(small, name, 0)
     small.num_hidden_layers, small.vocab_size = layers, words
     small.bos_token_id, small.eos_token_id, small.pad_token_id = 0, 1, None

@@ -29,8 +29,7 @@ LIBRARIES = {
 def identity_of(variant: VariantSettings, model: Path, calibration: Path, statistics: Path) -> str:
     """The identity of a variant that is made of these outputs of earlier stages; statistics count for our own quantizer
     alone."""
-    ours = not variant.is_baseline and variant.backend == BUILTIN
-    return identity(variant, [model, calibration, *([statistics] if ours else [])], versions(variant))
+    return identity(variant, [model, calibration, *([statistics] if variant.is_ours else [])], versions(variant))
 
 
 def identity(variant: VariantSettings, inputs: Sequence[Path], libraries: dict[str, str]) -> str:

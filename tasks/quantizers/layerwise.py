@@ -115,7 +115,7 @@ class Parts:
 
     def _shares(self, index: int, quantized: Collection[str], cut: bool) -> list[Share]:
         own = self.structure[index]
-        names = [name.removeprefix(own.prefix) for name in self.files if name.startswith(own.prefix)]
+        names = self.files.names_below(own.prefix)
         solved = {name for name in own.linears if own.prefix + name in quantized}
         if not cut or not solved:
             return [whole_layer(index, own, names)]

@@ -72,8 +72,8 @@ def measure(job: QuantizeJob, candidates: Mapping[str, Precision | None]) -> dic
         if index not in decoder.order:
             continue
         structure, origins = layers[index], decoder.origins(index)
-        names = [name.removeprefix(structure.prefix) for name in decoder.files if name.startswith(structure.prefix)]
-        known = read_layer(job, decoder.files, whole_layer(index, structure, names))
+        whole = whole_layer(index, structure, decoder.files.names_below(structure.prefix))
+        known = read_layer(job, decoder.files, whole)
         for linears in known.inputs.groups:
             known.damp(linears, DAMPING)
         with decoder.layer(index) as layer:

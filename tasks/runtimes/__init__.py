@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from tasks.device import compute_device
 from tasks.errors import TaskError
 from tasks.hardware import device_memory
-from tasks.tensor_files import TensorFiles
+from tasks.tensor_files import BYTES, DTYPES, TensorFiles
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,7 @@ def load_runtime(target: str, directory: Path, dtype: str) -> Runtime:
             from tasks.runtimes.transformers import TransformersRuntime
 
             if "quantization_config" not in json.loads((directory / "config.json").read_text(encoding="utf-8")):
-                files = TensorFiles(directory)
-                check_room(sum(files.entry(name).count for name in files), dtype)
+                check_room(directory, dtype)
             return TransformersRuntime(directory, dtype)
         case "onnx":
             from tasks.runtimes.onnx import OnnxRuntime
@@ -109,9 +106,11 @@ def load_runtime(target: str, directory: Path, dtype: str) -> Runtime:
             raise TaskError(f"no runtime for the target {target!r}; there are: transformers, onnx, gguf")
 
 
-def check_room(parameters: int, dtype: str) -> None:
+def check_room(model: Path, dtype: str) -> None:
     """TaskError if the weights of an unquantized model alone do not fit in this machine's memory, or its GPU's."""
-    needed, memory = parameters * WEIGHT_BYTES[dtype], device_memory()
+    files = TensorFiles(model)
+    parameters = sum(files.entry(name).count for name in files)
+    needed, memory = parameters * BYTES[DTYPES[dtype]], device_memory()
     if needed > memory:
         raise TaskError(
             f"evaluating the baseline needs more than {needed / 1e9:.1f} GB of memory for its {parameters / 1e9:.1f} "
@@ -127,4 +126,4 @@ def loaded_bytes(parameters: int, stored: int, dtype: str, native: bool, predict
     """The memory, bytes, that a loaded model takes at most, in any runtime: its weights in `dtype` beside its file of
     `stored` bytes, twice where dense.py reads the format (native false), and `predictions` tokens' logits three times,
     given as numbers."""
-    return parameters * WEIGHT_BYTES[dtype] * (1 if native else 2) + stored + 12 * predictions
+    return parameters * BYTES[DTYPES[dtype]] * (1 if native else 2) + stored + 12 * predictions

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tasks.errors import first_line
 from tasks.runtimes import Question
 from tasks.runtimes.plain_passes import score_plainly
 from tasks.runtimes.shared_context import score_shared
@@ -50,7 +51,7 @@ def longest_shared(model: Any) -> tuple[float, str]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model raises on a mask that it does not know
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         return 0, f"the model does not take the mask of a shared pass ({type(error).__name__}: {reason})"
     pairs = [(a.logprob, b.logprob) for x, y in zip(plain, shared, strict=True) for a, b in zip(x, y, strict=True)]
     difference = max(abs(a - b) for a, b in pairs)

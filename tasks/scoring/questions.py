@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.errors import TaskError, TransientError
+from tasks.errors import TaskError, TransientError, first_line
 from tasks.scoring.eval_tasks import task_manager
 from tasks.scoring.order import BLOCK, Order
 from tasks.settings import EvaluationSettings
@@ -158,7 +158,7 @@ def _load(lm: RuntimeLM, settings: EvaluationSettings, evals: Path) -> dict[str,
                     tokenizer_name=lm.tokenizer_name if settings.chat_template else "",
                 )
         except (FileNotFoundError, ConnectionError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             away = isinstance(error, ConnectionError | httpx.HTTPError)
             raise (TransientError if away else TaskError)(
                 f"the data of {', '.join(settings.tasks)} cannot be read: {reason}; "

@@ -223,9 +223,14 @@ class VariantSettings(Section):
         return bool(self.scheme == NONE)
 
     @property
+    def is_ours(self) -> bool:
+        """Whether our own quantizer makes it."""
+        return not self.is_baseline and self.backend == BUILTIN
+
+    @property
     def has_shares(self) -> bool:
         """Whether several processes can quantize its layers, also on several machines (tasks/quantizers/assist.py)."""
-        return not self.is_baseline and self.backend == BUILTIN and not self.propagate
+        return self.is_ours and not self.propagate
 
     @property
     def precision(self) -> Scheme:

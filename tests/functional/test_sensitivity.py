@@ -65,8 +65,7 @@ def test_divergence_equals_that_of_the_whole_model(job: QuantizeJob) -> None:
             index = int(name.split(".")[2])
             structure = read_structure(job.statistics)[index]
             files = TensorFiles(job.source)
-            names = [name.removeprefix(structure.prefix) for name in files if name.startswith(structure.prefix)]
-            layer = read_layer(job, files, whole_layer(index, structure, names))
+            layer = read_layer(job, files, whole_layer(index, structure, files.names_below(structure.prefix)))
             linear = name.partition(f"{index}.")[2]
             layer.damp([linear], DAMPING)
             weight, gram = layer.weight(linear), layer.inputs[linear].gram

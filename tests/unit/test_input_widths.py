@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tasks.hardware import peak_memory
 from tasks.model.arrival import clean_config, known_config, read_json
 from tasks.model.hollow import hollow_model
-from tasks.model.inputs import input_widths
+from tasks.model.input_widths import input_widths
 from tasks.output import write_manifest
 from tasks.statistics import collect
 from tasks.tensor_files import read_header

@@ -24,6 +24,7 @@ from tasks.planning.need import Measurement, Need, carried, read_measurement
 from tasks.planning.timing import Bench, Cost
 from tasks.runtimes import check_room
 from tasks.settings import check_settings
+from tasks.tensor_files import Entry, write_hollow
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {
@@ -311,13 +312,21 @@ def test_stages_that_do_not_fit_are_named_in_one_line_with_the_remedy() -> None:
     assert "\n" not in found
 
 
-def test_a_baseline_that_cannot_fit_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_baseline_that_cannot_fit_is_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model(parameters: int) -> Path:
+        folder = tmp_path / str(parameters)
+        folder.mkdir(exist_ok=True)
+        write_hollow(folder / "model.safetensors", {"weight": Entry("BF16", (parameters,), 2 * parameters)})
+        return folder
+
     monkeypatch.setattr("tasks.runtimes.device_memory", lambda: 24 * 10**9)
-    check_room(11_000_000_000, "bfloat16")
+    check_room(model(11_000_000_000), "bfloat16")
     with pytest.raises(TaskError, match=r"needs more than 141\.1 GB .* 70\.6 billion weights in bfloat16, .* 24\.0 GB"):
-        check_room(70_553_706_496, "bfloat16")
+        check_room(model(70_553_706_496), "bfloat16")
     with pytest.raises(TaskError, match=r"set evaluation\.dtype to bfloat16"):
-        check_room(11_000_000_000, "float32")
+        check_room(model(11_000_000_000), "float32")
 
 
 def test_the_preflight_refuses_it_from_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

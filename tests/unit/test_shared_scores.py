@@ -16,7 +16,7 @@ from tasks.runtimes.shared_context import score_shared
 from tasks.runtimes.shared_proof import COARSE, EXACT, _tolerance, longest_shared
 from tasks.runtimes.transformers import TransformersRuntime
 from tasks.runtimes.w8a8 import Int8Linear
-from tests.tiny import tiny_tokenizer
+from tests.tiny import randomize, tiny_tokenizer
 
 WINDOW = 8
 SIZES: dict[str, Any] = {
@@ -61,12 +61,7 @@ def make(folder: Path, family: str, settings: dict[str, Any]) -> Path:
     tokenizer = tiny_tokenizer()
     config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **{**SIZES, **settings})
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    numbers = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                scale = 0.3 if "embed" in name else weight.shape[1] ** -0.5
-                weight.copy_(torch.randn(weight.shape, generator=numbers) * scale)
+    randomize(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
