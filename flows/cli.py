@@ -141,12 +141,15 @@ def plan(
         float | None, typer.Option(min=0.1, metavar="GB", help="Memory to compare with, instead of the machine's.")
     ] = None,
     disk: Annotated[float | None, typer.Option(min=0.1, metavar="GB", help="Free disk space to compare with.")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=20, help="Time to measure. With more, fewer stages of a large model are left out.")
+    ] = 60,
     jobs: Jobs = 2,
 ) -> None:
     """Show what a run would do with each stage, why, and how large its outputs are. Nothing is changed.
 
     With `--model`, estimate instead what a run with any model would take under the settings in params.yaml: time,
-    memory and disk for every stage. Only the model's config.json is read, never its weights. For up to a minute this
+    memory and disk for every stage. Only the model's config.json is read, never its weights. For up to `--seconds` this
     measures the stages' own code on one random layer of the model's size; measure on a quiet machine. The exit status
     is 1 if a stage needs more memory than there is.
 
@@ -177,8 +180,8 @@ def plan(
         from flows.planning.table import lines, refusal
 
         graph = {name: stage.upstreams for name, stage in read_plan(root).items()}
-        with Console(stderr=True).status("measuring, for up to a minute"):  # shown only on a terminal
-            found, kept = measure(root, model, graph, jobs, machine)
+        with Console(stderr=True).status(f"measuring, for up to {seconds:.0f} seconds"):  # shown only on a terminal
+            found, kept = measure(root, model, graph, jobs, machine, seconds)
         found = replace(found, memory=1e9 * memory if memory else found.memory)
         found = replace(found, disk=1e9 * disk if disk else found.disk)
         for part in lines(simulate(graph, found.needs, jobs), found, jobs):

@@ -15,7 +15,7 @@ from tasks.hardware import cpu_cores
 from tasks.planning.need import Measurement, Need, carried, read_measurement
 
 FOLDER = Path(".modelpress/plans")
-LIMIT = 52  # seconds to measure, from the start of the process
+LAST = 8  # seconds that the last measurement may take, after which none begins
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,11 @@ def simulate(upstreams: Upstreams, needs: Mapping[str, Need], jobs: int) -> RunE
     return RunEstimate(begins, now, memory, together, sum(need.disk for need in needs.values()), scratch)
 
 
-def measure(root: Path, model: str, upstreams: Upstreams, jobs: int, there: Path | None) -> tuple[Measurement, Path]:
-    """Measure the stages for `model` here, or take their times from `there`, a measurement of another machine.
+def measure(
+    root: Path, model: str, upstreams: Upstreams, jobs: int, there: Path | None, seconds: float
+) -> tuple[Measurement, Path]:
+    """Measure the stages for `model` here for about `seconds`, or take their times from `there`, a measurement of
+    another machine.
 
     Returns the measurement and its file. FlowError if the model or the file cannot be used.
     """
@@ -64,7 +67,7 @@ def measure(root: Path, model: str, upstreams: Upstreams, jobs: int, there: Path
         elsewhere = read_measurement(there) if there else None
         cores = elsewhere.cores if elsewhere else cores
         threads = [f"{stage}={threads_of(stage, (), (stage,), jobs, cores)}" for stage in upstreams]
-        limit = "0" if elsewhere else str(LIMIT)
+        limit = "0" if elsewhere else str(seconds - LAST)
         status, output = run_module(root, "tasks.planning", model, str(kept), limit, *threads)
         if status:
             raise FlowError(error_line(output, status))

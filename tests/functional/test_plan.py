@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def planned(project: Toy) -> tuple[list[str], Measurement]:
     (project.root / "alone").mkdir()
     shutil.copy(project.root / "tiny/config.json", project.root / "alone")
     with one_core():
-        done = project.call("plan", "--model", "alone", "--memory", "512", "--jobs", "1")
+        done = project.call("plan", "--model", "alone", "--memory", "512", "--jobs", "1", "--seconds", "240")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     return lines, read_measurement(project.root / lines[-1].split()[2].rstrip(";"))
@@ -116,7 +117,7 @@ def test_times_of_another_machine_are_scaled_to_another_model(
 def test_the_stages_take_and_write_what_is_estimated(
     project: Toy, planned: tuple[list[str], Measurement], tmp_path: Path
 ) -> None:
-    """Seconds within a factor of two, for they are few; bytes to the byte, but for what a mixture chooses."""
+    """Seconds within a factor of two, for they are few; bytes to the byte, except for a mixture's choice."""
     needs, model = planned[1].needs, project.root / "tiny"
     tokens = torch.randint(6, 200, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
     for folder, count in (("calibration", SAMPLES), ("one", 1)):
@@ -126,10 +127,15 @@ def test_the_stages_take_and_write_what_is_estimated(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as for a stage that runs alone on one core
 
-    def taken(work: Callable[[], object]) -> float:
-        began = time.thread_time()
-        work()
-        return time.thread_time() - began
+    def taken(stage: str, work: Callable[[], object]) -> bool:
+        """Whether the estimate holds; measured again if not, because another program's load can double a time."""
+        for _ in range(3):
+            began = time.thread_time()
+            work()
+            seconds = time.thread_time() - began
+            if max(0.0, seconds - 0.5) / 2 < (needs[stage].seconds or 0.0) < 2 * (seconds + 0.5):
+                return True
+        return False
 
     inputs = (model, tmp_path / "calibration", tmp_path / "statistics")
     warm = (model, tmp_path / "one", tmp_path / "warm")
@@ -137,10 +143,14 @@ def test_the_stages_take_and_write_what_is_estimated(
         # libraries import parts of themselves when they are first used
         collect(*warm, importance=True)
         quantize("auto", settings(project).variants["auto"], *warm, tmp_path / "warm-auto")
-        found = {"statistics": taken(lambda: collect(*inputs, importance=True))}
+        assert taken("statistics", lambda: collect(*inputs, importance=True))
         for name, variant in settings(project).variants.items():
             made = tmp_path / "models" / name
-            found[f"quantize@{name}"] = taken(lambda n=name, v=variant, m=made: quantize(n, v, *inputs, m))  # type: ignore[misc]
+            work = partial(quantize, name, variant, *inputs, made)
+            if name == BASE:  # takes no time worth an estimate
+                work()
+            else:
+                assert taken(f"quantize@{name}", work), name
             written = sum(path.stat().st_size for path in made.glob("*.safetensors"))
             if name == "auto":
                 assert written == pytest.approx(needs["quantize@auto"].disk, rel=0.1)
@@ -149,10 +159,6 @@ def test_the_stages_take_and_write_what_is_estimated(
             export(made, "transformers", tmp_path / "exports" / name)
     finally:
         torch.set_num_threads(threads)
-    for stage, seconds in found.items():
-        if stage == "quantize@base":  # takes no time worth an estimate
-            continue
-        assert max(0.0, seconds - 0.5) / 2 < (needs[stage].seconds or 0.0) < 2 * (seconds + 0.5), stage
     written = sum(path.stat().st_size for path in (tmp_path / "statistics").glob("*.safetensors"))
     assert written == pytest.approx(needs["statistics"].disk, rel=0.02)  # the files' heads
 
