@@ -130,7 +130,7 @@ def test_what_factors_move_between_stays_together(made: Made) -> None:
         assert pair in inside[0].structure.pairs
 
 
-@pytest.mark.parametrize("helpers", [1, 2])
+@pytest.mark.parametrize("helpers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_other_processes_help(helpers: int, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a process of its own that has only the folder; each share is quantized once."""
     name = f"helped-{helpers}"

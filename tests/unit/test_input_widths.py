@@ -46,7 +46,8 @@ def test_the_inputs_are_those_of_the_statistics_files(kind: str, tmp_path: Path)
         assert sorted(found) == sorted(entry.shape[0] for name, entry in header.items() if name.endswith(".gram"))
 
 
-@pytest.mark.parametrize("name", BILLIONS)
+# the layers of Qwen3-235B-A22B are like those of Qwen3-30B-A3B
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * ("235B" in n)) for n in BILLIONS])
 def test_a_model_of_any_size_is_known_by_its_config(name: str, tmp_path: Path) -> None:
     values, _ = clean_config(read_json(CONFIGS / f"{name}.json"), untied=False)
     before = peak_memory()
