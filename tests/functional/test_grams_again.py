@@ -53,9 +53,12 @@ class Statistics:
         }
 
 
+PLAIN = [("llama", False), ("qwen3_moe", False)]
+
+
 @pytest.fixture(
     scope="module",
-    params=[("llama", True), ("llama", False), ("qwen3_moe", True), ("qwen3_moe", False)],
+    params=[("llama", True), ("qwen3_moe", True), *(pytest.param(p, marks=pytest.mark.slow) for p in PLAIN)],
     ids=lambda param: f"{param[0]}-{'weighed' if param[1] else 'plain'}",
 )
 def made(request: pytest.FixtureRequest, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Statistics:

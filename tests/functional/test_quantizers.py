@@ -202,7 +202,8 @@ def test_the_report_counts_bits_and_errors(name: str, low: float, high: float, q
     assert json.dumps(report.libraries)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# auto has layers of all kinds
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "auto")) for n in VARIANTS])
 def test_quantization_is_reproducible_with_any_number_of_threads(
     name: str, quantized: Quantized, model: Path, calibration: Path, statistics: Path, tmp_path: Path
 ) -> None:

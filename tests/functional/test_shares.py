@@ -64,7 +64,7 @@ class Made:
         return destination
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "llama"])
+@pytest.fixture(scope="module", params=["qwen3_moe", pytest.param("llama", marks=pytest.mark.slow)])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(request.param, tmp_path_factory.mktemp(request.param))
 
