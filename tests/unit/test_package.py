@@ -144,7 +144,7 @@ class TestBundle:
                 "generation_config.json",
                 "processor_config.json",
             ),
-            *("LICENSE", "README.md", "provenance.json", "SHA256SUMS"),
+            *("LICENSE", "README.md", "provenance.json", "bom.cdx.json", "SHA256SUMS"),
         }
         exported = work.root / "exports/gptq-int4/model.safetensors"
         assert sha256(work.destination / "model.safetensors") == sha256(exported)
