@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows import delivery
 from flows.errors import FlowError
 from flows.execution.runner import CLUSTER_ENV, RUNNER_ENV, Executor, RunnerName
 from flows.server.ephemeral import quiet, server
@@ -328,6 +329,10 @@ def doctor(
         console.print(f"{finding.subject:<14} {finding.found}{remedy}", markup=False)
     if bad:
         raise FlowError(f"{bad} problem{'s' if bad > 1 else ''} to fix before a run can work")
+
+
+for command in (delivery.verify, delivery.sign, delivery.oci, delivery.push, delivery.pull):
+    app.command()(command)
 
 
 def main() -> None:

@@ -10,22 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.bundle.bom import BOM, bill_of_materials
+from tasks.bundle.checksums import SIGNATURE, SUMS, write_sums
+from tasks.bundle.signing import sign
 from tasks.checks.smoke import PROMPT, generates
 from tasks.companion_files import companion_files
 from tasks.errors import TaskError
 from tasks.output import MANIFEST, checksums, link_or_copy, whole_directory, write_json, write_text
 from tasks.program import run_stage
 from tasks.reporting.kept import Kept, kept
-from tasks.reporting.model_card import model_card
+from tasks.reporting.model_card import model_card, pipeline_task
 from tasks.reporting.provenance import dvc_identity, git_state, without_folders
 from tasks.reporting.summary import HOW, read_json
 from tasks.settings import BUILTIN, Settings
 from tasks.sources.choice import auto_class
 
-SUMS = "SHA256SUMS"
 CARD, PROVENANCE = "README.md", "provenance.json"
 # files that describe their own folder, and would be wrong in the bundle
-OF_THE_FOLDER = {MANIFEST, "source.json", CARD, PROVENANCE, SUMS}
+OF_THE_FOLDER = {MANIFEST, "source.json", CARD, PROVENANCE, BOM, SUMS, SIGNATURE}
 
 Try = Callable[[Path, str, str], str]
 
@@ -67,7 +69,7 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
         )
     export = inputs.exports / name
     evaluated = read_json(export / MANIFEST, f"export@{name}")["sha256"]
-    with whole_directory(destination, seal=_write_sums) as bundle:
+    with whole_directory(destination, seal=lambda folder: _seal(folder, settings)) as bundle:
         for file in sorted(evaluated.keys() - OF_THE_FOLDER):
             if not (export / file).is_file():
                 raise TaskError(f"{export / file} is missing; rebuild it with: dvc repro -f export@{name}")
@@ -84,7 +86,10 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
         own = form == "compressed-tensors" and needs_own_reader(bundle, form)
         same = kept(bundle, inputs.source)
         write_text(bundle / CARD, model_card(summary, settings, files, form, auto_class(config), own, same))
-        write_json(bundle / PROVENANCE, provenance(summary, settings, inputs, same))
+        facts = provenance(summary, settings, inputs, same)
+        write_json(bundle / PROVENANCE, facts)
+        task = pipeline_task(auto_class(config))
+        write_json(bundle / BOM, bill_of_materials(facts, summary, config, task, evaluated))
         text = attempt(bundle, settings.target, settings.evaluation.dtype)
     return Package(name, sum(p.stat().st_size for p in destination.rglob("*") if p.is_file()), text)
 
@@ -149,9 +154,11 @@ def _complete(bundle: Path, source: Path) -> None:
             link_or_copy(source / file, bundle / file)
 
 
-def _write_sums(bundle: Path) -> None:
-    """SHA256SUMS in the form of `sha256sum -c`; written last, so its existence means that the bundle is complete."""
-    write_text(bundle / SUMS, "".join(f"{digest}  {file}\n" for file, digest in checksums(bundle).items()))
+def _seal(bundle: Path, settings: Settings) -> None:
+    """Write SHA256SUMS last, so that its existence means that the bundle is complete, then sign all files."""
+    write_sums(bundle)
+    if settings.package.signing != "none":
+        sign(bundle, settings.package.signing)
 
 
 def main() -> None:

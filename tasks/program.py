@@ -6,7 +6,8 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,14 +23,21 @@ _MEMORY_ADVICE = "lower calibration.samples or evaluation.batch_tokens, or use a
 
 
 def run_stage(work: Callable[[Settings], object]) -> None:
-    """Run `work` with the settings of ./params.yaml; exit 1 with one clear line on an error that the user can fix.
+    """Run `work` with the settings of ./params.yaml, under `one_line_errors`."""
+    set_environment()
+    with one_line_errors():
+        work(load_settings(PARAMS))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Exit 1 with one clear line on an error that the user can fix.
 
     Exit with TRANSIENT_STATUS where a retry may help, with MEMORY_STATUS when memory ran out. An unexpected error
     keeps its traceback: it is a bug.
     """
-    set_environment()
     try:
-        work(load_settings(PARAMS))
+        yield
     except TransientError as error:
         _end(TRANSIENT_STATUS, str(error))
     except TaskError as error:

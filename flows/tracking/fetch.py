@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from flows.errors import FlowError
@@ -11,6 +10,8 @@ from flows.tracking.registry import CHAMPION, champion_tag
 from flows.workspace.git import git
 from flows.workspace.outputs import fetch_output
 from flows.workspace.worktree import TAG, tags
+from tasks.bundle.checksums import check_sums
+from tasks.errors import TaskError
 
 
 def package_path(home: Path, tag: str) -> str:
@@ -38,19 +39,8 @@ def fetch_package(home: Path, tag: str, destination: Path | None) -> Path:
     if target.exists():
         raise FlowError(f"{target} already exists; name another folder with --to, or remove it")
     fetch_output(home, path, tag, target)
-    if wrong := [name for name, digest in _sums(target) if _sha256(target / name) != digest]:
-        raise FlowError(f"{target} does not match its SHA256SUMS: {', '.join(wrong)}; `modelpress doctor --repair`")
+    try:
+        check_sums(target)
+    except TaskError as error:
+        raise FlowError(f"{error}; `modelpress doctor --repair` finds damage in DVC's cache") from error
     return target
-
-
-def _sums(folder: Path) -> list[tuple[str, str]]:
-    """(file, sha256) of every line in SHA256SUMS."""
-    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-    return [(name, digest) for digest, name in (line.split(maxsplit=1) for line in lines)]
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tasks.bundle.signing import check_key
 from tasks.errors import TransientError
 from tasks.exporters import load_exporter
 from tasks.model.arrival import clean_config, known_config, read_json
@@ -30,6 +31,8 @@ def check(settings: Settings, model: Path | None, evals: Path, here: bool = True
     """TaskError for the first problem. `model` None: only config.json is known, and even that not of a GGUF file or
     while a hub is away. here: the stages run on this machine, so its memory counts."""
     check_tasks(settings.evaluation.tasks, evals)
+    if here and settings.package.signing == "key":
+        check_key()
     load_exporter(settings.target).check(settings, model)
     if model is not None:
         check_model(settings, model, here)

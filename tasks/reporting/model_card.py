@@ -78,6 +78,11 @@ def base_model(source: str) -> str:
     return re.sub(r"\.gguf$", "", rest.rstrip("/").rpartition("/")[2])
 
 
+def pipeline_task(auto_class: str) -> str:
+    """The model's task in the hub's words, by the class of Transformers that loads it."""
+    return "image-text-to-text" if "Image" in auto_class else "text-generation"
+
+
 def _made_by(settings: Settings, name: str) -> dict[str, Any]:
     """The variant's settings in params.yaml, plus the defaults of a few axes that readers want to know."""
     variant = settings.variant(name)
@@ -107,7 +112,7 @@ def _front_matter(summary: Mapping[str, Any], settings: Settings, quant_method: 
         "base_model": base_model(model["source"]),
         "base_model_relation": "quantized",
         "library_name": settings.target,
-        "pipeline_tag": "image-text-to-text" if "Image" in auto_class else "text-generation",
+        "pipeline_tag": pipeline_task(auto_class),
         "tags": ["quantized", row["scheme"], f"{row['bits']}-bit", quant_method, "modelpress"],
         "quantization": {
             **{k: v for k, v in _made_by(settings, name).items() if k not in ("samples", "skip_layers")},

@@ -32,7 +32,7 @@ class DataSource(Section):
 
     `field`: the key of a record that contains the text, or the list of messages if `chat_template` is true.
     `strip`: a regular expression; matches are removed from the text. `split`: a regular expression that separates the
-    documents of a text file.
+    documents of a text file. `licence`: an SPDX identifier or a name, for the bill of materials.
     """
 
     source: str
@@ -41,6 +41,7 @@ class DataSource(Section):
     field: str | None = None
     split: str | None = None
     strip: str | None = None
+    licence: str | None = None
 
     _check_source = field_validator("source")(check_data_source)
 

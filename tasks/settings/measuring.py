@@ -76,6 +76,7 @@ class GateSettings(Section):
 
 
 class PackageSettings(Section):
-    """The bundle to ship."""
+    """The bundle to ship. `signing`: with the private key that MODELPRESS_SIGNING_KEY names, or by Sigstore."""
 
     name: Name
+    signing: Literal["none", "key", "keyless"] = "none"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,9 +15,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from tasks.bundle.checksums import check_sums
+from tasks.bundle.signing import Signer, check_signature
 from tasks.checks import smoke
 from tasks.errors import TaskError
 from tasks.export import export
@@ -26,6 +31,7 @@ from tasks.report import report
 from tasks.reporting.model_card import base_model
 from tasks.reporting.provenance import dvc_identity, git_state, machine, versions, without_folders
 from tasks.settings import Settings, check_settings
+from tests.bundles import key_pair
 from tests.tiny import tiny_model
 from tests.unit.measured import GATE, made_up
 
@@ -144,7 +150,7 @@ class TestBundle:
                 "generation_config.json",
                 "processor_config.json",
             ),
-            *("LICENSE", "README.md", "provenance.json", "SHA256SUMS"),
+            *("LICENSE", "README.md", "provenance.json", "bom.cdx.json", "SHA256SUMS"),
         }
         exported = work.root / "exports/gptq-int4/model.safetensors"
         assert sha256(work.destination / "model.safetensors") == sha256(exported)
@@ -190,6 +196,67 @@ class TestBundle:
             assert "someone" not in text
             assert str(work.root) not in text
             assert "path:tiny" in text
+
+    def test_bill_of_materials_is_valid_and_complete(self, workplace: Callable[..., Workplace]) -> None:
+        work = workplace()
+        work.package()
+        text = (work.destination / "bom.cdx.json").read_text()
+        assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+        bill = json.loads(text)
+        model, parts = bill["metadata"]["component"], {one["bom-ref"]: one for one in bill["components"]}
+        assert bill["dependencies"] == [{"ref": "model", "dependsOn": list(parts)}]
+        assert model["licenses"] == [{"license": {"id": "Apache-2.0"}}]
+        (weights,) = model["components"]
+        assert weights["hashes"][0]["content"] == sha256(work.destination / "model.safetensors")
+        data = {ref for ref, one in parts.items() if one["type"] == "data"}
+        assert data == {one["ref"] for one in model["modelCard"]["modelParameters"]["datasets"]} == {"data/piqa"}
+        row = json.loads((work.inputs.report / "summary.json").read_text())["variants"]["gptq-int4"]
+        (mean,) = (
+            one
+            for one in model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+            if one["slice"] == "mean of the tasks"
+        )
+        assert mean["value"] == f"{row['retention']['mean']:.4f}"
+        library = parts[f"pkg:pypi/safetensors@{version('safetensors')}"]
+        assert library["licenses"]
+        assert "timestamp" not in text
+
+    def test_licence_of_a_data_set_is_the_one_in_the_settings(self, workplace: Callable[..., Workplace]) -> None:
+        work = workplace()
+        work.settings.evaluation.sources["piqa"] = work.settings.evaluation.sources["piqa"].model_copy(
+            update={"licence": "afl-3.0"}
+        )
+        work.package()
+        bill = json.loads((work.destination / "bom.cdx.json").read_text())
+        (piqa,) = (one for one in bill["components"] if one["type"] == "data")
+        assert piqa["licenses"] == [{"license": {"id": "AFL-3.0"}}]
+
+    def test_a_bundle_is_signed_with_the_key_of_the_environment(
+        self, workplace: Callable[..., Workplace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        work, unsigned = workplace(name="signed"), workplace(name="unsigned")
+        work.settings = work.settings.model_copy(
+            update={"package": work.settings.package.model_copy(update={"signing": "key"})}
+        )
+        monkeypatch.delenv("MODELPRESS_SIGNING_KEY", raising=False)
+        with pytest.raises(TaskError, match="MODELPRESS_SIGNING_KEY is not set"):
+            work.package()
+        assert work.leftovers() == []
+        private, public = key_pair(tmp_path, "signing")
+        monkeypatch.setenv("MODELPRESS_SIGNING_KEY", str(private))
+        work.package()
+        check_signature(work.destination, check_sums(work.destination), Signer(public))
+        secret = private.read_text().splitlines()[1]
+        assert not any(
+            secret in text or str(tmp_path) in text
+            for text in (p.read_text(errors="replace") for p in work.destination.iterdir())
+        )
+        first = checksums(work.destination)
+        work.package()
+        again = checksums(work.destination)
+        assert {k for k in first if first[k] != again[k]} == {"model.sig"}
+        unsigned.package()
+        assert not (unsigned.destination / "model.sig").exists()
 
     def test_without_a_winner_nothing_is_written(self, workplace: Callable[..., Workplace]) -> None:
         work = workplace(FAILING)

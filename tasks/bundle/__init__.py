@@ -1,0 +1,1 @@
+"""The finished bundle: checksums, bill of materials, signature, OCI image."""
