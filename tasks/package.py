@@ -12,6 +12,7 @@ from typing import Any
 
 from tasks.checks.smoke import PROMPT, generates
 from tasks.companion_files import companion_files
+from tasks.deployment.write import write_serving
 from tasks.errors import TaskError
 from tasks.output import MANIFEST, checksums, link_or_copy, whole_directory, write_json, write_text
 from tasks.program import run_stage
@@ -54,7 +55,8 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
     """Build the bundle of the report's winner at `destination`, atomically.
 
     `attempt` (bundle, target, dtype -> text) must first load it and generate. TaskError, leaving `destination`
-    unchanged, if no variant passes, if the export's bytes are not the evaluated ones, or if it does not generate.
+    unchanged, if no variant passes, if the export's bytes are not the evaluated ones, if the model does not fit the
+    described hardware, or if it does not generate.
     """
     summary = read_json(inputs.report / "summary.json", "report")
     name = summary["winner"]
@@ -85,6 +87,7 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
         same = kept(bundle, inputs.source)
         write_text(bundle / CARD, model_card(summary, settings, files, form, auto_class(config), own, same))
         write_json(bundle / PROVENANCE, provenance(summary, settings, inputs, same))
+        write_serving(bundle, settings, name)
         text = attempt(bundle, settings.target, settings.evaluation.dtype)
     return Package(name, sum(p.stat().st_size for p in destination.rglob("*") if p.is_file()), text)
 
