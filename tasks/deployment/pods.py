@@ -106,7 +106,7 @@ def pod(plan: Plan, product: str | None, containers: list[dict[str, Any]], **fur
         "nodeSelector": {"nvidia.com/gpu.product": product} if product else {"kubernetes.io/os": "linux"},
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,  # they would set variables named VLLM_*, if a service is called so
-        "terminationGracePeriodSeconds": UNREADY + 2 * DRAIN,
+        "terminationGracePeriodSeconds": UNREADY + 2 * DRAIN + 30,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,

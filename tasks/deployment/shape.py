@@ -12,8 +12,9 @@ from typing import Any
 from tasks.tensor_files import TensorFiles
 
 _LAYER = re.compile(r"\.\d+\.")
-_GROWING = ("full_attention", "attention")  # Transformers' words for layers whose KV cache grows with the text
-_WINDOWED = ("sliding_attention", "chunked_attention")
+# kinds of layers, in Transformers' words: the cache of these does not grow with the text; that of all others does
+_WITHOUT_CACHE = ("linear_attention", "mamba", "recurrent", "conv", "mlp", "moe")
+_WINDOWED = ("sliding_attention", "chunked_attention", "window_attention", "hybrid_sliding")
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _LONGEST = 10**9  # tokenizers write a huge number where they know no length
@@ -51,14 +52,15 @@ def read_shape(directory: Path) -> Shape:
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config()
     stored = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    heads = getattr(config, "num_attention_heads", None) or 0
-    latent = getattr(config, "kv_lora_rank", None)
-    kv_heads = 0 if latent else getattr(config, "num_key_value_heads", None) or heads
-    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
+    heads = _largest(config, "num_attention_heads")
+    latent = _largest(config, "kv_lora_rank")
+    kv_heads = 0 if latent else _largest(config, "num_key_value_heads") or heads
+    width = (_largest(config, "head_dim") or config.hidden_size // heads) if heads else 0
     numbers = latent + config.qk_rope_head_dim if latent else 2 * kv_heads * width
     layer_kv = numbers * _cache_bits(stored) // 8
     kinds = _kinds(config)
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
+    windowed = sum(kind in _WINDOWED for kind in kinds)
+    window = _largest(config, "sliding_window") or _largest(config, "attention_chunk_size")
     context = _context(directory, config)
     inside, outside = _weights(directory)
     return Shape(
@@ -68,23 +70,29 @@ def read_shape(directory: Path) -> Shape:
         heads=heads,
         kv_heads=kv_heads,
         vocabulary=config.vocab_size,
-        widths={
-            name.replace("_size", "").replace("_", " ") + " size": size
-            for name in _WIDTHS
-            if (size := getattr(config, name, None)) and isinstance(size, int)
-        }
+        widths={name.replace("_", " "): size for name in _WIDTHS if (size := _largest(config, name))}
         | ({"attention width": heads * width} if heads else {}),
         group=max(_groups(stored), default=None),
-        experts=next((n for name in _EXPERTS if (n := getattr(config, name, None))), 0),
+        experts=next((n for name in _EXPERTS if (n := _largest(config, name))), 0),
         context=context,
-        kv_token=layer_kv * sum(kind in _GROWING for kind in kinds),
-        kv_sequence=layer_kv * min(window, context or window) * sum(kind in _WINDOWED for kind in kinds),
+        kv_token=layer_kv * sum(kind not in (*_WITHOUT_CACHE, *_WINDOWED) for kind in kinds),
+        kv_sequence=layer_kv * min(window, context or window) * windowed,
     )
+
+
+def _largest(config: Any, name: str) -> int:
+    """An attribute, or its largest value where layers differ; 0 if there is none."""
+    try:
+        values = getattr(config, name, None)
+    except RuntimeError:  # of Transformers, where layers differ
+        layers = config.per_layer_config
+        values = [getattr(one, name, None) for one in (layers.values() if isinstance(layers, dict) else layers)]
+    return max((int(n) for n in (values if isinstance(values, list | tuple) else [values]) if n), default=0)
 
 
 def _kinds(config: Any) -> list[str]:
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    return list(kinds or _GROWING[:1] * config.num_hidden_layers)
+    return list(kinds or ["full_attention"] * config.num_hidden_layers)
 
 
 def _context(directory: Path, config: Any) -> int | None:

@@ -138,16 +138,21 @@ def _on_processor(shape: Shape, hardware: HardwareSettings | None) -> Plan:
     """Serve from the memory of one machine; with several machines, a copy on each."""
     full = shape.kv_token * (shape.context or SHORTEST) + shape.kv_sequence
     wanted = GIB * max(1, ceil(4 * full / GIB))  # four texts of full length
-    left = UNDESCRIBED if hardware is None else round(SHARE * hardware.memory * GB) - shape.weights - PROCESS
+    least = shape.kv_token * SHORTEST + shape.kv_sequence
+    left = (
+        max(UNDESCRIBED, least + GIB)
+        if hardware is None
+        else round(SHARE * hardware.memory * GB) - shape.weights - PROCESS
+    )
     room = min(wanted, max(0, left // GIB * GIB))
     tokens, context, sequences = _held(shape, room, shape.kv_token, shape.kv_sequence)
     if tokens < min(shape.context or SHORTEST, SHORTEST):
-        have = f"{hardware.memory:g} GB of memory" if hardware else f"{gigabytes(room)} for the KV cache"
+        assert hardware is not None  # otherwise there is room
         raise TaskError(
-            f"package.hardware has {have} and no GPU, too little for this model: {gigabytes(shape.weights)} of weights "
-            f"and {gigabytes(PROCESS)} for the server's process leave {gigabytes(room)} for a KV cache that needs "
-            f"{shape.kv_token:,} bytes per token and at least {SHORTEST:,} tokens; describe more memory or GPUs, or "
-            "package a smaller variant"
+            f"package.hardware has {hardware.memory:g} GB of memory and no GPU, too little for this model: "
+            f"{gigabytes(shape.weights)} of weights and {gigabytes(PROCESS)} for the server's process leave "
+            f"{gigabytes(room)} for a KV cache that needs {shape.kv_token:,} bytes per token and at least {SHORTEST:,} "
+            "tokens; describe more memory or GPUs, or package a smaller variant"
         )
     return Plan(
         tensor=1,
