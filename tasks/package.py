@@ -15,6 +15,7 @@ from tasks.bundle.checksums import SIGNATURE, SUMS, write_sums
 from tasks.bundle.signing import sign
 from tasks.checks.smoke import PROMPT, generates
 from tasks.companion_files import companion_files
+from tasks.deployment.write import write_serving
 from tasks.errors import TaskError
 from tasks.output import MANIFEST, checksums, link_or_copy, whole_directory, write_json, write_text
 from tasks.program import run_stage
@@ -56,7 +57,8 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
     """Build the bundle of the report's winner at `destination`, atomically.
 
     `attempt` (bundle, target, dtype -> text) must first load it and generate. TaskError, leaving `destination`
-    unchanged, if no variant passes, if the export's bytes are not the evaluated ones, or if it does not generate.
+    unchanged, if no variant passes, if the export's bytes are not the evaluated ones, if the model does not fit the
+    described hardware, or if it does not generate.
     """
     summary = read_json(inputs.report / "summary.json", "report")
     name = summary["winner"]
@@ -90,6 +92,7 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
         write_json(bundle / PROVENANCE, facts)
         task = pipeline_task(auto_class(config))
         write_json(bundle / BOM, bill_of_materials(facts, summary, config, task, evaluated))
+        write_serving(bundle, settings, name)
         text = attempt(bundle, settings.target, settings.evaluation.dtype)
     return Package(name, sum(p.stat().st_size for p in destination.rglob("*") if p.is_file()), text)
 

@@ -57,7 +57,12 @@ RULES = Rules(
         "tasks.program": "it starts a stage and formats its errors",
     },
     through={"tasks.program": "it sets the environment that tasks.determinism describes"},
-    folders={"tasks.reporting.render": "tasks/reporting/templates", "tasks.scoring.eval_tasks": "evals"},
+    folders={
+        "tasks.deployment.tool_calling": "tasks/deployment/tables",
+        "tasks.deployment.write": "tasks/deployment/templates",
+        "tasks.reporting.render": "tasks/reporting/templates",
+        "tasks.scoring.eval_tasks": "evals",
+    },
 )
 
 

@@ -77,9 +77,7 @@ def check_signature(bundle: Path, sums: Mapping[str, str], signer: Signer) -> No
     """
     way = signed_how(bundle)
     if way is None:
-        raise TaskError(
-            f"{bundle} has no {SIGNATURE}, so {signer} did not sign it; ask its publisher for one"
-        )
+        raise TaskError(f"{bundle} has no {SIGNATURE}, so {signer} did not sign it; ask its publisher for one")
     if way != ("key" if signer.key else "keyless"):
         raise TaskError(f"{bundle / SIGNATURE} was made {_HOW[way]}, but {signer} is expected; {_CHECK[way]}")
     from model_signing import verifying

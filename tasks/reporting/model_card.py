@@ -10,6 +10,7 @@ import yaml
 
 from tasks.companion_files import is_licence
 from tasks.reporting.columns import interval_method
+from tasks.reporting.engines import why_not_vllm
 from tasks.reporting.kept import Kept
 from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.provenance import without_folders
@@ -57,6 +58,7 @@ def model_card(
         outer="" if by_llama_cpp(row) else _outer(settings, name),
         licence_files=[f for f in files if is_licence(f)],
         quant_method=quant_method,
+        why_not_vllm=why_not_vllm(name, settings.variant(name)),
         own_reader=own_reader and quant_method == "compressed-tensors",
         stacks="places.json" in files,
         kept=kept,

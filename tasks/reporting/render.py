@@ -1,4 +1,4 @@
-"""Render the templates in tasks/reporting/templates; tasks.reporting.number_format provides their filters."""
+"""Render templates, by default those in tasks/reporting/templates; tasks.reporting.number_format provides filters."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ TEMPLATES = Path(__file__).parent / "templates"
 FILTERS = ("change", "figure", "interval", "megabytes", "percent", "short_percent", "times", "words")
 
 
-def render(template: str, *, escape: bool, **values: Any) -> str:
-    """Render `template` with `values`. escape: escape values for HTML.
+def render(template: str, *, escape: bool, folder: Path = TEMPLATES, **values: Any) -> str:
+    """Render `template` of `folder` with `values`. escape: escape values for HTML.
 
     Raises TaskError if the template does not exist, and jinja2's UndefinedError if it uses a name missing in `values`.
     """
-    if not (TEMPLATES / template).is_file():
-        raise TaskError(f"{template} not found in {TEMPLATES}; reinstall the project or restore the file")
+    if not (folder / template).is_file():
+        raise TaskError(f"{template} not found in {folder}; reinstall the project or restore the file")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=escape,  # noqa: S701  the model card is Markdown
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=escape,  # noqa: S701  most results are not HTML
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

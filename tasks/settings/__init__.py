@@ -20,6 +20,7 @@ from tasks.settings.measuring import (
     BenchmarkSettings,
     EvaluationSettings,
     GateSettings,
+    HardwareSettings,
     PackageSettings,
     StatisticsSettings,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "DataSource",
     "EvaluationSettings",
     "GateSettings",
+    "HardwareSettings",
     "ModelSettings",
     "Overlap",
     "Settings",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tasks.settings.data import DataSource, TextSource
 from tasks.settings.section import CHAT_DATE, Date, Name, Section
+
+LABEL = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$"  # a label's value in Kubernetes
 
 
 class StatisticsSettings(Section):
@@ -75,8 +77,29 @@ class GateSettings(Section):
         return self.four_bit if bits is not None and bits <= 4 else self.eight_bit
 
 
+class HardwareSettings(Section):
+    """The machines that will serve the model.
+
+    gpu: as in the node label nvidia.com/gpu.product; None: none. memory: GB of each card, or of each machine without
+    GPUs. cards: of each machine.
+    """
+
+    gpu: Annotated[str, Field(pattern=LABEL, max_length=63)] | None = None
+    memory: Annotated[float, Field(gt=0, strict=False)]
+    cards: Annotated[int, Field(ge=1, le=64)] = 1
+    machines: Annotated[int, Field(ge=1, le=1024)] = 1
+
+    @model_validator(mode="after")
+    def _check_cards(self) -> HardwareSettings:
+        if self.gpu is None and self.cards > 1:
+            raise ValueError(f"cards is {self.cards}, but gpu is null, so there are none; name the gpu or remove cards")
+        return self
+
+
 class PackageSettings(Section):
-    """The bundle to ship. `signing`: with the private key that MODELPRESS_SIGNING_KEY names, or by Sigstore."""
+    """The bundle to ship. `signing`: with the private key that MODELPRESS_SIGNING_KEY names, or by Sigstore.
+    hardware: for the files in its folder serve/; None: one machine without a GPU."""
 
     name: Name
     signing: Literal["none", "key", "keyless"] = "none"
+    hardware: HardwareSettings | None = None

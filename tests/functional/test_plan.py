@@ -133,7 +133,9 @@ def test_the_stages_take_what_is_estimated(
 ) -> None:
     """Seconds within a factor of two, because they are few."""
     inputs, again = (project.root / "tiny", made / "calibration", made / "statistics"), made / "again"
-    works = {"statistics": partial(collect, *inputs[:2], again / "statistics", importance=True)}
+    works: dict[str, partial[object]] = {
+        "statistics": partial(collect, *inputs[:2], again / "statistics", importance=True)
+    }
     for name, variant in settings(project).variants.items():
         if name != BASE:  # takes no time worth an estimate
             works[f"quantize@{name}"] = partial(quantize, name, variant, *inputs, again / name)

@@ -48,6 +48,15 @@ OUTSIDE = {
     "model.layers.1.enorm.weight": torch.ones(2),  # a layer that predicts a further token
     NORM: torch.ones(2),
 }
+SHAPE = {  # of a small model, for the files of serve/
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "max_position_embeddings": 2048,
+}
 FAILING = {"base": VARIANTS["base"], "int8": VARIANTS["int8"] | {"lost": 0.3}}
 
 
@@ -100,7 +109,8 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
         write_json(source / "linears.json", {"layers": [layer], "modules": {}, "output": None, "embedding": None})
         for variant in variants:
             with whole_directory(root / "exports" / variant) as folder:
-                write_json(folder / "config.json", {"quantization_config": {"quant_method": "compressed-tensors"}})
+                quantization = {"quantization_config": {"quant_method": "compressed-tensors"}}
+                write_json(folder / "config.json", quantization | SHAPE)
                 packed = {f"{INSIDE}_packed": torch.full((4,), len(variant))}
                 save_file(OUTSIDE | {NORM: OUTSIDE[NORM].half()} | packed, folder / "model.safetensors")
                 (folder / "tokenizer.json").write_text("{}")
@@ -150,7 +160,7 @@ class TestBundle:
                 "generation_config.json",
                 "processor_config.json",
             ),
-            *("LICENSE", "README.md", "provenance.json", "bom.cdx.json", "SHA256SUMS"),
+            *("LICENSE", "README.md", "provenance.json", "bom.cdx.json", "SHA256SUMS", "serve"),
         }
         exported = work.root / "exports/gptq-int4/model.safetensors"
         assert sha256(work.destination / "model.safetensors") == sha256(exported)
@@ -163,7 +173,9 @@ class TestBundle:
         work = workplace()
         work.package()
         lines = (work.destination / "SHA256SUMS").read_text().splitlines()
-        assert {line.split("  ")[1] for line in lines} == {p.name for p in work.destination.iterdir()} - {"SHA256SUMS"}
+        files = {p.relative_to(work.destination).as_posix() for p in work.destination.rglob("*") if p.is_file()}
+        assert {line.split("  ")[1] for line in lines} == files - {"SHA256SUMS"}
+        assert "serve/vllm.yaml" in files
         command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
         assert subprocess.run(command, cwd=work.destination, capture_output=True).returncode == 0
         (work.destination / "tokenizer.json").write_text("[]")
@@ -249,7 +261,7 @@ class TestBundle:
         secret = private.read_text().splitlines()[1]
         assert not any(
             secret in text or str(tmp_path) in text
-            for text in (p.read_text(errors="replace") for p in work.destination.iterdir())
+            for text in (p.read_text(errors="replace") for p in work.destination.rglob("*") if p.is_file())
         )
         first = checksums(work.destination)
         work.package()

@@ -1,0 +1,227 @@
+"""Kubernetes manifests as data: one machine, several machines, KServe, autoscaling and monitoring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tasks.deployment.arguments import DRAIN, PORT, copies_arguments, group_arguments, vllm_command
+from tasks.deployment.monitoring import alert_rules
+from tasks.deployment.pods import PROXY_PORT, UNREADY, engine, pod, probes, proxy, start_seconds, volumes
+from tasks.deployment.sizing import Plan
+
+Manifest = dict[str, Any]
+_LWS = "leaderworkerset.sigs.k8s.io/name"
+KSERVE_PORT = 8080
+_WAITING = 5  # requests that wait for one server before another is started
+
+
+def common(name: str, caddyfile: str, plan: Plan) -> list[Manifest]:
+    """What every way of serving needs: the proxy's configuration, the service, and the network policy."""
+    return [
+        _config_map(name, f"{name}-proxy", caddyfile),
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": _metadata(name),
+            "spec": {
+                "selector": {"app": name, "role": "server"},
+                "ports": [{"name": "api", "port": 443, "targetPort": "api"}],
+            },
+        },
+        _network_policy(name, {"app": name}, PROXY_PORT, several=plan.machines > 1),
+    ]
+
+
+def deployment(name: str, plan: Plan, product: str | None) -> Manifest:
+    """Servers that each hold the whole model, one on each machine."""
+    labels = {"app": name, "role": "server"}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": _metadata(name),
+        "spec": {
+            "replicas": plan.machines,
+            "selector": {"matchLabels": labels},
+            # a new server needs the GPUs of an old one
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+            "progressDeadlineSeconds": start_seconds(plan) + 600,
+            "template": {"metadata": {"labels": labels}, "spec": _server(name, plan, product)},
+        },
+    }
+
+
+def leader_worker_set(name: str, plan: Plan, product: str | None) -> Manifest:
+    """Several machines behind one address; if one is lost, all start again together."""
+    size = plan.pipeline if plan.grouped else plan.machines
+
+    def arguments(follower: bool) -> list[str]:
+        leader = "$(LWS_LEADER_ADDRESS)"
+        if plan.grouped:
+            return vllm_command(*group_arguments("$(LWS_WORKER_INDEX)", leader, follower))
+        if not follower:
+            return vllm_command(*copies_arguments(plan, "0", leader, follower))
+        # the shell computes the number of the first copy, and exec hands it the signals
+        first = f"$((LWS_WORKER_INDEX * {plan.copies}))"
+        return ["sh", "-c", "exec " + " ".join(vllm_command(*copies_arguments(plan, first, leader, follower)))]
+
+    # a worker has no port of its own: it lives as long as the leader answers
+    check = {"exec": {"command": ["python3", "-c", _LEADER_ANSWERS]}}
+    # the leader needs it until the last answer is given
+    ends = {"preStop": {"sleep": {"seconds": UNREADY + DRAIN}}}
+    worker = engine(name, plan, product is not None, command=arguments(True), **probes(check, plan), lifecycle=ends)
+    for field in ("readinessProbe", "ports"):
+        worker.pop(field)
+    return {
+        "apiVersion": "leaderworkerset.x-k8s.io/v1",
+        "kind": "LeaderWorkerSet",
+        "metadata": _metadata(name),
+        "spec": {
+            "replicas": plan.machines // size,
+            "startupPolicy": "LeaderCreated",
+            "leaderWorkerTemplate": {
+                "size": size,
+                "restartPolicy": "RecreateGroupOnPodRestart",
+                "leaderTemplate": {
+                    "metadata": {"labels": {"app": name, "role": "server"}},
+                    "spec": _server(name, plan, product, command=arguments(False)),
+                },
+                "workerTemplate": {
+                    "metadata": {"labels": {"app": name, "role": "worker"}},
+                    "spec": pod(plan, product, [worker], volumes=volumes(name, plan)),
+                },
+            },
+        },
+    }
+
+
+_LEADER_ANSWERS = (
+    "import os, urllib.request as u; "
+    f"u.urlopen('http://' + os.environ['LWS_LEADER_ADDRESS'] + ':{PORT}/health', timeout=8)"
+)
+
+
+def inference_service(name: str, plan: Plan, product: str | None, caddyfile: str) -> list[Manifest]:
+    """KServe in its Standard mode. Its gateway ends TLS; the proxy beside vLLM guards the paths."""
+    containers = [
+        engine(name, plan, product is not None, container="kserve-container"),
+        # KServe sends requests to the container of this name
+        proxy(name, tls=False, container="transformer-container", port=KSERVE_PORT),
+    ]
+    # both containers get the signal at once: the proxy waits until vLLM has answered
+    containers[1]["lifecycle"] = {"preStop": {"sleep": {"seconds": UNREADY + DRAIN + 5}}}
+    return [
+        _config_map(name, f"{name}-kserve-proxy", caddyfile),
+        {
+            "apiVersion": "serving.kserve.io/v1beta1",
+            "kind": "InferenceService",
+            "metadata": _metadata(name)
+            | {
+                "annotations": {
+                    "serving.kserve.io/deploymentMode": "Standard",
+                    "serving.kserve.io/autoscalerClass": "none",
+                }
+            },
+            "spec": {
+                "predictor": {
+                    "minReplicas": plan.machines,
+                    "maxReplicas": plan.machines,
+                    **pod(plan, product, containers, volumes=volumes(name, plan, f"{name}-kserve-proxy", tls=False)),
+                }
+            },
+        },
+        _network_policy(f"{name}-kserve", {"serving.kserve.io/inferenceservice": name}, KSERVE_PORT, several=False),
+    ]
+
+
+def autoscaling(name: str, plan: Plan) -> Manifest:
+    """KEDA's rule: more servers while requests wait."""
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
+    if plan.grouped:
+        target |= {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet"}
+    return {
+        "apiVersion": "keda.sh/v1alpha1",
+        "kind": "ScaledObject",
+        "metadata": _metadata(name),
+        "spec": {
+            "scaleTargetRef": target,
+            "minReplicaCount": 1,
+            "maxReplicaCount": "${MAX_REPLICAS}",
+            # a new server takes this long to be of use
+            "cooldownPeriod": start_seconds(plan),
+            "advanced": {
+                "horizontalPodAutoscalerConfig": {
+                    "behavior": {"scaleDown": {"stabilizationWindowSeconds": min(3600, start_seconds(plan))}}
+                }
+            },
+            "triggers": [
+                {
+                    "type": "prometheus",
+                    "metadata": {
+                        "serverAddress": "${PROMETHEUS_URL}",
+                        "query": f'sum(vllm:num_requests_waiting{{model_name="{name}"}})',
+                        "threshold": str(_WAITING),
+                    },
+                }
+            ],
+        },
+    }
+
+
+def monitoring(name: str) -> list[Manifest]:
+    """For the Prometheus operator: where the metrics are, and the alerts."""
+    return [
+        {
+            "apiVersion": "monitoring.coreos.com/v1",
+            "kind": "PodMonitor",
+            "metadata": _metadata(name),
+            "spec": {
+                "selector": {"matchLabels": {"app": name, "role": "server"}},
+                "podMetricsEndpoints": [{"port": "engine", "path": "/metrics", "interval": "15s"}],
+            },
+        },
+        {
+            "apiVersion": "monitoring.coreos.com/v1",
+            "kind": "PrometheusRule",
+            "metadata": _metadata(name),
+            "spec": alert_rules(name),
+        },
+    ]
+
+
+def _server(name: str, plan: Plan, product: str | None, **changes: Any) -> dict[str, Any]:
+    # a sidecar ends after the containers, so it still serves while vLLM answers the last requests
+    guard = {**proxy(name), "restartPolicy": "Always"}
+    containers = [engine(name, plan, product is not None, **changes)]
+    return pod(plan, product, containers, initContainers=[guard], volumes=volumes(name, plan, f"{name}-proxy"))
+
+
+def _metadata(name: str) -> dict[str, Any]:
+    return {"name": name, "labels": {"app": name}}
+
+
+def _config_map(name: str, own: str, caddyfile: str) -> Manifest:
+    metadata = _metadata(name) | {"name": own}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"Caddyfile": caddyfile}}
+
+
+def _network_policy(name: str, labels: dict[str, str], port: int, *, several: bool) -> Manifest:
+    """Requests through the proxy, metrics for Prometheus, and between the machines; nothing else, in or out."""
+    own = {"podSelector": {"matchLabels": labels}}
+    prometheus = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "${MONITORING_NAMESPACE}"}}}
+    dns = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
+    lookups = [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(name),
+        "spec": {
+            "podSelector": {"matchLabels": labels},
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [
+                {"ports": [{"protocol": "TCP", "port": port}]},
+                {"from": [prometheus], "ports": [{"protocol": "TCP", "port": PORT}]},
+                *([{"from": [own]}] if several else []),
+            ],
+            "egress": [{"to": [own]}, {"to": [dns], "ports": lookups}] if several else [],
+        },
+    }

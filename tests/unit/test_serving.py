@@ -1,0 +1,461 @@
+"""The folder serve/ of a bundle: valid for the programs that read it, guarded, and the same bytes every time.
+
+MODELPRESS_CRDS: a folder with the definitions of LeaderWorkerSet, InferenceService, ScaledObject, PodMonitor and
+PrometheusRule, as their projects publish them (YAML). Without it, these five are checked by the pods in them only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from compose_spec.models import ComposeSpecification
+from jsonschema import Draft202012Validator
+
+from tasks.deployment.arguments import recommended_sampling
+from tasks.deployment.tool_calling import read_template
+from tasks.deployment.write import write_serving
+from tasks.errors import TaskError
+from tasks.output import checksums
+from tasks.settings import check_settings
+from tests.unit.test_sizing import LARGE
+
+GPU = "NVIDIA-H100-80GB-HBM3"
+HARDWARE: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "processors": {"memory": 256, "machines": 2},
+    "one": {"gpu": GPU, "memory": 80, "cards": 8},
+    "copies": {"gpu": GPU, "memory": 80, "cards": 8, "machines": 2},
+    "group": {"gpu": GPU, "memory": 18, "cards": 1, "machines": 4},
+}
+VARIABLES = {
+    "VLLM_IMAGE": "vllm@sha256:" + "0" * 64,
+    "CADDY_IMAGE": "caddy@sha256:" + "0" * 64,
+    "MONITORING_NAMESPACE": "monitoring",
+    "MAX_REPLICAS": "4",
+    "PROMETHEUS_URL": "http://prometheus.monitoring:9090",
+}
+WITH_TOOLS = "{% for tool in tools %}<tool_call>{{ tool | tojson }}</tool_call>{% endfor %}"
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Write serve/ for a large model; returns that folder."""
+
+    def make(
+        hardware: str = "one", target: str = "transformers", chat: str | None = "{{ messages }}", **files: Any
+    ) -> Path:
+        bundle = tmp_path / f"{hardware}-{target}-{len(list(tmp_path.iterdir()))}"
+        bundle.mkdir()
+        if chat is not None:
+            (bundle / "chat_template.jinja").write_text(chat)
+        for name, values in files.items():
+            (bundle / f"{name}.json").write_text(json.dumps(values))
+        monkeypatch.setattr("tasks.deployment.write.read_shape", lambda _: LARGE)
+        params = yaml.safe_load(Path("params.yaml").read_text())
+        params["target"] = target
+        params["package"]["hardware"] = HARDWARE[hardware]
+        write_serving(bundle, check_settings(params), "awq-int4")
+        return bundle / "serve"
+
+    return make
+
+
+def manifests(folder: Path) -> Iterator[dict[str, Any]]:
+    """All Kubernetes manifests, with the variables set."""
+    for path in sorted((folder / "kubernetes").glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        for name, value in VARIABLES.items():
+            text = text.replace(f"${{{name}}}", value)
+        assert "${" not in text.replace("{$", "")
+        yield from yaml.safe_load_all(text)
+
+
+def pods(value: Any) -> Iterator[dict[str, Any]]:
+    """Every pod specification in a manifest."""
+    if isinstance(value, dict):
+        if "containers" in value:
+            yield value
+        for inner in value.values():
+            yield from pods(inner)
+
+
+def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*pod["containers"], *pod.get("initContainers", [])]
+
+
+class TestSchemas:
+    @pytest.mark.parametrize("hardware", HARDWARE)
+    def test_kubernetes(self, write: Write, hardware: str) -> None:
+        kinds = set()
+        for manifest in manifests(write(hardware)):
+            kinds.add(manifest["kind"])
+            if manifest["apiVersion"] in ("v1", "apps/v1", "networking.k8s.io/v1"):
+                kubernetes_validate.validate(manifest, "1.37", strict=True)
+                continue
+            for pod in pods(manifest):
+                spec = {k: v for k, v in pod.items() if k not in ("minReplicas", "maxReplicas")}
+                whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
+                kubernetes_validate.validate(whole, "1.37", strict=True)
+        assert {"ConfigMap", "Service", "NetworkPolicy", "ScaledObject", "PodMonitor", "PrometheusRule"} <= kinds
+        assert ("Deployment" in kinds) == ("InferenceService" in kinds) == (hardware != "group")
+        assert ("LeaderWorkerSet" in kinds) == (hardware in ("processors", "copies", "group"))
+
+    @pytest.mark.skipif("MODELPRESS_CRDS" not in os.environ, reason="MODELPRESS_CRDS names no folder")
+    @pytest.mark.parametrize("hardware", HARDWARE)
+    def test_kinds_of_other_projects(self, write: Write, schemas: dict[Any, Any], hardware: str) -> None:
+        checked = 0
+        for manifest in manifests(write(hardware)):
+            if schema := schemas.get((manifest["apiVersion"], manifest["kind"])):
+                errors = [
+                    f"{list(e.absolute_path)}: {e.message}" for e in Draft202012Validator(schema).iter_errors(manifest)
+                ]
+                assert not errors
+                checked += 1
+        assert checked >= 4
+
+    @pytest.mark.parametrize("target", ["transformers", "gguf"])
+    @pytest.mark.parametrize("hardware", ["none", "one"])
+    def test_compose(self, write: Write, hardware: str, target: str) -> None:
+        folder = write(hardware, target)
+        files = sorted(folder.glob("compose*.yaml"))
+        assert [path.name for path in files] == ["compose.webui.yaml", "compose.yaml"]
+        for path in files:
+            ComposeSpecification.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+    def test_dockerfile(self, write: Write) -> None:
+        linter = shutil.which("hadolint", path=str(Path(yaml.__file__).parents[4] / "bin")) or shutil.which("hadolint")
+        assert linter
+        done = subprocess.run([linter, str(write() / "Dockerfile")], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def schemas() -> dict[tuple[str, str], dict[str, Any]]:
+    return dict(definitions(Path(os.environ["MODELPRESS_CRDS"])))
+
+
+def definitions(folder: Path) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+    """The strict schema of every version of every custom resource in a folder."""
+    for path in folder.glob("*.yaml"):
+        for definition in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+            if definition and definition["kind"] == "CustomResourceDefinition":
+                spec = definition["spec"]
+                for version in spec["versions"]:
+                    schema = strict(version["schema"]["openAPIV3Schema"])
+                    schema["properties"]["metadata"] = {"type": "object"}
+                    yield (f"{spec['group']}/{version['name']}", spec["names"]["kind"]), schema
+
+
+def strict(schema: Any) -> Any:
+    """Refuse unknown fields, and read Kubernetes' own keywords."""
+    if isinstance(schema, list):
+        return [strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: strict(value) for key, value in schema.items()}
+    if "properties" in found and not found.get("x-kubernetes-preserve-unknown-fields"):
+        found.setdefault("additionalProperties", False)
+    if found.pop("x-kubernetes-int-or-string", False):
+        found.pop("type", None)
+        found["anyOf"] = [{"type": "integer"}, {"type": "string"}]
+    return found
+
+
+class TestAccess:
+    @pytest.mark.parametrize("hardware", HARDWARE)
+    def test_every_container_is_confined_and_the_model_is_read_only(self, write: Write, hardware: str) -> None:
+        folder = write(hardware)
+        for pod in [pod for manifest in manifests(folder) for pod in pods(manifest)]:
+            assert pod["securityContext"]["runAsNonRoot"]
+            assert pod["securityContext"]["runAsUser"] > 0
+            assert not pod["enableServiceLinks"]
+            for container in containers(pod):
+                rights = container["securityContext"]
+                assert rights["readOnlyRootFilesystem"]
+                assert not rights["allowPrivilegeEscalation"]
+                assert rights["capabilities"]["drop"] == ["ALL"]
+                mounts = {mount["name"]: mount.get("readOnly") for mount in container["volumeMounts"]}
+                assert mounts.get("model", True)
+        if hardware != "group":
+            for service in yaml.safe_load((folder / "compose.yaml").read_text())["services"].values():
+                assert service["user"] == "10001:10001"
+                assert service["read_only"]
+                assert service["cap_drop"] == ["ALL"]
+
+    def test_images_and_secrets_have_no_default(self, write: Write) -> None:
+        folder = write()
+        for name in ("compose.yaml", "compose.webui.yaml"):
+            for service in yaml.safe_load((folder / name).read_text())["services"].values():
+                if name == "compose.yaml" or "environment" in service:
+                    assert re.fullmatch(r"\$\{[A-Z_]+:\?.*\}", service["image"])
+                for key, value in service.get("environment", {}).items():
+                    assert not key.endswith("KEY") or re.fullmatch(r"\$\{[A-Z_]+:\?.*\}", value)
+        for path in (folder / "kubernetes").glob("*.yaml"):
+            assert set(re.findall(r"image: (.*)", path.read_text())) <= {"${VLLM_IMAGE}", "${CADDY_IMAGE}"}
+        assert "ARG VLLM_IMAGE\nFROM ${VLLM_IMAGE}\n" in (folder / "Dockerfile").read_text()
+
+    def test_the_server_is_reached_through_the_proxy_only(self, write: Write) -> None:
+        folder = write("copies")
+        parts = yaml.safe_load((folder / "compose.yaml").read_text())
+        assert parts["networks"]["inside"] == {"internal": True}
+        assert parts["services"]["model"]["networks"] == ["inside"]
+        assert "ports" not in parts["services"]["model"]
+        policies = [m["spec"] for m in manifests(folder) if m["kind"] == "NetworkPolicy"]
+        for policy in policies:
+            assert policy["policyTypes"] == ["Ingress", "Egress"]
+            open_to_all = [rule for rule in policy["ingress"] if "from" not in rule]
+            assert [port["port"] for rule in open_to_all for port in rule["ports"]] in ([8443], [8080])
+        assert policies[0]["ingress"][-1]["from"] == [{"podSelector": policies[0]["podSelector"]}]
+        alone = [m["spec"] for m in manifests(write("one")) if m["kind"] == "NetworkPolicy"]
+        assert [policy["egress"] for policy in alone] == [[], []]
+
+    @pytest.mark.skipif(not shutil.which("caddy"), reason="caddy is not installed")
+    def test_the_proxy_wants_the_key_on_every_path(self, write: Write, tmp_path: Path, upstream: str) -> None:
+        folder, port = write(), free_port()
+        certificate(tmp_path)
+        text = (folder / "Caddyfile").read_text().replace("/tls/", f"{tmp_path}/")
+        text = text.replace(":8443 {", f":{port} {{\n\tbind 127.0.0.1")
+        (tmp_path / "Caddyfile").write_text(text)
+        command = ["caddy", "run", "--config", str(tmp_path / "Caddyfile"), "--adapter", "caddyfile"]
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "API_KEY": "secret", "UPSTREAM": upstream}
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+            try:
+                wait_for(port)
+                ask = asker(port, tmp_path / "tls.crt")
+                for path in ("/health", "/v1/models", "/v1/chat/completions", "/metrics", "/", "/v1/load_lora_adapter"):
+                    assert ask(path) == 401
+                    assert ask(path, "secre") == 401
+                    assert ask(path, "secret2") == 401
+                    assert ask(path, "") == 401
+                assert ask("/health", "secret") == 200
+                assert ask("/v1/models", "secret") == 200
+                assert ask("/v1/chat/completions", "secret", b"{}") == 200
+                for path in (
+                    "/metrics",
+                    "/",
+                    "/docs",
+                    "/v1/models/x",
+                    "/v1/load_lora_adapter",
+                    "/v1/../metrics",
+                    "/load",
+                ):
+                    assert ask(path, "secret") == 404
+                    assert ask(path, "secret", b"{}") == 404
+            finally:
+                server.terminate()
+
+
+@pytest.fixture
+def upstream() -> Iterator[str]:
+    """A server that answers every path."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def certificate(folder: Path) -> None:
+    """A certificate for localhost: tls.crt and tls.key."""
+    who = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "1"]
+    files = ["-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt")]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *who, *files]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def wait_for(port: int) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"nothing listens on {port}")
+
+
+def asker(port: int, trusted: Path) -> Callable[..., int]:
+    """A function that asks for a path, with a key or a body, and returns the status."""
+    context = ssl.create_default_context(cafile=str(trusted))
+
+    def ask(path: str, key: str | None = None, body: bytes | None = None) -> int:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        request = urllib.request.Request(f"https://localhost:{port}{path}", data=body, headers=headers)
+        try:
+            with urllib.request.urlopen(request, context=context, timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    return ask
+
+
+class TestLife:
+    def test_requests_are_answered_before_a_pod_ends(self, write: Write) -> None:
+        for pod in [pod for manifest in manifests(write("copies")) for pod in pods(manifest)]:
+            drain = yaml.safe_load((write("copies") / "vllm.yaml").read_text())["shutdown-timeout"]
+            (engine,) = [c for c in pod["containers"] if "shm" in {m["name"] for m in c["volumeMounts"]}]
+            assert engine["lifecycle"]["preStop"]["sleep"]["seconds"] + drain < pod["terminationGracePeriodSeconds"]
+            assert {"startupProbe", "livenessProbe", "resources"} <= engine.keys()
+            guards = [c for c in containers(pod) if "caddy" in c["command"]]
+            for guard in guards:  # it outlives the engine
+                waits = guard.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+                assert guard.get("restartPolicy") == "Always" or waits > drain
+
+    def test_all_machines_of_a_group_start_again_together(self, write: Write) -> None:
+        for hardware, size, replicas in (("group", 4, 1), ("copies", 2, 1)):
+            (group,) = [m["spec"] for m in manifests(write(hardware)) if m["kind"] == "LeaderWorkerSet"]
+            template = group["leaderWorkerTemplate"]
+            assert (template["size"], group["replicas"]) == (size, replicas)
+            assert template["restartPolicy"] == "RecreateGroupOnPodRestart"
+            (worker,) = template["workerTemplate"]["spec"]["containers"]
+            assert "LWS_LEADER_ADDRESS" in worker["livenessProbe"]["exec"]["command"][-1]
+            assert "--headless" in " ".join(worker["command"])
+            (leader,) = template["leaderTemplate"]["spec"]["containers"]
+            assert "--headless" not in leader["command"]
+
+    def test_pods_go_to_the_described_gpus(self, write: Write) -> None:
+        for pod in [pod for manifest in manifests(write("one")) for pod in pods(manifest)]:
+            assert pod["nodeSelector"] == {"nvidia.com/gpu.product": GPU}
+            assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 8}
+
+
+class TestSampling:
+    def test_what_the_source_recommends_is_said(self, write: Write, tmp_path: Path) -> None:
+        folder = write(generation_config={"temperature": 0.6, "top_p": 0.95, "eos_token_id": 2})
+        assert "The publisher recommends temperature 0.6, top_p 0.95." in (folder / "README.md").read_text()
+        assert recommended_sampling(folder.parent) == {"temperature": 0.6, "top_p": 0.95}
+
+    def test_nothing_is_invented(self, write: Write) -> None:
+        for files in ({}, {"generation_config": {"eos_token_id": 2}}):
+            text = (write(**files) / "README.md").read_text()
+            assert "The publisher recommends nothing" in text
+
+    def test_llama_cpp_gets_them_as_arguments(self, write: Write) -> None:
+        folder = write("none", "gguf", generation_config={"temperature": 0.6, "repetition_penalty": 1.1})
+        command = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["model"]["command"]
+        assert command[-4:] == ["--temp", "0.6", "--repeat-penalty", "1.1"]
+
+
+class TestToolCalling:
+    @pytest.mark.parametrize(
+        ("chat", "parser"),
+        [
+            ("{{ messages }}", None),
+            (WITH_TOOLS, "hermes"),
+            ("{{ tools }}<tool_call>\n<function=name>", "qwen3_coder"),
+            ("{{ tools }}[TOOL_CALLS]", "mistral"),
+            ("{{ tools }}<tool_call>name<arg_key>", "glm45"),
+            ("{{ tools }}an unknown form", None),
+            ("no <tool_call> without the list", None),
+        ],
+    )
+    def test_the_parser_follows_the_template(self, write: Write, chat: str, parser: str | None) -> None:
+        folder = write(chat=chat)
+        settings = yaml.safe_load((folder / "vllm.yaml").read_text())
+        assert (settings.get("tool-call-parser"), settings.get("enable-auto-tool-choice")) == (parser, parser and True)
+        webui = yaml.safe_load((folder / "compose.webui.yaml").read_text())["services"]["webui"]["environment"]
+        assert ("DEFAULT_MODEL_METADATA" in webui) == (parser is None)
+        if parser is None:
+            assert json.loads(webui["DEFAULT_MODEL_METADATA"]) == {"capabilities": {"builtin_tools": False}}
+
+    def test_a_template_in_the_tokenizers_file(self, tmp_path: Path) -> None:
+        named = [{"name": "default", "template": WITH_TOOLS}, {"name": "other", "template": ""}]
+        for value in (WITH_TOOLS, named):
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+            assert read_template(tmp_path).parser == "hermes"
+
+    def test_without_a_chat_template_there_is_no_chat(self, write: Write) -> None:
+        folder = write(chat=None)
+        assert not (folder / "compose.webui.yaml").exists()
+        assert "clients can use `/v1/completions` only" in (folder / "README.md").read_text()
+
+
+class TestFiles:
+    @pytest.mark.parametrize("target", ["transformers", "gguf", "onnx"])
+    def test_the_same_inputs_give_the_same_bytes(self, write: Write, target: str) -> None:
+        one, two = write("none", target), write("none", target)
+        assert checksums(one) == checksums(two)
+        for path in one.rglob("*"):
+            assert path.is_dir() or str(one.parent) not in path.read_text()
+
+    def test_every_file_is_in_the_readme(self, write: Write) -> None:
+        for hardware in HARDWARE:
+            folder = write(hardware, chat=WITH_TOOLS)
+            text = (folder / "README.md").read_text()
+            for path in folder.rglob("*.*"):
+                assert path.name in text or path.name in ("webui.caddy", "README.md"), path
+            named = set(re.findall(r"`(?:kubernetes/|monitoring/)?([a-z.]+\.(?:yaml|json|caddy))`", text))
+            assert named <= {path.name for path in folder.rglob("*")} | {"params.yaml"}
+
+    def test_variables_of_the_readme_are_those_of_the_manifests(self, write: Write) -> None:
+        folder = write("copies")
+        (names,) = re.findall(r"names='(.*)'", (folder / "README.md").read_text())
+        used = {
+            v for path in (folder / "kubernetes").glob("*") for v in re.findall(r"\$\{([A-Z_]+)\}", path.read_text())
+        }
+        assert {Template(name).template.lstrip("$") for name in names.split()} == used == set(VARIABLES)
+
+    def test_onnx_has_no_server(self, write: Write) -> None:
+        folder = write("none", "onnx")
+        assert [path.name for path in folder.iterdir()] == ["README.md"]
+        assert "ONNX Runtime GenAI is a library" in (folder / "README.md").read_text()
+
+    def test_what_vllm_does_not_load_gets_no_server(self, tmp_path: Path) -> None:
+        params = yaml.safe_load(Path("params.yaml").read_text())
+        params["variants"]["auto"]["fused"] = False
+        write_serving(tmp_path, check_settings(params), "auto")
+        assert [path.name for path in (tmp_path / "serve").iterdir()] == ["README.md"]
+        assert "`variants.auto.fused: true`" in (tmp_path / "serve/README.md").read_text()
+
+
+def test_hardware_settings_are_checked() -> None:
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    for hardware, message in (
+        ({"memory": 80, "cards": 2}, "cards is 2, but gpu is null"),
+        ({"gpu": "H100 80 GB", "memory": 80}, "package.hardware.gpu is 'H100 80 GB'"),
+        ({"gpu": "H100", "memory": 0}, "package.hardware.memory is 0"),
+        ({"gpu": "H100"}, "package.hardware.memory is missing"),
+        ({"gpu": "H100", "memory": 80, "machines": 0}, "package.hardware.machines is 0"),
+    ):
+        params["package"]["hardware"] = hardware
+        with pytest.raises(TaskError, match=re.escape(message)):
+            check_settings(params)
