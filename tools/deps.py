@@ -36,7 +36,7 @@ class Rules:
 
     packages: their modules are code of stages. left_out: module -> why no stage depends on it or on its imports.
     through: left-out modules whose imports still count, and why. dynamic: module -> the module or package (with all its
-    modules) that it imports by a computed name. folders: module -> the folder whose files it reads.
+    modules) that it imports by a computed name. folders: module -> the folder, or the file, that it reads.
     """
 
     packages: tuple[str, ...]
@@ -57,7 +57,11 @@ RULES = Rules(
         "tasks.program": "it starts a stage and formats its errors",
     },
     through={"tasks.program": "it sets the environment that tasks.determinism describes"},
-    folders={"tasks.reporting.render": "tasks/reporting/templates", "tasks.scoring.eval_tasks": "evals"},
+    folders={
+        "tasks.reporting.render": "tasks/reporting/templates",
+        "tasks.scoring.completions": "tasks/scoring/prompts.json",
+        "tasks.scoring.eval_tasks": "evals",
+    },
 )
 
 
