@@ -11,11 +11,13 @@ from typing import Any
 
 from tasks.output import whole_directory, write_json, write_text
 from tasks.program import run_stage
+from tasks.reporting.completions import markdown
 from tasks.reporting.heat_map import heat_map
 from tasks.reporting.html_page import page
-from tasks.reporting.pareto_plot import pareto
+from tasks.reporting.pareto_plot import pareto, pareto_svg
 from tasks.reporting.provenance import machine, versions
-from tasks.reporting.summary import read_json, read_quantized, summarize
+from tasks.reporting.records import read_json
+from tasks.reporting.summary import read_quantized, summarize
 from tasks.reporting.table import table
 from tasks.settings import Settings
 
@@ -30,8 +32,7 @@ class Report:
 
 
 def report(settings: Settings, metrics: Path, results: Path, source: Path, destination: Path) -> Report:
-    """Write summary.json, table.txt, pareto.png, index.html and, for each variant that mixes precisions,
-    precisions-VARIANT.png to `destination`, all or none.
+    """Write summary.json, table.txt, pareto.png, completions.md and index.html to `destination`, all or none.
 
     Raises TaskError as `tasks.reporting.summary.summarize` does.
     """
@@ -47,14 +48,11 @@ def report(settings: Settings, metrics: Path, results: Path, source: Path, desti
     with whole_directory(destination) as folder:
         write_json(folder / "summary.json", summary)
         write_text(folder / "table.txt", text)
-        plot = pareto(summary)
-        (folder / "pareto.png").write_bytes(plot)
-        heats = {}
-        for variant, linears in ((v, found["linears"]) for v, found in pressed.items() if found["linears"]):
-            heats[variant] = heat_map(linears), heat_map(linears, dark=True)
-            (folder / f"precisions-{variant}.png").write_bytes(heats[variant][0])
+        (folder / "pareto.png").write_bytes(pareto(summary))
+        write_text(folder / "completions.md", markdown(summary) + "\n")
         layers = {v: found["layers"] for v, found in pressed.items()}
-        plots = plot, pareto(summary, dark=True)
+        plots = {"wide": pareto_svg(summary, narrow=False), "narrow": pareto_svg(summary, narrow=True)}
+        heats = {v: heat for v, found in pressed.items() if (heat := heat_map(found["linears"]))}
         structure: dict[str, Any] = next(
             (found["structure"] for found in pressed.values() if found.get("structure")), {}
         )
