@@ -12,6 +12,7 @@ from typing import Any
 from tasks.output import whole_directory, write_json, write_text
 from tasks.program import run_stage
 from tasks.reporting.completions import markdown
+from tasks.reporting.decision import decisive
 from tasks.reporting.heat_map import heat_map
 from tasks.reporting.html_page import page
 from tasks.reporting.pareto_plot import pareto, pareto_svg
@@ -24,10 +25,12 @@ from tasks.settings import Settings
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found: the verdict of each variant, the winner's name or None, and the table as text."""
+    """What `report` found: the verdict of each variant, the winner's name or None, the figures that decide (for `dvc
+    metrics diff`), and the table as text."""
 
     verdicts: dict[str, str]
     winner: str | None
+    decisive: dict[str, Any]
     table: str
 
 
@@ -58,15 +61,17 @@ def report(settings: Settings, metrics: Path, results: Path, source: Path, desti
         )
         write_text(folder / "index.html", page(summary, layers, calibration, plots, heats, structure))
     verdicts = {v: row["verdict"] for v, row in summary["variants"].items() if row["verdict"]}
-    return Report(verdicts, summary["winner"], text)
+    return Report(verdicts, summary["winner"], decisive(summary), text)
 
 
 def main() -> None:
-    """Run the stage in the current folder and print the table."""
+    """Run the stage in the current folder, write the figures that decide to metrics/report.json and print the table."""
 
     def work(settings: Settings) -> None:
         source = Path("models/source/source.json")
-        print(report(settings, Path("metrics"), Path("results"), source, Path("report")).table, end="")
+        done = report(settings, Path("metrics"), Path("results"), source, Path("report"))
+        write_json(Path("metrics/report.json"), done.decisive)
+        print(done.table, end="")
 
     run_stage(work)
 

@@ -84,8 +84,26 @@ def next_step(summary: Values) -> str:
     needed = {name: items for name, row in rows.items() if (items := row.get("items_needed"))}
     if needed:
         name = min(needed, key=lambda one: (needed[one], one))
-        return f"Next: set evaluation.limit to {needed[name]:,} items per task, which would decide about {name}."
+        items = f"{needed[name]:,} items per task"
+        return f"Next: set evaluation.limit to {items}, which decides about {name} if its estimate holds."
     return "Next: give a variant more bits, such as a smaller group_size or an 8-bit scheme, or lower its gate."
+
+
+def decisive(summary: Values) -> dict[str, Any]:
+    """The winner's name, and each variant's figures and verdict: the table's, unrounded."""
+    return {
+        "winner": summary["winner"],
+        "variants": {
+            name: {
+                **{key: row[key] for key in ("size_bytes", "ratio", "items", "kl", "top1", "verdict")},
+                "decode_ratio": row["speed"]["decode_ratio"],
+                "retention": row["retention"] and {key: row["retention"][key] for key in ("mean", "low", "high")},
+                "perplexity": {text: values["perplexity"] for text, values in row["texts"].items()},
+                "completions": row["completions"],
+            }
+            for name, row in summary["variants"].items()
+        },
+    }
 
 
 def _engine(speed: Values) -> str:
@@ -98,8 +116,5 @@ def _speed(speed: Values) -> Figure:
     if not speed.get("fast_kernel"):
         return Figure("decode speed", "no figure", f"{where} has no fast kernel for its format")
     written = figure(speed.get("decode_tokens_per_second"), 1)
-    return Figure(
-        "decode speed",
-        times(speed.get("decode_ratio")),
-        f"of the baseline's, in {where}" + (f" ({written} tokens/s)" if written else ""),
-    )
+    detail = f"of the baseline's, {f'{written} tokens/s ' if written else ''}in {where}"
+    return Figure("decode speed", times(speed.get("decode_ratio")), detail)

@@ -78,11 +78,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _prompt(one: Mapping[str, Any], baseline: str) -> dict[str, Any]:
     """A prompt with its texts: name, where it parts, what it shares with the baseline's, the rest."""
     base = one["texts"][baseline]
-    texts: list[Sequence[str]] = [(baseline, "baseline", base["text"].lstrip(), "")]
+    texts: list[Sequence[str]] = [(baseline, "baseline", base["text"].strip(), "")]
     for name, found in one["texts"].items():
         if name != baseline:
-            shared, rest = completions.parts(base["text"], found["text"])
-            texts.append((name, completions.parting(found), shared.lstrip(), rest if shared.strip() else rest.lstrip()))
+            shared, rest = completions.parts(base["text"].lstrip(), found["text"].strip())
+            texts.append((name, completions.parting(found), shared, rest))
     return {"prompt": one["prompt"], "texts": texts}
 
 
