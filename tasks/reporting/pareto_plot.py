@@ -24,8 +24,9 @@ from tasks.reporting.palette import KINDS, LIGHT
 MARKERS = dict(zip(KINDS, "oXsD", strict=True))
 WORDS = dict(zip(KINDS, ("passes", "fails", "inconclusive", "baseline"), strict=True))
 FONT_SIZE = 10.5
-WIDE, NARROW = (10, 6.2), (4.4, 4.8)  # inches
-ROOM = 6  # inches in which the legend fits on one line
+WIDE, NARROW = (10, 6.2), (4.0, 4.6)  # inches
+ROOM = 6  # inches in which the legend fits on one line, and labels have figures
+LONGEST = 20  # letters of a label in a narrower plot
 MARKER_SIZE = 10  # points
 MARKER_PIXELS = 8  # from the centre to the edge
 
@@ -60,7 +61,7 @@ def draw(summary: Mapping[str, Any], size: tuple[float, float] = WIDE, title: st
     _front(axes, points)
     bars = [_point(axes, points[v], row) for v, row in rows.items()]
     _legend(axes, rows.values(), 2 if size[0] < ROOM else 5)
-    names = [name if size[0] < ROOM else _label(name, row) for name, row in rows.items()]
+    names = [short(name) if size[0] < ROOM else _label(name, row) for name, row in rows.items()]
     figure.draw_without_rendering()  # lays the figure out, so that the labels can be placed in pixels
     _labels(axes, points, names, rows, [*bars, *_front_ends(points), *_outlines(axes, gates)])
     return figure
@@ -210,6 +211,11 @@ def _labels(
         path_effects=[withStroke(linewidth=3, foreground=LIGHT["paper"])],  # readable where a line crosses
         zorder=5,
     )
+
+
+def short(name: str) -> str:
+    """A name that fits into a narrow plot."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
 def _label(name: str, row: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from tasks.reporting.columns import columns, one_line
 from tasks.reporting.heat_map import _fineness, heat_map
 from tasks.reporting.html_page import flat
 from tasks.reporting.html_page import page as html_page
-from tasks.reporting.pareto_plot import NARROW, WIDE, draw, front, pareto, pareto_svg
+from tasks.reporting.pareto_plot import NARROW, WIDE, draw, front, pareto, pareto_svg, short
 from tasks.reporting.summary import summarize, winner
 from tasks.reporting.table import WIDTH, table
 from tasks.settings import Settings, load_settings
@@ -296,7 +296,7 @@ class TestPlot:
         found = heat_map(linears)
         assert found is not None
         assert list(found.kinds) == ["q_proj", "up_proj"]
-        assert (found.low, found.high) == (1e-5, pytest.approx(0.001))
+        assert [found.low, found.high] == pytest.approx([1e-5, 0.001])
         assert [cell.strength for cell in found.cells] == [0.0, None, 1.0, 1.0, 0.5, 0.5, 0.0, 0.0]
         assert [cell.mark for cell in found.cells] == [*[""] * 7, "square"]
         assert found.marks == {"W4A16_ASYM, groups of 64": "", "W8A8": "square"}
@@ -332,7 +332,7 @@ class TestPlot:
         figure.draw_without_rendering()
         axes = figure.axes[0]
         labels = {text.get_text().partition("\n")[0]: text.get_window_extent() for text in axes.texts[-len(variants) :]}
-        assert set(labels) == set(variants)
+        assert set(labels) == ({short(name) for name in variants} if size == NARROW else set(variants))
         for one, other in combinations(labels.values(), 2):
             assert not one.overlaps(other)
         gates = [text.get_window_extent() for text in axes.texts[: -len(variants)]]
@@ -381,11 +381,17 @@ class TestReport:
         found, folder = done
         names = {"summary.json", "table.txt", "pareto.png", "completions.md", "index.html", "manifest.json"}
         assert {p.name for p in folder.iterdir()} == names
-        assert found.winner == "gptq-int4"
+        assert found.winner == "gptq-int4" == found.decisive["winner"]
         assert (folder / "table.txt").read_text() == found.table
         summary = json.loads((folder / "summary.json").read_text())
         assert summary["winner"] == "gptq-int4"
         assert summary["machine"]["cores"] >= 1
+        rows, figures = summary["variants"], found.decisive["variants"]
+        assert {v: row["verdict"] for v, row in rows.items()} == {v: row["verdict"] for v, row in figures.items()}
+        assert figures["int8"]["retention"]["mean"] == rows["int8"]["retention"]["mean"]
+        assert figures["int8"]["decode_ratio"] == 1.1
+        assert figures["awq-int4"]["completions"] == {"texts": 5, "same": 0, "near_ties": 0, "shared": 1 / 3}
+        assert figures["base"]["retention"] is None
         assert "NaN" not in (folder / "summary.json").read_text()
 
     def test_the_page_needs_nothing_from_elsewhere_and_has_the_numbers(self, done: tuple[Report, Path]) -> None:
