@@ -37,7 +37,7 @@ from tasks.quantizers.parallel import held_bytes, processes
 from tasks.quantizers.shares import LARGEST
 from tasks.runtimes import Question, Runtime, RuntimeWithStates, load_runtime, loaded_bytes
 from tasks.schemes import LLAMA_CPP, MIXED
-from tasks.scoring.completions import NEW_TOKENS, prompts
+from tasks.scoring.completions import NEW_TOKENS, PASS_TOKENS, prompts
 from tasks.scoring.divergence import Window, measure_text
 from tasks.scoring.reference_states import output_layer
 from tasks.settings import BASE, BUILTIN, Settings
@@ -228,8 +228,8 @@ class Run:
         if times:
             runtime = self.loaded[mini.folder, name]
             ids = runtime.generate_ids(torch.full((len(prompts()), PROMPT), 2), times)
-            for row in ids:
-                runtime.logprobs(row[None, :-1])
+            for some in ids.split(PASS_TOKENS // ids.shape[1]):
+                runtime.logprobs(some[:, :-1])
 
     def rounds(self, name: str, mini: Miniature, times: int) -> None:
         """Load a model and run `times` rounds of the benchmark, none if the runtime has no kernel for the format."""

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from tasks.output import write_text
 from tasks.runtimes import Runtime
 from tasks.text.bos import prompt_ids
@@ -23,7 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE = "texts.jsonl"
-NEW_TOKENS = 32  # of each text, unless the model ends it before
+NEW_TOKENS = 24  # of each text, unless the model ends it before
+PASS_TOKENS = 512  # of a forward pass for the log-probabilities
 
 
 @dataclass(frozen=True)
@@ -52,32 +51,45 @@ def prompts() -> list[str]:
 
 def complete(runtime: Runtime, ends: Collection[int], texts: Sequence[str]) -> list[Completion]:
     """Continue each of `texts` greedily by `NEW_TOKENS`, or up to one of the tokens `ends`."""
+    import torch
+
     read = [prompt_ids(runtime.tokenizer, text) for text in texts]
     alike: dict[int, list[int]] = defaultdict(list)  # by length: without padding, any model sees what it would alone
     for number, ids in enumerate(read):
         alike[len(ids)].append(number)
-    rows: dict[int, torch.Tensor] = {}
-    for numbers in alike.values():  # all of them first: a runtime may hold either its generator or its scorer
-        written = runtime.generate_ids(torch.tensor([read[i] for i in numbers]), NEW_TOKENS)
-        rows |= dict(zip(numbers, written.cpu(), strict=True))
-    return [_completion(runtime, text, read[i], rows[i], ends) for i, text in enumerate(texts)]
+    # all of them first: a runtime may hold either its generator or its scorer
+    groups = [
+        (numbers, runtime.generate_ids(torch.tensor([read[i] for i in numbers]), NEW_TOKENS).cpu())
+        for numbers in alike.values()
+    ]
+    found: dict[int, Completion] = {}
+    for numbers, rows in groups:
+        start = rows.shape[1] - NEW_TOKENS
+        passes = rows.split(max(1, PASS_TOKENS // rows.shape[1]))
+        best = [runtime.logprobs(some[:, :-1])[:, start - 1 :].topk(2) for some in passes]
+        written = rows[:, start:].tolist()
+        best_ids, best_logprobs = (torch.cat([one[part] for one in best]).tolist() for part in (1, 0))
+        for number, *line in zip(numbers, written, best_ids, best_logprobs, strict=True):
+            ids, *likely = _ended(*line, ends)
+            text = _text(runtime.tokenizer, read[number], ids)
+            found[number] = Completion(texts[number], read[number], ids, text, *likely)
+    return [found[number] for number in range(len(texts))]
 
 
-def _completion(
-    runtime: Runtime, prompt: str, before: list[int], row: torch.Tensor, ends: Collection[int]
-) -> Completion:
-    start = len(before)
-    best = runtime.logprobs(row[None, :-1])[0, start - 1 :].topk(2)
-    best_ids, best_logprobs = best.indices.tolist(), best.values.tolist()
-    ids = row[start:].tolist()
+def _ended(
+    ids: list[int], best_ids: list[list[int]], best_logprobs: list[list[float]], ends: Collection[int]
+) -> tuple[list[int], list[list[int]], list[list[float]]]:
+    """Cut a text after its end token, at which runtimes write on."""
     for place, (first, _) in enumerate(best_ids):
-        # runtimes write on where the model would end
         if end := [token for token in (first, ids[place]) if token in ends]:
-            ids = [*ids[:place], end[0]]
-            break
-    shown = [_decoded(runtime.tokenizer, some) for some in (before, before + ids)]
-    text = shown[1].removeprefix(shown[0]) if shown[1].startswith(shown[0]) else _decoded(runtime.tokenizer, ids)
-    return Completion(prompt, before, ids, text, best_ids[: len(ids)], best_logprobs[: len(ids)])
+            return [*ids[:place], end[0]], best_ids[: place + 1], best_logprobs[: place + 1]
+    return ids, best_ids, best_logprobs
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
+    """The text of `ids`, with the space that some tokenizers leave out at the start of a text."""
+    prompt, whole = _decoded(tokenizer, before), _decoded(tokenizer, before + ids)
+    return whole.removeprefix(prompt) if whole.startswith(prompt) else _decoded(tokenizer, ids)
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
