@@ -67,23 +67,21 @@ def complete(runtime: Runtime, ends: Collection[int], texts: Sequence[str]) -> l
         start = rows.shape[1] - NEW_TOKENS
         passes = rows.split(max(1, PASS_TOKENS // rows.shape[1]))
         best = [runtime.logprobs(some[:, :-1])[:, start - 1 :].topk(2) for some in passes]
-        written = rows[:, start:].tolist()
         best_ids, best_logprobs = (torch.cat([one[part] for one in best]).tolist() for part in (1, 0))
-        for number, *line in zip(numbers, written, best_ids, best_logprobs, strict=True):
-            ids, *likely = _ended(*line, ends)
-            text = _text(runtime.tokenizer, read[number], ids)
+        for row, number in enumerate(numbers):
+            ids = _ended(rows[row, start:].tolist(), best_ids[row], ends)
+            text, length = _text(runtime.tokenizer, read[number], ids), len(ids)
+            likely = best_ids[row][:length], best_logprobs[row][:length]
             found[number] = Completion(texts[number], read[number], ids, text, *likely)
     return [found[number] for number in range(len(texts))]
 
 
-def _ended(
-    ids: list[int], best_ids: list[list[int]], best_logprobs: list[list[float]], ends: Collection[int]
-) -> tuple[list[int], list[list[int]], list[list[float]]]:
+def _ended(ids: list[int], best_ids: list[list[int]], ends: Collection[int]) -> list[int]:
     """Cut a text after its end token, at which runtimes write on."""
     for place, (first, _) in enumerate(best_ids):
         if end := [token for token in (first, ids[place]) if token in ends]:
-            return [*ids[:place], end[0]], best_ids[: place + 1], best_logprobs[: place + 1]
-    return ids, best_ids, best_logprobs
+            return [*ids[:place], end[0]]
+    return ids
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
