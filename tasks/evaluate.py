@@ -21,6 +21,7 @@ from tasks.hardware import peak_memory
 from tasks.output import link_or_copy, whole_directory, write_json
 from tasks.program import one_argument, run_stage
 from tasks.runtimes import Runtime, load_runtime
+from tasks.scoring.completions import write_completions
 from tasks.scoring.contract import contract_hash, same_contract
 from tasks.scoring.divergence import Reference, TextScore, measure_text
 from tasks.scoring.evaluation import (
@@ -48,7 +49,7 @@ def evaluate(
     gate: tuple[GateSettings, float] | None,
     destination: Path,
 ) -> EvaluationReport:
-    """Measure a variant in the target's runtime and write its per-item results to `destination`.
+    """Measure a variant in the target's runtime and write its per-item results and greedy texts to `destination`.
 
     baseline: directory of the baseline model, for the divergence. reference: output of the stage `reference`; None:
     load the baseline instead. gate: the gate and the retention that it requires of this variant; None, or a gate that
@@ -62,6 +63,7 @@ def evaluate(
         same_contract(name, read_reference(reference), ours)
     predictions = _Predictions(job, baseline, reference, subject.runtime.info.device)
     with whole_directory(destination) as work:
+        write_completions(work, subject.completions())
         texts = {}
         with within_float16(subject.runtime, job.model):
             for text, windows in subject.windows():

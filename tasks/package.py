@@ -22,7 +22,8 @@ from tasks.program import run_stage
 from tasks.reporting.kept import Kept, kept
 from tasks.reporting.model_card import model_card, pipeline_task
 from tasks.reporting.provenance import dvc_identity, git_state, without_folders
-from tasks.reporting.summary import HOW, read_json
+from tasks.reporting.records import read_json
+from tasks.reporting.summary import HOW
 from tasks.settings import BUILTIN, Settings
 from tasks.sources.choice import auto_class
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from tasks.output import whole_directory, write_json
 from tasks.program import run_stage
 from tasks.runtimes import RuntimeWithStates
+from tasks.scoring.completions import write_completions
 from tasks.scoring.divergence import measure_text
 from tasks.scoring.evaluation import (
     COSTS,
@@ -27,7 +28,7 @@ from tasks.settings import BASE, Settings
 
 
 def measure_reference(job: Job, destination: Path) -> EvaluationReport:
-    """Evaluate the baseline on all planned items and write results, report and states to `destination`.
+    """Evaluate the baseline on all planned items and write results, greedy texts, report and states to `destination`.
 
     States are stored only if the runtime exposes them and the output layer alone turns them into predictions.
     Raises TaskError if a task is unknown, its data cannot be read, or a text is too short.
@@ -38,6 +39,7 @@ def measure_reference(job: Job, destination: Path) -> EvaluationReport:
     if isinstance(runtime, RuntimeWithStates):
         layer = output_layer(job.model, job.settings.dtype, runtime.info.device)
     with whole_directory(destination) as work:
+        write_completions(work, subject.completions())
         rows = subject.score_blocks()
         write_items(work, rows)
         texts = {}

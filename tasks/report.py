@@ -11,27 +11,31 @@ from typing import Any
 
 from tasks.output import whole_directory, write_json, write_text
 from tasks.program import run_stage
+from tasks.reporting.completions import markdown
+from tasks.reporting.decision import decisive
 from tasks.reporting.heat_map import heat_map
 from tasks.reporting.html_page import page
-from tasks.reporting.pareto_plot import pareto
+from tasks.reporting.pareto_plot import pareto, pareto_svg
 from tasks.reporting.provenance import machine, versions
-from tasks.reporting.summary import read_json, read_quantized, summarize
+from tasks.reporting.records import read_json
+from tasks.reporting.summary import read_quantized, summarize
 from tasks.reporting.table import table
 from tasks.settings import Settings
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found: the verdict of each variant, the winner's name or None, and the table as text."""
+    """What `report` found: the verdict of each variant, the winner's name or None, the figures that decide (for `dvc
+    metrics diff`), and the table as text."""
 
     verdicts: dict[str, str]
     winner: str | None
+    decisive: dict[str, Any]
     table: str
 
 
 def report(settings: Settings, metrics: Path, results: Path, source: Path, destination: Path) -> Report:
-    """Write summary.json, table.txt, pareto.png, index.html and, for each variant that mixes precisions,
-    precisions-VARIANT.png to `destination`, all or none.
+    """Write summary.json, table.txt, pareto.png, completions.md and index.html to `destination`, all or none.
 
     Raises TaskError as `tasks.reporting.summary.summarize` does.
     """
@@ -47,28 +51,27 @@ def report(settings: Settings, metrics: Path, results: Path, source: Path, desti
     with whole_directory(destination) as folder:
         write_json(folder / "summary.json", summary)
         write_text(folder / "table.txt", text)
-        plot = pareto(summary)
-        (folder / "pareto.png").write_bytes(plot)
-        heats = {}
-        for variant, linears in ((v, found["linears"]) for v, found in pressed.items() if found["linears"]):
-            heats[variant] = heat_map(linears), heat_map(linears, dark=True)
-            (folder / f"precisions-{variant}.png").write_bytes(heats[variant][0])
+        (folder / "pareto.png").write_bytes(pareto(summary))
+        write_text(folder / "completions.md", markdown(summary) + "\n")
         layers = {v: found["layers"] for v, found in pressed.items()}
-        plots = plot, pareto(summary, dark=True)
+        plots = {"wide": pareto_svg(summary, narrow=False), "narrow": pareto_svg(summary, narrow=True)}
+        heats = {v: heat for v, found in pressed.items() if (heat := heat_map(found["linears"]))}
         structure: dict[str, Any] = next(
             (found["structure"] for found in pressed.values() if found.get("structure")), {}
         )
         write_text(folder / "index.html", page(summary, layers, calibration, plots, heats, structure))
     verdicts = {v: row["verdict"] for v, row in summary["variants"].items() if row["verdict"]}
-    return Report(verdicts, summary["winner"], text)
+    return Report(verdicts, summary["winner"], decisive(summary), text)
 
 
 def main() -> None:
-    """Run the stage in the current folder and print the table."""
+    """Run the stage in the current folder, write the figures that decide to metrics/report.json and print the table."""
 
     def work(settings: Settings) -> None:
         source = Path("models/source/source.json")
-        print(report(settings, Path("metrics"), Path("results"), source, Path("report")).table, end="")
+        done = report(settings, Path("metrics"), Path("results"), source, Path("report"))
+        write_json(Path("metrics/report.json"), done.decisive)
+        print(done.table, end="")
 
     run_stage(work)
 

@@ -36,7 +36,7 @@ class Rules:
 
     packages: their modules are code of stages. left_out: module -> why no stage depends on it or on its imports.
     through: left-out modules whose imports still count, and why. dynamic: module -> the module or package (with all its
-    modules) that it imports by a computed name. folders: module -> the folder whose files it reads.
+    modules) that it imports by a computed name. folders: module -> the folder, or the file, that it reads.
     """
 
     packages: tuple[str, ...]
@@ -61,6 +61,7 @@ RULES = Rules(
         "tasks.deployment.tool_calling": "tasks/deployment/tables",
         "tasks.deployment.write": "tasks/deployment/templates",
         "tasks.reporting.render": "tasks/reporting/templates",
+        "tasks.scoring.completions": "tasks/scoring/prompts.json",
         "tasks.scoring.eval_tasks": "evals",
     },
 )

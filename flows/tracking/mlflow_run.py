@@ -30,7 +30,9 @@ ERROR_TAG = "error"
 GIT_TAG = "git.tag"  # only of deployed runs
 PARENT_TAG = "mlflow.parentRunId"
 CHECKOUT_TAG = "modelpress.checkout"
-ARTIFACTS = ("report/index.html", "report/pareto.png", "report/summary.json", "report/table.txt")
+ARTIFACTS = tuple(
+    f"report/{name}" for name in ("index.html", "pareto.png", "completions.md", "summary.json", "table.txt")
+)
 
 Log = Logger | LoggerAdapter[Any]
 

@@ -17,7 +17,7 @@ _TOO_MANY = frozenset({"layers"})
 
 @dataclass(frozen=True)
 class VariantFacts:
-    """One variant: its settings, figures (dotted names), tags, and the metrics files."""
+    """One variant: its settings, figures (dotted names), tags, and the files of its metrics and greedy texts."""
 
     name: str
     params: dict[str, str]
@@ -51,7 +51,8 @@ def _facts(root: Path, name: str, settings: Any, summary: dict[str, Any], stages
     for stage, entry in stages.items():
         if stage.endswith(f"@{name}"):
             tags |= {f"dvc.{out['path']}": out["md5"] for out in entry.get("outs", []) if "md5" in out}
-    return VariantFacts(name, labels, metrics, tags, files)
+    texts = root / "results" / name / "texts.jsonl"
+    return VariantFacts(name, labels, metrics, tags, (*files, *([texts] if texts.is_file() else [])))
 
 
 def git_tags(root: Path) -> dict[str, str]:

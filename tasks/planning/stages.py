@@ -37,6 +37,7 @@ from tasks.quantizers.parallel import held_bytes, processes
 from tasks.quantizers.shares import LARGEST
 from tasks.runtimes import Question, Runtime, RuntimeWithStates, load_runtime, loaded_bytes
 from tasks.schemes import LLAMA_CPP, MIXED
+from tasks.scoring.completions import NEW_TOKENS, PASS_TOKENS, prompts
 from tasks.scoring.divergence import Window, measure_text
 from tasks.scoring.reference_states import output_layer
 from tasks.settings import BASE, BUILTIN, Settings
@@ -47,6 +48,7 @@ from tasks.tensor_files import read_header
 ITEM = 50  # tokens of an evaluation item: a question with its answers, as in evals/
 BATCH = 8  # items that are scored at once
 READ = 256  # tokens of text that are read at once
+PROMPT = 12  # tokens of a prompt to continue, as in tasks/scoring/prompts.json
 LEAST = 0.001  # seconds to quantize a layer that is too large to be measured whole: less is the clock's noise
 ITEMS = 1000  # of a task, where `evaluation.limit` does not say
 # in this order: without time for a variant's evaluation or benchmark, it is assumed to be as fast as the baseline
@@ -148,7 +150,8 @@ class Run:
             case "export":
                 return [("export", name, 1)]
             case "reference" | "evaluate" if (kind, name) != ("evaluate", BASE):
-                return [("texts", name or BASE, text), ("score", name or BASE, self.items / BATCH)]
+                name = name or BASE
+                return [("texts", name, text), ("score", name, self.items / BATCH), ("write", name, NEW_TOKENS)]
             case "benchmark":
                 rounds = 1 + self.settings.benchmark.repeats
                 return [("rounds", one, rounds) for one in dict.fromkeys((name, BASE))]
@@ -220,6 +223,14 @@ class Run:
         for _ in range(times):
             self.loaded[mini.folder, name].score([question] * BATCH, 1 << 20, "")
 
+    def write(self, name: str, mini: Miniature, times: int) -> None:
+        """Continue the prompts by `times` tokens, and read the result."""
+        if times:
+            runtime = self.loaded[mini.folder, name]
+            ids = runtime.generate_ids(torch.full((len(prompts()), PROMPT), 2), times)
+            for some in ids.split(PASS_TOKENS // ids.shape[1]):
+                runtime.logprobs(some[:, :-1])
+
     def rounds(self, name: str, mini: Miniature, times: int) -> None:
         """Load a model and run `times` rounds of the benchmark, none if the runtime has no kernel for the format."""
         runtime = self._load(name, mini, self.settings.benchmark.dtype)
@@ -232,7 +243,7 @@ class Run:
         """Seconds of a part, timed once. Outside the decoder layers, all variants take equally long to serve."""
         if part not in self.costs:
             what, name, count = part
-            served = what in ("export", "texts", "score", "rounds")
+            served = what in ("export", "texts", "score", "write", "rounds")
             alike = (what, name == BASE and what == "texts")  # which compares a variant with the baseline
             torch.set_num_threads(max(1, threads // (self._processes(name) if what == "press" else 1)))
 

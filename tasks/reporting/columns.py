@@ -74,17 +74,6 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split("\n"))
 
 
-def winner_line(summary: Values) -> str:
-    """A sentence that names the packaged variant and the reason, or says that there is none."""
-    name = summary.get("winner")
-    if name is None:
-        return "No variant passes its gate, so nothing will be packaged."
-    row = summary["variants"].get(name, {})
-    size = [megabytes(row["size_bytes"])] if "size_bytes" in row else []
-    size += [f"{times(row['ratio'])} smaller than the baseline"] if "ratio" in row else []
-    return f"Winner: {name}, the smallest that passes" + (f" ({', '.join(size)})." if size else ".")
-
-
 def reasons(summary: Values) -> dict[str, str]:
     """The verdict on each variant with its reason."""
     rows = summary["variants"].items()

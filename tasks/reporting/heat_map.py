@@ -1,60 +1,105 @@
-"""A heat map of the cost of each precision in each linear layer, with the chosen precisions marked."""
+"""A heat map of the layers that need precision: the cost of a layer's coarsest candidate, and the chosen one marked.
+
+The template heat_map.svg.j2 draws it; all lengths are in its units.
+"""
 
 from __future__ import annotations
 
-import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-
-from tasks.reporting.pareto_plot import DARK, LIGHT
 from tasks.schemes import NONE, parse_precision
 
 PLACE = re.compile(r"\.layers\.(\d+)\.(.+)$")
 WHOLE = 32  # bits per weight of an unquantized layer, at most
-ROW, EDGE = 0.2, 1.1  # heights in inches: of a kind of layer, and of everything around the panels
+MARKS = ("square", "dot", "triangle")  # of the precisions that are not the most frequent, from coarse to fine
+CELL, ROW, TOP, LETTER = 24, 22, 6, 7.5
 
 
-def heat_map(linears: Sequence[Mapping[str, Any]], dark: bool = False) -> bytes:
-    """Draw a PNG with a panel per precision, a row per kind of linear layer and a column per decoder layer.
+@dataclass(frozen=True)
+class Cell:
+    """A linear layer. strength: 0 to 1, of its cost on a logarithmic scale; None if it was not measured."""
 
-    linears: `name`, `chosen` and `costs` of each layer (tasks/model/precisions.py). A dot marks the chosen precision.
+    x: float
+    y: float
+    strength: float | None
+    mark: str
+    title: str
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """kinds: row -> its y; layers: labelled columns -> their x; low, high: the costs at strength 0 and 1, in nats per
+    token; chosen: for each kind, the layers at each of `precisions`; marks: of those that were chosen."""
+
+    cells: Sequence[Cell]
+    kinds: Mapping[str, float]
+    layers: Mapping[int, float]
+    width: float
+    height: float
+    low: float
+    high: float
+    precisions: Sequence[str]
+    marks: Mapping[str, str]
+    chosen: Mapping[str, Sequence[int]]
+
+
+def heat_map(linears: Sequence[Mapping[str, Any]]) -> HeatMap | None:
+    """Lay out a row for each kind of linear layer and a column for each decoder layer; None if no cost is known.
+
+    linears: `name`, `chosen` and `costs` of each layer (tasks/model/precisions.py).
     """
-    colours = DARK if dark else LIGHT
-    cells = {(int(found[1]), found[2]): one for one in linears if (found := PLACE.search(one["name"]))}
-    kinds = list(dict.fromkeys(kind for _, kind in cells))
-    depth = 1 + max(layer for layer, _ in cells)
-    labels = sorted({label for one in linears for label in one["costs"]}, key=_fineness)
-    known = [cost for one in linears for cost in one["costs"].values() if cost > 0]
-    with rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": colours["ink"]}):
-        height = EDGE + len(labels) * (ROW * len(kinds) + 0.35)
-        figure = Figure(figsize=(10, height), dpi=100, facecolor=colours["paper"], layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = np.atleast_1d(figure.subplots(len(labels), 1, sharex=True))
-        for axes, label in zip(panels, labels, strict=True):
-            costs = np.full((len(kinds), depth), np.nan)
-            for (layer, kind), one in cells.items():
-                costs[kinds.index(kind), layer] = one["costs"].get(label, np.nan)
-            norm = LogNorm(min(known), max(known)) if min(known) < max(known) else None
-            image = axes.imshow(np.maximum(costs, min(known)), norm=norm, cmap="viridis", aspect="auto")
-            chosen = [(at, kinds.index(kind)) for (at, kind), one in cells.items() if one["chosen"] == label]
-            _dots(axes, chosen)
-            _panel(axes, f"{_name(label)}: {len(chosen)} chosen", kinds, colours)
-        panels[-1].set_xlabel("decoder layer", color=colours["ink"])
-        bar = figure.colorbar(image, ax=list(panels), pad=0.01, aspect=40)
-        bar.set_label("added divergence from the baseline (nats per token)", color=colours["ink"])
-        bar.ax.tick_params(colors=colours["faint"])
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", facecolor=colours["paper"], metadata={"Software": None})
-    return picture.getvalue()
+    places = {(int(found[1]), found[2]): one for one in linears if (found := PLACE.search(one["name"]))}
+    labels = sorted({label for one in places.values() for label in (*one["costs"], one["chosen"])}, key=_fineness)
+    costs = {
+        place: next((one["costs"][label] for label in labels if label in one["costs"]), None)
+        for place, one in places.items()
+    }
+    known = [cost for cost in costs.values() if cost]
+    if not known:
+        return None
+    low, high = min(known), max(known)
+    kinds = _short(dict.fromkeys(kind for _, kind in places))
+    y = {kind: TOP + ROW * row for row, kind in enumerate(kinds)}
+    depth = 1 + max(layer for layer, _ in places)
+    left = 12 + LETTER * max(map(len, kinds.values()))
+    counts = Counter((kind, one["chosen"]) for (_, kind), one in places.items())
+    often = Counter(one["chosen"] for one in places.values())
+    others = [label for label in labels if label in often and label != often.most_common(1)[0][0]]
+    marks = {label: MARKS[min(i, len(MARKS) - 1)] for i, label in enumerate(others)}
+    cells = [
+        Cell(
+            left + CELL * layer,
+            y[kind],
+            _strength(costs[layer, kind], low, high),
+            marks.get(one["chosen"], ""),
+            f"layer {layer}, {kinds[kind]}: {name(one['chosen'])}; "
+            + ", ".join(f"{name(label)} costs {one['costs'][label]:.2g}" for label in labels if label in one["costs"]),
+        )
+        for (layer, kind), one in places.items()
+    ]
+    step = max(1, math.ceil(depth / 15))
+    return HeatMap(
+        cells=cells,
+        kinds={label: y[kind] for kind, label in kinds.items()},
+        layers={layer: left + CELL * layer for layer in range(0, depth, step)},
+        width=left + CELL * depth,
+        height=TOP + ROW * len(kinds),
+        low=low,
+        high=high,
+        precisions=[name(label) for label in labels],
+        marks={name(label): marks.get(label, "") for label in labels if label in often},
+        chosen={kinds[kind]: [counts[kind, label] for label in labels] for kind in kinds},
+    )
+
+
+def name(label: str) -> str:
+    """W4A16_ASYM@64 -> W4A16_ASYM, groups of 64."""
+    return "not quantized" if label == NONE else label.replace("@", ", groups of ")
 
 
 def _fineness(label: str) -> tuple[int, float, str]:
@@ -65,20 +110,14 @@ def _fineness(label: str) -> tuple[int, float, str]:
     return scheme.bits, -(scheme.group_size or math.inf), label
 
 
-def _name(label: str) -> str:
-    """W4A16_ASYM@64 -> W4A16_ASYM, groups of 64."""
-    return "not quantized" if label == NONE else label.replace("@", ", groups of ")
+def _strength(cost: float | None, low: float, high: float) -> float | None:
+    if cost is None or low == high:
+        return cost and 1.0
+    return round(math.log(max(cost, low) / low) / math.log(high / low), 3)
 
 
-def _dots(axes: Axes, places: Sequence[tuple[int, int]]) -> None:
-    if places:
-        axes.plot(*zip(*places, strict=True), "o", color="white", markersize=4, markeredgecolor="black")
-
-
-def _panel(axes: Axes, title: str, kinds: Sequence[str], colours: Mapping[str, str]) -> None:
-    axes.set_title(title, loc="left", fontsize=10, color=colours["ink"])
-    axes.set_yticks(range(len(kinds)), [kind.rpartition(".")[2] for kind in kinds])
-    axes.set_facecolor(colours["grid"])  # shows where the group size does not divide the layer's width
-    axes.tick_params(colors=colours["faint"], length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+def _short(kinds: Iterable[str]) -> dict[str, str]:
+    """Each kind's last name, or all of it where several share the last."""
+    last = {kind: kind.rpartition(".")[2] for kind in kinds}
+    often = Counter(last.values())
+    return {kind: short if often[short] == 1 else kind for kind, short in last.items()}

@@ -1,55 +1,62 @@
-"""The HTML report: one file that opens offline and follows the reader's light or dark mode."""
+"""The HTML report: one file that opens offline, on a phone too, and follows the reader's light or dark mode."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.reporting.columns import columns, legend, winner_line
+from tasks.reporting import completions, decision
+from tasks.reporting.columns import columns, legend
+from tasks.reporting.heat_map import HeatMap
 from tasks.reporting.number_format import words
+from tasks.reporting.palette import DARK, LIGHT
 from tasks.reporting.render import render
 
 WORST = 8  # layers shown per variant; the folded list has all of them
-
-Picture = tuple[bytes, bytes]  # PNG, in light and dark
+FIRST = 4  # prompts shown; the others are folded
 
 
 def page(
     summary: Mapping[str, Any],
     layers: Mapping[str, Mapping[str, float]],
     calibration: Mapping[str, Any],
-    plot: Picture,
-    heats: Mapping[str, Picture],
+    plots: Mapping[str, str],
+    heats: Mapping[str, HeatMap],
     structure: Mapping[str, Any],
 ) -> str:
     """Render the page.
 
-    layers: each variant's relative error by layer; calibration: the quality report of the calibration data; heats: the
-    heat map of each mixed-precision variant; structure: what was found in the decoder's layers, may be empty.
+    layers: each variant's relative error by layer; calibration: the quality report of the calibration data; plots: SVG
+    of the plot, by the widths wide and narrow; heats: the heat map of each mixed-precision variant; structure: what was
+    found in the decoder's layers, may be empty.
     """
+    rows = summary["variants"]
     return render(
         "report.html.j2",
         escape=True,
         summary=summary,
-        rows=summary["variants"],
-        baseline=summary["variants"][summary["baseline"]],
-        judged={v: row for v, row in summary["variants"].items() if row["verdict"]},
-        layers={v: _worst(errors) for v, errors in layers.items() if errors},
-        calibration=flat(calibration),
-        contract=flat(summary["contract"]),
-        winner=winner_line(summary),
+        rows=rows,
+        baseline=rows[summary["baseline"]],
+        judged={v: row for v, row in rows.items() if row["verdict"]},
+        headline=decision.headline(summary),
+        winner=decision.winner_line(summary),
+        figures=decision.figures(summary),
+        next_step=decision.next_step(summary),
+        palettes={"light": LIGHT, "dark": DARK},
         table=columns(summary),
         legend=legend(summary),
-        plot=_text(plot),
-        heats={v: _text(heat) for v, heat in heats.items()},
+        plots=plots,
+        prompts=[_prompt(one, summary["baseline"]) for one in summary.get("completions") or []],
+        first=FIRST,
+        texts_legend=completions.LEGEND,
+        heats=heats,
+        layers={v: _worst(errors) for v, errors in layers.items() if errors},
         structure=structure,
+        contract=flat({**summary["contract"], "hash": summary["contract_hash"], "gate": summary["gate"]}),
+        calibration=flat(calibration),
+        machine={key.replace("_gib", " (GiB)"): words(value) for key, value in summary["machine"].items()},
+        versions={library: version for library, version in summary["versions"].items() if version},
     )
-
-
-def _text(picture: Picture) -> dict[str, str]:
-    """Base64 text, for a data URL."""
-    return {kind: base64.b64encode(png).decode("ascii") for kind, png in zip(("light", "dark"), picture, strict=True)}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -66,6 +73,17 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             rows[name] = words(value)
     return rows
+
+
+def _prompt(one: Mapping[str, Any], baseline: str) -> dict[str, Any]:
+    """A prompt with its texts: name, where it parts, what it shares with the baseline's, the rest."""
+    base = one["texts"][baseline]
+    texts: list[Sequence[str]] = [(baseline, "baseline", base["text"].strip(), "")]
+    for name, found in one["texts"].items():
+        if name != baseline:
+            shared, rest = completions.parts(base["text"].lstrip(), found["text"].strip())
+            texts.append((name, completions.parting(found), shared, rest))
+    return {"prompt": one["prompt"], "texts": texts}
 
 
 def _worst(errors: Mapping[str, float]) -> dict[str, Any]:

@@ -17,18 +17,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 
+from tasks.reporting.inline_svg import inline_svg
 from tasks.reporting.number_format import megabytes, percent, short_percent
+from tasks.reporting.palette import KINDS, LIGHT
 
-# based on M. Okabe and K. Ito's palette for colour-blind readers; the marker shapes differ as well
-KINDS = ("pass", "fail", "inconclusive", "baseline")
-INKS = ("ink", "faint", "paper", "grid", "front")
-LIGHT = dict(zip(KINDS, ("#0072B2", "#C44E00", "#9A6A00", "#444c56"), strict=True))
-LIGHT |= dict(zip(INKS, ("#1f2328", "#59636e", "#ffffff", "#e6e9ed", "#9aa4af"), strict=True))
-DARK = dict(zip(KINDS, ("#56B4E9", "#F0803C", "#E6B422", "#d0d7de"), strict=True))
-DARK |= dict(zip(INKS, ("#e6edf3", "#9198a1", "#161b22", "#2a313a", "#5b6570"), strict=True))
 MARKERS = dict(zip(KINDS, "oXsD", strict=True))
 WORDS = dict(zip(KINDS, ("passes", "fails", "inconclusive", "baseline"), strict=True))
 FONT_SIZE = 10.5
+WIDE, NARROW = (10, 6.2), (4.0, 4.6)  # inches
+ROOM = 6  # inches in which the legend fits on one line, and labels have figures
+LONGEST = 20  # letters of a label in a narrower plot
 MARKER_SIZE = 10  # points
 MARKER_PIXELS = 8  # from the centre to the edge
 
@@ -36,28 +34,36 @@ Point = tuple[float, float]
 Line = list[Point]
 
 
-def pareto(summary: Mapping[str, Any], dark: bool = False) -> bytes:
+def pareto(summary: Mapping[str, Any]) -> bytes:
     """The plot as a PNG of 1000 x 620 pixels. The same summary gives the same bytes."""
     picture = io.BytesIO()
     with rc_context({"font.family": "DejaVu Sans", "font.size": FONT_SIZE}):
-        figure = draw(summary, DARK if dark else LIGHT)
+        figure = draw(summary, title="Quality over size")
         figure.savefig(picture, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
     return picture.getvalue()
 
 
-def draw(summary: Mapping[str, Any], colours: Mapping[str, str]) -> Figure:
+def pareto_svg(summary: Mapping[str, Any], narrow: bool) -> str:
+    """The plot for an HTML page, whose CSS variables are its colours. narrow: for a phone."""
+    with rc_context({"font.family": "DejaVu Sans", "font.size": FONT_SIZE}):
+        name, size = ("narrow", NARROW) if narrow else ("wide", WIDE)
+        return inline_svg(draw(summary, size), name, LIGHT)
+
+
+def draw(summary: Mapping[str, Any], size: tuple[float, float] = WIDE, title: str = "") -> Figure:
     """The plot as a matplotlib figure with one pair of axes; the last texts of the axes are the variants' labels."""
     rows = summary["variants"]
     points = {v: (r["size_bytes"] / 1e6, 100 * (r["retention"] or {"mean": 1})["mean"]) for v, r in rows.items()}
-    figure = Figure(figsize=(10, 6.2), dpi=100, facecolor=colours["paper"], layout="constrained")
+    figure = Figure(figsize=size, dpi=100, facecolor=LIGHT["paper"], layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    gates = _frame(axes, summary, colours)
-    _front(axes, points, colours)
-    bars = [_point(axes, points[v], row, colours) for v, row in rows.items()]
-    _legend(axes, rows.values(), colours)
+    gates = _frame(axes, summary, title)
+    _front(axes, points)
+    bars = [_point(axes, points[v], row) for v, row in rows.items()]
+    _legend(axes, rows.values(), 2 if size[0] < ROOM else 5)
+    names = [short(name) if size[0] < ROOM else _label(name, row) for name, row in rows.items()]
     figure.draw_without_rendering()  # lays the figure out, so that the labels can be placed in pixels
-    _labels(axes, points, rows, [*bars, *_front_ends(points), *_outlines(axes, gates)], colours)
+    _labels(axes, points, names, rows, [*bars, *_front_ends(points), *_outlines(axes, gates)])
     return figure
 
 
@@ -71,7 +77,7 @@ def front(points: Mapping[str, Point]) -> list[str]:
     return found
 
 
-def _frame(axes: Axes, summary: Mapping[str, Any], colours: Mapping[str, str]) -> list[Annotation]:
+def _frame(axes: Axes, summary: Mapping[str, Any], title: str) -> list[Annotation]:
     """Draw axes, grid and gates; return the labels of the gates."""
     rows = summary["variants"]
     kept = [100 * r["retention"][k] for r in rows.values() if r["retention"] for k in ("low", "high")]
@@ -82,23 +88,22 @@ def _frame(axes: Axes, summary: Mapping[str, Any], colours: Mapping[str, str]) -
     axes.set_ylim(low - margin, high + margin)
     spread = max(max(sizes) - min(sizes), 0.1 * max(sizes))
     axes.set_xlim(max(0, min(sizes) - 0.16 * spread), max(sizes) + 0.16 * spread)
-    axes.set_facecolor(colours["paper"])
-    axes.grid(color=colours["grid"], linewidth=0.8)
+    axes.set_facecolor(LIGHT["paper"])
+    axes.grid(color=LIGHT["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(colours["faint"])
-    axes.tick_params(colors=colours["faint"])
-    axes.set_xlabel("size on disk (MB), smaller is better", color=colours["ink"], labelpad=8)
+        spine.set_color(LIGHT["faint"])
+    axes.tick_params(colors=LIGHT["faint"])
+    axes.set_xlabel("size on disk (MB), smaller is better", color=LIGHT["ink"], labelpad=8)
     confidence = short_percent(summary["gate"]["confidence"])
-    axes.set_ylabel(
-        f"retention (% of the baseline's score), with {confidence} interval", color=colours["ink"], labelpad=8
-    )
-    axes.set_title("Quality over size", loc="left", fontsize=14, fontweight="bold", pad=34, color=colours["ink"])
+    axes.set_ylabel(f"retention in % of the baseline, {confidence} interval", color=LIGHT["ink"], labelpad=8)
+    if title:
+        axes.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=34, color=LIGHT["ink"])
     written = []
     for gate in sorted(gates):
         wide = sorted({f"{r['bits']}-bit" for r in rows.values() if r["gate"] and 100 * r["gate"] == gate})
-        axes.axhline(gate, color=colours["faint"], linewidth=1.1, linestyle="--", dashes=(6, 4), zorder=1)
+        axes.axhline(gate, color=LIGHT["faint"], linewidth=1.1, linestyle="--", dashes=(6, 4), zorder=1)
         text = axes.annotate(
             f"gate {', '.join(wide)}: {gate:g}%",
             (1, gate),
@@ -108,15 +113,15 @@ def _frame(axes: Axes, summary: Mapping[str, Any], colours: Mapping[str, str]) -
             ha="right",
             va="bottom",
             fontsize=9.5,
-            color=colours["faint"],
+            color=LIGHT["faint"],
         )
         written.append(text)
     return written
 
 
-def _front(axes: Axes, points: Mapping[str, Point], colours: Mapping[str, str]) -> None:
+def _front(axes: Axes, points: Mapping[str, Point]) -> None:
     for piece in _front_ends(points):
-        axes.plot(*zip(*piece, strict=True), color=colours["front"], linewidth=2, zorder=2, solid_capstyle="round")
+        axes.plot(*zip(*piece, strict=True), color=LIGHT["front"], linewidth=2, zorder=2, solid_capstyle="round")
 
 
 def _front_ends(points: Mapping[str, Point]) -> list[Line]:
@@ -128,7 +133,7 @@ def _front_ends(points: Mapping[str, Point]) -> list[Line]:
     return pieces
 
 
-def _point(axes: Axes, point: Point, row: Mapping[str, Any], colours: Mapping[str, str]) -> Line:
+def _point(axes: Axes, point: Point, row: Mapping[str, Any]) -> Line:
     """Draw a variant; return the line of its interval."""
     kind = row["verdict"] or "baseline"
     low, high = (100 * row["retention"][k] for k in ("low", "high")) if row["retention"] else (point[1], point[1])
@@ -136,7 +141,7 @@ def _point(axes: Axes, point: Point, row: Mapping[str, Any], colours: Mapping[st
         axes.plot(
             [point[0]] * 2,
             [low, high],
-            color=colours[kind],
+            color=LIGHT[kind],
             linewidth=2.2,
             marker="_",
             markersize=9,
@@ -145,30 +150,30 @@ def _point(axes: Axes, point: Point, row: Mapping[str, Any], colours: Mapping[st
     axes.plot(
         *point,
         marker=MARKERS[kind],
-        color=colours[kind],
+        color=LIGHT[kind],
         markersize=MARKER_SIZE + 2 * (kind == "fail"),  # a cross of the same size looks smaller
-        markeredgecolor=colours["paper"],
+        markeredgecolor=LIGHT["paper"],
         markeredgewidth=1.2,
         zorder=4,
     )
     return [(point[0], low), (point[0], high)]
 
 
-def _legend(axes: Axes, rows: Any, colours: Mapping[str, str]) -> None:
+def _legend(axes: Axes, rows: Any, most: int) -> None:
     present = {row["verdict"] or "baseline" for row in rows}
     handles = [
-        Line2D([], [], marker=MARKERS[k], color=colours[k], linestyle="none", markersize=8, label=WORDS[k])
+        Line2D([], [], marker=MARKERS[k], color=LIGHT[k], linestyle="none", markersize=8, label=WORDS[k])
         for k in MARKERS
         if k in present
     ]
-    handles.append(Line2D([], [], color=colours["front"], linewidth=2, label="Pareto front"))
+    handles.append(Line2D([], [], color=LIGHT["front"], linewidth=2, label="Pareto front"))
     axes.legend(
         handles=handles,
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
-        ncols=len(handles),
+        ncols=min(most, len(handles)),
         frameon=False,
-        labelcolor=colours["ink"],
+        labelcolor=LIGHT["ink"],
         handletextpad=0.4,
         columnspacing=1.6,
     )
@@ -177,13 +182,12 @@ def _legend(axes: Axes, rows: Any, colours: Mapping[str, str]) -> None:
 def _labels(
     axes: Axes,
     points: Mapping[str, Point],
+    names: list[str],
     rows: Mapping[str, Any],
     lines: Sequence[Line],
-    colours: Mapping[str, str],
 ) -> None:
     """Label every point without covering another label, a point or one of `lines`."""
-    names = [_label(name, row) for name, row in rows.items()]
-    inks = [colours[row["verdict"] or "baseline"] for row in rows.values()]
+    inks = [LIGHT[row["verdict"] or "baseline"] for row in rows.values()]
     x, y = np.array([points[name] for name in rows]).T
     textalloc.allocate(
         axes,
@@ -204,9 +208,14 @@ def _labels(
         nbr_candidates=3000,
         va="bottom",
         linespacing=1.35,
-        path_effects=[withStroke(linewidth=3, foreground=colours["paper"])],  # readable where a line crosses
+        path_effects=[withStroke(linewidth=3, foreground=LIGHT["paper"])],  # readable where a line crosses
         zorder=5,
     )
+
+
+def short(name: str) -> str:
+    """A name that fits into a narrow plot."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
 def _label(name: str, row: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,8 +10,10 @@ from typing import Any
 
 from tasks.errors import TaskError
 from tasks.old_words import new_record
+from tasks.reporting.completions import compare, count
 from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.number_format import percent
+from tasks.reporting.records import read_json, read_lines
 from tasks.reporting.verdict import SEED, Retention, flips, judge, pair_items, retention, sequential_retention
 from tasks.scoring.contract import same_contract
 from tasks.scoring.sequential import Pairs
@@ -34,9 +35,9 @@ FEW_ITEMS = 100  # with fewer items, a percentile interval is too narrow
 def summarize(variants: list[str], gate: GateSettings, metrics: Path, results: Path, source: Path) -> dict[str, Any]:
     """Compare every variant with the baseline and name the winner, as plain JSON values.
 
-    Reads `metrics`/{quantize,evaluate,benchmark}/<variant>.json, `results`/<variant>/items-<task>.jsonl and
+    Reads `metrics`/{quantize,evaluate,benchmark}/<variant>.json, `results`/<variant>/{items-<task>,texts}.jsonl and
     the model's `source` (source.json). Raises TaskError if a file is missing or unreadable, if two variants were
-    evaluated under different contracts, or if the items do not match.
+    evaluated under different contracts, or if items or prompts do not match.
     """
     quantized = {v: read_quantized(metrics, v) for v in variants}
     evaluated, measured = (
@@ -55,6 +56,9 @@ def summarize(variants: list[str], gate: GateSettings, metrics: Path, results: P
             pairs = {task: pair_items(task, variant, baseline[task], scored[task]) for task in baseline}
             found = _retention(variant, pairs, baseline, scored, gate, evaluated[BASE]["contract"])
             rows[variant] |= _judged(pairs, found, gate.share(quantized[variant]["bits"]), chance)
+    completions = compare(results, variants, BASE)
+    for variant, row in rows.items():
+        row["completions"] = None if variant == BASE else count(completions, variant)
     return {
         "model": {
             k: model.get(k) for k in ("source", "revision", "dequantized_from", "dtype", "parameters", "licence")
@@ -65,6 +69,7 @@ def summarize(variants: list[str], gate: GateSettings, metrics: Path, results: P
         "baseline": BASE,
         "variants": rows,
         "winner": winner(rows),
+        "completions": completions,
         "notes": [*_notes(model, evaluated[BASE]), *_flattered(model, rows)],
     }
 
@@ -78,21 +83,6 @@ def winner(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
 def read_quantized(metrics: Path, variant: str) -> dict[str, Any]:
     """Quantize's metrics of a variant; TaskError as in `read_json`."""
     return new_record(read_json(metrics / "quantize" / f"{variant}.json", f"quantize@{variant}"))
-
-
-def read_json(path: Path, stage: str) -> dict[str, Any]:
-    """Read a JSON object; a TaskError for a missing or broken file names the stage that writes it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise TaskError(f"{path} not found; make it with: dvc repro {stage}") from error
-    except ValueError as error:
-        raise TaskError(f"{path} is not JSON ({error}); make it again with: dvc repro -f {stage}") from error
-    if not isinstance(value, dict):
-        raise TaskError(
-            f"{path} contains {type(value).__name__}, expected an object; make it again with: dvc repro -f {stage}"
-        )
-    return value
 
 
 def _measured(
@@ -174,7 +164,7 @@ def _read_items(results: Path, variant: str, evaluated: Mapping[str, Any]) -> di
     items = {}
     for task, values in evaluated["tasks"].items():
         path = results / variant / f"items-{task}.jsonl"
-        items[task] = _read_lines(path, f"evaluate@{variant}")
+        items[task] = read_lines(path, f"evaluate@{variant}", "an item with hash and score", _is_item)
         score = sum(i["score"] for i in items[task]) / max(1, len(items[task]))
         if len(items[task]) != values["items"] or not math.isclose(score, values["score"], abs_tol=1e-4):
             raise TaskError(
@@ -184,20 +174,8 @@ def _read_items(results: Path, variant: str, evaluated: Mapping[str, Any]) -> di
     return items
 
 
-def _read_lines(path: Path, stage: str) -> list[dict[str, Any]]:
-    items = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                item = json.loads(line)
-                if not {"item", "hash", "score"} <= item.keys() or not isinstance(item["score"], int | float):
-                    raise ValueError(f"line {number} is not an item with hash and score")
-                items.append(item)
-    except FileNotFoundError as error:
-        raise TaskError(f"{path} not found; make it with: dvc repro {stage}") from error
-    except (ValueError, AttributeError) as error:
-        raise TaskError(f"{path}: {error}; make it again with: dvc repro -f {stage}") from error
-    return items
+def _is_item(value: Mapping[str, Any]) -> bool:
+    return {"item", "hash", "score"} <= value.keys() and isinstance(value["score"], int | float)
 
 
 def _flattered(model: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:

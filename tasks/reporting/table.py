@@ -10,7 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tasks.reporting.columns import Column, columns, legend, reasons, winner_line
+from tasks.reporting.columns import Column, columns, legend, reasons
+from tasks.reporting.decision import next_step, winner_line
 
 WIDTH = 120
 MOST_TEXTS = 2  # more texts than this share one column
@@ -24,6 +25,7 @@ def table(summary: Mapping[str, Any]) -> str:
     for variant, reason in reasons(summary).items():
         console.print(f"{variant}: {reason}", markup=False)
     console.print(winner_line(summary), markup=False)
+    console.print(next_step(summary), markup=False)
     console.print()
     for line in (legend(summary), *summary["notes"]):
         console.print(line, markup=False)

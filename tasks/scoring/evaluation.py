@@ -17,11 +17,13 @@ from tasks.hardware import peak_memory
 from tasks.output import checksums, code_hashes, write_text
 from tasks.rope import longest_context
 from tasks.runtimes import Runtime, load_runtime
+from tasks.scoring.completions import Completion, complete, prompts
 from tasks.scoring.contract import contract_hash, contract_of, libraries
 from tasks.scoring.divergence import TextScore, Window, text_windows
 from tasks.scoring.order import LOOKS, look_of
 from tasks.scoring.score_cache import ScoreCache
 from tasks.settings import EvaluationSettings
+from tasks.text.end_tokens import end_tokens
 
 REPORT = "evaluation.json"  # output of the stage `reference`: its report without COSTS, which differ from run to run
 UNLIMITED = 1 << 20  # tokens, of a model that names no longest context
@@ -129,6 +131,10 @@ class Subject:
                 text,
                 text_windows(self.runtime.tokenizer, self.job.raw, text, source, settings.text_tokens, settings.window),
             )
+
+    def completions(self) -> list[Completion]:
+        """The model's greedy texts. Ask for them first: a runtime that has scored may have to load its generator."""
+        return complete(self.runtime, end_tokens(self.job.model, self.runtime.tokenizer), prompts())
 
     def report(self, variant: str, rows: Rows, texts: Mapping[str, TextScore]) -> EvaluationReport:
         """The report of an evaluation."""

@@ -208,6 +208,7 @@ def test_base_hands_on_what_the_reference_measured_without_a_model_library(check
     results = rows(checkout.root / "results/base")
     assert results == rows(checkout.root / REFERENCE)
     assert {len(found) for name, found in results.items() if name.startswith("items-")} == {LIMIT}
+    assert len(results["texts"]) == 16
 
 
 def test_another_contract_and_a_missing_reference_are_refused_before_anything_is_scored(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tasks.output import whole_directory, write_manifest
 from tasks.quantize import quantize
 from tasks.runtimes import Question, load_runtime
 from tasks.runtimes.dense import load_dense
+from tasks.scoring.completions import complete
 from tasks.settings import BenchmarkSettings, check_settings
 from tasks.statistics import collect
 from tests.mixed import mixed_model
@@ -109,6 +111,15 @@ def test_scores_and_text_equal_those_of_transformers(model: Path, base: Path) ->
     assert torch.equal(ours.generate_ids(ids[:, :2], 3), theirs.generate_ids(ids[:, :2], 3))
     assert ours.generate("Ada repairs the", 12) == theirs.generate("Ada repairs the", 12) != ""
     assert (ours.info.dtype, ours.info.threads, ours.fast) == ("float32", torch.get_num_threads(), True)
+
+
+def test_greedy_texts_equal_those_of_transformers(model: Path, base: Path) -> None:
+    ours, theirs = (load_runtime(t, d, "float32") for t, d in (("gguf", base), ("transformers", model)))
+    texts = ["Ada repairs the lamp", "Ben", "Cleo"]
+    for found, expected in zip(complete(ours, [1], texts), complete(theirs, [1], texts), strict=True):
+        assert (found.prompt_ids, found.ids, found.text) == (expected.prompt_ids, expected.ids, expected.text)
+        best, known = (list(chain.from_iterable(one.best_logprobs)) for one in (found, expected))
+        assert best == pytest.approx(known, abs=1e-2)
 
 
 def test_more_continuations_than_sequences_are_split(model: Path, base: Path) -> None:

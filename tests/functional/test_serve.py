@@ -24,13 +24,13 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from flows.server.ephemeral import free_port
+from tests.browser import needs_browser, open_browser
 from tests.functional.toy import PROJECT, Toy
 from tests.waiting import soon
 
 TOKEN = "hf_planted_" + "x" * 20
 PATIENCE = 300.0  # seconds; operations that take a few on an idle machine may take this long on a busy one
 SCREENSHOTS = PROJECT / ".screenshots"
-CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
 
 @dataclass
@@ -157,7 +157,7 @@ def test_a_bad_value_is_refused_by_name_before_a_run_starts(
     assert name in caught.value.read().decode()
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+@needs_browser
 def test_a_user_fills_in_the_form_and_opens_the_results(served: Served, browser: webdriver.Chrome) -> None:
     browser.get(served.links["start a run"])
     samples = wait_for(browser, "//label[contains(., 'samples')]/following::input[1]")
@@ -282,14 +282,7 @@ def test_the_token_is_not_leaked(served: Served) -> None:
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
     SCREENSHOTS.mkdir(exist_ok=True)
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    quiet = ("disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update")
-    for word in ("headless", "no-sandbox", "disable-dev-shm-usage", "disable-sync", *quiet):
-        options.add_argument(f"--{word}")
-    options.add_argument("--window-size=1400,1800")
-    options.add_argument(f"--user-data-dir={tmp_path / 'browser'}")
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    chrome = open_browser(tmp_path / "browser")
     yield chrome
     chrome.quit()
 

@@ -43,6 +43,7 @@ def made_up(
     for name, made in variants.items():
         answers = {task: _answers(i, items, score, made["lost"]) for i, (task, (_, score)) in enumerate(tasks.items())}
         _results(root / "results" / name, answers)
+        _texts(root / "results" / name, made)
         _metrics(root / "metrics", name, made, tasks, answers)
     write_json(
         root / "source.json",
@@ -79,6 +80,31 @@ def _results(folder: Path, answers: Mapping[str, list[int]]) -> None:
     for task, scores in answers.items():
         lines = [json.dumps({"item": i, "hash": f"{task}-{i}", "score": s}) for i, s in enumerate(scores)]
         (folder / f"items-{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _texts(folder: Path, made: Mapping[str, Any]) -> None:
+    """Five greedy texts of six tokens. A variant that is not worse writes the baseline's; another parts from the first
+    at once and from each further one a token later: at the baseline's second choice, 0.01 nats behind and 0.2 more for
+    each text, except from the last; with much `lost`, at another token, and from all."""
+    lines = []
+    for number in range(5):
+        ids = [10 * number + place for place in range(6)]
+        words = [f" word{i}" for i in ids]
+        best = [[-0.5, -0.51 - 0.2 * number]] * 6
+        if made.get("worse") and (number < 4 or made["lost"] > 0.1):
+            ids = [*ids[:number], *(900 if made["lost"] > 0.1 else 500 + i for i in ids[number:])]
+            words = [*words[:number], *(f" other{i}" for i in ids[number:])]
+        lines.append(
+            {
+                "prompt": f"Prompt <{number}>,\nthen",
+                "prompt_ids": [1, number],
+                "ids": ids,
+                "text": "".join(words),
+                "best_ids": [[10 * number + place, 500 + 10 * number + place] for place in range(6)],
+                "best_logprobs": best,
+            }
+        )
+    (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def _linears(errors: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -47,6 +47,9 @@ def test_facts_of_a_variant_come_from_all_the_files(tmp_path: Path) -> None:
     assert int8.metrics == {"quantize.seconds": 3, "evaluate.tasks.piqa.score": 0.6, "report.retention.low": 0.9}
     assert int8.tags == {"verdict": "pass", "identity": "abc", "dvc.models/int8": "m.dir"}
     assert [path.parent.name for path in int8.files] == ["evaluate", "quantize"]
+    (tmp_path / "results/int8").mkdir(parents=True)
+    (tmp_path / "results/int8/texts.jsonl").touch()
+    assert [path.name for path in variant_facts(tmp_path)[1].files] == ["int8.json", "int8.json", "texts.jsonl"]
 
 
 def test_there_are_no_tags_outside_a_repository(tmp_path: Path) -> None:

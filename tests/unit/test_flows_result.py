@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from flows.tracking.result_markdown import result
+from tasks.reporting.completions import LEGEND
 from tasks.reporting.summary import summarize
 from tests.unit.measured import GATE, made_up
 
@@ -48,22 +49,35 @@ def test_the_table_has_every_figure(summary: dict[str, Any]) -> None:
     assert table["awq-int4"][-1] == "fail"
 
 
-def test_reasons_winner_plot_notes_and_the_contract_follow_in_this_order(summary: dict[str, Any]) -> None:
+def test_the_decision_comes_first_and_the_rest_in_this_order(summary: dict[str, Any]) -> None:
     page = result(summary, "![the plot](x)")
+    kept = summary["variants"]["int8"]["retention"]
     found = [
+        "# int8 passes its gate",
+        "**Winner: int8, the smallest that passes (163 MB, 1.65x smaller than the baseline).**",
+        "- weights: **8.31 bits** (W8A8: GPTQ)",
+        "- size: **163 MB** (1.65x smaller than the baseline's 269 MB)",
+        f"- retention: **{100 * kept['mean']:.1f}%** (95% interval ",
+        "- decode speed: **1.10x** (of the baseline's, 45.1 tokens/s in transformers 5.17.0 on cpu)",
+        "Next: try int8 on your own tasks, then deploy the bundle in dist/.",
         "| awq-int4 ",
         f"- **int8**: pass, {summary['variants']['int8']['reason']}.",
         f"- **awq-int4**: fail, {summary['variants']['awq-int4']['reason']}.",
-        "**Winner: int8, the smallest that passes (163 MB, 1.65x smaller than the baseline).**",
         "![the plot](x)",
         summary["notes"][0],
+        "## The same prompts, continued",
+        "- int8 writes 1 of 5 texts as the baseline does",
+        "### ` Prompt <0>, ↵ then `",
+        "- **awq-int4**, parts at once: ` other900",
+        "### ` Prompt <2>, ↵ then `",
+        "2 more prompts are in report/index.html.",
         f"Evaluation contract `{summary['contract_hash']}`",
     ]
     assert sorted(found, key=page.index) == found
-    assert "- **base**" not in page
+    assert "- **base**:" in page.partition("## The same prompts")[2]
     # only the contract's hash
     assert "lm-eval" not in page
-    assert max(len(line) for line in page.splitlines() if line not in summary["notes"]) < 200
+    assert max(len(line) for line in page.splitlines() if line not in (*summary["notes"], LEGEND)) < 200
 
 
 def test_missing_winner_is_stated(summary: dict[str, Any]) -> None:

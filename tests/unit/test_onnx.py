@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tasks.grid import Grid, Precision, QuantizedWeight
 from tasks.output import write_manifest
 from tasks.runtimes import Question, load_runtime
 from tasks.runtimes.onnx import OnnxRuntime
+from tasks.scoring.completions import complete
 from tasks.scoring.lm_eval_adapter import RuntimeLM
 from tasks.settings import check_settings, load_settings
 from tasks.tensor_files import EMBEDDING, OUTPUT
@@ -378,6 +380,14 @@ class TestRuntime:
         ids = torch.tensor([[5, 9, 30], [100, 8, 40]])
         assert runtime.generate_ids(ids, 6).tolist() == other.generate_ids(ids, 6).tolist()
         assert runtime.generate("Anna", 12) == other.generate("Anna", 12)
+
+    def test_greedy_texts_equal_those_of_transformers(self, llama: Path, runtime: OnnxRuntime) -> None:
+        other = load_runtime("transformers", llama, "float32")
+        texts = ["Ada repairs the lamp", "Ben", "Cleo"]
+        for ours, theirs in zip(complete(runtime, [1], texts), complete(other, [1], texts), strict=True):
+            assert (ours.prompt_ids, ours.ids, ours.text) == (theirs.prompt_ids, theirs.ids, theirs.text)
+            best, known = (list(chain.from_iterable(one.best_logprobs)) for one in (ours, theirs))
+            assert best == pytest.approx(known, abs=1e-3)
 
     def test_sampling_keys_of_the_source_do_not_change_the_text_and_stay_in_the_bundle(
         self, llama: Path, runtime: OnnxRuntime, tmp_path: Path

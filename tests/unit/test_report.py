@@ -23,7 +23,7 @@ from tasks.reporting.columns import columns, one_line
 from tasks.reporting.heat_map import _fineness, heat_map
 from tasks.reporting.html_page import flat
 from tasks.reporting.html_page import page as html_page
-from tasks.reporting.pareto_plot import DARK, LIGHT, draw, front, pareto
+from tasks.reporting.pareto_plot import NARROW, WIDE, draw, front, pareto, pareto_svg, short
 from tasks.reporting.summary import summarize, winner
 from tasks.reporting.table import WIDTH, table
 from tasks.settings import Settings, load_settings
@@ -218,7 +218,7 @@ class TestTable:
 
     def test_every_output_has_the_same_words(self, summary_of: Summarize) -> None:
         summary = {**summary_of(), "machine": {}, "versions": {}}
-        html = html_page(summary, {}, {"documents": 1}, (b"", b""), {}, {})
+        html = html_page(summary, {}, {"documents": 1}, {"wide": "", "narrow": ""}, {}, {})
         page = " ".join(re.sub(r"<[^>]*>", " ", html).split())
         outputs = {
             "terminal": " ".join(table(summary).split()),
@@ -266,46 +266,73 @@ class TestPlot:
         picture = pareto(summary)
         assert Image.open(BytesIO(picture)).size == (1000, 620)
         assert pareto(summary) == picture
-        assert pareto(summary, dark=True) != picture
 
-    def test_a_heat_map_has_a_panel_for_each_precision_and_marks_what_was_chosen(self) -> None:
+    @pytest.mark.parametrize("narrow", [False, True])
+    def test_in_the_page_it_is_text_in_the_pages_colours(self, summary_of: Summarize, narrow: bool) -> None:
+        summary = summary_of()
+        svg = pareto_svg(summary, narrow)
+        assert pareto_svg(summary, narrow) == svg
+        assert len(svg) < 40_000
+        assert not re.search(r"#[0-9a-fA-F]{6}|http|<style|font-family", svg)
+        assert {"var(--pass)", "var(--fail)", "var(--ink)", "var(--paper)"} <= set(re.findall(r"var\(--\w+\)", svg))
+        assert "awq-int4</text>" in svg
+        assert ("111 MB, " in svg) is not narrow
+        assert not set(re.findall(r'id="([^"]+)"', svg)) & set(
+            re.findall(r'id="([^"]+)"', pareto_svg(summary, not narrow))
+        )
+
+    def test_a_heat_map_shows_each_layers_coarsest_cost_and_marks_unusual_choices(self) -> None:
         linears: list[dict[str, Any]] = [
             {
                 "name": f"model.layers.{i}.{kind}",
-                "chosen": "W4A16_ASYM@64",
-                "costs": {"W4A16_ASYM@64": 0.01 * (i + 1), "W8A8": 1e-5},
+                "chosen": "W8A8" if (i, kind) == (3, "mlp.up_proj") else "W4A16_ASYM@64",
+                "costs": {"W4A16_ASYM@64": 0.01 * 10**-i, "W8A8": 1e-9},
             }
             for i in range(4)
             for kind in ("self_attn.q_proj", "mlp.up_proj")
         ]
-        picture = heat_map(linears)
-        assert heat_map(linears) == picture
-        assert heat_map(linears, dark=True) != picture
-        other = [{**one, "chosen": "W8A8"} for one in linears]
-        assert heat_map(other) != picture
-        del linears[0]["costs"]["W8A8"]  # the groups do not divide it
-        assert Image.open(BytesIO(heat_map(linears))).width == 1000
+        linears[0]["costs"] = {"W8A8": 1e-5}  # its groups do not divide it
+        linears[1]["costs"] = {}
+        found = heat_map(linears)
+        assert found is not None
+        assert list(found.kinds) == ["q_proj", "up_proj"]
+        assert [found.low, found.high] == pytest.approx([1e-5, 0.001])
+        assert [cell.strength for cell in found.cells] == [0.0, None, 1.0, 1.0, 0.5, 0.5, 0.0, 0.0]
+        assert [cell.mark for cell in found.cells] == [*[""] * 7, "square"]
+        assert found.marks == {"W4A16_ASYM, groups of 64": "", "W8A8": "square"}
+        assert found.chosen == {"q_proj": [4, 0], "up_proj": [3, 1]}
+        assert found.cells[-1].title.startswith(
+            "layer 3, up_proj: W8A8; W4A16_ASYM, groups of 64 costs 1e-05, W8A8 costs"
+        )
+        assert heat_map([]) is None
 
-    def test_the_panels_of_a_heat_map_go_from_the_coarsest_precision_to_the_finest(self) -> None:
+    def test_rows_of_a_heat_map_with_the_same_last_name_have_their_whole_name(self) -> None:
+        kinds = ("mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "self_attn.q_proj")
+        linears = [{"name": f"model.layers.0.{kind}", "chosen": "W8A8", "costs": {"W8A8": 0.1}} for kind in kinds]
+        found = heat_map(linears)
+        assert found is not None
+        assert list(found.kinds) == [*kinds[:2], "q_proj"]
+
+    def test_precisions_go_from_the_coarsest_to_the_finest(self) -> None:
         labels = ["none", "W8A8", "W8A16@64", "W4A16_ASYM@64", "W4A16@64", "W4A16_ASYM@128"]
         ordered = ["W4A16_ASYM@128", "W4A16@64", "W4A16_ASYM@64", "W8A8", "W8A16@64", "none"]
         assert sorted(labels, key=_fineness) == ordered
 
-    @pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
+    @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
     @pytest.mark.parametrize(
         "variants",
         [VARIANTS, CROWDED, {v: VARIANTS[v] for v in ("base", "awq-int4")}, {"base": VARIANTS["base"], **LONG_NAMES}],
         ids=["five", "eleven", "two", "long-names"],
     )
     def test_labels_cover_nothing_and_stay_inside(
-        self, summary_of: Summarize, variants: dict[str, dict[str, Any]], colours: dict[str, str]
+        self, summary_of: Summarize, variants: dict[str, dict[str, Any]], size: tuple[float, float]
     ) -> None:
         summary = summary_of(variants)
-        figure = draw(summary, colours)
+        figure = draw(summary, size)
         figure.draw_without_rendering()
         axes = figure.axes[0]
         labels = {text.get_text().partition("\n")[0]: text.get_window_extent() for text in axes.texts[-len(variants) :]}
-        assert set(labels) == set(variants)
+        assert set(labels) == ({short(name) for name in variants} if size == NARROW else set(variants))
         for one, other in combinations(labels.values(), 2):
             assert not one.overlaps(other)
         gates = [text.get_window_extent() for text in axes.texts[: -len(variants)]]
@@ -337,7 +364,7 @@ class Outside(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         for name, value in attrs:
-            if name in ("src", "srcset", "href") and not (value or "").startswith("data:"):
+            if name in ("src", "srcset", "href") and not (value or "").startswith("#"):
                 self.found.append(f"{tag} {value}")
         if tag in ("script", "iframe", "link"):
             self.found.append(tag)
@@ -352,13 +379,19 @@ class TestReport:
 
     def test_it_leaves_all_files(self, done: tuple[Report, Path]) -> None:
         found, folder = done
-        names = {"summary.json", "table.txt", "pareto.png", "precisions-auto.png", "index.html", "manifest.json"}
+        names = {"summary.json", "table.txt", "pareto.png", "completions.md", "index.html", "manifest.json"}
         assert {p.name for p in folder.iterdir()} == names
-        assert found.winner == "gptq-int4"
+        assert found.winner == "gptq-int4" == found.decisive["winner"]
         assert (folder / "table.txt").read_text() == found.table
         summary = json.loads((folder / "summary.json").read_text())
         assert summary["winner"] == "gptq-int4"
         assert summary["machine"]["cores"] >= 1
+        rows, figures = summary["variants"], found.decisive["variants"]
+        assert {v: row["verdict"] for v, row in rows.items()} == {v: row["verdict"] for v, row in figures.items()}
+        assert figures["int8"]["retention"]["mean"] == rows["int8"]["retention"]["mean"]
+        assert figures["int8"]["decode_ratio"] == 1.1
+        assert figures["awq-int4"]["completions"] == {"texts": 5, "same": 0, "near_ties": 0, "shared": 1 / 3}
+        assert figures["base"]["retention"] is None
         assert "NaN" not in (folder / "summary.json").read_text()
 
     def test_the_page_needs_nothing_from_elsewhere_and_has_the_numbers(self, done: tuple[Report, Path]) -> None:
@@ -366,7 +399,7 @@ class TestReport:
         parser = Outside()
         parser.feed(text)
         assert parser.found == []
-        assert "url(" not in text
+        assert set(re.findall(r"url\((.)", text)) == {"#"}
         for part in (
             "layers.5.mlp.down_proj",
             "+20.0%",
