@@ -91,8 +91,15 @@ def _hang_up(listener: socket.socket) -> None:
 
 def _uvicorn(at: Server) -> list[psutil.Process]:
     port = str(urlsplit(at.url).port)
-    processes = psutil.Process().children(recursive=True)
-    return [p for p in processes if p.cmdline()[1:4] == ["-P", "-m", "uvicorn"] and port in p.cmdline()]
+    return [p for p in psutil.Process().children(recursive=True) if _runs_uvicorn(p, port)]
+
+
+def _runs_uvicorn(process: psutil.Process, port: str) -> bool:
+    try:
+        words = process.cmdline()
+    except psutil.NoSuchProcess:  # also a zombie
+        return False
+    return words[1:4] == ["-P", "-m", "uvicorn"] and port in words
 
 
 def _answers() -> bool:

@@ -133,7 +133,7 @@ def test_the_stages_take_what_is_estimated(
 ) -> None:
     """Seconds within a factor of two, because they are few."""
     inputs, again = (project.root / "tiny", made / "calibration", made / "statistics"), made / "again"
-    works: dict[str, partial[object]] = {
+    works: dict[str, Callable[[], object]] = {
         "statistics": partial(collect, *inputs[:2], again / "statistics", importance=True)
     }
     for name, variant in settings(project).variants.items():
