@@ -51,6 +51,8 @@ def assist_task(root: str, stage: str, until: str, threads: int | None, pulse: s
         Path(until).unlink(missing_ok=True)
     if status:
         log.warning("%s did without help: %s", stage, error_line(said, status))
+    elif said[-1]:
+        log.info("%s", said[-1])
     return said[-1]
 
 
@@ -78,6 +80,9 @@ class Assistants:
         """Send idle workers to stages that share their work, call back those whose workers are needed. running: when
         each stage began, by time.monotonic(). Returns the seconds after which to call this again; None: not before a
         stage or a helper ends."""
+        for stage, until in self._files.values():
+            if stage not in running:  # the stage may have ended before its helper was ready
+                until.unlink(missing_ok=True)
         called_back = len(running) + len(self._files) - self._jobs
         for name in list(self._files)[: max(called_back, 0)]:
             self._files[name][1].unlink(missing_ok=True)

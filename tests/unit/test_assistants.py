@@ -76,6 +76,13 @@ def test_helpers_are_called_back_for_stages(sent: tuple[Assistants, Runner, Path
     assert not helpers.done("quantize@int8")
 
 
+def test_helpers_are_called_back_when_their_stage_has_ended(sent: tuple[Assistants, Runner, Path]) -> None:
+    helpers, _, folder = sent
+    helpers.send(running("quantize@int8"))
+    helpers.send(running("evaluate@int8"))
+    assert list(folder.iterdir()) == []
+
+
 def test_the_wait_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(AFTER_ENV, "soon")
     with pytest.raises(FlowError, match="MODELPRESS_ASSIST_AFTER is soon; expected a number of seconds"):
