@@ -24,7 +24,7 @@ import typer
 import yaml
 
 from flows.graph.schedule import threads_of
-from flows.planning.simulate import LAST
+from flows.planning import LAST, SECONDS
 from tasks.output import write_json
 from tasks.planning.need import read_measurement
 from tasks.program import PARAMS
@@ -102,7 +102,7 @@ def compare(folder: Path, names: list[str], kinds: tuple[str, ...]) -> dict[str,
     cores = os.cpu_count() or 1
     threads = {stage: threads_of(stage, (), (stage,), JOBS, cores) for stage in stages}
     asked = [f"{stage}={count}" for stage, count in threads.items()]
-    _python(folder, "-m", "tasks.planning", "models/source", "plan.json", str(60 - LAST), *asked)
+    _python(folder, "-m", "tasks.planning", "models/source", "plan.json", str(SECONDS - LAST), *asked)
     estimate = read_measurement(folder / "plan.json")
     print(f"estimated in {estimate.took:.0f} s, holding {estimate.held / 1e9:.1f} GB", flush=True)
     rows, start = [], 0.0

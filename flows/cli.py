@@ -23,6 +23,7 @@ from rich.table import Table
 from flows import delivery
 from flows.errors import FlowError
 from flows.execution.runner import CLUSTER_ENV, RUNNER_ENV, Executor, RunnerName
+from flows.planning import SECONDS
 from flows.server.ephemeral import quiet, server
 from tasks.reporting.number_format import megabytes
 
@@ -144,7 +145,7 @@ def plan(
     disk: Annotated[float | None, typer.Option(min=0.1, metavar="GB", help="Free disk space to compare with.")] = None,
     seconds: Annotated[
         float, typer.Option(min=20, help="Time to measure. With more, fewer stages of a large model are left out.")
-    ] = 60,
+    ] = SECONDS,
     jobs: Jobs = 2,
 ) -> None:
     """Show what a run would do with each stage, why, and how large its outputs are. Nothing is changed.

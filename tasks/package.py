@@ -87,12 +87,11 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
         from tasks.runtimes.dense import needs_own_reader  # takes seconds to import
 
         own = form == "compressed-tensors" and needs_own_reader(bundle, form)
-        same = kept(bundle, inputs.source)
-        write_text(bundle / CARD, model_card(summary, settings, files, form, auto_class(config), own, same))
+        same, kind = kept(bundle, inputs.source), auto_class(config)
+        write_text(bundle / CARD, model_card(summary, settings, files, form, kind, own, same))
         facts = provenance(summary, settings, inputs, same)
         write_json(bundle / PROVENANCE, facts)
-        task = pipeline_task(auto_class(config))
-        write_json(bundle / BOM, bill_of_materials(facts, summary, config, task, evaluated))
+        write_json(bundle / BOM, bill_of_materials(facts, summary, config, pipeline_task(kind), evaluated))
         write_serving(bundle, settings, name)
         text = attempt(bundle, settings.target, settings.evaluation.dtype)
     return Package(name, sum(p.stat().st_size for p in destination.rglob("*") if p.is_file()), text)

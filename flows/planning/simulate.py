@@ -9,13 +9,13 @@ from pathlib import Path
 
 from flows.errors import FlowError
 from flows.graph.schedule import Upstreams, startable, threads_of
+from flows.planning import LAST
 from flows.processes.run_module import error_line, run_module
 from tasks.errors import TaskError
 from tasks.hardware import cpu_cores
 from tasks.planning.need import Measurement, Need, carried, read_measurement
 
 FOLDER = Path(".modelpress/plans")
-LAST = 8  # seconds that the last measurement may take, after which none begins
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.bundle.checksums import SIGNATURE, check_sums
+from tasks.bundle.places import SCHEME, is_layout
 from tasks.bundle.signing import Signer, check_signature, sign, unchecked
 from tasks.errors import TaskError
 from tasks.output import whole_directory
 from tasks.program import one_line_errors
-
-ADDRESS = "oci://"
 
 
 def verify(what: str, signer: Signer | None) -> None:
@@ -31,7 +30,7 @@ def verify(what: str, signer: Signer | None) -> None:
 
 def push(what: str, address: str) -> None:
     """Upload a bundle, or the OCI image layout of one, to a registry, and print the address with its digest."""
-    from tasks.bundle.oci import is_layout, write_layout
+    from tasks.bundle.oci import write_layout
     from tasks.bundle.registry import push as upload
 
     bundle = _folder(what)
@@ -72,14 +71,14 @@ def _checked(bundle: Path, name: str, signer: Signer | None) -> str:
 @contextmanager
 def _as_folder(what: str, beside: Path | None = None) -> Iterator[Path]:
     """The bundle as a folder; of an image, an unpacked copy below `beside` or else TMPDIR."""
-    if not what.startswith(ADDRESS) and not (Path(what) / "oci-layout").is_file():
+    if not what.startswith(SCHEME) and not is_layout(Path(what)):
         yield _folder(what)
         return
     from tasks.bundle.oci import unpack
 
     with tempfile.TemporaryDirectory(prefix=".bundle.", dir=beside) as scratch:
         layout = Path(what)
-        if what.startswith(ADDRESS):
+        if what.startswith(SCHEME):
             from tasks.bundle.registry import pull as download
 
             layout = Path(scratch) / "layout"

@@ -21,11 +21,11 @@ from olot.oci.oci_image_manifest import ContentDescriptor, OCIImageManifest, cre
 from pydantic import BaseModel
 
 from tasks.bundle.checksums import SIGNATURE, SUMS, check_sums
+from tasks.bundle.places import LAYOUT
 from tasks.errors import TaskError, first_line
 from tasks.output import sha256, whole_directory, write_text
 
 FOLDER = "models"  # in the image, where KServe expects a model
-LAYOUT = "oci-layout"
 _NAME = "org.opencontainers.image.ref.name"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _OWN_LAYER = 16 * 2**20  # bytes from which a file has a layer of its own, so that registries store it once
@@ -65,11 +65,6 @@ def write_index(layout: Path, digest: str, size: int) -> None:
     index = create_oci_image_index(manifests=[Manifest.model_validate(named)])
     write_text(layout / "index.json", _json(index))
     write_text(layout / LAYOUT, '{"imageLayoutVersion":"1.0.0"}')
-
-
-def is_layout(folder: Path) -> bool:
-    """Whether a folder is an OCI image layout."""
-    return (folder / LAYOUT).is_file()
 
 
 def read_manifest(layout: Path) -> tuple[OCIImageManifest, str]:

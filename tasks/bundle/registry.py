@@ -27,9 +27,9 @@ from oras.utils import append_url_params
 from requests.adapters import HTTPAdapter
 
 from tasks.bundle.oci import blob, checked_blob, read_manifest, write_index
+from tasks.bundle.places import SCHEME
 from tasks.errors import TaskError, TransientError, first_line
 
-SCHEME = "oci://"
 USER, PASSWORD = "MODELPRESS_REGISTRY_USER", "MODELPRESS_REGISTRY_PASSWORD"
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _ADDRESS = re.compile(

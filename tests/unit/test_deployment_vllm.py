@@ -24,7 +24,7 @@ from tasks.deployment.tool_calling import PARSERS
 from tasks.deployment.write import write_serving
 from tasks.settings import check_settings
 from tests.tiny import CONTEXT, tiny_model
-from tests.unit.test_serving import HARDWARE, WITH_TOOLS, manifests
+from tests.unit.test_deployment import HARDWARE, WITH_TOOLS, manifests
 from tests.unit.test_sizing import LARGE
 
 ROOT = Path(__file__).resolve().parents[2]
