@@ -264,7 +264,7 @@ def runs(
 
 @app.command()
 def history() -> None:
-    """Compare the finished runs in MLflow: winner, size, retention and perplexity, and which run is the champion."""
+    """Compare the finished runs in MLflow, for each target: winner, size, retention, perplexity, and the champion."""
     root = find_root()
     quiet(root)
     from flows.tracking.history import finished_runs
@@ -273,7 +273,7 @@ def history() -> None:
     if not found:
         print("no finished runs yet; start one with `modelpress run`")
         return
-    headings = ("date", "run", "tag", "winner", "scheme", "size", "retention (interval)", "perplexity", "")
+    headings = ("date", "run", "tag", "target", "winner", "scheme", "size", "retention (interval)", "perplexity", "")
     table = Table(*headings, box=None, pad_edge=False, header_style="bold")
     for one in found:
         mean, low, high = (f"{100 * value:.1f}" for value in one.retention) if one.retention else ("", "", "")
@@ -281,6 +281,7 @@ def history() -> None:
             time.strftime("%Y-%m-%d %H:%M", time.localtime(one.ended)),
             one.name,
             one.tag,
+            one.target,
             one.winner,
             one.scheme,
             megabytes(one.size_bytes) if one.size_bytes else "",
@@ -298,13 +299,14 @@ def get(
         typer.Argument(help="run/NAME, the tag of a finished run; or champion, the best package in MLflow's registry."),
     ],
     to: Annotated[Path | None, typer.Option(help="Folder to create. Default: the package's name.")] = None,
+    target: Annotated[str | None, typer.Option(help="The target of the package, if the run has several.")] = None,
 ) -> None:
     """Fetch the package of a finished run, or the champion of the package in params.yaml, and verify its checksums."""
     root = find_root()
     quiet(root)
     from flows.tracking.fetch import fetch_package
 
-    print(fetch_package(root, what, to))
+    print(fetch_package(root, what, to, target))
 
 
 @app.command()
@@ -382,12 +384,12 @@ def _show_report(root: Path) -> None:
     if not table.is_file():
         raise FlowError("there is no report yet; create one with `modelpress run`")
     print(table.read_text(encoding="utf-8").rstrip() + "\n")
-    from flows.graph.params_file import package_name
+    from flows.graph.params_file import package_names
     from flows.tracking.mlflow_run import tracking_uri
 
     params = root / "params.yaml"
-    package = root / "dist" / package_name(params.read_text(encoding="utf-8"), str(params))
-    for what, place in (("report", root / "report/index.html"), ("package", package)):
+    names = package_names(params.read_text(encoding="utf-8"), str(params)).values()
+    for what, place in (("report", root / "report/index.html"), *(("package", root / "dist" / name) for name in names)):
         print(f"{what:<8} {place if place.exists() else '(none)'}")
     print(f"{'MLflow':<8} {tracking_uri(root)}")
     print(f"{'next':<8} {_next_command(root)}")
@@ -395,12 +397,12 @@ def _show_report(root: Path) -> None:
 
 def _next_command(root: Path) -> str:
     """The command to suggest next: a longer evaluation if more items could make a variant pass, else `serve`."""
-    from flows.tracking.run_facts import read_json
+    from flows.tracking.run_facts import summaries
 
-    summary = read_json(root / "report/summary.json")
-    needed = [row.get("items_needed") for row in (summary.get("variants") or {}).values()]
-    if summary and not summary.get("winner") and any(needed):
-        return f"modelpress run --set evaluation.limit={min(filter(None, needed))}"
+    for summary in summaries(root).values():
+        needed = [row.get("items_needed") for row in (summary.get("variants") or {}).values()]
+        if not summary.get("winner") and any(needed):
+            return f"modelpress run --set evaluation.limit={min(filter(None, needed))}"
     return "modelpress serve    # browse all runs, start new ones from a form or on a schedule"
 
 

@@ -9,11 +9,11 @@ import re
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path, PurePosixPath
-from typing import Any, get_args
+from typing import Any
 
 from flows.errors import FlowError
 from flows.graph.params_file import read_settings
-from tasks.settings import BASE, Settings
+from tasks.settings import BASE, TARGETS, Settings
 
 _HERE = Path.cwd()
 ROOT = _HERE if (_HERE / "params.yaml").is_file() else Path(__file__).resolve().parents[1]
@@ -27,7 +27,6 @@ def _choice(name: str, values: Sequence[str]) -> Any:
 
 VARIANTS = [name for name in NOW.variants if name != BASE]
 TASKS = list(dict.fromkeys([*NOW.evaluation.tasks, *sorted(path.stem for path in (ROOT / "evals").glob("*.yaml"))]))
-TARGETS = get_args(Settings.model_fields["target"].annotation)
 VariantName = _choice("VariantName", VARIANTS)
 TaskName = _choice("TaskName", TASKS)
 TargetName = _choice("TargetName", TARGETS)
@@ -40,6 +39,7 @@ def changes(
     package: str,
     variants: Sequence[str],
     tasks: Sequence[str],
+    targets: Sequence[str],
     values: dict[str, Any],
     others: Sequence[str],
 ) -> list[str]:
@@ -50,6 +50,8 @@ def changes(
     """
     if not variants:
         raise FlowError(f"variants: none selected; choose at least one of {', '.join(VARIANTS)}")
+    if not targets:
+        raise FlowError(f"targets: none selected; choose at least one of {', '.join(TARGETS)}")
     if not tasks:
         raise FlowError(f"tasks: none selected; choose at least one of {', '.join(TASKS)}")
     found = [f"~variants.{name}" for name in settings.variants if name not in (BASE, *variants)]
@@ -62,6 +64,8 @@ def changes(
     found += [f"{key}={_text(value)}" for key, value in values.items() if value != _at(now, key)]
     if list(tasks) != settings.evaluation.tasks:
         found.append(f"evaluation.tasks=[{','.join(tasks)}]")
+    if list(targets) != settings.targets:
+        found.append(f"targets=[{','.join(targets)}]")
     return [*found, *others]
 
 

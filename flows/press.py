@@ -28,7 +28,7 @@ from flows.workspace.worktree import Workspace, commit, fail, open_workspace, re
 # defaults of the form
 ALL_VARIANTS = list(VariantName)
 TASKS_NOW = [TaskName(name) for name in NOW.evaluation.tasks]
-TARGET_NOW = TargetName(NOW.target)
+TARGETS_NOW = [TargetName(target) for target in NOW.targets]
 NOTHING: list[str] = []
 
 
@@ -42,7 +42,7 @@ def press(
     limit: Annotated[int, Field(ge=1)] | None = NOW.evaluation.limit,
     gate_four_bit: Annotated[float, Field(gt=0, le=1.5)] = NOW.gate.four_bit,
     gate_eight_bit: Annotated[float, Field(gt=0, le=1.5)] = NOW.gate.eight_bit,
-    target: TargetName = TARGET_NOW,
+    targets: list[TargetName] = TARGETS_NOW,
     dry_run: bool = False,
     changes_to_params: list[str] = NOTHING,
     jobs: Annotated[int, Field(ge=1, le=64)] = 2,
@@ -59,7 +59,7 @@ def press(
         limit: Items per task; empty for all. More items give narrower intervals and take longer.
         gate_four_bit: The minimum share of the baseline's score for a 4-bit variant to pass.
         gate_eight_bit: The minimum share for an 8-bit variant.
-        target: The runtime for the result.
+        targets: The engines that the result is for, each with its own evaluation, winner and bundle.
         dry_run: Show the stages that would run, without running them.
         changes_to_params: Further changes to params.yaml, each KEY=VALUE, such as variants.awq-int4.clip=false.
         jobs: Maximum number of parallel stages. Each needs memory for a model.
@@ -77,12 +77,12 @@ def press(
         package=package,
         variants=[str(v.value) for v in variants],
         tasks=[str(t.value) for t in tasks],
+        targets=[str(t.value) for t in targets],
         values={
             "calibration.samples": samples,
             "evaluation.limit": limit,
             "gate.four_bit": gate_four_bit,
             "gate.eight_bit": gate_eight_bit,
-            "target": str(target.value),
         },
         others=changes_to_params,
     )

@@ -1,14 +1,11 @@
-"""The benchmark stage: size, load time, memory and speed of one model in its runtime.
-
-python -m tasks.benchmark int8
-"""
+"""Size, load time, memory and speed of one model in its runtime, one prompt after another, in process."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +13,8 @@ from tqdm import tqdm
 
 from tasks.hardware import peak_memory
 from tasks.model.size import weight_bits
-from tasks.output import write_json
-from tasks.program import one_argument, run_stage
 from tasks.runtimes import Runtime, RuntimeInfo, load_runtime
-from tasks.settings import BASE, BenchmarkSettings, Settings
+from tasks.settings import BenchmarkSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +24,7 @@ _ASIDE = {".md", ".txt", ".yaml"}  # files that no runtime reads
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """metrics/benchmark/V.json: bytes, seconds, tokens per second (medians over `repeats`).
+    """metrics/load/TARGET/V.json: bytes, seconds, tokens per second (medians over `repeats`).
 
     bits_per_weight: of the exported decoder's linear layers; None if unknown for the format.
     Speeds are None if the runtime has no kernel for the format (`fast_kernel` false; `note` gives the reason).
@@ -142,22 +137,3 @@ def _seconds(runtime: Runtime, prompt: Tensor, new_tokens: int) -> float:
 def _median(values: Iterable[float]) -> float | None:
     found = list(values)
     return statistics.median(found) if found else None
-
-
-def main() -> None:
-    """Benchmark the variant that the command line names, in the current directory."""
-    name = one_argument("python -m tasks.benchmark VARIANT")
-
-    def work(settings: Settings) -> None:
-        settings.variant(name)
-        exports = Path("exports")
-        report = benchmark(name, settings.benchmark, settings.target, exports / name, exports / BASE)
-        write_json(Path(f"metrics/benchmark/{name}.json"), asdict(report))
-        speed = report.decode_tokens_per_second
-        print(f"{name}: {report.size_bytes / 1e6:.1f} MB, {f'{speed:.1f} tokens/s' if speed else report.note}")
-
-    run_stage(work)
-
-
-if __name__ == "__main__":
-    main()

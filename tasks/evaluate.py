@@ -1,6 +1,6 @@
 """The evaluate stage: measure a variant's quality against the baseline's, until the gate is decided.
 
-python -m tasks.evaluate int8
+python -m tasks.evaluate onnx int8
 
 For base, it copies the results of the stage `reference`.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from tasks.errors import TaskError
 from tasks.hardware import peak_memory
 from tasks.output import link_or_copy, whole_directory, write_json
-from tasks.program import one_argument, run_stage
+from tasks.program import arguments, run_stage
 from tasks.runtimes import Runtime, load_runtime
 from tasks.scoring.completions import write_completions
 from tasks.scoring.contract import contract_hash, same_contract
@@ -60,7 +60,7 @@ def evaluate(
     subject = Subject(job)
     if reference is not None:
         ours = {"contract": subject.contract, "contract_hash": contract_hash(subject.contract)}
-        same_contract(name, read_reference(reference), ours)
+        same_contract(job.target, name, read_reference(reference), ours)
     predictions = _Predictions(job, baseline, reference, subject.runtime.info.device)
     with whole_directory(destination) as work:
         write_completions(work, subject.completions())
@@ -137,25 +137,30 @@ def hand_on(reference: Path, destination: Path) -> EvaluationReport:
 
 
 def main() -> None:
-    """Evaluate the variant named on the command line, in the current directory."""
-    name = one_argument("python -m tasks.evaluate VARIANT")
+    """Evaluate the variant for the target that the command line names, in the current directory."""
+    target, name = arguments("python -m tasks.evaluate TARGET VARIANT")
 
     def work(settings: Settings) -> None:
         variant = settings.variant(name)
-        results, reference = Path("results") / name, Path("data/reference")
+        settings.check_target(target)
+        exports, results, reference = (
+            Path("exports") / target,
+            Path("results") / target,
+            Path("data/reference") / target,
+        )
         if name == BASE:
-            report = hand_on(reference, results)
+            report = hand_on(reference, results / name)
         else:
             gate = settings.gate
             report = evaluate(
                 name,
-                Job(settings.evaluation, settings.target, Path("exports") / name),
-                Path("exports") / BASE,
+                Job(settings.evaluation, target, exports / name),
+                exports / BASE,
                 reference,
                 (gate, gate.share(variant.bits)),
-                results,
+                results / name,
             )
-        write_json(Path(f"metrics/evaluate/{name}.json"), asdict(report))
+        write_json(Path(f"metrics/evaluate/{target}/{name}.json"), asdict(report))
         print(summary_line(report))
 
     run_stage(work)

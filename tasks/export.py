@@ -3,7 +3,7 @@
 The transformers runtime loads the quantize stage's files, so its export links them. For other targets tasks/exporters/
 writes weights and configuration, and other files are linked.
 
-    python -m tasks.export int8
+    python -m tasks.export onnx int8
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from tasks.errors import TaskError
 from tasks.exporters import load_exporter
 from tasks.output import MANIFEST, link_or_copy, whole_directory
-from tasks.program import one_argument, run_stage
+from tasks.program import arguments, run_stage
 from tasks.settings import Settings
 
 
@@ -43,13 +43,14 @@ def export(model: Path, target: str, destination: Path) -> ExportReport:
 
 
 def main() -> None:
-    """Export the variant that the command line names, in the current directory."""
-    name = one_argument("python -m tasks.export VARIANT")
+    """Export the variant for the target that the command line names, in the current directory."""
+    target, name = arguments("python -m tasks.export TARGET VARIANT")
 
     def work(settings: Settings) -> None:
         settings.variant(name)
-        report = export(Path("models") / name, settings.target, Path("exports") / name)
-        print(f"{name}: {report.files} files, {report.bytes / 1e6:.1f} MB for {settings.target}")
+        settings.check_target(target)
+        report = export(Path("models") / name, target, Path("exports") / target / name)
+        print(f"{name}: {report.files} files, {report.bytes / 1e6:.1f} MB for {target}")
 
     run_stage(work)
 

@@ -46,6 +46,8 @@ def new_words(values: Mapping[str, Any]) -> list[str]:
                 f"{section}: remove the section; output_layer is now a setting of each variant with the backend "
                 "modelpress, and so is embedding where the model does not tie the two"
             )
+    if "target" in values:
+        lines.append(f"targets: [{values['target']}]    # instead of target")
     return lines
 
 

@@ -1,6 +1,6 @@
 """The package stage: bundle the smallest variant that passes, after a trial load in its runtime.
 
-python -m tasks.package
+python -m tasks.package onnx
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tasks.companion_files import companion_files
 from tasks.deployment.write import write_serving
 from tasks.errors import TaskError
 from tasks.output import MANIFEST, checksums, link_or_copy, whole_directory, write_json, write_text
-from tasks.program import run_stage
+from tasks.program import arguments, run_stage
 from tasks.reporting.kept import Kept, kept
 from tasks.reporting.model_card import model_card, pipeline_task
 from tasks.reporting.provenance import dvc_identity, git_state, without_folders
@@ -26,6 +26,7 @@ from tasks.reporting.records import read_json
 from tasks.reporting.summary import HOW
 from tasks.settings import BUILTIN, Settings
 from tasks.sources.choice import auto_class
+from tasks.targets import files_of
 
 CARD, PROVENANCE = "README.md", "provenance.json"
 # files that describe their own folder, and would be wrong in the bundle
@@ -45,17 +46,18 @@ class Package:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The outputs of earlier stages for the bundle: folders, and the files `data` and `lock`."""
+    """The outputs of earlier stages for the bundle: folders, those of the target in `report` and `exports`, and the
+    files `data` and `lock`."""
 
-    report: Path = Path("report")
-    exports: Path = Path("exports")
+    report: Path
+    exports: Path
     source: Path = Path("models/source")
     data: Path = Path("data/raw/sources.json")
     lock: Path = Path("dvc.lock")
 
 
-def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try = generates) -> Package:
-    """Build the bundle of the report's winner at `destination`, atomically.
+def package(settings: Settings, target: str, inputs: Inputs, destination: Path, attempt: Try = generates) -> Package:
+    """Build the bundle of the target's winner at `destination`, atomically.
 
     `attempt` (bundle, target, dtype -> text) must first load it and generate. TaskError, leaving `destination`
     unchanged, if no variant passes, if the export's bytes are not the evaluated ones, if the model does not fit the
@@ -67,34 +69,41 @@ def package(settings: Settings, inputs: Inputs, destination: Path, attempt: Try 
         judged = {v: row for v, row in summary["variants"].items() if row["verdict"]}
         verdicts = "; ".join(f"{v}: {row['verdict']}, {row['reason']}" for v, row in judged.items())
         raise TaskError(
-            f"no variant passes its gate, so nothing is packaged ({verdicts}). Change a variant's settings, "
+            f"{target}: no variant passes its gate, so nothing is packaged ({verdicts}). Change a variant's settings, "
             "add one, or evaluate more items"
         )
     export = inputs.exports / name
-    evaluated = read_json(export / MANIFEST, f"export@{name}")["sha256"]
+    evaluated = read_json(export / MANIFEST, f"export@{target}-{name}")["sha256"]
     with whole_directory(destination, seal=lambda folder: _seal(folder, settings)) as bundle:
         for file in sorted(evaluated.keys() - OF_THE_FOLDER):
             if not (export / file).is_file():
-                raise TaskError(f"{export / file} is missing; rebuild it with: dvc repro -f export@{name}")
+                raise TaskError(f"{export / file} is missing; rebuild it with: dvc repro -f export@{target}-{name}")
             link_or_copy(export / file, bundle / file)
-        _same_bytes(name, evaluated, checksums(bundle))
+        _same_bytes(export, evaluated, checksums(bundle), f"export@{target}-{name}")
         _complete(bundle, inputs.source)
-        config = read_json(bundle / "config.json", f"export@{name}")
+        config = read_json(bundle / "config.json", f"export@{target}-{name}")
         files = [p.name for p in bundle.iterdir()]
         form = str(config.get("quantization_config", {}).get("quant_method", "none"))
-        if settings.target != "transformers":
-            form = settings.target
+        if files_of(target) != "transformers":
+            form = target
         from tasks.runtimes.dense import needs_own_reader  # takes seconds to import
 
         own = form == "compressed-tensors" and needs_own_reader(bundle, form)
         same, kind = kept(bundle, inputs.source), auto_class(config)
-        write_text(bundle / CARD, model_card(summary, settings, files, form, kind, own, same))
+        write_text(
+            bundle / CARD, model_card(bundle_name(settings, target), summary, settings, files, form, kind, own, same)
+        )
         facts = provenance(summary, settings, inputs, same)
         write_json(bundle / PROVENANCE, facts)
         write_json(bundle / BOM, bill_of_materials(facts, summary, config, pipeline_task(kind), evaluated))
-        write_serving(bundle, settings, name)
-        text = attempt(bundle, settings.target, settings.evaluation.dtype)
+        write_serving(bundle, settings, target, name)
+        text = attempt(bundle, target, settings.evaluation.dtype)
     return Package(name, sum(p.stat().st_size for p in destination.rglob("*") if p.is_file()), text)
+
+
+def bundle_name(settings: Settings, target: str) -> str:
+    """The name of the folder of a target's bundle."""
+    return f"{settings.package.name}-{target}"
 
 
 def _reproducible(settings: Settings, name: str, device: str) -> str:
@@ -132,7 +141,7 @@ def provenance(
             "bootstrap": summary["gate"]["seed"],
         },
         "git": git_state(),
-        "dvc": dvc_identity(inputs.lock, list(settings.variants)),
+        "dvc": dvc_identity(inputs.lock, summary["target"], list(settings.variants)),
         "libraries": summary["versions"],
         "machine": summary["machine"],
     }
@@ -140,13 +149,13 @@ def provenance(
     return plain
 
 
-def _same_bytes(name: str, evaluated: Mapping[str, str], linked: Mapping[str, str]) -> None:
+def _same_bytes(export: Path, evaluated: Mapping[str, str], linked: Mapping[str, str], stage: str) -> None:
     """TaskError unless the bundle's files are the evaluated ones."""
     other = [file for file, digest in linked.items() if evaluated[file] != digest]
     if other:
         raise TaskError(
-            f"{', '.join(other)} of exports/{name} changed since the export: these bytes were not evaluated; "
-            f"rebuild them with: dvc repro -f export@{name}"
+            f"{', '.join(other)} of {export} changed since the export: these bytes were not evaluated; "
+            f"rebuild them with: dvc repro -f {stage}"
         )
 
 
@@ -165,11 +174,13 @@ def _seal(bundle: Path, settings: Settings) -> None:
 
 
 def main() -> None:
-    """Run the stage in the current folder."""
+    """Run the stage in the current folder, for the target that the command line names."""
+    (target,) = arguments("python -m tasks.package TARGET")
 
     def work(settings: Settings) -> None:
-        destination = Path("dist") / settings.package.name
-        done = package(settings, Inputs(), destination)
+        settings.check_target(target)
+        destination = Path("dist") / bundle_name(settings, target)
+        done = package(settings, target, Inputs(Path("report") / target, Path("exports") / target), destination)
         print(f"{destination}: {done.variant}, {done.size_bytes:,} bytes; loaded in a fresh process, it wrote:")
         print(f"{PROMPT}{done.text}")
 

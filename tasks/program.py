@@ -65,8 +65,9 @@ def _end(status: int, message: str) -> NoReturn:
     sys.exit(status)
 
 
-def one_argument(usage: str) -> str:
-    """Return the stage's only command-line argument, the name of a variant."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+def arguments(usage: str) -> list[str]:
+    """Return the stage's command-line arguments: one for each word in capitals at the end of `usage`."""
+    given, expected = sys.argv[1:], [word for word in usage.split() if word.isupper()]
+    if len(given) != len(expected) or any(one.startswith("-") for one in given):
         sys.exit(f"usage: {usage}")
-    return sys.argv[1]
+    return given

@@ -22,7 +22,7 @@ from tasks.model.precisions import read_precisions
 from tasks.model.size import weight_bits
 from tasks.model.structure import overview, read_structure
 from tasks.output import link_or_copy, resumable_directory, whole_directory, write_json
-from tasks.program import one_argument, run_stage
+from tasks.program import arguments, run_stage
 from tasks.quantizers import QuantizeJob, press
 from tasks.quantizers.identity import identity_of, read_tokens, versions
 from tasks.quantizers.parallel import held_beside
@@ -142,7 +142,7 @@ def _add_companions(model: Path, work: Path) -> None:
 
 def main() -> None:
     """Quantize the variant that the command line names, in the current directory."""
-    name = one_argument("python -m tasks.quantize VARIANT")
+    (name,) = arguments("python -m tasks.quantize VARIANT")
 
     def work(settings: Settings) -> None:
         report = quantize(

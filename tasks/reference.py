@@ -1,6 +1,6 @@
 """The reference stage: measure the baseline's quality and store its last hidden states for later comparisons.
 
-python -m tasks.reference
+python -m tasks.reference onnx
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tasks.output import whole_directory, write_json
-from tasks.program import run_stage
+from tasks.program import arguments, run_stage
 from tasks.runtimes import RuntimeWithStates
 from tasks.scoring.completions import write_completions
 from tasks.scoring.divergence import measure_text
@@ -59,12 +59,14 @@ def measure_reference(job: Job, destination: Path) -> EvaluationReport:
 
 
 def main() -> None:
-    """Measure the baseline in the current directory."""
+    """Measure the baseline for the target that the command line names, in the current directory."""
+    (target,) = arguments("python -m tasks.reference TARGET")
 
     def work(settings: Settings) -> None:
-        job = Job(settings.evaluation, settings.target, Path("exports") / BASE)
-        report = measure_reference(job, Path("data/reference"))
-        write_json(Path(f"metrics/reference/{BASE}.json"), {key: getattr(report, key) for key in COSTS})
+        settings.check_target(target)
+        job = Job(settings.evaluation, target, Path("exports") / target / BASE)
+        report = measure_reference(job, Path("data/reference") / target)
+        write_json(Path(f"metrics/reference/{target}/{BASE}.json"), {key: getattr(report, key) for key in COSTS})
         print(summary_line(report))
 
     run_stage(work)

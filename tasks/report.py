@@ -1,10 +1,11 @@
-"""Compare the variants with the baseline: table, Pareto plot, page and verdicts.
+"""Compare the variants with the baseline, for each target: table, Pareto plot, page and verdicts.
 
 python -m tasks.report
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,54 +15,60 @@ from tasks.program import run_stage
 from tasks.reporting.completions import markdown
 from tasks.reporting.decision import decisive
 from tasks.reporting.heat_map import heat_map
-from tasks.reporting.html_page import page
+from tasks.reporting.html_page import overview_page, page
 from tasks.reporting.pareto_plot import pareto, pareto_svg
 from tasks.reporting.provenance import machine, versions
 from tasks.reporting.records import read_json
 from tasks.reporting.summary import read_quantized, summarize
-from tasks.reporting.table import table
+from tasks.reporting.table import tables
 from tasks.settings import Settings
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found: the verdict of each variant, the winner's name or None, the figures that decide (for `dvc
-    metrics diff`), and the table as text."""
+    """What `report` found: by target, the figures that decide (for `dvc metrics diff`); the tables as text."""
 
-    verdicts: dict[str, str]
-    winner: str | None
-    decisive: dict[str, Any]
+    decisive: dict[str, dict[str, Any]]
     table: str
 
 
 def report(settings: Settings, metrics: Path, results: Path, source: Path, destination: Path) -> Report:
-    """Write summary.json, table.txt, pareto.png, completions.md and index.html to `destination`, all or none.
+    """Write to `destination`, all or none: for each target, TARGET/summary.json, TARGET/completions.md and
+    plots/TARGET.png; for all, table.txt and index.html, which with several targets links to TARGET/index.html.
 
     Raises TaskError as `tasks.reporting.summary.summarize` does.
     """
     variants = list(settings.variants)
-    summary: dict[str, Any] = {
-        **summarize(variants, settings.gate, metrics, results, source),
-        "machine": machine(),
-        "versions": versions(),
-    }
+    measured_on = {"machine": machine(), "versions": versions()}
     pressed = {v: read_quantized(metrics, v) for v in variants}
     calibration = read_json(metrics / "calibrate.json", "calibrate")
-    text = table(summary)
+    summaries: dict[str, dict[str, Any]] = {
+        target: {**summarize(target, variants, settings.gate, metrics, results, source), **measured_on}
+        for target in settings.targets
+    }
+    text = tables(summaries)
     with whole_directory(destination) as folder:
-        write_json(folder / "summary.json", summary)
+        (folder / "plots").mkdir()
+        for target, summary in summaries.items():
+            (folder / target).mkdir()
+            write_json(folder / target / "summary.json", summary)
+            write_text(folder / target / "completions.md", markdown(summary) + "\n")
+            (folder / "plots" / f"{target}.png").write_bytes(pareto(summary))
+            place = folder if len(summaries) == 1 else folder / target
+            write_text(place / "index.html", _page(summary, pressed, calibration))
+        if len(summaries) > 1:
+            write_text(folder / "index.html", overview_page(summaries))
         write_text(folder / "table.txt", text)
-        (folder / "pareto.png").write_bytes(pareto(summary))
-        write_text(folder / "completions.md", markdown(summary) + "\n")
-        layers = {v: found["layers"] for v, found in pressed.items()}
-        plots = {"wide": pareto_svg(summary, narrow=False), "narrow": pareto_svg(summary, narrow=True)}
-        heats = {v: heat for v, found in pressed.items() if (heat := heat_map(found["linears"]))}
-        structure: dict[str, Any] = next(
-            (found["structure"] for found in pressed.values() if found.get("structure")), {}
-        )
-        write_text(folder / "index.html", page(summary, layers, calibration, plots, heats, structure))
-    verdicts = {v: row["verdict"] for v, row in summary["variants"].items() if row["verdict"]}
-    return Report(verdicts, summary["winner"], decisive(summary), text)
+    return Report({target: decisive(summary) for target, summary in summaries.items()}, text)
+
+
+def _page(summary: Mapping[str, Any], pressed: Mapping[str, Any], calibration: Mapping[str, Any]) -> str:
+    """The page of one target. pressed: quantize's metrics of each variant."""
+    layers = {v: found["layers"] for v, found in pressed.items()}
+    plots = {"wide": pareto_svg(summary, narrow=False), "narrow": pareto_svg(summary, narrow=True)}
+    heats = {v: heat for v, found in pressed.items() if (heat := heat_map(found["linears"]))}
+    structure: dict[str, Any] = next((found["structure"] for found in pressed.values() if found.get("structure")), {})
+    return page(summary, layers, calibration, plots, heats, structure)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def examine(root: Path) -> Iterator[Finding]:
     except FlowError as error:
         yield Finding("params.yaml", "bad", str(error), "fix it; the comments in the file explain every key")
         return
-    yield Finding("params.yaml", "ok", f"{len(settings.variants)} variants, target {settings.target}")
+    yield Finding("params.yaml", "ok", f"{len(settings.variants)} variants, for {', '.join(settings.targets)}")
     yield from _sources(root, settings)
 
 

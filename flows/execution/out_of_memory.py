@@ -11,7 +11,7 @@ _LOWER = {
     "statistics": "calibration.samples",
     "reference": "evaluation.batch_tokens",
     "evaluate": "evaluation.batch_tokens",
-    "benchmark": "benchmark.batch_size",
+    "load": "benchmark.batch_size",
 }
 
 

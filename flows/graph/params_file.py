@@ -28,15 +28,30 @@ def read_settings(path: Path) -> Settings:
         raise FlowError(str(error)) from error
 
 
-def package_name(text: str, origin: str) -> str:
-    """The package's name in the text of a params.yaml, including earlier versions that `read_settings` rejects.
+def package_names(text: str, origin: str) -> dict[str, str]:
+    """The name of each target's package in the text of a params.yaml, including earlier versions that `read_settings`
+    rejects, whose only package was not named after its target.
 
     FlowError with the `origin` if there is none.
     """
     try:
-        return str(yaml.safe_load(text)["package"]["name"])
+        values = yaml.safe_load(text)
+        name = str(values["package"]["name"])
+        if "targets" not in values:
+            return {str(values["target"]): name}
+        return {str(target): f"{name}-{target}" for target in values["targets"]}
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise FlowError(f"{origin} names no package; expected package.name") from error
+        raise FlowError(f"{origin} names no package; expected package.name and targets") from error
+
+
+def package_of(text: str, origin: str, target: str | None) -> str:
+    """The name of the package for `target`, or of the only one; FlowError if there is no such or more than one."""
+    names = package_names(text, origin)
+    if target is None and len(names) > 1:
+        raise FlowError(f"{origin} has packages for {', '.join(names)}; choose one with --target")
+    if target is not None and target not in names:
+        raise FlowError(f"{origin} has no package for {target!r}; there are: {', '.join(names)}")
+    return names[target] if target else next(iter(names.values()))
 
 
 def override(path: Path, changes: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Decide which stages may start now: pure functions over the graph.
 
-A stage starts when all its upstreams have succeeded. A `benchmark` measures speed, so it runs alone, after all other
+A stage starts when all its upstreams have succeeded. A `load` measures speed, so it runs alone, after all other
 stages that are ready. `statistics` also runs alone, with all cores, because most other stages wait for it. This is a
 policy of the flow and not part of dvc.yaml.
 """
@@ -14,7 +14,7 @@ Upstreams = Mapping[str, Collection[str]]  # stage -> its upstreams, in topologi
 
 def runs_alone(stage: str) -> bool:
     """Whether `stage` must not run in parallel with others."""
-    return stage.partition("@")[0] in ("benchmark", "statistics")
+    return stage.partition("@")[0] in ("load", "statistics")
 
 
 def threads_of(stage: str, starting: Collection[str], running: Collection[str], jobs: int, cores: int) -> int:

@@ -40,29 +40,29 @@ class Contender:
     items: Mapping[str, list[dict[str, Any]]]
 
 
-def read_contender(root: Path, variant: str) -> Contender:
-    """Read the package of `variant` in the checkout `root`; FlowError if a metrics file is missing."""
-    evaluated = _json(root / f"metrics/evaluate/{variant}.json")
-    measured = _json(root / f"metrics/benchmark/{variant}.json")
+def read_contender(root: Path, target: str, variant: str) -> Contender:
+    """Read the package of `variant` for `target` in the checkout `root`; FlowError if a metrics file is missing."""
+    evaluated = _json(root / f"metrics/evaluate/{target}/{variant}.json")
+    measured = _json(root / f"metrics/load/{target}/{variant}.json")
     return Contender(
         int(measured["size_bytes"]),
         evaluated["contract"],
         {
             path.stem.removeprefix("items-"): [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            for path in sorted((root / "results" / variant).glob("items-*.jsonl"))
+            for path in sorted((root / "results" / target / variant).glob("items-*.jsonl"))
         },
     )
 
 
-def fetch_contender(home: Path, tag: str, variant: str, folder: Path) -> Contender:
+def fetch_contender(home: Path, tag: str, target: str, variant: str, folder: Path) -> Contender:
     """Fetch the package of the run `tag` from git and DVC's cache into `folder`; FlowError if it is missing."""
-    for stage in ("evaluate", "benchmark"):
-        path = folder / f"metrics/{stage}/{variant}.json"
+    for stage in ("evaluate", "load"):
+        path = folder / f"metrics/{stage}/{target}/{variant}.json"
         path.parent.mkdir(parents=True)
-        path.write_text(git(home, "show", f"{tag}:metrics/{stage}/{variant}.json"), encoding="utf-8")
-    (folder / "results").mkdir()
-    fetch_output(home, f"results/{variant}", tag, folder / "results" / variant)
-    return read_contender(folder, variant)
+        path.write_text(git(home, "show", f"{tag}:metrics/{stage}/{target}/{variant}.json"), encoding="utf-8")
+    (folder / "results" / target).mkdir(parents=True)
+    fetch_output(home, f"results/{target}/{variant}", tag, folder / "results" / target / variant)
+    return read_contender(folder, target, variant)
 
 
 def why_not(champion: Contender, new: Contender, gate: GateSettings, share: float) -> str | None:

@@ -30,9 +30,8 @@ ERROR_TAG = "error"
 GIT_TAG = "git.tag"  # only of deployed runs
 PARENT_TAG = "mlflow.parentRunId"
 CHECKOUT_TAG = "modelpress.checkout"
-ARTIFACTS = tuple(
-    f"report/{name}" for name in ("index.html", "pareto.png", "completions.md", "summary.json", "table.txt")
-)
+REPORT = Path("report")
+WINNER_TAG = "winner."  # and the target
 
 Log = Logger | LoggerAdapter[Any]
 
@@ -104,13 +103,15 @@ class Record:
         run = self._parent
         settings = dvc_lock.params(self._root)
         settings.pop("variants", None)
-        summary = run_facts.read_json(self._root / "report/summary.json")
-        tags = {"winner": str(summary["winner"])} if "winner" in summary else {}
+        found = run_facts.summaries(self._root)
+        tags = {f"{WINNER_TAG}{target}": str(one["winner"]) for target, one in found.items() if "winner" in one}
         executed = float(list(results.values()).count("executed"))
         self._write(run, run_facts.flatten(settings), {"stages": float(len(results)), "executed": executed}, tags)
-        for path in (*ARTIFACTS, "params.yaml", "dvc.lock"):
+        for path in ("params.yaml", "dvc.lock"):
             if (self._root / path).is_file():
                 self._store.log_artifact(run, str(self._root / path))
+        if (self._root / REPORT).is_dir():
+            self._store.log_artifacts(run, str(self._root / REPORT))
         for variant in run_facts.variant_facts(self._root):
             self._child(variant)
 
@@ -118,11 +119,11 @@ class Record:
         tags = {PARENT_TAG: self._parent, "mlflow.source.name": "modelpress"}
         child = self._store.create_run(self._experiment, tags=tags, run_name=variant.name).info.run_id
         self._write(child, variant.params, variant.metrics, variant.tags)
-        for path in variant.files:
-            self._store.log_artifact(child, str(path), path.parent.name)
-        for name in ("report/pareto.png", "report/index.html"):
-            if (self._root / name).is_file():
-                self._store.log_artifact(child, str(self._root / name))
+        for stage, path in variant.files.items():
+            self._store.log_artifact(child, str(path), stage)
+        for path in (REPORT / "plots" / f"{variant.target}.png", REPORT / "index.html"):
+            if (self._root / path).is_file():
+                self._store.log_artifact(child, str(self._root / path))
         self._store.set_terminated(child, "FINISHED")
 
     def _end(self, status: str, error: str) -> None:

@@ -19,7 +19,7 @@ from prefect.artifacts import (
 from flows.graph.plan import ACTIONS, Plan
 from flows.tracking.mlflow_run import find_run
 from flows.tracking.result_markdown import result
-from flows.tracking.run_facts import read_json
+from flows.tracking.run_facts import summaries
 from tasks.reporting.columns import columns, one_line
 
 MLFLOW_UI = "MODELPRESS_MLFLOW_UI"  # environment variable with the address of MLflow's UI
@@ -42,25 +42,25 @@ class ProgressArtifact:
 
 
 def show_result(root: Path) -> None:
-    """Publish the variants as a table, and the result as a page with the plot."""
-    summary = read_json(root / "report/summary.json")
-    if variants := summary.get("variants"):
-        described = columns(summary)
-        rows = [{one_line(column.heading): one_line(column.cells[name]) for column in described} for name in variants]
-        create_table_artifact(key="variants", table=rows, description="all variants")
-        markdown = result(summary, _plot(root / "report/pareto.png"))
-        create_markdown_artifact(key="result", markdown=markdown, description="the result")
+    """Publish each target's variants as a table, and its result as a page with the plot."""
+    found = {target: summary for target, summary in summaries(root).items() if summary.get("variants")}
+    for target, summary in found.items():
+        described, names = columns(summary), summary["variants"]
+        rows = [{one_line(column.heading): one_line(column.cells[name]) for column in described} for name in names]
+        create_table_artifact(key=f"variants-{target}", table=rows, description=f"all variants, for {target}")
+        markdown = result(summary, _plot(root / "report/plots" / f"{target}.png"))
+        create_markdown_artifact(key=f"result-{target}", markdown=markdown, description=f"the result, for {target}")
 
 
 def show_run(root: Path, home: Path, tag: str, flow_run: str) -> None:
     """Publish the locations of a finished run in a workspace: tag, package, record in MLflow."""
-    package = read_json(root / "report/summary.json").get("winner")
+    packages = {target: one["winner"] for target, one in summaries(root).items() if one.get("winner")}
     lines = [
         f"Kept as the tag `{tag}`. In a clone of the repository:",
         f"```\ngit checkout {tag} && dvc repro    # nothing to do: everything is in DVC's cache\n```",
     ]
-    if package:
-        lines.append(f"The package, from `{package}`:\n```\nmodelpress get {tag}\n```")
+    for target, package in packages.items():
+        lines.append(f"The package for {target}, from `{package}`:\n```\nmodelpress get {tag} --target {target}\n```")
     pages, found = os.environ.get(MLFLOW_UI), find_run(home, flow_run)
     if pages and found:
         url = f"{pages}/#/experiments/{found[0]}/runs/{found[1]}"

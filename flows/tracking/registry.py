@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from flows.errors import FlowError
 from flows.graph.dvc_lock import lock_hash, lock_stages
-from flows.graph.params_file import package_name, read_settings
+from flows.graph.params_file import read_settings
 from flows.tracking.champion import fetch_contender, read_contender, why_not
 from flows.tracking.mlflow_run import GIT_TAG, Log, find_run, open_store, run_with_result, store_error, tracking_uri
-from flows.tracking.run_facts import read_json
+from flows.tracking.run_facts import summaries
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,9 +31,10 @@ STAGE = "package"
 
 @dataclass(frozen=True)
 class Package:
-    """A package of a finished run: its name, variant and location."""
+    """A package of a finished run: its name, target, variant and location."""
 
     name: str
+    target: str
     variant: str
     path: str
     md5: str
@@ -70,14 +71,19 @@ def _register(root: Path, home: Path, tag: str, commit: str, flow_run: str, log:
     run = find_run(home, flow_run) or run_with_result(home, lock_hash(root, lock_stages(root)))
     if run:
         client.set_tag(run[1], GIT_TAG, tag)
-    package = _package(root, tag, commit)
-    if package is None:
-        return
+    for package in _packages(root, tag, commit):
+        _register_one(root, home, client, (experiment, run[1] if run else None), package, log)
+
+
+def _register_one(
+    root: Path, home: Path, client: MlflowClient, run: tuple[str, str | None], package: Package, log: Log
+) -> None:
+    """run: the ids of MLflow's experiment and of the run that made the package."""
     version = _same(client, package)
     if version:
         log.info("MLflow: the same package is already version %s of %s", version.version, package.name)
     else:
-        version = _new_version(client, experiment, run[1] if run else None, package, _figures(root, package))
+        version = _new_version(client, *run, package, _figures(root, package))
         log.info("MLflow: registered as version %s of %s", version.version, package.name)
     champion = _champion(client, package.name)
     if champion is not None and str(champion.version) == str(version.version):
@@ -98,19 +104,19 @@ def _register(root: Path, home: Path, tag: str, commit: str, flow_run: str, log:
         )
 
 
-def _package(root: Path, tag: str, commit: str) -> Package | None:
-    """The run's package from dvc.lock; None if its pipeline has no such stage."""
-    outs = lock_stages(root).get(STAGE, {}).get("outs", [])
-    winner = read_json(root / "report/summary.json").get("winner")
-    if not outs or not winner:
-        return None
-    name = package_name((root / "params.yaml").read_text(encoding="utf-8"), "params.yaml")
-    return Package(name, str(winner), str(outs[0]["path"]), str(outs[0]["md5"]), tag, commit)
+def _packages(root: Path, tag: str, commit: str) -> Iterator[Package]:
+    """The run's packages from dvc.lock, one for each target."""
+    stages = lock_stages(root)
+    for target, summary in summaries(root).items():
+        outs = stages.get(f"{STAGE}@{target}", {}).get("outs", [])
+        if outs and (winner := summary.get("winner")):
+            path = str(outs[0]["path"])
+            yield Package(Path(path).name, target, str(winner), path, str(outs[0]["md5"]), tag, commit)
 
 
 def _figures(root: Path, package: Package) -> dict[str, str]:
     """The report's figures of the packaged variant, as tags of the version."""
-    row = read_json(root / "report/summary.json")["variants"][package.variant]
+    row = summaries(root)[package.target]["variants"][package.variant]
     retention = row.get("retention") or {}
     values = {"size_bytes": row.get("size_bytes"), "identity": row.get("identity"), "verdict": row.get("reason")}
     values |= {f"retention.{key}": retention.get(key) for key in ("mean", "low", "high")}
@@ -134,6 +140,7 @@ def _new_version(
         "dvc.md5": package.md5,
         GIT_TAG: package.tag,
         "git.commit": package.commit,
+        "target": package.target,
         "variant": package.variant,
         **figures,
     }
@@ -162,11 +169,12 @@ def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
 
 def _objection(root: Path, home: Path, champion: ModelVersion, package: Package) -> str | None:
     """The reason why the package does not become the champion; None if it does."""
-    share = read_json(root / "report/summary.json")["variants"][package.variant]["gate"]
+    share = summaries(root)[package.target]["variants"][package.variant]["gate"]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            other = fetch_contender(home, champion.tags[GIT_TAG], champion.tags["variant"], Path(folder))
-            new = read_contender(root, package.variant)
+            of = champion.tags["target"], champion.tags["variant"]
+            other = fetch_contender(home, champion.tags[GIT_TAG], *of, Path(folder))
+            new = read_contender(root, package.target, package.variant)
             return why_not(other, new, read_settings(root / "params.yaml").gate, float(share))
     except (FlowError, KeyError, ValueError, OSError) as error:
         return f"the two cannot be compared: {error}"

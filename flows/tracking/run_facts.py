@@ -17,30 +17,43 @@ _TOO_MANY = frozenset({"layers"})
 
 @dataclass(frozen=True)
 class VariantFacts:
-    """One variant: its settings, figures (dotted names), tags, and the files of its metrics and greedy texts."""
+    """One variant for one target: its settings, figures (dotted names), tags, and the files of its metrics and greedy
+    texts by stage. name: TARGET-VARIANT."""
 
     name: str
+    target: str
     params: dict[str, str]
     metrics: dict[str, float]
     tags: dict[str, str]
-    files: tuple[Path, ...]
+    files: dict[str, Path]
 
 
 def variant_facts(root: Path) -> list[VariantFacts]:
-    """The facts of every variant in params.yaml, from that file, metrics/*/VARIANT.json, the report and dvc.lock."""
+    """The facts of every target and variant in params.yaml, from that file, the metrics of the variant and of both,
+    the report and dvc.lock."""
     settings = params(root)
-    summary = read_json(root / "report/summary.json").get("variants") or {}
-    stages = lock_stages(root)
+    stages, found = lock_stages(root), summaries(root)
     return [
-        _facts(root, name, values, summary.get(name) or {}, stages)
+        _facts(root, target, name, values, ((found.get(target) or {}).get("variants") or {}).get(name) or {}, stages)
+        for target in settings.get("targets") or []
         for name, values in (settings.get("variants") or {}).items()
     ]
 
 
-def _facts(root: Path, name: str, settings: Any, summary: dict[str, Any], stages: dict[str, Any]) -> VariantFacts:
-    files = tuple(sorted((root / "metrics").glob(f"*/{name}.json")))
-    content = {path.parent.name: read_json(path) for path in files} | {"report": summary}
-    labels = flatten({"variant": name, **settings})
+def summaries(root: Path) -> dict[str, dict[str, Any]]:
+    """The report's summary of each target in params.yaml, in its order; without those that there is none of."""
+    targets = params(root).get("targets") or []
+    read = {str(target): read_json(root / "report" / str(target) / "summary.json") for target in targets}
+    return {target: summary for target, summary in read.items() if summary}
+
+
+def _facts(
+    root: Path, target: str, name: str, settings: Any, summary: dict[str, Any], stages: dict[str, Any]
+) -> VariantFacts:
+    files = {path.parent.name: path for path in (root / "metrics").glob(f"*/{name}.json")}
+    files |= {path.parents[1].name: path for path in (root / "metrics").glob(f"*/{target}/{name}.json")}
+    content = {stage: read_json(path) for stage, path in sorted(files.items())} | {"report": summary}
+    labels = flatten({"variant": name, "target": target, **settings})
     labels |= flatten(content.get("evaluate", {}).get("contract") or {}, "contract")
     metrics = {key: value for folder, values in content.items() for key, value in numbers(values, folder)}
     tags = {
@@ -49,10 +62,12 @@ def _facts(root: Path, name: str, settings: Any, summary: dict[str, Any], stages
         if (value := summary.get(key) or content.get("quantize", {}).get(key)) is not None
     }
     for stage, entry in stages.items():
-        if stage.endswith(f"@{name}"):
+        if stage.partition("@")[2] in (name, f"{target}-{name}"):
             tags |= {f"dvc.{out['path']}": out["md5"] for out in entry.get("outs", []) if "md5" in out}
-    texts = root / "results" / name / "texts.jsonl"
-    return VariantFacts(name, labels, metrics, tags, (*files, *([texts] if texts.is_file() else [])))
+    texts = root / "results" / target / name / "texts.jsonl"
+    if texts.is_file():
+        files["results"] = texts
+    return VariantFacts(f"{target}-{name}", target, labels, metrics, tags, files)
 
 
 def git_tags(root: Path) -> dict[str, str]:

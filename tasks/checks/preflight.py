@@ -23,6 +23,7 @@ from tasks.scoring.eval_tasks import check_tasks
 from tasks.settings import Settings
 from tasks.sources.choice import check_config
 from tasks.sources.config import fetch_config
+from tasks.targets import files_of
 
 ELSEWHERE = "--elsewhere"
 
@@ -33,7 +34,7 @@ def check(settings: Settings, model: Path | None, evals: Path, here: bool = True
     check_tasks(settings.evaluation.tasks, evals)
     if here and settings.package.signing == "key":
         check_key()
-    load_exporter(settings.target).check(settings, model)
+    _check_exports(settings, model)
     if model is not None:
         check_model(settings, model, here)
         return
@@ -52,8 +53,13 @@ def check_model(settings: Settings, model: Path, here: bool = False) -> None:
     check_context(settings, json.loads((model / "config.json").read_text(encoding="utf-8")))
     for name, variant in settings.variants.items():
         check_fit(name, variant, model)
-    if here and settings.target == "transformers":
+    if here and any(files_of(target) == "transformers" for target in settings.targets):
         check_room(model, settings.evaluation.dtype)
+
+
+def _check_exports(settings: Settings, model: Path | None) -> None:
+    for target in settings.targets:
+        load_exporter(target).check(settings, model)
 
 
 def check_announced(settings: Settings, config: Path, folder: Path, here: bool = False) -> None:
@@ -65,7 +71,7 @@ def check_announced(settings: Settings, config: Path, folder: Path, here: bool =
     from tasks.model.hollow import hollow_model
 
     model = hollow_model(known_config(values), settings.model.dtype, folder / "model")
-    load_exporter(settings.target).check(settings, model)
+    _check_exports(settings, model)
     check_model(settings, model, here)
 
 

@@ -30,24 +30,25 @@ from tasks.output import write_json, write_text
 from tasks.reporting.engines import why_not_vllm
 from tasks.reporting.render import render
 from tasks.settings import Settings
+from tasks.targets import files_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 # what clients may ask for; everything else, such as /metrics or loading an adapter, stays inside
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
-def write_serving(bundle: Path, settings: Settings, variant: str) -> None:
+def write_serving(bundle: Path, settings: Settings, target: str, variant: str) -> None:
     """Write `bundle`/serve: settings, manifests and instructions for servers. The same bytes for the same inputs.
 
     TaskError if the model does not fit the described hardware (package.hardware). For the target onnx, and for files
     that vLLM does not load, only README.md with the reason.
     """
     folder = bundle / "serve"
-    refusal = why_not_vllm(variant, settings.variant(variant)) if settings.target == "transformers" else ""
-    if settings.target == "onnx" or refusal:
+    refusal = why_not_vllm(variant, settings.variant(variant)) if files_of(target) == "transformers" else ""
+    if target == "onnx" or refusal:
         write_text(folder / "README.md", _render("README_without.md.j2", name=settings.package.name, refusal=refusal))
         return
-    for name, contents in _Serving(bundle, settings).files():
+    for name, contents in _Serving(bundle, settings, target).files():
         if isinstance(contents, str):
             write_text(folder / name, contents)
         elif name.endswith(".json"):
@@ -62,6 +63,7 @@ class _Serving:
 
     bundle: Path
     settings: Settings
+    target: str
 
     def files(self) -> Iterator[tuple[str, Any]]:
         """Names below serve/ and contents: text, or values for YAML or JSON."""
@@ -70,7 +72,7 @@ class _Serving:
         shape = read_shape(self.bundle)
         plan, template = plan_of(shape, hardware), read_template(self.bundle)
         sampling = recommended_sampling(self.bundle)
-        llama_cpp = self.settings.target == "gguf"
+        llama_cpp = self.target == "gguf"
         arguments = llama_cpp_command(name, plan, sampling, gpu=product is not None) if llama_cpp else None
         caddyfile = _render("Caddyfile.j2", port=PROXY_PORT, paths=PATHS, tls=True)
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from tasks.errors import TaskError
 from tasks.settings import TARGETS, Settings
+from tasks.targets import files_of
 
 
 class Exporter(Protocol):
@@ -23,20 +24,20 @@ class Exporter(Protocol):
         files. TaskError if the runtime cannot load such a model."""
 
 
-def check_group_sizes(settings: Settings, block: int, why: str) -> None:
+def check_group_sizes(settings: Settings, target: str, block: int, why: str) -> None:
     """TaskError naming the variant's key unless all group sizes are multiples of `block`; why: the reason."""
     for name, variant in settings.variants.items():
         for key, size in variant.group_sizes:
             if size % block:
                 raise TaskError(
                     f"variants.{name}.{key} has groups of {size}, but {why}; "
-                    f"sizes that fit the target {settings.target}: {block} and its multiples"
+                    f"sizes that fit the target {target}: {block} and its multiples"
                 )
 
 
 def load_exporter(target: str) -> Exporter:
     """Return the exporter of a target; TaskError if there is none."""
-    match target:
+    match files_of(target):
         case "transformers":
             from tasks.exporters.transformers import TransformersExporter
 

@@ -22,8 +22,8 @@ class GgufExporter:
     def check(self, settings: Settings, model: Path | None) -> None:
         """See `Exporter`."""
         if find_spec("llama_cpp") is None:
-            raise TaskError("target is gguf, but llama.cpp is not installed; install it with: make gguf")
-        check_group_sizes(settings, BLOCK, f"GGUF has a scale for each {BLOCK} weights")
+            raise TaskError("targets has gguf, but llama.cpp is not installed; install it with: make gguf")
+        check_group_sizes(settings, "gguf", BLOCK, f"GGUF has a scale for each {BLOCK} weights")
         if model is not None:
             _check_model(settings, model)
 

@@ -1,4 +1,4 @@
-"""The target `transformers`: the quantized model unchanged, for Transformers and vLLM."""
+"""The targets `transformers` and `vllm`: the quantized model unchanged."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class TransformersExporter:
         for name, variant in settings.variants.items():
             if variant.embedding:
                 raise TaskError(
-                    f"variants.{name}.embedding is {variant.embedding}, but the target transformers looks up "
-                    "embeddings in full precision; remove it, or set target to onnx or gguf"
+                    f"variants.{name}.embedding is {variant.embedding}, but Transformers and vLLM look up "
+                    "embeddings in full precision; remove it, or set targets to [onnx] or [gguf]"
                 )
             if variant.output_layer and model is not None and f"{OUTPUT}.weight" not in TensorFiles(model):
                 raise TaskError(f"variants.{name}.output_layer is {variant.output_layer}, but {_TIED}")
@@ -35,8 +35,8 @@ class TransformersExporter:
             raise TaskError(f"the output layer of {model} is quantized, but {_TIED}")
         if EMBEDDING in quantized:
             raise TaskError(
-                f"the embedding of {model} is quantized, but the target transformers looks up embeddings in full "
-                "precision; set target to onnx or gguf"
+                f"the embedding of {model} is quantized, but Transformers and vLLM look up embeddings in full "
+                "precision; set targets to [onnx] or [gguf]"
             )
 
 
@@ -47,11 +47,11 @@ def _check_engines(model: Path) -> None:
     if known and not known.engines:
         raise TaskError(
             f"no engine is known that reads a quantized {kind} model: tried were {known.tried} (docs/models.md); "
-            "choose another model, or set target to gguf or onnx if its runtime knows the type"
+            "choose another model, or set targets to [gguf] or [onnx] if its runtime knows the type"
         )
 
 
 _TIED = (
-    "the model ties the output layer to the embedding, and the target transformers cannot separate them; "
-    "leave output_layer out, or set target to onnx or gguf"
+    "the model ties the output layer to the embedding, and Transformers and vLLM cannot separate them; "
+    "leave output_layer out, or set targets to [onnx] or [gguf]"
 )

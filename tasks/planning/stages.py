@@ -40,9 +40,10 @@ from tasks.schemes import LLAMA_CPP, MIXED
 from tasks.scoring.completions import NEW_TOKENS, PASS_TOKENS, prompts
 from tasks.scoring.divergence import Window, measure_text
 from tasks.scoring.reference_states import output_layer
-from tasks.settings import BASE, BUILTIN, Settings
+from tasks.settings import BASE, BUILTIN, TARGETS, Settings
 from tasks.settings.variant import VariantSettings
 from tasks.statistics import collect, estimate_bytes, find_structure
+from tasks.targets import files_of
 from tasks.tensor_files import read_header
 
 ITEM = 50  # tokens of an evaluation item: a question with its answers, as in evals/
@@ -51,11 +52,20 @@ READ = 256  # tokens of text that are read at once
 PROMPT = 12  # tokens of a prompt to continue, as in tasks/scoring/prompts.json
 LEAST = 0.001  # seconds to quantize a layer that is too large to be measured whole: less is the clock's noise
 ITEMS = 1000  # of a task, where `evaluation.limit` does not say
-# in this order: without time for a variant's evaluation or benchmark, it is assumed to be as fast as the baseline
-ORDER = (f"benchmark@{BASE}", "reference", "statistics", "quantize", "export", "evaluate", "benchmark")
+# in this order: without time for a variant's evaluation or load, it is assumed to be as fast as the baseline
+ORDER = (BASE, "reference", "statistics", "quantize", "export", "evaluate", "load")  # BASE: its load
 SHARES = {"statistics": 6.0, "quantize": 4.0}  # of the time to measure; other stages: 1
 
-Part = tuple[str, str, float]  # a method of `Run`, a variant, and how often the stage does it
+Part = tuple[str, str, str, float]  # a method of `Run`, a target or none, a variant, and how often the stage does it
+
+
+def _of(stage: str) -> tuple[str, str, str]:
+    """The kind of a stage, its target and its variant, each empty if it has none."""
+    kind, _, of = stage.partition("@")
+    if kind == "quantize":
+        return kind, "", of
+    target = next((one for one in TARGETS if of == one or of.startswith(f"{one}-")), "")
+    return kind, target, of.removeprefix(target).removeprefix("-")
 
 
 class Run:
@@ -70,7 +80,8 @@ class Run:
         model = hollow_model(config, settings.model.dtype, root / "hollow")
         for name, variant in settings.variants.items():
             check_fit(name, variant, model)
-        load_exporter(settings.target).check(settings, None)
+        for target in settings.targets:
+            load_exporter(target).check(settings, None)
         self.decoder, self.linears = Decoder(model, torch.float32, self.device), len(linear_shapes(model))
         self.hidden, _, self.words = self.decoder.widths
         self.layers, self.widths = len(self.decoder), input_widths(model)
@@ -89,23 +100,25 @@ class Run:
         self.items = len(settings.evaluation.tasks) * (settings.evaluation.limit or ITEMS)
         self.bench = Bench(root, few, settings.model.dtype, (self.weights, seen), until)
         self.costs: dict[Part, Cost] = {}
-        self.outer: dict[tuple[str, bool], float] = {}
-        self.loaded: dict[tuple[Path, str], Runtime] = {}
-        self.fast: dict[str, bool] = {}  # whether the runtime has a kernel for the variant's format
+        self.outer: dict[tuple[str, str, bool], float] = {}
+        self.loaded: dict[tuple[Path, str, str], Runtime] = {}
+        self.fast: dict[tuple[str, str], bool] = {}  # by target and variant: whether there is a kernel for the format
 
     def needs(self, measured: bool) -> dict[str, Need]:
         """The need of every stage; without times if not `measured`."""
-        bytes_ = {stage: self._bytes(*stage.partition("@")[::2]) for stage in self.threads}
+        bytes_ = {stage: self._bytes(*_of(stage)) for stage in self.threads}
         room = device_memory()
 
         def turn(stage: str) -> tuple[bool, int]:  # what does not fit here comes last
-            return bytes_[stage][0] > room, next((i for i, kind in enumerate(ORDER) if kind in stage), 0)
+            kind, _, name = _of(stage)
+            what = stage if (kind, name) == ("load", BASE) else kind
+            return bytes_[stage][0] > room, next((i for i, one in enumerate(ORDER) if one in what), 0)
 
         order = sorted(self.threads, key=turn)
         found, shares = {}, [SHARES.get(stage.partition("@")[0], 1.0) for stage in order]
         for number, stage in enumerate(order):
-            kind, _, name = stage.partition("@")
-            parts, seconds, rough, note = self._parts(kind, name), 0.0 if measured else None, False, ""
+            kind, target, name = _of(stage)
+            parts, seconds, rough, note = self._parts(kind, target, name), 0.0 if measured else None, False, ""
             share = min(1.0, 1.5 * shares[number] / sum(shares[number:]))  # time that it leaves is for the others
             try:
                 for part in parts if measured else ():
@@ -119,7 +132,7 @@ class Run:
                     outer = cost.outer * (self.layers if mixed else 1)  # each layer's divergence takes the output layer
                     seconds = (seconds or 0.0) + cost.fixed + layers * cost.layer + outer
                     rough |= cost.rough
-                    if part[0] == "rounds" and not self.fast.get(name, True):
+                    if part[0] == "rounds" and not self.fast.get((target, name), True):
                         break  # without a kernel the stage only loads the model
             except TaskError as error:
                 seconds, note = None, str(error)
@@ -135,46 +148,49 @@ class Run:
 
     # -- what the stages do
 
-    def _parts(self, kind: str, name: str) -> list[Part]:
+    def _parts(self, kind: str, target: str, name: str) -> list[Part]:
         """Empty for a stage that does little besides starting."""
         evaluation, samples = self.settings.evaluation, self.settings.calibration.samples
         text = len(evaluation.texts) * evaluation.text_tokens / READ
         match kind:
             case "statistics":
-                return [("discover", "", 1), ("collect", "", samples)]
+                return [("discover", "", "", 1), ("collect", "", "", samples)]
             case "quantize" if name != BASE:
                 variant = self.settings.variants[name]
-                parts: list[Part] = [("press", name, (variant.samples or samples) if self._reads_tokens(name) else 1)]
+                parts: list[Part] = [
+                    ("press", "", name, (variant.samples or samples) if self._reads_tokens(name) else 1)
+                ]
                 passes = sensitivity.stream_passes(self.layers, self.linears // self.layers) / self.layers
-                return [*parts, ("streams", name, passes)] if variant.scheme == MIXED else parts
+                return [*parts, ("streams", "", name, passes)] if variant.scheme == MIXED else parts
             case "export":
-                return [("export", name, 1)]
+                return [("export", target, name, 1)]
             case "reference" | "evaluate" if (kind, name) != ("evaluate", BASE):
                 name = name or BASE
-                return [("texts", name, text), ("score", name, self.items / BATCH), ("write", name, NEW_TOKENS)]
-            case "benchmark":
+                parts = [("texts", target, name, text), ("score", target, name, self.items / BATCH)]
+                return [*parts, ("write", target, name, NEW_TOKENS)]
+            case "load":
                 rounds = 1 + self.settings.benchmark.repeats
-                return [("rounds", one, rounds) for one in dict.fromkeys((name, BASE))]
+                return [("rounds", target, one, rounds) for one in dict.fromkeys((name, BASE))]
         return []
 
-    def discover(self, name: str, mini: Miniature, times: int) -> None:
+    def discover(self, target: str, name: str, mini: Miniature, times: int) -> None:
         """Find out what the layers consist of, `times` times."""
         tokens = torch.randint(mini.config.vocab_size, (1, self.settings.calibration.sequence_length))
         for _ in range(times):
             find_structure(Decoder(mini.model, torch.float32, self.device), mini.model, tokens, mini.folder)
 
-    def collect(self, _: str, mini: Miniature, times: int) -> None:
+    def collect(self, target: str, name: str, mini: Miniature, times: int) -> None:
         """The pass over `times` sequences."""
         tokens = mini.calibration(max(1, times), self.settings.calibration.sequence_length)
         structure = mini.folder / FILE
         if not structure.exists():
-            self.discover("", mini, 1)
+            self.discover("", "", mini, 1)
         if times:
             asked, most = self.settings.statistics, 0.0 if self.again else math.inf
             folders = mini.model, tokens, mini.folder / f"statistics-{times}"
             collect(*folders, asked.importance, gram_gigabytes=most, structure=structure)
 
-    def press(self, name: str, mini: Miniature, times: int) -> None:
+    def press(self, target: str, name: str, mini: Miniature, times: int) -> None:
         """The stage quantize with `times` sequences."""
         variant = self.settings.variants[name]
         if not variant.is_baseline:
@@ -185,7 +201,7 @@ class Run:
         if times:
             quantize(name, variant, mini.model, tokens, statistics, mini.folder / "models" / name)
 
-    def streams(self, name: str, mini: Miniature, times: int) -> None:
+    def streams(self, target: str, name: str, mini: Miniature, times: int) -> None:
         """Run `times` streams of the scheme mixed through every layer."""
         decoder = Decoder(mini.model, torch.float32, self.device)
         hidden = decoder.embed([torch.zeros(sensitivity.SEQUENCES, sensitivity.LENGTH, dtype=torch.int64)])[0]
@@ -194,17 +210,17 @@ class Run:
                 for _ in range(times):
                     decoder.run(index, layer, hidden)
 
-    def export(self, name: str, mini: Miniature, times: int) -> None:
+    def export(self, target: str, name: str, mini: Miniature, times: int) -> None:
         """The stage export."""
         if not (mini.folder / "models" / name).exists():
-            self.press(name, mini, 1)
+            self.press("", name, mini, 1)
         if times:
-            export(mini.folder / "models" / name, self.settings.target, mini.folder / "exports" / name)
+            export(mini.folder / "models" / name, target, mini.folder / "exports" / target / name)
 
-    def texts(self, name: str, mini: Miniature, times: int) -> None:
+    def texts(self, target: str, name: str, mini: Miniature, times: int) -> None:
         """Load a model, read `times` pieces of text and compare its predictions with the baseline's."""
         evaluation = self.settings.evaluation
-        runtime = self.loaded[mini.folder, name] = self._load(name, mini, evaluation.dtype)
+        runtime = self.loaded[mini.folder, target, name] = self._load(target, name, mini, evaluation.dtype)
         layer, states = None, torch.zeros(READ - 1, mini.config.hidden_size, device=self.device)
         if isinstance(runtime, RuntimeWithStates):
             layer = output_layer(mini.model, evaluation.dtype, self.device)
@@ -216,25 +232,25 @@ class Run:
             pieces = [Window([2] * READ, 1)] * times
             measure_text(runtime.logprobs, None if name == BASE else baseline, pieces, "")
 
-    def score(self, name: str, mini: Miniature, times: int) -> None:
+    def score(self, target: str, name: str, mini: Miniature, times: int) -> None:
         """Score `times` batches of evaluation items."""
         option = (2,) * (ITEM // 6)
         question = Question((2,) * (ITEM - 3 * (len(option) - 1)), (option,) * 3)
         for _ in range(times):
-            self.loaded[mini.folder, name].score([question] * BATCH, 1 << 20, "")
+            self.loaded[mini.folder, target, name].score([question] * BATCH, 1 << 20, "")
 
-    def write(self, name: str, mini: Miniature, times: int) -> None:
+    def write(self, target: str, name: str, mini: Miniature, times: int) -> None:
         """Continue the prompts by `times` tokens, and read the result."""
         if times:
-            runtime = self.loaded[mini.folder, name]
+            runtime = self.loaded[mini.folder, target, name]
             ids = runtime.generate_ids(torch.full((len(prompts()), PROMPT), 2), times)
             for some in ids.split(PASS_TOKENS // ids.shape[1]):
                 runtime.logprobs(some[:, :-1])
 
-    def rounds(self, name: str, mini: Miniature, times: int) -> None:
+    def rounds(self, target: str, name: str, mini: Miniature, times: int) -> None:
         """Load a model and run `times` rounds of the benchmark, none if the runtime has no kernel for the format."""
-        runtime = self._load(name, mini, self.settings.benchmark.dtype)
-        self.fast[name] = runtime.fast
+        runtime = self._load(target, name, mini, self.settings.benchmark.dtype)
+        self.fast[target, name] = runtime.fast
         alternate([runtime] if runtime.fast else [], self.settings.benchmark.model_copy(update={"repeats": times}))
 
     # -- what that takes
@@ -242,9 +258,9 @@ class Run:
     def _cost(self, part: Part, threads: int, share: float) -> Cost:
         """Seconds of a part, timed once. Outside the decoder layers, all variants take equally long to serve."""
         if part not in self.costs:
-            what, name, count = part
+            what, target, name, count = part
             served = what in ("export", "texts", "score", "write", "rounds")
-            alike = (what, name == BASE and what == "texts")  # which compares a variant with the baseline
+            alike = (what, target, name == BASE and what == "texts")  # which compares a variant with the baseline
             torch.set_num_threads(max(1, threads // (self._processes(name) if what == "press" else 1)))
 
             def known(mini: Miniature) -> bool:  # pressed before
@@ -254,12 +270,14 @@ class Run:
             inside = what == "press" and variant and variant.scheme != MIXED and not variant.output_layer
             outer = 0.0 if inside or what == "streams" else self.outer.get(alike)
             try:
-                self.costs[part] = self.bench.cost(partial(getattr(self, what), name), count, share, known, outer)
+                self.costs[part] = self.bench.cost(
+                    partial(getattr(self, what), target, name), count, share, known, outer
+                )
             except TaskError:
-                if (what, BASE, count) not in self.costs:
+                if (what, target, BASE, count) not in self.costs:
                     raise
-                self.costs[part] = replace(self.costs[what, BASE, count], rough=True)
-            if what == "rounds" and not self.fast.get(name, True):
+                self.costs[part] = replace(self.costs[what, target, BASE, count], rough=True)
+            if what == "rounds" and not self.fast.get((target, name), True):
                 self.costs[part] = replace(self.costs[part], outer=0.0)
             elif served:
                 self.outer[alike] = self.costs[part].outer
@@ -293,7 +311,7 @@ class Run:
         variant = self.settings.variants[name]
         return variant.propagate or variant.backend != BUILTIN or self.again
 
-    def _bytes(self, kind: str, name: str) -> tuple[float, float, float]:
+    def _bytes(self, kind: str, target: str, name: str) -> tuple[float, float, float]:
         """Memory, disk and scratch space of a stage."""
         calibration, importance = self.settings.calibration, self.settings.statistics.importance
         tokens = calibration.samples * calibration.sequence_length
@@ -324,9 +342,9 @@ class Run:
                 return held, self.bytes[name], self.bytes[name]
             case "reference":
                 states = len(self.settings.evaluation.texts) * self.settings.evaluation.text_tokens * self.hidden
-                return self.base + self._loaded(BASE, kind), 4 * states, 0
-            case "evaluate" | "benchmark" | "package" if (kind, name) != ("evaluate", BASE):
-                beside = self._loaded(BASE, kind) if kind == "benchmark" and name != BASE else 0
+                return self.base + self._loaded(BASE, kind), 4 * states * (files_of(target) == "transformers"), 0
+            case "evaluate" | "load" | "package" if (kind, name) != ("evaluate", BASE):
+                beside = self._loaded(BASE, kind) if kind == "load" and name != BASE else 0
                 if kind == "evaluate":  # the baseline's output layer and its predictions
                     beside = 4 * self.words * self.hidden + 8 * self.settings.evaluation.window * self.words
                 return self.base + self._loaded(name or self.largest, kind) + beside, 0, 0
@@ -340,10 +358,11 @@ class Run:
 
     def _statistics(self, mini: Miniature, sequences: int) -> Path:
         if not (mini.folder / f"statistics-{sequences}").exists():
-            self.collect("", mini, sequences)
+            self.collect("", "", mini, sequences)
         return mini.folder / f"statistics-{sequences}"
 
-    def _load(self, name: str, mini: Miniature, dtype: str) -> Runtime:
-        if not (mini.folder / "exports" / name).exists():
-            self.export(name, mini, 1)
-        return load_runtime(self.settings.target, mini.folder / "exports" / name, dtype)
+    def _load(self, target: str, name: str, mini: Miniature, dtype: str) -> Runtime:
+        folder = mini.folder / "exports" / target / name
+        if not folder.exists():
+            self.export(target, name, mini, 1)
+        return load_runtime(target, folder, dtype)

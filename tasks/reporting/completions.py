@@ -21,7 +21,7 @@ _KEYS = frozenset({"prompt", "prompt_ids", "ids", "text", "best_ids", "best_logp
 Values = Mapping[str, Any]
 
 
-def compare(results: Path, variants: Sequence[str], baseline: str) -> list[dict[str, Any]]:
+def compare(results: Path, variants: Sequence[str], baseline: str, target: str) -> list[dict[str, Any]]:
     """For each prompt {prompt, texts: by variant}, the baseline's first.
 
     A text: `text`; `tokens`; `shared`: tokens that are the baseline's, from the start; `lead`: by how many nats the
@@ -30,13 +30,13 @@ def compare(results: Path, variants: Sequence[str], baseline: str) -> list[dict[
     if the prompts differ.
     """
     names = [baseline, *(name for name in variants if name != baseline)]
-    lines = {name: _read(results / name / FILE, name) for name in names}
+    lines = {name: _read(results / name / FILE, f"evaluate@{target}-{name}") for name in names}
     theirs = lines[baseline]
     for name, found in lines.items():
         if [(one["prompt"], one["prompt_ids"]) for one in found] != [(b["prompt"], b["prompt_ids"]) for b in theirs]:
             raise TaskError(
                 f"{results / name / FILE} continues other prompts than {baseline}'s; "
-                f"make both again: dvc repro evaluate@{baseline} evaluate@{name}"
+                f"make both again: dvc repro evaluate@{target}-{baseline} evaluate@{target}-{name}"
             )
     return [
         {
@@ -135,5 +135,5 @@ def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _read(path: Path, variant: str) -> list[dict[str, Any]]:
-    return read_lines(path, f"evaluate@{variant}", "a text with its ids", lambda one: one.keys() >= _KEYS)
+def _read(path: Path, stage: str) -> list[dict[str, Any]]:
+    return read_lines(path, stage, "a text with its ids", lambda one: one.keys() >= _KEYS)

@@ -9,6 +9,7 @@ from tasks.reporting import completions, decision
 from tasks.reporting.columns import columns, legend
 from tasks.reporting.heat_map import HeatMap
 from tasks.reporting.number_format import words
+from tasks.reporting.overview import overview
 from tasks.reporting.palette import DARK, LIGHT
 from tasks.reporting.render import render
 
@@ -56,6 +57,20 @@ def page(
         calibration=flat(calibration),
         machine={key.replace("_gib", " (GiB)"): words(value) for key, value in summary["machine"].items()},
         versions={library: version for library, version in summary["versions"].items() if version},
+    )
+
+
+def overview_page(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Render the page of several targets, with a link to the page of each. summaries: by target."""
+    return render(
+        "overview.html.j2",
+        escape=True,
+        summary=next(iter(summaries.values())),
+        summaries=summaries,
+        decided={target: decision.winner_line(summary) for target, summary in summaries.items()},
+        passing=[target for target, summary in summaries.items() if summary["winner"]],
+        table=overview(summaries),
+        palettes={"light": LIGHT, "dark": DARK},
     )
 
 

@@ -16,6 +16,7 @@ from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.provenance import without_folders
 from tasks.reporting.render import render
 from tasks.settings import Settings
+from tasks.targets import files_of
 
 # licence identifiers that the hub knows; any other licence is "other", with a license_name
 HUB_LICENCES = (
@@ -26,6 +27,7 @@ HUB_LICENCES = (
 
 
 def model_card(
+    title: str,
     summary: Mapping[str, Any],
     settings: Settings,
     files: Iterable[str],
@@ -36,8 +38,8 @@ def model_card(
 ) -> str:
     """README.md for the bundle of the winner of `summary`: YAML front matter for the hub, then Markdown.
 
-    files: the other files in the bundle; quant_method: the format's name in its config.json; auto_class: the class of
-    Transformers that loads it; own_reader: whether Transformers may not read the model as it was written
+    title: the bundle's name; files: its other files; quant_method: the format's name in its config.json; auto_class:
+    the class of Transformers that loads it; own_reader: whether Transformers may not read the model as it was written
     (tasks/runtimes/dense.py); kept: of the source.
     """
     files = sorted(files)
@@ -47,7 +49,7 @@ def model_card(
     body = render(
         "model_card.md.j2",
         escape=False,
-        title=settings.package.name,
+        title=title,
         summary=summary,
         name=name,
         row=row,
@@ -113,7 +115,7 @@ def _front_matter(summary: Mapping[str, Any], settings: Settings, quant_method: 
     front |= {
         "base_model": base_model(model["source"]),
         "base_model_relation": "quantized",
-        "library_name": settings.target,
+        "library_name": files_of(summary["target"]),
         "pipeline_tag": pipeline_task(auto_class),
         "tags": ["quantized", row["scheme"], f"{row['bits']}-bit", quant_method, "modelpress"],
         "quantization": {

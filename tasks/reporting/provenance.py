@@ -70,10 +70,10 @@ def git_state() -> dict[str, Any]:
     return {"commit": commit or None, "dirty": None if changed is None else bool(changed)}
 
 
-def dvc_identity(lock: Path, variants: list[str]) -> dict[str, str]:
+def dvc_identity(lock: Path, target: str, variants: list[str]) -> dict[str, str]:
     """The md5 in dvc.lock of each output that went into the bundle, by path; empty without dvc.lock.
 
-    Excluded: the bundle itself, removed variants, and metrics and report, because they contain durations.
+    Excluded: bundles, other targets, removed variants, and metrics and report, because they contain durations.
     """
     try:
         stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages") or {}
@@ -81,8 +81,8 @@ def dvc_identity(lock: Path, variants: list[str]) -> dict[str, str]:
         return {}
     outs = {}
     for name, stage in stages.items():
-        _, _, variant = name.partition("@")
-        if name in ("package", "report") or (variant and variant not in variants):
+        kind, _, of = name.partition("@")
+        if kind in ("package", "report") or (of and not {of, of.removeprefix(f"{target}-")} & {target, *variants}):
             continue
         for out in stage.get("outs", ()):
             if not out["path"].startswith("metrics/"):

@@ -32,34 +32,38 @@ Items = Mapping[str, list[dict[str, Any]]]  # by task
 FEW_ITEMS = 100  # with fewer items, a percentile interval is too narrow
 
 
-def summarize(variants: list[str], gate: GateSettings, metrics: Path, results: Path, source: Path) -> dict[str, Any]:
-    """Compare every variant with the baseline and name the winner, as plain JSON values.
+def summarize(
+    target: str, variants: list[str], gate: GateSettings, metrics: Path, results: Path, source: Path
+) -> dict[str, Any]:
+    """Compare every variant with the baseline in one target and name the winner, as plain JSON values.
 
-    Reads `metrics`/{quantize,evaluate,benchmark}/<variant>.json, `results`/<variant>/{items-<task>,texts}.jsonl and
+    Reads `metrics`/quantize/<variant>.json, `metrics`/{evaluate,load}/<target>/<variant>.json,
+    `results`/<target>/<variant>/{items-<task>,texts}.jsonl and
     the model's `source` (source.json). Raises TaskError if a file is missing or unreadable, if two variants were
     evaluated under different contracts, or if items or prompts do not match.
     """
     quantized = {v: read_quantized(metrics, v) for v in variants}
     evaluated, measured = (
-        {v: read_json(metrics / stage / f"{v}.json", f"{stage}@{v}") for v in variants}
-        for stage in ("evaluate", "benchmark")
+        {v: read_json(metrics / stage / target / f"{v}.json", f"{stage}@{target}-{v}") for v in variants}
+        for stage in ("evaluate", "load")
     )
     for variant in variants:
-        same_contract(variant, evaluated[BASE], evaluated[variant])
+        same_contract(target, variant, evaluated[BASE], evaluated[variant])
     model = read_json(source, "download")
     rows = {v: _measured(quantized[v], evaluated[v], measured[v], evaluated[BASE], measured[BASE]) for v in variants}
-    baseline = _read_items(results, BASE, evaluated[BASE])
+    baseline = _read_items(results / target, BASE, evaluated[BASE], target)
     chance = {task: values.get("chance") for task, values in evaluated[BASE]["tasks"].items()}
     for variant in variants:
         if variant != BASE:
-            scored = _read_items(results, variant, evaluated[variant])
+            scored = _read_items(results / target, variant, evaluated[variant], target)
             pairs = {task: pair_items(task, variant, baseline[task], scored[task]) for task in baseline}
-            found = _retention(variant, pairs, baseline, scored, gate, evaluated[BASE]["contract"])
+            found = _retention(f"{target}-{variant}", pairs, baseline, scored, gate, evaluated[BASE]["contract"])
             rows[variant] |= _judged(pairs, found, gate.share(quantized[variant]["bits"]), chance)
-    completions = compare(results, variants, BASE)
+    completions = compare(results / target, variants, BASE, target)
     for variant, row in rows.items():
         row["completions"] = None if variant == BASE else count(completions, variant)
     return {
+        "target": target,
         "model": {
             k: model.get(k) for k in ("source", "revision", "dequantized_from", "dtype", "parameters", "licence")
         },
@@ -159,17 +163,20 @@ def _judged(pairs: Pairs, found: Retention, wanted: float, chance: Mapping[str, 
     }
 
 
-def _read_items(results: Path, variant: str, evaluated: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _read_items(
+    results: Path, variant: str, evaluated: Mapping[str, Any], target: str
+) -> dict[str, list[dict[str, Any]]]:
     """Read each task's items; TaskError if they do not match the variant's metrics."""
     items = {}
     for task, values in evaluated["tasks"].items():
         path = results / variant / f"items-{task}.jsonl"
-        items[task] = read_lines(path, f"evaluate@{variant}", "an item with hash and score", _is_item)
+        items[task] = read_lines(path, f"evaluate@{target}-{variant}", "an item with hash and score", _is_item)
         score = sum(i["score"] for i in items[task]) / max(1, len(items[task]))
         if len(items[task]) != values["items"] or not math.isclose(score, values["score"], abs_tol=1e-4):
             raise TaskError(
                 f"{path} has {len(items[task])} items with mean score {score:.4f}, but {variant}'s metrics say "
-                f"{values['items']} with {values['score']:.4f}; make both again: dvc repro -f evaluate@{variant}"
+                f"{values['items']} with {values['score']:.4f}; make both again: "
+                f"dvc repro -f evaluate@{target}-{variant}"
             )
     return items
 

@@ -12,15 +12,25 @@ from rich.table import Table
 
 from tasks.reporting.columns import Column, columns, legend, reasons
 from tasks.reporting.decision import next_step, winner_line
+from tasks.reporting.overview import overview
 
 WIDTH = 120
 MOST_TEXTS = 2  # more texts than this share one column
 
 
+def tables(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of each target; with several, after the overview of all. summaries: by target."""
+    if len(summaries) == 1:
+        return "".join(table(summary) for summary in summaries.values())
+    screen, console = _screen()
+    console.print(grid(overview(summaries)))
+    parts = [_text(screen), *(f"{target}\n{'-' * len(target)}\n{table(one)}" for target, one in summaries.items())]
+    return "\n".join(parts)
+
+
 def table(summary: Mapping[str, Any]) -> str:
     """The table of all variants, with the reason for each verdict, the winner, the legend and the notes."""
-    screen = io.StringIO()
-    console = Console(file=screen, width=WIDTH, color_system=None, force_terminal=False, highlight=False, emoji=False)
+    screen, console = _screen()
     console.print(grid(columns(summary, MOST_TEXTS)))
     for variant, reason in reasons(summary).items():
         console.print(f"{variant}: {reason}", markup=False)
@@ -29,6 +39,16 @@ def table(summary: Mapping[str, Any]) -> str:
     console.print()
     for line in (legend(summary), *summary["notes"]):
         console.print(line, markup=False)
+    return _text(screen)
+
+
+def _screen() -> tuple[io.StringIO, Console]:
+    screen = io.StringIO()
+    plain = Console(file=screen, width=WIDTH, color_system=None, force_terminal=False, highlight=False, emoji=False)
+    return screen, plain
+
+
+def _text(screen: io.StringIO) -> str:
     return "\n".join(line.rstrip() for line in screen.getvalue().splitlines()) + "\n"
 
 

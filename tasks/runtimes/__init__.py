@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from tasks.device import compute_device
 from tasks.errors import TaskError
 from tasks.hardware import device_memory
+from tasks.settings import TARGETS
+from tasks.targets import files_of
 from tasks.tensor_files import BYTES, DTYPES, TensorFiles
 
 if TYPE_CHECKING:
@@ -84,10 +86,13 @@ class RuntimeWithStates(Runtime, Protocol):
 
 
 def load_runtime(target: str, directory: Path, dtype: str) -> Runtime:
-    """Load the model in `directory` for `target`, computing in `dtype`; TaskError if there is no such model."""
+    """Load the model in `directory` for `target`, computing in `dtype`; TaskError if there is no such model.
+
+    The runtime of `vllm` is that of `transformers`: it reads the same files.
+    """
     if not (directory / "config.json").is_file():
         raise TaskError(f"{directory} holds no model (no config.json); run its stage: modelpress run")
-    match target:
+    match files_of(target):
         case "transformers":
             from tasks.runtimes.transformers import TransformersRuntime
 
@@ -103,7 +108,7 @@ def load_runtime(target: str, directory: Path, dtype: str) -> Runtime:
 
             return GgufRuntime(directory, dtype)
         case _:
-            raise TaskError(f"no runtime for the target {target!r}; there are: transformers, onnx, gguf")
+            raise TaskError(f"no runtime for the target {target!r}; there are: {', '.join(TARGETS)}")
 
 
 def check_room(model: Path, dtype: str) -> None:

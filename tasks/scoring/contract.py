@@ -64,7 +64,7 @@ def contract_hash(contract: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()
 
 
-def same_contract(variant: str, baseline: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+def same_contract(target: str, variant: str, baseline: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     """Raise TaskError, naming each differing field with both values, if the contracts of two reports differ."""
     ours, theirs = baseline["contract"], other["contract"]
     if baseline["contract_hash"] == other["contract_hash"] and ours == theirs:
@@ -74,5 +74,5 @@ def same_contract(variant: str, baseline: Mapping[str, Any], other: Mapping[str,
     differences = differences or "their contract hashes differ"
     raise TaskError(
         f"base and {variant} were not evaluated in the same way: {differences}. "
-        f"Evaluate both again: dvc repro evaluate@base evaluate@{variant}"
+        f"Evaluate both again: dvc repro -f reference@{target} evaluate@{target}-{variant}"
     )

@@ -36,12 +36,12 @@ class Order:
         except TypeError:
             raise TaskError(
                 "the items were evaluated without an order, by an earlier version; "
-                "evaluate them again: dvc repro evaluate@base, then the variants"
+                "evaluate them again: dvc repro -f reference, then dvc repro"
             ) from None
         if (order.looks, order.block) != (LOOKS, BLOCK):
             raise TaskError(
                 f"the items were evaluated with {order.looks} looks and blocks of {order.block}, expected {LOOKS} and "
-                f"{BLOCK}; evaluate them again: dvc repro evaluate@base, then the variants"
+                f"{BLOCK}; evaluate them again: dvc repro -f reference, then dvc repro"
             )
         return order
 

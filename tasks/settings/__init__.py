@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tasks.errors import TaskError
 from tasks.old_words import new_words
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 BASE = "base"
-Target = Literal["transformers", "onnx", "gguf"]
+Target = Literal["transformers", "vllm", "onnx", "gguf"]
 TARGETS: tuple[str, ...] = get_args(Target)
 
 
@@ -64,7 +64,7 @@ class Settings(Section):
     calibration: CalibrationSettings
     statistics: StatisticsSettings
     variants: dict[Name, VariantSettings]
-    target: Target
+    targets: Annotated[list[Target], Field(min_length=1)]
     evaluation: EvaluationSettings
     benchmark: BenchmarkSettings
     gate: GateSettings
@@ -120,20 +120,28 @@ class Settings(Section):
                 )
         return self
 
+    @field_validator("targets")
+    @classmethod
+    def _check_targets(cls, value: list[Target]) -> list[Target]:
+        if twice := sorted({target for target in value if value.count(target) > 1}):
+            raise ValueError(f"names {', '.join(twice)} twice; name each target once")
+        return value
+
     @model_validator(mode="after")
-    def _check_target(self) -> Settings:
+    def _check_llama_cpp(self) -> Settings:
+        others = [target for target in self.targets if target != "gguf"]
         for name, variant in self.variants.items():
-            if variant.format == "gguf" and self.target != "gguf":
+            if variant.format == "gguf" and others:
                 raise ValueError(
-                    f"variants.{name}.scheme is {variant.scheme}, which only the target gguf runs, but target is "
-                    f"{self.target}; set target to gguf, or remove the variant"
+                    f"variants.{name}.scheme is {variant.scheme}, which only the target gguf runs, but targets has "
+                    f"{', '.join(others)}; set targets to [gguf], or remove the variant"
                 )
         return self
 
     @model_validator(mode="after")
     def _check_onnx_dtype(self) -> Settings:
         for section, dtype in (("evaluation", self.evaluation.dtype), ("benchmark", self.benchmark.dtype)):
-            if self.target == "onnx" and dtype != "float32":
+            if "onnx" in self.targets and dtype != "float32":
                 raise ValueError(
                     f"{section}.dtype is {dtype}, but for the target onnx the exported graph computes in float32, "
                     f"and in 8-bit integers where weights are integers; set {section}.dtype to float32"
@@ -145,6 +153,11 @@ class Settings(Section):
         if name not in self.variants:
             raise TaskError(f"no variant {name!r} in params.yaml; there are: {', '.join(self.variants)}")
         return self.variants[name]
+
+    def check_target(self, name: str) -> None:
+        """TaskError unless `name` is one of the targets."""
+        if name not in self.targets:
+            raise TaskError(f"no target {name!r} in params.yaml; there are: {', '.join(self.targets)}")
 
 
 def load_settings(path: Path) -> Settings:

@@ -32,16 +32,16 @@ stages:
       params: ["variants.${key}", {knobs.yaml: ["quantize@${key}"]}]
       outs: ["models/${key}"]
       metrics: ["metrics/quantize/${key}.json": {cache: false}]
-  benchmark:
+  load:
     foreach: ${variants}
     do:
-      cmd: python stage.py benchmark@${key} - metrics/benchmark/${key}.json models/${key}
+      cmd: python stage.py load@${key} - metrics/load/${key}.json models/${key}
       deps: [stage.py, "models/${key}"]
-      params: [{knobs.yaml: ["benchmark@${key}"]}]
-      metrics: ["metrics/benchmark/${key}.json": {cache: false}]
+      params: [{knobs.yaml: ["load@${key}"]}]
+      metrics: ["metrics/load/${key}.json": {cache: false}]
   report:
     cmd: python stage.py report report - metrics
-    deps: [stage.py, metrics/quantize, metrics/benchmark]
+    deps: [stage.py, metrics/quantize, metrics/load]
     params: [variants, gate, {knobs.yaml: [report]}]
     outs: [report]
 """
@@ -80,7 +80,8 @@ if name == "report":
     names = [v for v in variants if v != "base"]
     verdicts = {v: {"verdict": "pass", "identity": "0" * 64, "retention": {"mean": 0.97, "low": 0.95}} for v in names}
     Path(out, "table.txt").write_text("the table of the field\\n")
-    Path(out, "summary.json").write_text(json.dumps({"variants": verdicts, "winner": names[0]}))
+    Path(out, "transformers").mkdir()
+    Path(out, "transformers/summary.json").write_text(json.dumps({"variants": verdicts, "winner": names[0]}))
 with open("times.jsonl", "a") as file:
     file.write(json.dumps([name, "end", time.time()]) + "\\n")
 """
@@ -133,6 +134,6 @@ def outs_of(stage: str) -> tuple[str, ...]:
     return {
         "download": ("models/source",),
         "quantize": (f"models/{variant}", f"metrics/quantize/{variant}.json"),
-        "benchmark": (f"metrics/benchmark/{variant}.json",),
+        "load": (f"metrics/load/{variant}.json",),
         "report": ("report",),
     }[kind]

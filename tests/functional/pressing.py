@@ -24,7 +24,7 @@ PARAMS = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
 
 def settings(values: dict[str, Any], target: str = "transformers") -> VariantSettings:
     """A variant with these settings."""
-    params = {**PARAMS, "target": target, "variants": {"base": {"scheme": "none"}, "v": values}}
+    params = {**PARAMS, "targets": [target], "variants": {"base": {"scheme": "none"}, "v": values}}
     return check_settings(params).variant("v")
 
 

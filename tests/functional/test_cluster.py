@@ -115,8 +115,8 @@ def _check_records(server: str, toy: Toy) -> None:
         runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])))
         logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id])), limit=200)
     names = {run.id: run.name for run in runs}
-    (benchmark,) = (run for run in runs if run.name == "benchmark@int8")
-    needs = [names[up.id] for up in benchmark.task_inputs["wait_for"] if isinstance(up, TaskRunResult)]
+    (load,) = (run for run in runs if run.name == "load@int8")
+    needs = [names[up.id] for up in load.task_inputs["wait_for"] if isinstance(up, TaskRunResult)]
     assert needs == ["quantize@int8"]
     assert {run.name: run.state_name for run in runs} == dict.fromkeys(STAGES, "Completed")
     lines = [log.message for log in logs]
@@ -231,7 +231,7 @@ def test_a_deployed_run_on_a_cluster_leaves_the_same_as_one_in_threads(
     # the order in dvc.lock depends on which of two stages ends first
     assert yaml.safe_load(files.pop("dvc.lock")) == yaml.safe_load(others.pop("dvc.lock"))
     assert files == others
-    assert "report/summary.json" in files
+    assert "report/transformers/summary.json" in files
 
 
 def press(toy: Toy, name: str, **env: str) -> str:

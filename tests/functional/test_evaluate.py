@@ -52,20 +52,20 @@ def checkout(llama: Path, corpus: Corpus, hub: FakeHub, tmp_path: Path, monkeypa
     values = params(llama, corpus)
     values["evaluation"] |= {"tasks": ["arc_easy", "gsm8k"], "limit": 8, "sources": {}}
     checkout = Checkout(tmp_path / "project", values)
-    shutil.copytree(llama, checkout.root / "exports/base")
+    shutil.copytree(llama, checkout.root / "exports/transformers/base")
     return checkout
 
 
 def test_tasks_of_lm_eval_are_scored_item_by_item(checkout: Checkout) -> None:
     checkout.stage("datasets")
-    checkout.stage("reference")
-    checkout.stage("evaluate", "base")
-    tasks = json.loads((checkout.root / "metrics/evaluate/base.json").read_text())["tasks"]
+    checkout.stage("reference", "transformers")
+    checkout.stage("evaluate", "transformers", "base")
+    tasks = json.loads((checkout.root / "metrics/evaluate/transformers/base.json").read_text())["tasks"]
     assert (tasks["arc_easy"]["metric"], tasks["arc_easy"]["chance"]) == ("acc_norm", 0.25)
     # generated answers, to which lm-eval applies two filters; only the first counts
     assert (tasks["gsm8k"]["metric"], tasks["gsm8k"]["chance"]) == ("exact_match,strict-match", None)
     for task in ("arc_easy", "gsm8k"):
-        lines = (checkout.root / f"results/base/items-{task}.jsonl").read_text().splitlines()
+        lines = (checkout.root / f"results/transformers/base/items-{task}.jsonl").read_text().splitlines()
         assert [json.loads(line)["item"] for line in lines] == list(range(8))
         assert tasks[task]["items"] == 8
 
@@ -73,7 +73,7 @@ def test_tasks_of_lm_eval_are_scored_item_by_item(checkout: Checkout) -> None:
 def test_data_that_cannot_be_had_is_one_line(checkout: Checkout, hub: FakeHub) -> None:
     del hub.repositories[ARC]
     with pytest.raises(AssertionError) as caught:
-        checkout.stage("reference")
+        checkout.stage("reference", "transformers")
     said = str(caught.value)
     assert "error: the data of arc_easy, gsm8k cannot be read: " in said
     assert "modelpress doctor" in said

@@ -67,7 +67,7 @@ def test_a_plan_shows_actions_and_reasons_and_changes_nothing(toy: Toy) -> None:
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
     assert rows["quantize@int8"][1:6] == ["run", "params.yaml:", "variants.int8", "is", "modified"]
-    assert rows["benchmark@int8"][1:4] == ["run", "follows", "quantize@int8"]
+    assert rows["load@int8"][1:4] == ["run", "follows", "quantize@int8"]
     assert rows["quantize@base"][1] == "-"
     assert "8 stages: 3 to run, 5 unchanged" in done.stdout
     assert toy.read("dvc.lock") == lock

@@ -23,16 +23,16 @@ def test_a_run_has_a_parent_record_and_a_child_per_variant(finished_toy: Toy) ->
     assert parent.data.params["model.source"] == params["model"]["source"]
     assert parent.data.params["gate.four_bit"] == "0.9"
     assert parent.data.metrics["executed"] == 8
-    assert parent.data.tags["winner"] == "int8"
+    assert parent.data.tags["winner.transformers"] == "int8"
     assert parent.data.tags["git.commit"] == finished_toy.command("git", "rev-parse", "HEAD").strip()
     assert len(parent.data.tags["prefect.flow_run_id"]) == 36
     client = MlflowClient(f"sqlite:///{finished_toy.root / 'mlflow.db'}")
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert artifacts == {"dvc.lock", "params.yaml", "summary.json", "table.txt"}
+    assert artifacts == {"dvc.lock", "params.yaml", "table.txt", "transformers"}
 
     children = {run.info.run_name: run for run in finished_toy.mlflow_runs(parents=False)}
-    assert set(children) == set(VARIANTS)
-    child = children["gptq-int4"]
+    assert set(children) == {f"transformers-{name}" for name in VARIANTS}
+    child = children["transformers-gptq-int4"]
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert {key: child.data.params[key] for key in ("scheme", "group_size", "rounding")} == {
         "scheme": "W4A16_ASYM",

@@ -39,11 +39,11 @@ def test_a_change_of_one_variant_runs_its_stages_and_what_follows(toy: Toy) -> N
     plan = read_plan(toy.root)
     assert plan["quantize@int8"].state == "changed"
     assert plan["quantize@int8"].reasons == ("params.yaml: variants.int8 is modified",)
-    assert plan["benchmark@int8"].reasons == ("follows quantize@int8",)
+    assert plan["load@int8"].reasons == ("follows quantize@int8",)
     assert plan["quantize@base"].state == "unchanged"
 
     results = toy.run()
-    ran = {"quantize@int8", "benchmark@int8", "report"}
+    ran = {"quantize@int8", "load@int8", "report"}
     assert set(toy.executed()[before:]) == ran
     assert {stage for stage, result in results.items() if result == "executed"} == ran
     assert "Running stage" not in toy.dvc("repro")
@@ -57,7 +57,7 @@ def test_results_of_earlier_settings_come_from_the_run_cache(toy: Toy) -> None:
     before = toy.executed()
     toy.write("params.yaml", old)
     plan = read_plan(toy.root)
-    assert {name for name, stage in plan.items() if stage.state == "cached"} >= {"quantize@int8", "benchmark@int8"}
+    assert {name for name, stage in plan.items() if stage.state == "cached"} >= {"quantize@int8", "load@int8"}
 
     results = toy.run()
     assert toy.executed() == before
@@ -93,10 +93,10 @@ def test_a_failed_stage_stops_only_dependent_stages(toy: Toy) -> None:
     message = str(caught.value)
     assert "quantize@int8: quantize@int8 found 3, expected 4; fix it (log: " in message
     assert message.endswith(
-        "skipped, because they depend on a failed stage: benchmark@int8, report; "
-        "finished and kept for the next run: quantize@gptq-int4, benchmark@gptq-int4; unchanged: 3 stages"
+        "skipped, because they depend on a failed stage: load@int8, report; "
+        "finished and kept for the next run: quantize@gptq-int4, load@gptq-int4; unchanged: 3 stages"
     )
-    assert sorted(toy.executed()[before:]) == ["benchmark@gptq-int4", "quantize@gptq-int4", "quantize@int8"]
+    assert sorted(toy.executed()[before:]) == ["load@gptq-int4", "quantize@gptq-int4", "quantize@int8"]
     assert "working on quantize@int8" in toy.read(".modelpress/logs/quantize@int8.log")
     # DVC deleted both before the stage ran, and only one of them is in its cache
     assert toy.read("models/int8/content.json") == model
@@ -109,7 +109,7 @@ def test_a_failed_stage_stops_only_dependent_stages(toy: Toy) -> None:
     assert toy.run()["report"] == "executed"
 
 
-def test_a_benchmark_runs_alone(toy: Toy) -> None:
+def test_a_load_runs_alone(toy: Toy) -> None:
     before = len(toy.times())
     toy.set(model__source="path:elsewhere")
     for name in VARIANTS:
@@ -123,8 +123,8 @@ def test_a_benchmark_runs_alone(toy: Toy) -> None:
             together.add(frozenset(open_stages))
         else:
             open_stages.remove(name)
-    assert {group for group in together if any("benchmark" in name for name in group)} == {
-        frozenset({f"benchmark@{name}"}) for name in VARIANTS
+    assert {group for group in together if any("load@" in name for name in group)} == {
+        frozenset({f"load@{name}"}) for name in VARIANTS
     }
     # other stages do run in parallel, otherwise the test would prove nothing
     assert any(len(group) > 1 for group in together)

@@ -24,7 +24,7 @@ from tasks.settings import GateSettings, check_settings
 from tests.functional.project import Checkout, params
 from tests.tiny import Corpus
 
-BASE, REFERENCE = Path("exports/base"), Path("data/reference")
+BASE, REFERENCE = Path("exports/transformers/base"), Path("data/reference/transformers")
 GATE = GateSettings(sequential=True, four_bit=0.5, eight_bit=0.5, confidence=0.95, resamples=200)
 LIMIT = 100
 
@@ -42,10 +42,10 @@ def checkout(llama: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFacto
     checkout = Checkout(tmp_path_factory.mktemp("gate") / "project", values)
     checkout.stage("datasets")
     for name in ("base", "near"):
-        shutil.copytree(llama, checkout.root / "exports" / name)
-    weights = checkout.root / "exports/near/model.safetensors"
+        shutil.copytree(llama, checkout.root / "exports/transformers" / name)
+    weights = checkout.root / "exports/transformers/near/model.safetensors"
     save_file({name: weight * 1.01 for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
-    checkout.stage("reference")
+    checkout.stage("reference", "transformers")
     return checkout
 
 
@@ -54,7 +54,7 @@ def job(checkout: Checkout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     """Evaluate the variant without cached scores."""
     monkeypatch.chdir(checkout.root)
     settings = check_settings(_values(checkout)).evaluation
-    return Job(settings, "transformers", Path("exports/near"), scores=tmp_path / "scores")
+    return Job(settings, "transformers", Path("exports/transformers/near"), scores=tmp_path / "scores")
 
 
 def _values(checkout: Checkout) -> Any:
@@ -197,15 +197,16 @@ def test_a_model_that_scales_its_logits_keeps_no_states(
 
 
 def test_base_hands_on_what_the_reference_measured_without_a_model_library(checkout: Checkout) -> None:
-    program = "import sys, tasks.evaluate as e; sys.argv[1:] = ['base']; e.main(); print('torch' in sys.modules)"
+    program = "import sys, tasks.evaluate as e; sys.argv[1:] = ['transformers', 'base']; e.main(); "
+    program += "print('torch' in sys.modules)"
     said = checkout.command(sys.executable, "-c", program)
     assert said.splitlines()[-1] == "False"
-    report = json.loads((checkout.root / "metrics/evaluate/base.json").read_text())
+    report = json.loads((checkout.root / "metrics/evaluate/transformers/base.json").read_text())
     reference = json.loads((checkout.root / REFERENCE / "evaluation.json").read_text())
     assert {key: report[key] for key in reference} == reference
     assert report.keys() - reference.keys() == {"seconds", "peak_memory_bytes"}
-    assert json.loads((checkout.root / "metrics/reference/base.json").read_text())["seconds"] > 0
-    results = rows(checkout.root / "results/base")
+    assert json.loads((checkout.root / "metrics/reference/transformers/base.json").read_text())["seconds"] > 0
+    results = rows(checkout.root / "results/transformers/base")
     assert results == rows(checkout.root / REFERENCE)
     assert {len(found) for name, found in results.items() if name.startswith("items-")} == {LIMIT}
     assert len(results["texts"]) == 16
@@ -215,7 +216,7 @@ def test_another_contract_and_a_missing_reference_are_refused_before_anything_is
     job: Job, scored: list[int], tmp_path: Path
 ) -> None:
     other = replace(job, settings=job.settings.model_copy(update={"limit": 60}))
-    with pytest.raises(TaskError, match=r"limit is 100 for base, 60 for near.* dvc repro evaluate@base"):
+    with pytest.raises(TaskError, match=r"limit is 100 for base, 60 for near.* dvc repro -f reference@transformers"):
         evaluate("near", other, BASE, REFERENCE, (GATE, 0.4), tmp_path / "results")
     with pytest.raises(TaskError, match="dvc repro reference"):
         hand_on(tmp_path / "nothing", tmp_path / "results")

@@ -165,7 +165,7 @@ def pressed(model: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactor
     def make(name: str) -> Path:
         if not (root / name).exists():
             settings = check_settings(
-                {**PARAMS, "target": "gguf", "variants": {"base": {"scheme": "none"}, **VARIANTS}}
+                {**PARAMS, "targets": ["gguf"], "variants": {"base": {"scheme": "none"}, **VARIANTS}}
             )
             report = quantize(
                 name, settings.variant(name), model, root / "calibration", root / "statistics", root / name

@@ -21,7 +21,7 @@ from flows.tracking.registry import champion_tag, register
 from tests.functional.toy import Toy
 
 LOG = logging.getLogger("flows.test")
-NAME = "smollm2-135m-instruct"
+NAME = "smollm2-135m-instruct-transformers"
 # from params.yaml of commit 7e53a78
 OLD = {
     "variants": {
@@ -79,7 +79,7 @@ def here(old_toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 def test_what_is_kept_is_in_old_words(here: Toy) -> None:
     """A precondition of the other tests."""
-    child = next(run for run in here.mlflow_runs(parents=False) if run.info.run_name == "int8")
+    child = next(run for run in here.mlflow_runs(parents=False) if run.info.run_name == "transformers-int8")
     assert (child.data.params["method"], "scheme" in child.data.params) == ("int8", False)
     kept = yaml.safe_load(here.command("git", "show", "run/old:params.yaml"))
     assert kept["variants"] == OLD["variants"]

@@ -41,19 +41,21 @@ def by_flow(llama: Path, corpus: Corpus, prefect_database: Path, tmp_path_factor
 def test_the_run_shows_its_result(by_flow: Checkout) -> None:
     output = by_flow.output  # type: ignore[attr-defined]
     assert (by_flow.root / "report/table.txt").read_text().strip() in output
-    for place in ("report/index.html", "dist/smollm2-135m-instruct", "mlflow.db"):
+    for place in ("report/index.html", "dist/smollm2-135m-instruct-transformers", "mlflow.db"):
         assert str(by_flow.root / place) in output
-    assert "evaluate@int8" in output
+    assert "evaluate@transformers-int8" in output
     assert by_flow.runs() == {"parents": 1, "children": 2}
 
 
 def test_the_evaluated_model_is_packaged(by_flow: Checkout) -> None:
-    summary = json.loads((by_flow.root / "report/summary.json").read_text())
-    bundle = by_flow.root / "dist/smollm2-135m-instruct"
+    summary = json.loads((by_flow.root / "report/transformers/summary.json").read_text())
+    bundle = by_flow.root / "dist/smollm2-135m-instruct-transformers"
     sizes = {name: v["size_bytes"] for name, v in summary["variants"].items() if v["verdict"] == "pass"}
     assert summary["winner"] == min(sizes, key=lambda name: sizes[name])
     weights = "model.safetensors"
-    assert (bundle / weights).read_bytes() == (by_flow.root / "exports" / summary["winner"] / weights).read_bytes()
+    assert (bundle / weights).read_bytes() == (
+        by_flow.root / "exports/transformers" / summary["winner"] / weights
+    ).read_bytes()
     by_flow.command("sh", "-c", f"cd {bundle} && sha256sum --check --quiet SHA256SUMS")
     from tasks.runtimes import load_runtime
 
@@ -62,8 +64,8 @@ def test_the_evaluated_model_is_packaged(by_flow: Checkout) -> None:
 
 
 def test_the_baseline_has_no_loss_against_itself(by_flow: Checkout) -> None:
-    base = json.loads((by_flow.root / "metrics/evaluate/base.json").read_text())
-    int8 = json.loads((by_flow.root / "metrics/evaluate/int8.json").read_text())
+    base = json.loads((by_flow.root / "metrics/evaluate/transformers/base.json").read_text())
+    int8 = json.loads((by_flow.root / "metrics/evaluate/transformers/int8.json").read_text())
     assert all(text["kl"] == 0 and text["top1"] == 1 for text in base["texts"].values())
     assert all(0 < text["kl"] < 0.5 and text["top1"] > 0.5 for text in int8["texts"].values())
     assert base["contract_hash"] == int8["contract_hash"]
@@ -116,7 +118,7 @@ def same_bytes(one: Checkout, other: Checkout) -> None:
     ours, theirs = one.stages(), other.stages()
     assert ours.keys() == theirs.keys()
     # report and package contain the times and the git commit of their run
-    same = [name for name in ours if name not in ("report", "package")]
+    same = [name for name in ours if name not in ("report", "package@transformers")]
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
 
 
@@ -127,21 +129,21 @@ def test_a_change_of_one_variant_runs_its_stages_and_what_follows(by_flow: Check
     changed.run("--set", "variants.int8.smoothing=0.4")
     after = changed.stages()
     differing = {name for name in before if before[name] != after[name]}
-    assert {"quantize@int8", "export@int8", "report"} <= differing
-    assert not {name for name in differing if name.endswith("@base")}
+    assert {"quantize@int8", "export@transformers-int8", "report"} <= differing
+    assert not {name for name in differing if name.endswith(("@base", "-base"))}
     assert differing.isdisjoint({"download", "datasets", "calibrate"})
     assert changed.runs() == {"parents": 2, "children": 4}
-    assert (changed.root / "dist/smollm2-135m-instruct/SHA256SUMS").exists()
+    assert (changed.root / "dist/smollm2-135m-instruct-transformers/SHA256SUMS").exists()
 
 
 @pytest.mark.slow
 def test_onnx_model_is_evaluated_and_packaged(llama: Path, corpus: Corpus, tmp_path: Path) -> None:
-    checkout = Checkout(tmp_path / "project", params(llama, corpus) | {"target": "onnx"})
+    checkout = Checkout(tmp_path / "project", params(llama, corpus) | {"targets": ["onnx"]})
     checkout.dvc("repro")
-    summary = json.loads((checkout.root / "report/summary.json").read_text())
+    summary = json.loads((checkout.root / "report/transformers/summary.json").read_text())
     assert summary["contract"]["engine"] == "onnxruntime-genai"
     assert all(v["speed"]["fast_kernel"] for v in summary["variants"].values())
-    bundle = checkout.root / "dist/smollm2-135m-instruct"
+    bundle = checkout.root / "dist/smollm2-135m-instruct-transformers"
     for weights in ("model.onnx", "model.onnx.data"):
         assert (bundle / weights).read_bytes() == (checkout.root / "exports" / summary["winner"] / weights).read_bytes()
     from tasks.runtimes import load_runtime
@@ -152,14 +154,14 @@ def test_onnx_model_is_evaluated_and_packaged(llama: Path, corpus: Corpus, tmp_p
 @pytest.mark.slow
 @pytest.mark.gguf
 def test_gguf_file_is_evaluated_and_packaged(llama: Path, corpus: Corpus, tmp_path: Path) -> None:
-    values = params(llama, corpus) | {"target": "gguf"}
+    values = params(llama, corpus) | {"targets": ["gguf"]}
     values["variants"]["q4km"] = {"scheme": "Q4_K_M", "imatrix": True}
     checkout = Checkout(tmp_path / "project", values)
     checkout.dvc("repro")
-    summary = json.loads((checkout.root / "report/summary.json").read_text())
+    summary = json.loads((checkout.root / "report/transformers/summary.json").read_text())
     assert summary["contract"]["engine"] == "llama-cpp-python"
     assert all(v["speed"]["fast_kernel"] for v in summary["variants"].values())
-    bundle = checkout.root / "dist/smollm2-135m-instruct"
+    bundle = checkout.root / "dist/smollm2-135m-instruct-transformers"
     exported = checkout.root / "exports" / summary["winner"] / "model.gguf"
     assert (bundle / "model.gguf").read_bytes() == exported.read_bytes()
     assert not list(bundle.glob("*.safetensors"))

@@ -93,9 +93,10 @@ def test_every_stage_has_an_estimate(project: Toy, planned: tuple[list[str], Mea
     measured = {stage for stage, need in found.needs.items() if need.seconds}
     assert measured == {
         "statistics",
-        "reference",
-        *(f"{kind}@{name}" for kind in ("quantize", "export", "evaluate", "benchmark") for name in VARIANTS),
-    } - {"quantize@base", "evaluate@base"}
+        "reference@transformers",
+        *(f"quantize@{name}" for name in VARIANTS),
+        *(f"{kind}@transformers-{name}" for kind in ("export", "evaluate", "load") for name in VARIANTS),
+    } - {"quantize@base", "evaluate@transformers-base"}
     assert not (project.root / "models").exists()
 
 

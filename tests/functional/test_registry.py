@@ -14,7 +14,7 @@ from flows.tracking.history import finished_runs
 from tests.functional.test_press import press
 from tests.functional.toy import Toy
 
-NAME = "smollm2-135m-instruct"
+NAME = "smollm2-135m-instruct-transformers"
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,9 @@ def test_missing_champion_keeps_its_alias_and_does_not_fail_the_run(
     here.command("git", "tag", "--delete", "run/first")
     variant("better", smoothing=0.95)
     assert champion(here) == "run/first"
-    assert "the two cannot be compared: git show run/first:metrics/evaluate/int8.json failed" in caplog.text
+    assert (
+        "the two cannot be compared: git show run/first:metrics/evaluate/transformers/int8.json failed" in caplog.text
+    )
 
 
 @pytest.mark.slow
@@ -130,18 +132,19 @@ def test_the_champion_is_fetched_by_its_name(here: Toy, tmp_path: Path) -> None:
     done = here.call("get", "champion", "--to", str(tmp_path / "other"))
     assert (done.returncode, done.stderr) == (
         1,
-        "error: no champion of another-name yet; a deployed run makes one: `modelpress serve`\n",
+        "error: no champion of another-name-transformers yet; a deployed run makes one: `modelpress serve`\n",
     )
     with pytest.raises(MlflowException):
-        client(here).get_registered_model("another-name")  # the lookup did not create it
+        client(here).get_registered_model("another-name-transformers")  # the lookup did not create it
 
 
 def test_the_history_compares_finished_runs(here: Toy) -> None:
     heading, row = here.call("history").stdout.splitlines()
-    assert heading.split()[:6] == ["date", "run", "tag", "winner", "scheme", "size"]
+    assert heading.split()[:7] == ["date", "run", "tag", "target", "winner", "scheme", "size"]
     assert row.split()[2:] == [
         "first",
         "run/first",
+        "transformers",
         "int8",
         "W8A8",
         "167",

@@ -59,7 +59,7 @@ def check_has_all_after_pull(other: Toy, like: Toy) -> None:
     assert other.executed() == []
     done = other.call("plan")
     assert "8 stages: 8 unchanged" in done.stdout, done.stdout + done.stderr
-    for path in ("models/int8/content.json", "report/summary.json"):
+    for path in ("models/int8/content.json", "report/transformers/summary.json"):
         assert other.read(path) == like.read(path)
     # its own copy, not a link into the other machine's
     assert not (other.root / "models/int8/content.json").samefile(like.root / "models/int8/content.json")

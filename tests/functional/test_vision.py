@@ -28,7 +28,7 @@ def test_the_bundle_is_the_whole_model(kind: str, tmp_path: Path) -> None:
     del values["variants"]["int8"]
     project = Checkout(tmp_path / "project", values)
     project.run()
-    source, bundle = project.root / "models/source", project.root / "dist" / values["package"]["name"]
+    source, bundle = project.root / "models/source", project.root / f"dist/{values['package']['name']}-transformers"
 
     # the tower, the projector and the processor are the source's
     before, after = TensorFiles(source), TensorFiles(bundle)

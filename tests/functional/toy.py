@@ -22,7 +22,7 @@ from flows.processes.process import Process
 PROJECT = Path(__file__).resolve().parents[2]
 VARIANTS = ("base", "int8", "gptq-int4")
 TERMINAL = {"NO_COLOR": "1", "COLUMNS": "200"}
-STAGES = ["download", *(f"{kind}@{name}" for kind in ("quantize", "benchmark") for name in VARIANTS), "report"]
+STAGES = ["download", *(f"{kind}@{name}" for kind in ("quantize", "load") for name in VARIANTS), "report"]
 
 DVC_YAML = """
 stages:
@@ -39,15 +39,15 @@ stages:
       params: ["variants.${key}"]
       outs: ["models/${key}"]
       metrics: ["metrics/quantize/${key}.json": {cache: false}]
-  benchmark:
+  load:
     foreach: ${variants}
     do:
-      cmd: python stage.py benchmark@${key} - metrics/benchmark/${key}.json
+      cmd: python stage.py load@${key} - metrics/load/transformers/${key}.json
       deps: [stage.py, "models/${key}"]
-      metrics: ["metrics/benchmark/${key}.json": {cache: false}]
+      metrics: ["metrics/load/transformers/${key}.json": {cache: false}]
   report:
     cmd: python stage.py report report
-    deps: [stage.py, metrics/quantize, metrics/benchmark]
+    deps: [stage.py, metrics/quantize, metrics/load]
     params: [variants, gate]
     outs: [report]
 """
@@ -57,16 +57,18 @@ PACKAGING = """
   evaluate:
     foreach: ${variants}
     do:
-      cmd: python stage.py evaluate@${key} results/${key} metrics/evaluate/${key}.json
+      cmd: python stage.py evaluate@${key} results/transformers/${key} metrics/evaluate/transformers/${key}.json
       deps: [stage.py, "models/${key}"]
       params: [evaluation, "variants.${key}"]
-      outs: ["results/${key}"]
-      metrics: ["metrics/evaluate/${key}.json": {cache: false}]
+      outs: ["results/transformers/${key}"]
+      metrics: ["metrics/evaluate/transformers/${key}.json": {cache: false}]
   package:
-    cmd: python stage.py package dist/${package.name}
-    deps: [stage.py, report, results]
-    params: [package, variants, evaluation]
-    outs: ["dist/${package.name}"]
+    foreach: ${targets}
+    do:
+      cmd: python stage.py package@${item} dist/${package.name}-${item}
+      deps: [stage.py, report, results]
+      params: [package, variants, evaluation]
+      outs: ["dist/${package.name}-${item}"]
 """
 
 # the real package of the stages, except the program that checks the settings, which needs a model
@@ -130,7 +132,7 @@ if name.startswith("evaluate"):
     right = 200 * params["variants"][variant].get("smoothing", 0.8)
     items = [{"item": i, "hash": str(i), "score": float(i * 37 % 200 < right)} for i in range(200)]
     Path(out, "items-quiz.jsonl").write_text("".join(json.dumps(item) + "\\n" for item in items))
-if name == "package":
+if name.startswith("package@"):
     Path(out, "content.json").write_text(json.dumps([params["variants"], params["evaluation"]]))
     digest = hashlib.sha256(Path(out, "content.json").read_bytes()).hexdigest()
     Path(out, "SHA256SUMS").write_text(digest + "  content.json\\n")
@@ -144,7 +146,8 @@ if name == "report":
         }
         for v in names
     }
-    Path(out, "summary.json").write_text(json.dumps({"variants": verdicts, "winner": names[0]}))
+    Path(out, "transformers").mkdir()
+    Path(out, "transformers/summary.json").write_text(json.dumps({"variants": verdicts, "winner": names[0]}))
 with open("times.jsonl", "a") as file:
     file.write(json.dumps([name, "end", time.time()]) + "\\n")
 """

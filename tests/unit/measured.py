@@ -34,6 +34,7 @@ def made_up(
     variants: Mapping[str, Mapping[str, Any]],
     tasks: Mapping[str, tuple[float, float]] = TASKS,
     items: int = 400,
+    target: str = "transformers",
 ) -> Path:
     """Write `root`/metrics, /results and /source.json for `variants`: {name: {bits, size, lost, worse, ...}}.
 
@@ -42,9 +43,9 @@ def made_up(
     """
     for name, made in variants.items():
         answers = {task: _answers(i, items, score, made["lost"]) for i, (task, (_, score)) in enumerate(tasks.items())}
-        _results(root / "results" / name, answers)
-        _texts(root / "results" / name, made)
-        _metrics(root / "metrics", name, made, tasks, answers)
+        _results(root / "results" / target / name, answers)
+        _texts(root / "results" / target / name, made)
+        _metrics(root / "metrics", target, name, made, tasks, answers)
     write_json(
         root / "source.json",
         {
@@ -121,6 +122,7 @@ def _linears(errors: Mapping[str, float]) -> list[dict[str, Any]]:
 
 def _metrics(
     metrics: Path,
+    target: str,
     name: str,
     made: Mapping[str, Any],
     tasks: Mapping[str, tuple[float, float]],
@@ -155,7 +157,7 @@ def _metrics(
         for task, a in answers.items()
     }
     write_json(
-        metrics / "evaluate" / f"{name}.json",
+        metrics / "evaluate" / target / f"{name}.json",
         {
             "variant": name,
             "contract": CONTRACT | {"order": Order(1234, {task: len(a) for task, a in answers.items()}).record()},
@@ -179,7 +181,7 @@ def _metrics(
     speed = made.get("speed", 1.0)
     runtime = {"name": "transformers", "version": "5.17.0", "device": "cpu", "dtype": "float32", "threads": 2}
     write_json(
-        metrics / "benchmark" / f"{name}.json",
+        metrics / "load" / target / f"{name}.json",
         {
             "variant": name,
             "runtime": {**runtime, "processor": "Intel(R) Xeon(R) Processor"},

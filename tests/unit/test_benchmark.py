@@ -1,4 +1,4 @@
-"""The benchmark stage: ratios are robust to a temporary slowdown, and memory is the variant's only."""
+"""The measurement in process: ratios are robust to a temporary slowdown, and memory is the variant's only."""
 
 from __future__ import annotations
 

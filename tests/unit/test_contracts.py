@@ -58,9 +58,7 @@ def test_every_section_is_a_parameter_of_some_stage_and_every_parameter_exists()
                 continue
             used.add(name.split(".")[0])
             place: Any = PARAMS
-            for key in name.split("."):
-                if key == "${key}":
-                    break
+            for key in name.partition(".$")[0].split("."):
                 assert key in place, f"dvc.yaml names {name}, which params.yaml lacks"
                 place = place[key]
     assert used == set(PARAMS)
@@ -70,7 +68,7 @@ def test_the_versions_that_stages_depend_on_are_the_pinned_ones() -> None:
     extras = {name: PROJECT["optional-dependencies"][name] for name in ("tasks", "gguf")}
     pins = {re.split(r"[<>=]", r)[0] for requirements in extras.values() for r in requirements if "==" in r}
     assert {library for names in LIBRARIES.values() for library in names} <= pins
-    for name in ("quantize", "export", "evaluate", "benchmark"):
+    for name in ("quantize", "export", "evaluate", "load"):
         assert {"pyproject.toml": [f"project.optional-dependencies.{e}" for e in extras]} in body(STAGES[name])[
             "params"
         ]

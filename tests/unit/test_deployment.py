@@ -71,9 +71,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
             (bundle / f"{name}.json").write_text(json.dumps(values))
         monkeypatch.setattr("tasks.deployment.write.read_shape", lambda _: LARGE)
         params = yaml.safe_load(Path("params.yaml").read_text())
-        params["target"] = target
+        params["targets"] = [target]
         params["package"]["hardware"] = HARDWARE[hardware]
-        write_serving(bundle, check_settings(params), "awq-int4")
+        write_serving(bundle, check_settings(params), target, "awq-int4")
         return bundle / "serve"
 
     return make
@@ -442,7 +442,7 @@ class TestFiles:
     def test_what_vllm_does_not_load_gets_no_server(self, tmp_path: Path) -> None:
         params = yaml.safe_load(Path("params.yaml").read_text())
         params["variants"]["auto"]["fused"] = False
-        write_serving(tmp_path, check_settings(params), "auto")
+        write_serving(tmp_path, check_settings(params), "vllm", "auto")
         assert [path.name for path in (tmp_path / "serve").iterdir()] == ["README.md"]
         assert "`variants.auto.fused: true`" in (tmp_path / "serve/README.md").read_text()
 

@@ -46,7 +46,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 (made[name] / "chat_template.jinja").write_text(WITH_TOOLS)
             params = yaml.safe_load((ROOT / "params.yaml").read_text())
             params["package"]["hardware"] = hardware
-            write_serving(made[name], check_settings(params), "awq-int4")
+            write_serving(made[name], check_settings(params), "vllm", "awq-int4")
     return made
 
 

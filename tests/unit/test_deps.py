@@ -37,7 +37,7 @@ def test_determinism_is_a_dependency_of_every_stage(code: Code) -> None:
         listed = stage.get("do", stage)["deps"]
         assert "tasks/determinism.py" in listed, name
         assert not {code.file(module) for module in RULES.left_out} & set(listed), name
-    for name in ("statistics", "quantize", "evaluate", "benchmark"):
+    for name in ("statistics", "quantize", "evaluate", "load"):
         assert "tasks/device.py" in STAGES[name].get("do", STAGES[name])["deps"], name
 
 
@@ -81,39 +81,57 @@ class TestExamples:
         [
             pytest.param(
                 "tasks/solvers/gptq.py",
-                {"quantize@int8", "export@int8", "evaluate@int8", "benchmark@int8", "report", "package"},
-                {"download", "statistics", "export@base", "evaluate@base", "benchmark@base"},
+                {"quantize@int8", "export@onnx-int8", "evaluate@onnx-int8", "load@onnx-int8", "report", "package@onnx"},
+                {"download", "statistics", "export@onnx-base", "evaluate@onnx-base", "load@onnx-base"},
                 id="a solver",
             ),
             pytest.param(
                 "tasks/schemes.py",
-                {"quantize@int8", "export@int8", "evaluate@int8", "benchmark@int8", "report", "package"},
-                {"download", "statistics", "export@base", "evaluate@base", "benchmark@base"},
+                {"quantize@int8", "export@onnx-int8", "evaluate@onnx-int8", "load@onnx-int8", "report", "package@onnx"},
+                {"download", "statistics", "export@onnx-base", "evaluate@onnx-base", "load@onnx-base"},
                 id="a scheme",
             ),
             pytest.param(
                 "tasks/runtimes/transformers.py",
-                {"evaluate@base", "evaluate@int8", "benchmark@base", "benchmark@int8", "report", "package"},
+                {
+                    "evaluate@onnx-base",
+                    "evaluate@onnx-int8",
+                    "load@onnx-base",
+                    "load@onnx-int8",
+                    "report",
+                    "package@onnx",
+                },
                 {"download", "datasets", "calibrate", "statistics"}
-                | {f"{kind}@{name}" for kind in ("quantize", "export") for name in VARIANTS},
+                | {f"quantize@{name}" for name in VARIANTS}
+                | {f"export@onnx-{name}" for name in VARIANTS},
                 id="a runtime",
             ),
             pytest.param(
                 "tasks/formats/compressed_tensors.py",  # packed by quantize, read by all later stages
-                {"quantize@int8", "export@int8", "evaluate@int8", "evaluate@base", "benchmark@int8", "package"},
+                {
+                    "quantize@int8",
+                    "export@onnx-int8",
+                    "evaluate@onnx-int8",
+                    "evaluate@onnx-base",
+                    "load@onnx-int8",
+                    "package@onnx",
+                },
                 {"download", "datasets", "calibrate", "statistics"},
                 id="a format",
             ),
             pytest.param(
                 "tasks/reporting/heat_map.py",
-                {"report", "package"},
-                {*(f"{kind}@{name}" for kind in ("quantize", "export", "evaluate", "benchmark") for name in VARIANTS)},
+                {"report", "package@onnx"},
+                {
+                    *(f"quantize@{name}" for name in VARIANTS),
+                    *(f"{kind}@onnx-{name}" for kind in ("export", "evaluate", "load") for name in VARIANTS),
+                },
                 id="a part of the report",
             ),
             pytest.param(
                 "tasks/text/contamination.py",
-                {"calibrate", "statistics", "quantize@int8", "export@int8", "evaluate@int8", "report"},
-                {"download", "datasets", "export@base", "evaluate@base", "benchmark@base"},
+                {"calibrate", "statistics", "quantize@int8", "export@onnx-int8", "evaluate@onnx-int8", "report"},
+                {"download", "datasets", "export@onnx-base", "evaluate@onnx-base", "load@onnx-base"},
                 id="the calibration text",
             ),
         ],
@@ -134,15 +152,31 @@ class TestExamples:
 
 
 def _expanded() -> Iterator[tuple[str, list[str], list[str]]]:
-    """Name, deps and outputs of every stage, with `foreach` unrolled."""
+    """Name, deps and outputs of every stage, with `foreach` and `matrix` unrolled for the target onnx."""
     for name, stage in STAGES.items():
         body = stage.get("do", stage)
         outs = [
             next(iter(out)) if isinstance(out, dict) else out for kind in KINDS_OF_OUT for out in body.get(kind, [])
         ]
-        for key in VARIANTS if "foreach" in stage else ("",):
-            deps, written = ([path.replace("${key}", key) for path in paths] for paths in (body["deps"], outs))
-            yield (f"{name}@{key}" if key else name), deps, written
+        for of, words in _items(stage):
+            deps, written = ([_filled(path, words) for path in paths] for paths in (body["deps"], outs))
+            yield (f"{name}@{of}" if of else name), deps, written
+
+
+def _items(stage: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The part of the name after @, and the value of each word, for every item of a stage."""
+    if "matrix" in stage:
+        yield from ((f"onnx-{name}", {"item.target": "onnx", "item.variant": name}) for name in VARIANTS)
+    elif stage.get("foreach") == "${targets}":
+        yield "onnx", {"item": "onnx"}
+    else:
+        yield from ((name, {"key": name}) for name in (VARIANTS if "foreach" in stage else ("",)))
+
+
+def _filled(path: str, words: dict[str, str]) -> str:
+    for word, value in words.items():
+        path = path.replace(f"${{{word}}}", value)
+    return path
 
 
 def _touch(one: str, other: str) -> bool:

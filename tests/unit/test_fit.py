@@ -102,19 +102,19 @@ def test_a_mixtures_output_layer_must_fit_as_well(llama: Path) -> None:
 def test_target_that_cannot_load_a_variant_is_refused_before_work_starts(key: str, llama: Path, tmp_path: Path) -> None:
     def settings(target: str) -> Settings:
         variants = {"base": {"scheme": "none"}, "v": {**VARIANTS["gptq-int4"], key: "W8A16@64"}}
-        return check_settings(PARAMS | {"target": target, "variants": variants})
+        return check_settings(PARAMS | {"targets": [target], "variants": variants})
 
     evals, apart = Path("evals"), untied(llama, tmp_path / "untied")
-    what = (
-        "ties the output layer to the embedding" if key == "output_layer" else "looks up embeddings in full precision"
-    )
-    with pytest.raises(TaskError, match=rf"variants\.v\.{key} is W8A16@64, but .*{what}.*set target to onnx or gguf"):
+    what = "ties the output layer to the embedding" if key == "output_layer" else "look up embeddings in full precision"
+    with pytest.raises(
+        TaskError, match=rf"variants\.v\.{key} is W8A16@64, but .*{what}.*set targets to \[onnx\] or \[gguf\]"
+    ):
         check(settings("transformers"), llama, evals)
     if key == "output_layer":
         check(settings("transformers"), apart, evals)
         check(settings("onnx"), llama, evals)
     else:
-        with pytest.raises(TaskError, match="looks up embeddings in full precision"):
+        with pytest.raises(TaskError, match="look up embeddings in full precision"):
             check(settings("transformers"), apart, evals)
         with pytest.raises(TaskError, match="embedding is W8A16@64, but the model ties"):
             check(settings("onnx"), llama, evals)

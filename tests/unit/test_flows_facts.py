@@ -31,25 +31,41 @@ def test_the_hash_ignores_the_order_of_stages_and_removed_stages(tmp_path: Path)
 
 
 def test_facts_of_a_variant_come_from_all_the_files(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text("variants: {base: {scheme: none}, int8: {scheme: W8A8, smoothing: 0.8}}")
+    (tmp_path / "params.yaml").write_text(
+        "targets: [onnx]\nvariants: {base: {scheme: none}, int8: {scheme: W8A8, smoothing: 0.8}}"
+    )
     for path, value in {
         "metrics/quantize/int8.json": {"seconds": 3, "identity": "abc", "layers": {"x": 1}},
-        "metrics/evaluate/int8.json": {"contract": {"limit": 400}, "tasks": {"piqa": {"score": 0.6}}},
-        "report/summary.json": {"variants": {"int8": {"verdict": "pass", "retention": {"low": 0.9}}}},
+        "metrics/evaluate/onnx/int8.json": {"contract": {"limit": 400}, "tasks": {"piqa": {"score": 0.6}}},
+        "report/onnx/summary.json": {"variants": {"int8": {"verdict": "pass", "retention": {"low": 0.9}}}},
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(json.dumps(value))
     outs = [{"path": "models/int8", "md5": "m.dir"}]
-    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": {"quantize@int8": {"outs": outs}}}))
+    exported = [{"path": "exports/onnx/int8", "md5": "e.dir"}]
+    (tmp_path / "dvc.lock").write_text(
+        yaml.safe_dump({"stages": {"quantize@int8": {"outs": outs}, "export@onnx-int8": {"outs": exported}}})
+    )
     base, int8 = variant_facts(tmp_path)
     assert base.metrics == {}
-    assert int8.params == {"variant": "int8", "scheme": "W8A8", "smoothing": "0.8", "contract.limit": "400"}
+    assert int8.params == {
+        "variant": "int8",
+        "target": "onnx",
+        "scheme": "W8A8",
+        "smoothing": "0.8",
+        "contract.limit": "400",
+    }
     assert int8.metrics == {"quantize.seconds": 3, "evaluate.tasks.piqa.score": 0.6, "report.retention.low": 0.9}
-    assert int8.tags == {"verdict": "pass", "identity": "abc", "dvc.models/int8": "m.dir"}
-    assert [path.parent.name for path in int8.files] == ["evaluate", "quantize"]
-    (tmp_path / "results/int8").mkdir(parents=True)
-    (tmp_path / "results/int8/texts.jsonl").touch()
-    assert [path.name for path in variant_facts(tmp_path)[1].files] == ["int8.json", "int8.json", "texts.jsonl"]
+    assert int8.tags == {
+        "verdict": "pass",
+        "identity": "abc",
+        "dvc.models/int8": "m.dir",
+        "dvc.exports/onnx/int8": "e.dir",
+    }
+    assert sorted(int8.files) == ["evaluate", "quantize"]
+    (tmp_path / "results/onnx/int8").mkdir(parents=True)
+    (tmp_path / "results/onnx/int8/texts.jsonl").touch()
+    assert variant_facts(tmp_path)[1].files["results"].name == "texts.jsonl"
 
 
 def test_there_are_no_tags_outside_a_repository(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ UNTOUCHED: dict[str, Any] = {
     "package": NOW.package.name,
     "variants": VARIANTS,
     "tasks": NOW.evaluation.tasks,
+    "targets": NOW.targets,
     "values": {"calibration.samples": NOW.calibration.samples, "evaluation.limit": NOW.evaluation.limit},
     "others": [],
 }
@@ -47,6 +48,7 @@ def test_only_differences_are_changed() -> None:
     assert chosen(values=values) == ["calibration.samples=8", "evaluation.limit=null"]
     assert chosen(variants=["int8"]) == ["~variants.gptq-int4", "~variants.awq-int4", "~variants.auto"]
     assert chosen(tasks=["piqa_local"]) == ["evaluation.tasks=[piqa_local]"]
+    assert chosen(targets=["vllm", "onnx"]) == ["targets=[vllm,onnx]"]
     assert chosen(others=["variants.int8.smoothing=0.5"]) == ["variants.int8.smoothing=0.5"]
 
 
@@ -66,6 +68,8 @@ def test_empty_selection_is_refused_by_field() -> None:
         chosen(variants=[])
     with pytest.raises(FlowError, match=r"^tasks: none selected"):
         chosen(tasks=[])
+    with pytest.raises(FlowError, match=r"^targets: none selected"):
+        chosen(targets=[])
 
 
 @pytest.mark.parametrize("source", ["path:/etc/model", "path:../../other", "path:~/model"])

@@ -24,7 +24,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def summary(tmp_path: Path) -> dict[str, Any]:
     """The summary of fake measurements, created by the code of the stage `report`."""
     made_up(tmp_path, VARIANTS)
-    return summarize(list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json")
+    return summarize(
+        "transformers", list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+    )
 
 
 def table_of(page: str) -> dict[str, list[str]]:

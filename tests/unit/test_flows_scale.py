@@ -21,8 +21,8 @@ GRAPH: dict[str, list[str]] = {
     "statistics": ["calibrate"],
     **{f"quantize@{name}": ["statistics"] for name in VARIANTS},
     **{f"evaluate@{name}": [f"quantize@{name}"] for name in VARIANTS},
-    **{f"benchmark@{name}": [f"quantize@{name}"] for name in VARIANTS},
-    "report": [f"{kind}@{name}" for kind in ("evaluate", "benchmark") for name in VARIANTS],
+    **{f"load@{name}": [f"quantize@{name}"] for name in VARIANTS},
+    "report": [f"{kind}@{name}" for kind in ("evaluate", "load") for name in VARIANTS],
 }
 NEEDS = {
     stage: Need(20.0 + 7 * number, 1e9 * (1 + number % 3), disk=1e8, scratch=2e8 if "quantize" in stage else 0.0)

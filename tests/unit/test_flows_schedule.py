@@ -9,9 +9,9 @@ GRAPH = {
     "quantize@a": ("download",),
     "quantize@b": ("download",),
     "evaluate@a": ("quantize@a",),
-    "benchmark@a": ("quantize@a",),
-    "benchmark@b": ("quantize@b",),
-    "report": ("evaluate@a", "benchmark@a", "benchmark@b"),
+    "load@a": ("quantize@a",),
+    "load@b": ("quantize@b",),
+    "report": ("evaluate@a", "load@a", "load@b"),
 }
 
 
@@ -27,20 +27,20 @@ def test_no_more_than_jobs_run() -> None:
     assert startable(GRAPH, {"download"}, {"quantize@a"}, jobs=2) == ["quantize@b"]
 
 
-def test_benchmarks_wait_for_everything_else_and_run_one_at_a_time() -> None:
+def test_loads_wait_for_everything_else_and_run_one_at_a_time() -> None:
     done = {"download", "quantize@a"}
     assert startable(GRAPH, done, {"quantize@b"}, jobs=4) == ["evaluate@a"]
     done |= {"quantize@b"}
     assert startable(GRAPH, done, {"evaluate@a"}, jobs=4) == []
     done |= {"evaluate@a"}
-    assert startable(GRAPH, done, set(), jobs=4) == ["benchmark@a"]
-    assert startable(GRAPH, done, {"benchmark@a"}, jobs=4) == []
-    assert startable(GRAPH, done | {"benchmark@a"}, set(), jobs=4) == ["benchmark@b"]
-    assert startable(GRAPH, done | {"benchmark@a", "benchmark@b"}, set(), jobs=4) == ["report"]
+    assert startable(GRAPH, done, set(), jobs=4) == ["load@a"]
+    assert startable(GRAPH, done, {"load@a"}, jobs=4) == []
+    assert startable(GRAPH, done | {"load@a"}, set(), jobs=4) == ["load@b"]
+    assert startable(GRAPH, done | {"load@a", "load@b"}, set(), jobs=4) == ["report"]
 
 
 def test_only_stages_after_a_failed_one_are_skipped() -> None:
-    assert doomed(GRAPH, {"quantize@a"}) == ["evaluate@a", "benchmark@a", "report"]
+    assert doomed(GRAPH, {"quantize@a"}) == ["evaluate@a", "load@a", "report"]
     assert doomed(GRAPH, {"report"}) == []
 
 
@@ -53,7 +53,7 @@ def test_only_stages_after_a_failed_one_are_skipped() -> None:
         ("evaluate@a", ["evaluate@a"], ["evaluate@b"], 2, 2, 1),
         ("evaluate@a", ["evaluate@a", "evaluate@b"], [], 4, 2, 1),
         ("evaluate@a", ["evaluate@a"], [], 4, 2, 2),
-        ("benchmark@a", ["benchmark@a"], [], 2, 2, 2),
+        ("load@a", ["load@a"], [], 2, 2, 2),
     ],
 )
 def test_parallel_stages_share_the_cores(

@@ -302,7 +302,7 @@ def test_the_frequencies_of_llama_3_are_those_of_transformers() -> None:
 
 def test_unsupported_models_are_refused_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
-    values["target"] = "gguf"
+    values["targets"] = ["gguf"]
     values["variants"]["gptq-int4"]["group_size"] = 16
     settings = check_settings(values)
     monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: None)
@@ -335,9 +335,9 @@ def test_a_report_says_where_llama_cpps_quantizer_is_flattered() -> None:
 def test_llama_cpps_quantizer_is_for_its_own_target() -> None:
     values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     values["variants"]["q4"] = {"scheme": "Q4_K_M", "imatrix": True}
-    with pytest.raises(TaskError, match="only the target gguf runs, but target is transformers"):
+    with pytest.raises(TaskError, match="only the target gguf runs, but targets has transformers"):
         check_settings(values)
-    values["target"] = "gguf"
+    values["targets"] = ["gguf"]
     found = check_settings(values).variant("q4")
     assert (found.backend, found.format, found.bits) == ("llama.cpp", "gguf", 4)
 

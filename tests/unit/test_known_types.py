@@ -28,7 +28,9 @@ def settings(target: str = "transformers") -> Settings:
     values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     values["calibration"]["sequence_length"] = values["evaluation"]["window"] = 64
     values["benchmark"] |= {"prompt_tokens": 8, "new_tokens": 4}
-    return check_settings(values | {"target": target, "variants": {n: values["variants"][n] for n in ("base", "int8")}})
+    return check_settings(
+        values | {"targets": [target], "variants": {n: values["variants"][n] for n in ("base", "int8")}}
+    )
 
 
 def test_the_file_says_what_the_page_says() -> None:

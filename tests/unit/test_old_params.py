@@ -158,7 +158,7 @@ def settings(variant: dict[str, Any]) -> Settings:
     """params.yaml with this variant, for a target that runs it."""
     values = {**PARAMS, "variants": {"base": {"scheme": "none"}, "other": {"scheme": "W8A8"}}}
     if variant.get("scheme", "").startswith("Q"):
-        values["target"] = "gguf"
+        values["targets"] = ["gguf"]
     if variant != {"scheme": "none"}:
         values["variants"]["v"] = variant
     return check_settings(values)
@@ -200,15 +200,19 @@ def test_whole_file_of_that_commit_becomes_valid_line_by_line(target: str, bits:
     """The output layer, formerly quantized by the export, becomes a setting of each of our variants."""
     library = {**AWQ, "backend": "autoawq", "rounding": "nearest", "refine": 0}
     variants = {**OLD, "theirs": library}
-    values = {**PARAMS, "variants": variants, "target": target}
+    values = {key: value for key, value in PARAMS.items() if key != "targets"} | {
+        "variants": variants,
+        "target": target,
+    }
     values |= {"onnx": {"output_layer": bits}, "gguf": {"output_layer": bits}}
     with pytest.raises(TaskError) as caught:
         check_settings(values)
     lines = dict(line.split(": ", 1) for line in str(caught.value).splitlines()[1:])
-    assert list(lines) == [*(f"variants.{name}" for name in variants), "onnx", "gguf"]
+    assert list(lines) == [*(f"variants.{name}" for name in variants), "onnx", "gguf", "targets"]
+    assert yaml.safe_load(lines["targets"]) == [target]
     assert lines["onnx"].startswith("remove the section; output_layer is now a setting of each variant")
     told = {name: yaml.safe_load(lines[f"variants.{name}"]) for name in variants}
-    found = check_settings({**PARAMS, "variants": told, "target": target}).variants
+    found = check_settings({**PARAMS, "variants": told, "targets": [target]}).variants
     for name, variant in found.items():
         assert variant.output_layer == (None if name in ("base", "theirs") else now)
     assert found["awq-int4"].format == ("awq" if now is None else "compressed-tensors")

@@ -48,7 +48,7 @@ def old(tmp_path: Path) -> Path:
 def test_old_metrics_make_a_report_in_new_words(old: Path) -> None:
     settings = load_settings(Path("params.yaml")).model_copy(update={"gate": GATE})
     report(settings, old / "metrics", old / "results", old / "source.json", old / "report")
-    rows = json.loads((old / "report/summary.json").read_text())["variants"]
+    rows = json.loads((old / "report/transformers/summary.json").read_text())["variants"]
     assert {name: row["scheme"] for name, row in rows.items()} == SCHEMES
     assert {name: row["backend"] for name, row in rows.items()} == dict.fromkeys(VARIANTS, "modelpress") | {
         "base": "none"
@@ -58,7 +58,7 @@ def test_old_metrics_make_a_report_in_new_words(old: Path) -> None:
 
 
 def test_an_old_summary_is_shown(old: Path) -> None:
-    summary = summarize(list(VARIANTS), GATE, old / "metrics", old / "results", old / "source.json")
+    summary = summarize("transformers", list(VARIANTS), GATE, old / "metrics", old / "results", old / "source.json")
     for name, row in summary["variants"].items():  # unchanged
         row |= {"method": METHODS[name]}
         for key in ("scheme", "recipe", "format", "backend", "output_layer"):

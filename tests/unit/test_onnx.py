@@ -147,7 +147,7 @@ def test_positions_that_the_graph_would_compute_otherwise_are_refused(family: st
     config = {"model_type": family, "rope_theta": 10000.0, "rope_scaling": {"type": turn, "factor": 4.0}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(TaskError, match=rf"has rope_type '{turn}'.*supported for {family}: default"):
-        OnnxExporter().check(SETTINGS.model_copy(update={"target": "onnx"}), tmp_path)
+        OnnxExporter().check(SETTINGS.model_copy(update={"targets": ["onnx"]}), tmp_path)
 
 
 def test_layers_keep_their_bits_and_share_a_product_only_with_equal_bits(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_the_same_model_gives_the_same_bytes(label: str, llama: Path, tmp_path: 
 
 
 def test_unsupported_group_sizes_are_refused_before_work_starts_and_in_export(llama: Path, tmp_path: Path) -> None:
-    values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")) | {"target": "onnx"}
+    values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")) | {"targets": ["onnx"]}
     OnnxExporter().check(check_settings(values), llama)
     for key, value in (("group_size", 24), ("output_layer", "W8A16@24"), ("embedding", "W8A16@24")):
         variants = {**values["variants"], "v": {**values["variants"]["gptq-int4"], key: value}}

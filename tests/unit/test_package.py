@@ -70,7 +70,7 @@ class Workplace:
     destination: Path
 
     def package(self, wrote: str = " Paris, of course.") -> Package:
-        return package(self.settings, self.inputs, self.destination, lambda *_: wrote)
+        return package(self.settings, self.settings.targets[0], self.inputs, self.destination, lambda *_: wrote)
 
     def leftovers(self) -> list[str]:
         return [p.name for p in self.destination.parent.iterdir()] if self.destination.parent.exists() else []
@@ -96,7 +96,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
         key = repr((variants, target, settings_of, model))
         if key in made:
             return made[key]
-        root = made_up(tmp_path_factory.mktemp("reported") / "work", variants)
+        root = made_up(tmp_path_factory.mktemp("reported") / "work", variants, target=target)
         source = root / "models/source"
         source.mkdir(parents=True)
         write_json(source / "source.json", json.loads((root / "source.json").read_text()) | dict(model))
@@ -108,7 +108,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
         layer = {"prefix": "model.layers.0.", "linears": {}, "unusual": []}
         write_json(source / "linears.json", {"layers": [layer], "modules": {}, "output": None, "embedding": None})
         for variant in variants:
-            with whole_directory(root / "exports" / variant) as folder:
+            with whole_directory(root / "exports" / target / variant) as folder:
                 quantization = {"quantization_config": {"quant_method": "compressed-tensors"}}
                 write_json(folder / "config.json", quantization | SHAPE)
                 packed = {f"{INSIDE}_packed": torch.full((4,), len(variant))}
@@ -119,7 +119,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
         write_json(root / "sources.json", {"piqa": {"source": "path:/home/someone/data.jsonl", "sha256": "0" * 64}})
         params = yaml.safe_load(Path("params.yaml").read_text())
         params["variants"] = {v: params["variants"][v] | dict(settings_of.get(v, {})) for v in variants}
-        params["target"] = target
+        params["targets"] = [target]
         settings = check_settings(params).model_copy(update={"gate": GATE})
         report(settings, root / "metrics", root / "results", source / "source.json", root / "report")
         made[key] = root, settings
@@ -140,7 +140,9 @@ def workplace(reported: Callable[..., tuple[Path, Settings]], tmp_path: Path) ->
         one, settings = reported(variants, target, settings_of, model)
         root = shutil.copytree(one, tmp_path / name)
         source = root / "models/source"
-        inputs = Inputs(root / "report", root / "exports", source, root / "sources.json", root / "dvc.lock")
+        inputs = Inputs(
+            root / "report" / target, root / "exports" / target, source, root / "sources.json", root / "dvc.lock"
+        )
         return Workplace(root, settings, inputs, root / "dist" / "bundle")
 
     return make
@@ -162,12 +164,12 @@ class TestBundle:
             ),
             *("LICENSE", "README.md", "provenance.json", "bom.cdx.json", "SHA256SUMS", "serve"),
         }
-        exported = work.root / "exports/gptq-int4/model.safetensors"
+        exported = work.root / "exports/transformers/gptq-int4/model.safetensors"
         assert sha256(work.destination / "model.safetensors") == sha256(exported)
         assert "quantization_config" in (work.destination / "config.json").read_text()
         assert (work.destination / "README.md").read_text() != "of the exporter"
         # a separate file, not written through a hard link to the export's
-        assert (work.root / "exports/gptq-int4/README.md").read_text() == "of the exporter"
+        assert (work.root / "exports/transformers/gptq-int4/README.md").read_text() == "of the exporter"
 
     def test_sums_cover_every_other_file(self, workplace: Callable[..., Workplace]) -> None:
         work = workplace()
@@ -184,7 +186,7 @@ class TestBundle:
     def test_bundle_is_reproducible_on_any_machine(self, workplace: Callable[..., Workplace]) -> None:
         one, two = workplace(name="one"), workplace(name="two")
         # a repeated run takes a different time
-        for path in two.root.glob("metrics/*/*.json"):
+        for path in two.root.glob("metrics/**/*.json"):
             value = json.loads(path.read_text())
             slower = {k: 1.7 * v for k, v in value.items() if v and k.split("_")[-1] in ("seconds", "second", "bytes")}
             write_json(path, value | {k: v for k, v in slower.items() if k != "size_bytes"})
@@ -193,7 +195,7 @@ class TestBundle:
             two.root / "metrics",
             two.root / "results",
             two.inputs.source / "source.json",
-            two.inputs.report,
+            two.root / "report",
         )
         assert (one.inputs.report / "summary.json").read_bytes() != (two.inputs.report / "summary.json").read_bytes()
         one.package()
@@ -278,15 +280,17 @@ class TestBundle:
 
     def test_changed_weights_are_not_shipped(self, workplace: Callable[..., Workplace]) -> None:
         work = workplace()
-        (work.root / "exports/gptq-int4/model.safetensors").write_bytes(b"other")
-        with pytest.raises(TaskError, match=r"model\.safetensors of exports/gptq-int4 changed since the export"):
+        (work.root / "exports/transformers/gptq-int4/model.safetensors").write_bytes(b"other")
+        with pytest.raises(
+            TaskError, match=r"model\.safetensors of .*exports/transformers/gptq-int4 changed since the export"
+        ):
             work.package()
         assert work.leftovers() == []
 
     def test_a_missing_file_is_named(self, workplace: Callable[..., Workplace]) -> None:
         work = workplace()
-        (work.root / "exports/gptq-int4/tokenizer.json").unlink()
-        with pytest.raises(TaskError, match=r"tokenizer\.json is missing; .* export@gptq-int4"):
+        (work.root / "exports/transformers/gptq-int4/tokenizer.json").unlink()
+        with pytest.raises(TaskError, match=r"tokenizer\.json is missing; .* export@transformers-gptq-int4"):
             work.package()
 
     def test_a_bundle_that_fails_its_trial_does_not_replace_the_last_one(
@@ -302,7 +306,7 @@ class TestBundle:
             raise TaskError("does not load")
 
         with pytest.raises(TaskError, match="does not load"):
-            package(work.settings, work.inputs, work.destination, fails)
+            package(work.settings, "transformers", work.inputs, work.destination, fails)
         assert tried == [True]
         assert sha256(work.destination / "SHA256SUMS") == before
         assert work.leftovers() == ["bundle"]
@@ -393,7 +397,7 @@ class TestCard:
         write_manifest(shutil.copytree(llama, work.root / "tiny"))
         export(work.root / "tiny", "onnx", work.root / "onnx")
         code = text.split("```python\n")[1].split("```")[0]
-        exec(code.replace(work.settings.package.name, str(work.root / "onnx")), {})
+        exec(code.replace(f"{work.settings.package.name}-onnx", str(work.root / "onnx")), {})
         assert "What is the capital of France?" in capsys.readouterr().out
 
     @pytest.mark.gguf
@@ -409,7 +413,7 @@ class TestCard:
         export(work.root / "tiny", "gguf", work.root / "gguf")
         code = text.split("```python\n")[1].split("```")[0]
         said: dict[str, Any] = {}
-        exec(code.replace(work.settings.package.name, str(work.root / "gguf")), said)
+        exec(code.replace(f"{work.settings.package.name}-gguf", str(work.root / "gguf")), said)
         assert said["model"].metadata["tokenizer.chat_template"]
         assert capsys.readouterr().out.strip()
 
@@ -472,15 +476,23 @@ class TestProvenance:
             "quantize@int8": out("models/int8", "2.dir"),
             "quantize@gone": out("models/gone", "3.dir"),
             "download": out("models/source", "1.dir"),
-            "benchmark@int8": out("metrics/benchmark/int8.json", "4"),
+            "load@onnx-int8": out("metrics/load/onnx/int8.json", "4"),
+            "export@onnx-int8": out("exports/onnx/int8", "7.dir"),
+            "export@gguf-int8": out("exports/gguf/int8", "8.dir"),
+            "reference@onnx": out("data/reference/onnx", "9.dir"),
             "report": out("report", "5.dir"),
-            "package": out("dist/x", "6.dir"),
+            "package@onnx": out("dist/x", "6.dir"),
         }
         lock.write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
-        assert dvc_identity(lock, ["base", "int8"]) == {"models/int8": "2.dir", "models/source": "1.dir"}
-        assert dvc_identity(tmp_path / "none", ["int8"]) == {}
+        assert dvc_identity(lock, "onnx", ["base", "int8"]) == {
+            "data/reference/onnx": "9.dir",
+            "exports/onnx/int8": "7.dir",
+            "models/int8": "2.dir",
+            "models/source": "1.dir",
+        }
+        assert dvc_identity(tmp_path / "none", "onnx", ["int8"]) == {}
         lock.write_text("")
-        assert dvc_identity(lock, ["int8"]) == {}
+        assert dvc_identity(lock, "onnx", ["int8"]) == {}
 
     @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
     def test_git_state_counts_code_and_not_the_pipelines_own_files(

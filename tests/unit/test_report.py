@@ -42,6 +42,8 @@ CROWDED: dict[str, dict[str, Any]] = {
     **{f"variant-{i}-int4": {"bits": 4, "lost": 0.008 * i, "size": 118_000_000 - 1_000_000 * i} for i in range(3, 10)},
 }
 LONG_NAMES = {"x" * 40: VARIANTS["int8"], "y" * 40: VARIANTS["gptq-int4"]}
+TARGET = "transformers"
+TARGET = "transformers"
 Summarize = Callable[..., dict[str, Any]]
 
 
@@ -58,7 +60,7 @@ def summary_of(tmp_path: Path) -> Summarize:
     def make(variants: dict[str, dict[str, Any]] = VARIANTS, **made: Any) -> dict[str, Any]:
         made_up(tmp_path, variants, **made)
         folders = tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
-        return summarize(list(variants), GATE, *folders)
+        return summarize(TARGET, list(variants), GATE, *folders)
 
     return make
 
@@ -85,10 +87,12 @@ class TestSummary:
     def test_what_llama_cpp_quantized_is_said_to_be_flattered(self, tmp_path: Path) -> None:
         made_up(tmp_path, {"base": VARIANTS["base"], "q4km": VARIANTS["int8"] | {"scheme": "Q4_K_M", "bits": 4}})
         folders = tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
-        notes = summarize(["base", "q4km"], GATE, *folders)["notes"]
+        notes = summarize(TARGET, ["base", "q4km"], GATE, *folders)["notes"]
         assert not [note for note in notes if note.startswith("q4km: ")]
         change_json(tmp_path / "source.json", lambda source: source.update(grid={"group_size": 32}))
-        (note,) = [note for note in summarize(["base", "q4km"], GATE, *folders)["notes"] if note.startswith("q4km: ")]
+        (note,) = [
+            note for note in summarize(TARGET, ["base", "q4km"], GATE, *folders)["notes"] if note.startswith("q4km: ")
+        ]
         assert "share scales among 32 weights, as did the Q4_1 weights" in note
 
     def test_each_variant_has_the_gate_of_its_bits(self, summary_of: Summarize) -> None:
@@ -134,9 +138,11 @@ class TestSummary:
             value["contract"] |= {"dtype": "bfloat16", "bos": True}
             value["contract_hash"] = "f" * 64
 
-        change_json(tmp_path / "metrics/evaluate/int8.json", other)
+        change_json(tmp_path / "metrics/evaluate/transformers/int8.json", other)
         with pytest.raises(TaskError) as error:
-            summarize(list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json")
+            summarize(
+                TARGET, list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+            )
         assert "dtype is 'float32' for base, 'bfloat16' for int8" in str(error.value)
         assert "bos is None for base, True for int8" in str(error.value)
         assert "limit" not in str(error.value)
@@ -145,15 +151,23 @@ class TestSummary:
         ("path", "text", "message"),
         [
             (
-                "metrics/benchmark/int8.json",
+                "metrics/load/transformers/int8.json",
                 None,
-                "benchmark/int8.json not found; make it with: dvc repro benchmark@int8",
+                "transformers/int8.json not found; make it with: dvc repro load@transformers-int8",
             ),
             ("metrics/quantize/base.json", "{", "quantize/base.json is not JSON"),
-            ("metrics/evaluate/base.json", "[]", "contains list, expected an object"),
-            ("results/int8/items-piqa_local.jsonl", None, "not found; make it with: dvc repro evaluate@int8"),
-            ("results/int8/items-piqa_local.jsonl", '{"item": 1}\n', "line 1 is not an item with hash and score"),
-            ("results/int8/items-piqa_local.jsonl", "", "has 0 items with mean score"),
+            ("metrics/evaluate/transformers/base.json", "[]", "contains list, expected an object"),
+            (
+                "results/transformers/int8/items-piqa_local.jsonl",
+                None,
+                "not found; make it with: dvc repro evaluate@transformers-int8",
+            ),
+            (
+                "results/transformers/int8/items-piqa_local.jsonl",
+                '{"item": 1}\n',
+                "line 1 is not an item with hash and score",
+            ),
+            ("results/transformers/int8/items-piqa_local.jsonl", "", "has 0 items with mean score"),
             ("source.json", None, "source.json not found; make it with: dvc repro download"),
         ],
     )
@@ -166,17 +180,21 @@ class TestSummary:
         else:
             (tmp_path / path).write_text(text)
         with pytest.raises(TaskError, match=re.escape(message)):
-            summarize(list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json")
+            summarize(
+                TARGET, list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+            )
 
     def test_items_that_the_metrics_were_not_made_from_are_refused(self, tmp_path: Path, summary_of: Summarize) -> None:
         summary_of()
-        stale = tmp_path / "results/int8/items-piqa_local.jsonl"
+        stale = tmp_path / "results/transformers/int8/items-piqa_local.jsonl"
         lines = stale.read_text().splitlines()
         stale.write_text("\n".join(line.replace('"score": 1', '"score": 0') for line in lines))
         with pytest.raises(
             TaskError, match=r"has 400 items with mean score 0.0000, but int8's metrics say 400 with 0\.6"
         ):
-            summarize(list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json")
+            summarize(
+                TARGET, list(VARIANTS), GATE, tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
+            )
 
 
 def test_of_two_equally_small_variants_the_better_wins() -> None:
@@ -379,20 +397,21 @@ class TestReport:
 
     def test_it_leaves_all_files(self, done: tuple[Report, Path]) -> None:
         found, folder = done
-        names = {"summary.json", "table.txt", "pareto.png", "completions.md", "index.html", "manifest.json"}
-        assert {p.name for p in folder.iterdir()} == names
-        assert found.winner == "gptq-int4" == found.decisive["winner"]
+        names = {"table.txt", "index.html", "manifest.json", "plots/transformers.png"}
+        names |= {f"transformers/{name}" for name in ("summary.json", "completions.md")}
+        assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == names
+        assert found.decisive[TARGET]["winner"] == "gptq-int4"
         assert (folder / "table.txt").read_text() == found.table
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads((folder / TARGET / "summary.json").read_text())
         assert summary["winner"] == "gptq-int4"
         assert summary["machine"]["cores"] >= 1
-        rows, figures = summary["variants"], found.decisive["variants"]
+        rows, figures = summary["variants"], found.decisive[TARGET]["variants"]
         assert {v: row["verdict"] for v, row in rows.items()} == {v: row["verdict"] for v, row in figures.items()}
         assert figures["int8"]["retention"]["mean"] == rows["int8"]["retention"]["mean"]
         assert figures["int8"]["decode_ratio"] == 1.1
         assert figures["awq-int4"]["completions"] == {"texts": 5, "same": 0, "near_ties": 0, "shared": 1 / 3}
         assert figures["base"]["retention"] is None
-        assert "NaN" not in (folder / "summary.json").read_text()
+        assert "NaN" not in (folder / TARGET / "summary.json").read_text()
 
     def test_the_page_needs_nothing_from_elsewhere_and_has_the_numbers(self, done: tuple[Report, Path]) -> None:
         text = (done[1] / "index.html").read_text()
@@ -416,8 +435,8 @@ class TestReport:
     ) -> None:
         folders = tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
         report(settings, *folders, tmp_path / "again")
-        for path in done[1].iterdir():
-            assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+        for path in (path for path in done[1].rglob("*") if path.is_file()):
+            assert (tmp_path / "again" / path.relative_to(done[1])).read_bytes() == path.read_bytes()
 
     def test_markup_in_a_value_stays_text(self, tmp_path: Path, settings: Settings) -> None:
         made_up(tmp_path, VARIANTS)
@@ -429,12 +448,12 @@ class TestReport:
     def test_a_failure_leaves_the_last_report_alone(
         self, done: tuple[Report, Path], tmp_path: Path, settings: Settings
     ) -> None:
-        before = (done[1] / "summary.json").read_bytes()
+        before = (done[1] / TARGET / "summary.json").read_bytes()
         (tmp_path / "metrics/calibrate.json").unlink()
         folders = tmp_path / "metrics", tmp_path / "results", tmp_path / "source.json"
         with pytest.raises(TaskError, match=r"calibrate\.json not found"):
             report(settings, *folders, tmp_path / "report")
-        assert (done[1] / "summary.json").read_bytes() == before
+        assert (done[1] / TARGET / "summary.json").read_bytes() == before
 
 
 def test_any_quality_report_becomes_rows_of_text() -> None:

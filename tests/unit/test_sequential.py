@@ -154,7 +154,7 @@ class TestOrder:
 
     @pytest.mark.parametrize("record", [None, {"seed": 1}, {"seed": 1, "items": {}, "looks": 9, "block": 50}])
     def test_an_order_of_another_version_is_refused_with_a_command(self, record: object) -> None:
-        with pytest.raises(TaskError, match="dvc repro evaluate@base"):
+        with pytest.raises(TaskError, match="dvc repro -f reference, then dvc repro"):
             Order.read(record)
 
 

@@ -58,7 +58,10 @@ def changed(path: str, value: Any) -> dict[str, Any]:
             r"variants\.v\.output_layer: must be weight-only: write W8A16@64",
         ),
         ("variants/v", {**GPTQ, "embedding": "none"}, r"variants\.v\.embedding: must be weight-only"),
-        ("target", "tpu", r"target is 'tpu': input should be 'transformers', 'onnx' or 'gguf'"),
+        ("targets", ["tpu"], r"targets\.0 is 'tpu': input should be 'transformers', 'vllm', 'onnx' or 'gguf'"),
+        ("targets", [], r"targets is \[\]: list should have at least 1 item"),
+        ("targets", ["onnx", "vllm", "onnx"], r"targets: names onnx twice; name each target once"),
+        ("target", "onnx", r"targets: \[onnx\]    # instead of target"),
         ("variants", {}, r"variants: must hold the baseline"),
         ("variants", {"base": {"scheme": "none"}}, r"variants: holds nothing to compare"),
         ("variants", None, r"variants is None"),
@@ -82,7 +85,6 @@ def changed(path: str, value: Any) -> dict[str, Any]:
             PARAMS["evaluation"]["texts"]["news"],
             r"wiki and evaluation\.texts\.wiki have",
         ),
-        ("target", "tpu", r"target is 'tpu'.*transformers"),
         ("package/name", "../up", r"package\.name is '\.\./up'"),
     ],
 )
@@ -94,9 +96,9 @@ def test_a_wrong_value_is_named_with_what_is_expected(path: str, value: Any, mes
 @pytest.mark.parametrize("section", ["evaluation", "benchmark"])
 def test_onnx_requires_float32(section: str) -> None:
     values = changed(f"{section}/dtype", "bfloat16")
-    assert check_settings(values).target == "transformers"
+    assert check_settings(values).targets == ["transformers"]
     with pytest.raises(TaskError, match=rf"{section}\.dtype is bfloat16, but for the target onnx .* to float32"):
-        check_settings(values | {"target": "onnx"})
+        check_settings(values | {"targets": ["vllm", "onnx"]})
 
 
 def test_proposed_variant_is_valid() -> None:
@@ -236,7 +238,7 @@ def test_missing_file_names_the_current_folder(tmp_path: Path) -> None:
 def test_settings_are_immutable() -> None:
     settings = check_settings(PARAMS)
     with pytest.raises(ValueError, match="frozen"):
-        settings.target = "vllm"  # type: ignore[assignment]
+        settings.targets = ["vllm"]
 
 
 @pytest.mark.slow  # lm-eval reads the definitions of all its tasks

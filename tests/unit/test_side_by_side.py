@@ -31,7 +31,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def compared(tmp_path: Path) -> dict[str, Any]:
-    (one,) = compare(tmp_path, ["int4", "base"], "base")
+    (one,) = compare(tmp_path, ["int4", "base"], "base", "onnx")
     assert list(one["texts"]) == ["base", "int4"]
     return dict(one["texts"]["int4"])
 
@@ -63,7 +63,7 @@ def test_texts_near_ties_and_shared_tokens_are_counted(tmp_path: Path, write: Wr
     close = {"best_logprobs": [[-0.70, -0.75]] * 3}
     write("base", {}, close, {})
     write("int4", {}, {"ids": [5, 9, 1]}, {"ids": [9, 1]})
-    found = compare(tmp_path, ["base", "int4"], "base")
+    found = compare(tmp_path, ["base", "int4"], "base", "onnx")
     assert count(found, "int4") == {"texts": 3, "same": 1, "near_ties": 1, "shared": 4 / 8}
 
 
@@ -86,17 +86,17 @@ def test_other_prompts_and_unreadable_texts_are_refused(
     if message is None:
         (tmp_path / "int4").mkdir()
         (tmp_path / "int4/texts.jsonl").write_text('{"prompt": "A"}\n')
-        message = "line 1 is not a text with its ids; make it again with: dvc repro -f evaluate@int4"
+        message = "line 1 is not a text with its ids; make it again with: dvc repro -f evaluate@onnx-int4"
     else:
         write("int4", change)
     with pytest.raises(TaskError, match=re.escape(message)):
-        compare(tmp_path, ["base", "int4"], "base")
+        compare(tmp_path, ["base", "int4"], "base", "onnx")
 
 
 def test_missing_texts_are_refused(tmp_path: Path, write: Write) -> None:
     write("base", {})
-    with pytest.raises(TaskError, match=r"int4/texts.jsonl not found; make it with: dvc repro evaluate@int4"):
-        compare(tmp_path, ["base", "int4"], "base")
+    with pytest.raises(TaskError, match=r"int4/texts.jsonl not found; make it with: dvc repro evaluate@onnx-int4"):
+        compare(tmp_path, ["base", "int4"], "base", "onnx")
 
 
 def test_markdown_in_a_text_stays_text() -> None:

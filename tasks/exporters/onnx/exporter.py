@@ -19,7 +19,7 @@ class OnnxExporter:
 
     def check(self, settings: Settings, model: Path | None) -> None:
         """See `Exporter`."""
-        check_group_sizes(settings, BLOCK, f"ONNX Runtime has a scale for each {BLOCK}, 32 or 64 weights")
+        check_group_sizes(settings, "onnx", BLOCK, f"ONNX Runtime has a scale for each {BLOCK}, 32 or 64 weights")
         if model is not None:
             check_family(model)
 
@@ -43,5 +43,5 @@ def check_family(model: Path) -> None:
     if turn not in turns:
         raise TaskError(
             f"{model} has rope_type {turn!r}, which ONNX Runtime GenAI's graph computes otherwise; supported for "
-            f"{family}: {', '.join(turns)}; set target to transformers, or to gguf for linear"
+            f"{family}: {', '.join(turns)}; set targets to [transformers], or to [gguf] for linear"
         )
