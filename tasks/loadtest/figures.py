@@ -210,8 +210,8 @@ def ratios(pairs: Sequence[tuple[Run, Run]]) -> dict[str, Ratio]:
 def ratio(values: Sequence[float]) -> Ratio:
     """The geometric mean of paired ratios with a bootstrap interval over the pairs.
 
-    The interval is the expanded percentile interval (T. Hesterberg, What Teachers Should Know About the Bootstrap, 2015,
-    section 4.2.2): with few pairs the plain percentile interval is too narrow, with 5 by a third.
+    The interval is the expanded percentile interval (T. Hesterberg, What Teachers Should Know About the Bootstrap,
+    2015): with few pairs the plain percentile interval is too narrow, with 5 by a third.
     """
     logs = np.log(np.asarray(values))
     if np.ptp(logs) < 1e-12:  # no spread to resample

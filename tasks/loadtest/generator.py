@@ -75,8 +75,8 @@ class _Reply(BaseModel):
 class Generator:
     """A running load generator.
 
-    prompt_tokens: random tokens in each prompt; no two prompts of different seeds begin alike, so no server answers from
-    its cache. new_tokens: of each answer, whatever the model says (`ignore_eos`), by greedy decoding.
+    prompt_tokens: random tokens in each prompt; other seeds give other prompts, so no server answers from its
+    cache. new_tokens: of each answer, whatever the model says (`ignore_eos`), by greedy decoding.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path, prompt_tokens: int, new_tokens: int) -> None:
@@ -95,8 +95,8 @@ class Generator:
         used = server.cpu_seconds() - before
         if not server.alive:
             raise TaskError(
-                f"{server.engine} with {server.name} ended in the middle of the load test, at {concurrency} requests at "
-                f"once; its last words: {server.last_words() or 'none'}"
+                f"{server.engine} with {server.name} ended in the middle of the load test, at {concurrency} requests "
+                f"at once; its last words: {server.last_words() or 'none'}"
             )
         run = read_reply(answer, concurrency, self._tokens["new_tokens"], used)
         if not run.requests:
@@ -184,9 +184,7 @@ def read_reply(answer: Mapping[str, Any], concurrency: int, new_tokens: int, ser
             "file names"
         ) from error
     requests, failures = [], []
-    rows = zip(
-        found.errors, found.ttfts, found.itls, found.latencies, found.input_lens, found.output_lens, strict=True
-    )
+    rows = zip(found.errors, found.ttfts, found.itls, found.latencies, found.input_lens, found.output_lens, strict=True)
     for error_text, first_token, gaps, latency, asked, answered in rows:
         if error_text:
             failures.append(_last_line(error_text))
