@@ -63,6 +63,7 @@ def _report(
 ) -> LoadReport:
     asked = settings.load
     main = measured.load.main if measured else None
+    prompt = measured.load.prompt_tokens if measured else asked.prompt_tokens
     runtime = RuntimeInfo(
         name=measured.engine if measured else ENGINES[target]().name,
         version=measured.version if measured else ENGINES[target]().version(),
@@ -80,25 +81,18 @@ def _report(
         bits_per_weight=weight_bits(model),
         load_seconds=measured.start_seconds if measured else 0.0,
         peak_memory_bytes=measured.peak_memory_bytes if measured else 0,
-        prompt_tokens=measured.load.prompt_tokens if measured else asked.prompt_tokens,
+        prompt_tokens=prompt,
         new_tokens=asked.new_tokens,
         batch_size=asked.concurrency,
         repeats=asked.pairs,
-        prefill_tokens_per_second=_per_second(measured, main and main.time_to_first_token.p50, tokens=None),
-        decode_tokens_per_second=_per_second(measured, main and main.time_per_token.p50, tokens=1),
+        prefill_tokens_per_second=prompt / main.time_to_first_token.p50 if main else None,
+        decode_tokens_per_second=1 / main.time_per_token.p50 if main else None,
         time_to_first_token_seconds=main.time_to_first_token.p50 if main else None,
         prefill_ratio=_faster(name, measured, FIRST_TOKEN),
         decode_ratio=_faster(name, measured, PER_TOKEN),
         command=measured.command if measured else None,
         load=measured.load if measured else None,
     )
-
-
-def _per_second(measured: Measured | None, seconds: float | None, tokens: int | None) -> float | None:
-    """Tokens per second; tokens: None for those of a prompt."""
-    if measured is None or not seconds:
-        return None
-    return (measured.load.prompt_tokens if tokens is None else tokens) / seconds
 
 
 def _faster(name: str, measured: Measured | None, figure: str) -> float | None:

@@ -102,7 +102,10 @@ def _gpu_note(model: Path, baseline: Path) -> str | None:
     room, larger = SHARED * _gpu_memory(), max(_size(model), _size(baseline))
     if 1.2 * larger <= room:
         return None
-    return f"not compared under load: half of the GPU's memory holds {room / 1e9:.0f} GB, a model has {larger / 1e9:.0f} GB"
+    return (
+        f"not compared under load: half of the GPU's memory is {room / 1e9:.0f} GB, and a model with "
+        f"{larger / 1e9:.0f} GB needs more"
+    )
 
 
 def _memory_note(peak: int, model: Path, baseline: Path) -> str | None:
