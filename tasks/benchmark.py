@@ -80,7 +80,7 @@ def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path, 
         runtime=runtime.info,
         fast_kernel=runtime.fast,
         note=runtime.note,
-        size_bytes=sum(p.stat().st_size for p in model.rglob("*") if p.is_file() and p.suffix not in _ASIDE),
+        size_bytes=size_bytes(model),
         bits_per_weight=weight_bits(model),
         load_seconds=round(loaded, 3),
         peak_memory_bytes=peak,
@@ -94,6 +94,11 @@ def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path, 
         prefill_ratio=_median(speeds[0].prefill / speeds[-1].prefill for speeds in rounds),
         decode_ratio=_median(speeds[0].decode / speeds[-1].decode for speeds in rounds),
     )
+
+
+def size_bytes(model: Path) -> int:
+    """The size of the files that a runtime reads."""
+    return sum(p.stat().st_size for p in model.rglob("*") if p.is_file() and p.suffix not in _ASIDE)
 
 
 def warm_up(runtime: Runtime, settings: BenchmarkSettings) -> None:

@@ -6,7 +6,6 @@ python -m tasks.serve vllm int8
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from tasks.deployment.tool_calling import read_template
 from tasks.errors import TaskError, first_line
 from tasks.hardware import cpu_name, total_memory
 from tasks.output import write_json
-from tasks.program import run_stage
+from tasks.program import arguments, run_stage
 from tasks.rope import longest_context
 from tasks.scoring.completions import Completion, prompts
 from tasks.scoring.divergence import Window, text_windows
@@ -192,13 +191,12 @@ def summary_line(report: ServeReport) -> str:
 
 
 def main() -> None:
-    """Serve the variant named on the command line, in the current directory."""
-    if len(sys.argv) != 3 or any(one.startswith("-") for one in sys.argv[1:]):
-        sys.exit("usage: python -m tasks.serve TARGET VARIANT")
-    target, name = sys.argv[1:]
+    """Serve the variant for the target that the command line names, in the current directory."""
+    target, name = arguments("python -m tasks.serve TARGET VARIANT")
 
     def work(settings: Settings) -> None:
         settings.variant(name)
+        settings.check_target(target)
         report = serve(
             name,
             target,

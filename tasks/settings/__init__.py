@@ -21,6 +21,8 @@ from tasks.settings.measuring import (
     EvaluationSettings,
     GateSettings,
     HardwareSettings,
+    LoadSettings,
+    ObjectiveSettings,
     PackageSettings,
     StatisticsSettings,
 )
@@ -42,7 +44,9 @@ __all__ = [
     "EvaluationSettings",
     "GateSettings",
     "HardwareSettings",
+    "LoadSettings",
     "ModelSettings",
+    "ObjectiveSettings",
     "Overlap",
     "Settings",
     "Target",
@@ -67,6 +71,7 @@ class Settings(Section):
     targets: Annotated[list[Target], Field(min_length=1)]
     evaluation: EvaluationSettings
     benchmark: BenchmarkSettings
+    load: LoadSettings
     gate: GateSettings
     package: PackageSettings
 

@@ -1,4 +1,5 @@
-"""Settings for measuring and judging variants: the sections statistics, evaluation, benchmark, gate and package."""
+"""Settings for measuring and judging variants: the sections statistics, evaluation, benchmark, load, gate and
+package."""
 
 from __future__ import annotations
 
@@ -58,6 +59,30 @@ class BenchmarkSettings(Section):
     new_tokens: Annotated[int, Field(ge=2)]
     batch_size: Annotated[int, Field(ge=1)]
     repeats: Annotated[int, Field(ge=1)]
+
+
+class ObjectiveSettings(Section):
+    """What a request must meet to count for the goodput, seconds. ttft: time to its first token. tpot: mean time for
+    each further token."""
+
+    ttft: Annotated[float, Field(gt=0, strict=False)]
+    tpot: Annotated[float, Field(gt=0, strict=False)]
+
+
+class LoadSettings(Section):
+    """The load test of a served model, beside the baseline's server.
+
+    price: of the machine, for an hour, in any currency; None: no cost is reported.
+    """
+
+    prompt_tokens: Annotated[int, Field(ge=1)]
+    new_tokens: Annotated[int, Field(ge=2)]
+    pairs: Annotated[int, Field(ge=5, le=100)]
+    requests: Annotated[int, Field(ge=1)]
+    concurrency: Annotated[int, Field(ge=1, le=4096)]
+    limit: Annotated[int, Field(ge=1, le=4096)]
+    objective: ObjectiveSettings
+    price: Annotated[float, Field(gt=0, strict=False)] | None = None
 
 
 class GateSettings(Section):

@@ -1,0 +1,62 @@
+"""Run vLLM's serving benchmark once for each line on standard input. It runs in vLLM's environment, not in ours.
+
+python driver.py TOKENIZER
+
+A line is a JSON object of Ask; the answer is a line with a JSON object: the benchmark's result with its records of each
+request, and `cpu_seconds`, or `error`. One process serves all runs, because the imports take longer than a run.
+"""
+
+import asyncio
+import copy
+import json
+import os
+import resource
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Answer the lines until standard input ends. What the benchmark prints goes to standard error."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    from vllm.benchmarks.serve import add_cli_args, main_async
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    settled = parser.parse_args(
+        [
+            *("--backend", "openai", "--endpoint", "/v1/completions", "--tokenizer", sys.argv[1]),
+            *("--dataset-name", "random", "--temperature", "0", "--disable-tqdm"),
+        ]
+    )
+    _reply(replies, {"ready": True})
+    for line in sys.stdin:
+        ask = json.loads(line)
+        arguments = copy.deepcopy(settled)  # the benchmark changes them
+        arguments.base_url, arguments.model = ask["url"], ask["model"]
+        arguments.random_input_len, arguments.random_output_len = ask["prompt_tokens"], ask["new_tokens"]
+        arguments.num_prompts, arguments.max_concurrency = ask["requests"], ask["concurrency"]
+        arguments.seed = ask["seed"]
+        before = _cpu_seconds()
+        try:
+            result = asyncio.run(main_async(arguments))
+            _reply(replies, {**result, "cpu_seconds": _cpu_seconds() - before})
+        except Exception as error:  # for the caller, who knows what it means
+            _reply(replies, {"error": f"{type(error).__name__}: {error}"})
+
+
+def _reply(replies: Any, answer: dict[str, Any]) -> None:
+    replies.write(json.dumps(answer, default=float) + "\n")
+    replies.flush()
+
+
+def _cpu_seconds() -> float:
+    return sum(
+        used.ru_utime + used.ru_stime
+        for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+if __name__ == "__main__":
+    main()
