@@ -68,7 +68,8 @@ class Gate:
             return
         kind, _, key = _header(scope, b"authorization").partition(b" ")
         # all are compared, so that the time says nothing about the key
-        if kind.lower() != b"bearer" or not any([hmac.compare_digest(key.strip(), one) for one in self._keys]):
+        same = [hmac.compare_digest(key.strip(), one) for one in self._keys]
+        if kind.lower() != b"bearer" or not any(same):
             raise RequestError(
                 401,
                 "no valid API key; send the header Authorization: Bearer KEY",

@@ -71,7 +71,7 @@ class Generator:
             try:
                 first = await anext(pieces)
             except RequestError:
-                await pieces.aclose()
+                await _close(pieces)
                 raise
             chunks = self._chunks(answer, first, pieces, count if usage else None)
             return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

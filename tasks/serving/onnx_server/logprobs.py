@@ -22,7 +22,7 @@ def _pairs(token: Scored, best: int) -> list[tuple[int, float]]:
 def completion_logprobs(
     tokens: Iterable[Scored | None], first: tuple[int, ...], best: int, offset: int, vocabulary: Vocabulary, as_id: bool
 ) -> dict[str, Any]:
-    """OpenAI's form for completions. first: ids of tokens without a score, in their order. offset: characters before."""
+    """OpenAI's form for completions. first: ids of the tokens without a score, in order. offset: characters before."""
     found: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
     missing = iter(first)
     for token in tokens:
@@ -30,7 +30,7 @@ def completion_logprobs(
         found["text_offset"].append(offset)
         found["tokens"].append(text)
         found["token_logprobs"].append(None if token is None else token.logprob)
-        top = None
+        top: dict[str, float] | None = None
         if token is not None:
             top = {}
             for number, logprob in _pairs(token, best):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .chat_template import ChatTemplate
 from .errors import StartError
 from .export_folder import Export, read_export
-from .options import Options
+from .options import GIB, Options
 from .vocabulary import Vocabulary
 
 
@@ -30,10 +30,11 @@ def read_served(options: Options) -> Served:
         raise StartError(
             f"--max-model-len is {context}, but the model has a context of {export.context} tokens; lower it"
         )
-    if context * export.cache_bytes > options.kv_cache:
+    needed, allowed = context * export.cache_bytes / GIB, options.kv_cache / GIB
+    if needed > allowed:
         raise StartError(
-            f"the KV cache of {context} tokens needs {context * export.cache_bytes / 2**30:.1f} GiB, but --kv-cache-gib "
-            f"allows {options.kv_cache / 2**30:.1f}; raise it, or lower --max-model-len"
+            f"the KV cache of {context} tokens needs {needed:.1f} GiB, but --kv-cache-gib allows {allowed:.1f}; "
+            "raise it, or lower --max-model-len"
         )
     template = ChatTemplate(export.template, export.special) if export.template else None
     return Served(options.name, export, Vocabulary(export), template, context)
