@@ -27,9 +27,11 @@ from tqdm import tqdm
 
 from tasks.errors import TaskError, TransientError
 from tasks.hardware import cpu_cores, cpu_name
+from tasks.output import CODE
 from tasks.program import one_line_errors
 
-LOCK = Path(__file__).with_name("llama-server.lock")
+LOCK = CODE.parent / "locks" / "llama-server.lock"
+FOLDER = "MODELPRESS_ENVIRONMENTS"  # as in environments.py
 PROGRAM, LOG = "llama-server", "build.log"
 # the programs and what Debian calls their packages
 _TOOLS = {"cmake": ("cmake",), "g++": ("c++", "g++", "clang++"), "make": ("make",)}
@@ -100,8 +102,8 @@ def llama_server(cache: Path | None = None, progress: str = "llama.cpp's server"
 
 
 def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "modelpress/environments"
+    named = os.environ.get(FOLDER)
+    return Path(named) if named else Path.home() / ".cache" / "modelpress" / "environments"
 
 
 def _identity() -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import onnxruntime_genai
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from .engine import VERSION
 from .errors import RequestError
 from .generating import Generator
 from .metrics import Metrics
@@ -73,7 +73,7 @@ def create_app(served: Served, scheduler: Scheduler, metrics: Metrics) -> FastAP
 
     @app.get("/version")
     def version() -> dict[str, str]:
-        return {"version": str(onnxruntime_genai.__version__)}
+        return {"version": VERSION}
 
     @app.get("/metrics")
     def prometheus() -> Response:

@@ -23,6 +23,7 @@ from .errors import StartError
 from .sampling import Scored, choose, score
 from .sequence import Ended, Failed, PromptScored, Sequence, Written
 
+VERSION = str(onnxruntime_genai.__version__)
 CHUNK = 256  # tokens of a prompt that are read at once; cancellation is noticed between two chunks
 _NO = numpy.float32(-1e30)
 

@@ -23,10 +23,9 @@ class RequestError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The answer's JSON."""
-        return {
-            "error": {"message": self.message, "type": _kind(self.status), "param": self.param, "code": self.status}
-        }
+        """The answer's JSON. What UTF-8 cannot encode is replaced."""
+        message = self.message.encode("utf-8", errors="replace").decode()
+        return {"error": {"message": message, "type": _kind(self.status), "param": self.param, "code": self.status}}
 
 
 def _kind(status: int) -> str:

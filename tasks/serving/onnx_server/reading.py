@@ -169,8 +169,8 @@ def _has_tools(served: Served) -> bool:
 def _encode(text: str, special: bool, served: Served) -> list[int]:
     try:
         return served.vocabulary.encode(text, special)
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can escape
-        raise RequestError(400, f"the text cannot be encoded as UTF-8 ({error.reason})", "prompt") from error
+    except (TypeError, UnicodeEncodeError) as error:
+        raise RequestError(400, "the text holds half of a surrogate pair, which no tokenizer can read") from error
 
 
 def _checked(ids: list[int], served: Served, param: str) -> Prompt:

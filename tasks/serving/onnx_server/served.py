@@ -27,9 +27,7 @@ def read_served(options: Options) -> Served:
     export = read_export(options.model)
     context = options.max_model_len or export.context
     if context > export.context:
-        raise StartError(
-            f"--max-model-len is {context}, but the model has a context of {export.context} tokens; lower it"
-        )
+        raise StartError(f"--max-model-len is {context}, but the model's context is {export.context} tokens; lower it")
     needed, allowed = context * export.cache_bytes / GIB, options.kv_cache / GIB
     if needed > allowed:
         raise StartError(
