@@ -9,10 +9,13 @@ rounded to 8 bits. Only one of the two is in memory at a time.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# before the import: the wheels send usage data to Microsoft otherwise
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import numpy
 import onnxruntime
 import onnxruntime_genai

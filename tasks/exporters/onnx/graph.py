@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -17,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# before the import: the wheels send usage data to Microsoft otherwise
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import onnx_ir
 import torch
 from onnxruntime_genai.models.builders import LlamaModel, MistralModel, Model, Qwen3Model, QwenModel
