@@ -23,6 +23,20 @@ def package_path(home: Path, tag: str) -> str:
     return f"dist/{package_name(git(home, 'show', params), params)}"
 
 
+def run_tag(home: Path, what: str) -> str:
+    """The tag run/NAME for NAME or run/NAME; or that of the champion, of the package name in params.yaml.
+
+    FlowError if there is no such run.
+    """
+    tag = what
+    if what == CHAMPION:
+        params = home / "params.yaml"
+        tag = champion_tag(home, package_name(params.read_text(encoding="utf-8"), str(params)))
+    tag = tag if tag.startswith(TAG) else TAG + tag
+    package_path(home, tag)
+    return tag
+
+
 def fetch_package(home: Path, tag: str, destination: Path | None) -> Path:
     """Write the package of the run `tag` to `destination`, a new folder that is by default named like the package.
 
@@ -30,10 +44,7 @@ def fetch_package(home: Path, tag: str, destination: Path | None) -> Path:
 
     FlowError if there is no such run, the folder exists, or the files do not match their SHA256SUMS.
     """
-    if tag == CHAMPION:
-        params = home / "params.yaml"
-        tag = champion_tag(home, package_name(params.read_text(encoding="utf-8"), str(params)))
-    tag = tag if tag.startswith(TAG) else TAG + tag
+    tag = run_tag(home, tag)
     path = package_path(home, tag)
     target = (destination or Path(Path(path).name)).resolve()
     if target.exists():

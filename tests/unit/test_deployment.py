@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import socket
-import ssl
 import subprocess
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -30,6 +22,7 @@ from tasks.deployment.write import write_serving
 from tasks.errors import TaskError
 from tasks.output import checksums
 from tasks.settings import check_settings
+from tests.caddy import KEY, backend, caddy, needs_caddy
 from tests.crds import faults
 from tests.unit.test_sizing import LARGE
 
@@ -193,104 +186,24 @@ class TestAccess:
         alone = [m["spec"] for m in manifests(write("one")) if m["kind"] == "NetworkPolicy"]
         assert [policy["egress"] for policy in alone] == [[], []]
 
-    @pytest.mark.skipif(not shutil.which("caddy"), reason="caddy is not installed")
-    def test_the_proxy_wants_the_key_on_every_path(self, write: Write, tmp_path: Path, upstream: str) -> None:
-        folder, port = write(), free_port()
-        certificate(tmp_path)
-        text = (folder / "Caddyfile").read_text().replace("/tls/", f"{tmp_path}/")
-        text = text.replace(":8443 {", f":{port} {{\n\tbind 127.0.0.1")
-        (tmp_path / "Caddyfile").write_text(text)
-        command = ["caddy", "run", "--config", str(tmp_path / "Caddyfile"), "--adapter", "caddyfile"]
-        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "API_KEY": "secret", "UPSTREAM": upstream}
-        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-            try:
-                wait_for(port)
-                ask = asker(port, tmp_path / "tls.crt")
-                for path in ("/health", "/v1/models", "/v1/chat/completions", "/metrics", "/", "/v1/load_lora_adapter"):
-                    assert ask(path) == 401
-                    assert ask(path, "secre") == 401
-                    assert ask(path, "secret2") == 401
-                    assert ask(path, "") == 401
-                assert ask("/health", "secret") == 200
-                assert ask("/v1/models", "secret") == 200
-                assert ask("/v1/chat/completions", "secret", b"{}") == 200
-                for path in (
-                    "/metrics",
-                    "/",
-                    "/docs",
-                    "/v1/models/x",
-                    "/v1/load_lora_adapter",
-                    "/v1/../metrics",
-                    "/load",
-                ):
-                    assert ask(path, "secret") == 404
-                    assert ask(path, "secret", b"{}") == 404
-            finally:
-                server.terminate()
-
-
-@pytest.fixture
-def upstream() -> Iterator[str]:
-    """A server that answers every path."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def do_POST(self) -> None:
-            self.do_GET()
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def certificate(folder: Path) -> None:
-    """A certificate for localhost: tls.crt and tls.key."""
-    who = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "1"]
-    files = ["-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt")]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *who, *files]
-    subprocess.run(command, check=True, capture_output=True)
-
-
-def wait_for(port: int) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        with socket.socket() as one:
-            if one.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise AssertionError(f"nothing listens on {port}")
-
-
-def asker(port: int, trusted: Path) -> Callable[..., int]:
-    """A function that asks for a path, with a key or a body, and returns the status."""
-    context = ssl.create_default_context(cafile=str(trusted))
-
-    def ask(path: str, key: str | None = None, body: bytes | None = None) -> int:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        request = urllib.request.Request(f"https://localhost:{port}{path}", data=body, headers=headers)
-        try:
-            with urllib.request.urlopen(request, context=context, timeout=10) as answer:
-                return int(answer.status)
-        except urllib.error.HTTPError as error:
-            return error.code
-
-    return ask
+    @needs_caddy
+    def test_the_proxy_wants_the_key_on_every_path(self, write: Write, tmp_path: Path) -> None:
+        text = (write() / "Caddyfile").read_text()
+        with backend() as (upstream, asked), caddy(text, tmp_path, UPSTREAM=upstream) as ask:
+            for path in ("/health", "/v1/models", "/v1/chat/completions", "/metrics", "/", "/v1/load_lora_adapter"):
+                assert ask(path) == 401
+                assert ask(path, "secre") == 401
+                assert ask(path, "secret2") == 401
+                assert ask(path, "") == 401
+            assert not asked
+            assert ask("/health", KEY) == 200
+            assert ask("/v1/models", KEY) == 200
+            assert ask("/v1/chat/completions", KEY, b"{}") == 200
+            assert asked == ["GET /v1/models", "POST /v1/chat/completions"]
+            for path in ("/metrics", "/", "/docs", "/v1/models/x", "/v1/load_lora_adapter", "/v1/../metrics", "/load"):
+                assert ask(path, KEY) == 404
+                assert ask(path, KEY, b"{}") == 404
+            assert len(asked) == 2
 
 
 class TestLife:
