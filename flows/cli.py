@@ -20,11 +20,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows import delivery
+from flows import delivery, rollout
 from flows.errors import FlowError
 from flows.execution.runner import CLUSTER_ENV, RUNNER_ENV, Executor, RunnerName
 from flows.planning import SECONDS
 from flows.server.ephemeral import quiet, server
+from flows.workspace.root import find_root
 from tasks.reporting.number_format import megabytes
 
 app = typer.Typer(
@@ -334,7 +335,7 @@ def doctor(
         raise FlowError(f"{bad} problem{'s' if bad > 1 else ''} to fix before a run can work")
 
 
-for command in (delivery.verify, delivery.sign, delivery.oci, delivery.push, delivery.pull):
+for command in (delivery.verify, delivery.sign, delivery.oci, delivery.push, delivery.pull, rollout.deploy):
     app.command()(command)
 
 
@@ -342,15 +343,6 @@ def main() -> None:
     """The entry point. An error that the user can fix is one line on stderr, with exit status 1."""
     with _one_line_errors():
         app()
-
-
-def find_root() -> Path:
-    """The current folder or its closest parent that contains dvc.yaml; FlowError if there is none."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "dvc.yaml").is_file():
-            return folder
-    raise FlowError(f"no dvc.yaml in {here} or above it; run in the project's folder")
 
 
 def _override(root: Path, overrides: list[str], elsewhere: bool) -> list[str]:

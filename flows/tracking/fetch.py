@@ -23,6 +23,20 @@ def package_path(home: Path, tag: str, target: str | None) -> str:
     return f"dist/{package_of(git(home, 'show', params), params, target)}"
 
 
+def run_tag(home: Path, what: str, target: str | None = None) -> str:
+    """The tag run/NAME for NAME or run/NAME; or that of the champion for `target`, of the package in params.yaml.
+
+    FlowError if there is no such run, or no package for `target` in it.
+    """
+    tag = what
+    if what == CHAMPION:
+        params = home / "params.yaml"
+        tag = champion_tag(home, package_of(params.read_text(encoding="utf-8"), str(params), target))
+    tag = tag if tag.startswith(TAG) else TAG + tag
+    package_path(home, tag, target)
+    return tag
+
+
 def fetch_package(home: Path, tag: str, destination: Path | None, target: str | None = None) -> Path:
     """Write a run's package for `target` to `destination`, a new folder that is by default named like the package.
 
@@ -30,10 +44,7 @@ def fetch_package(home: Path, tag: str, destination: Path | None, target: str | 
 
     FlowError if there is no such run, the folder exists, or the files do not match their SHA256SUMS.
     """
-    if tag == CHAMPION:
-        params = home / "params.yaml"
-        tag = champion_tag(home, package_of(params.read_text(encoding="utf-8"), str(params), target))
-    tag = tag if tag.startswith(TAG) else TAG + tag
+    tag = run_tag(home, tag, target)
     path = package_path(home, tag, target)
     place = (destination or Path(Path(path).name)).resolve()
     if place.exists():

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from tasks.bundle.signing import check_key
+from tasks.checks.serving_memory import check_serving_memory
 from tasks.errors import TransientError
 from tasks.exporters import load_exporter
 from tasks.model.arrival import clean_config, known_config, read_json
@@ -48,11 +49,12 @@ def check(settings: Settings, model: Path | None, evals: Path, here: bool = True
 
 
 def check_model(settings: Settings, model: Path, here: bool = False) -> None:
-    """TaskError if the settings do not fit the model in the directory, or if its baseline cannot be evaluated `here`;
-    its weights are not read."""
+    """TaskError if the settings do not fit the model in the directory, if no variant of it can fit package.hardware, or
+    if its baseline cannot be evaluated `here`; its weights are not read."""
     check_context(settings, json.loads((model / "config.json").read_text(encoding="utf-8")))
     for name, variant in settings.variants.items():
         check_fit(name, variant, model)
+    check_serving_memory(settings, model)
     if here and any(files_of(target) == "transformers" for target in settings.targets):
         check_room(model, settings.evaluation.dtype)
 

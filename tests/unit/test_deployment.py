@@ -1,24 +1,12 @@
-"""The folder serve/ of a bundle: valid for the programs that read it, guarded, and the same bytes every time.
-
-MODELPRESS_CRDS: a folder with the definitions of LeaderWorkerSet, InferenceService, ScaledObject, PodMonitor and
-PrometheusRule, as their projects publish them (YAML). Without it, these five are checked by the pods in them only.
-"""
+"""The folder serve/ of a bundle: valid for the programs that read it, guarded, and the same bytes every time."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import socket
-import ssl
 import subprocess
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -27,7 +15,6 @@ import kubernetes_validate
 import pytest
 import yaml
 from compose_spec.models import ComposeSpecification
-from jsonschema import Draft202012Validator
 
 from tasks.deployment.arguments import recommended_sampling
 from tasks.deployment.tool_calling import read_template
@@ -35,6 +22,8 @@ from tasks.deployment.write import write_serving
 from tasks.errors import TaskError
 from tasks.output import checksums
 from tasks.settings import check_settings
+from tests.caddy import KEY, backend, caddy, needs_caddy
+from tests.crds import faults
 from tests.unit.test_sizing import LARGE
 
 GPU = "NVIDIA-H100-80GB-HBM3"
@@ -119,18 +108,19 @@ class TestSchemas:
         assert ("Deployment" in kinds) == ("InferenceService" in kinds) == (hardware != "group")
         assert ("LeaderWorkerSet" in kinds) == (hardware in ("processors", "copies", "group"))
 
-    @pytest.mark.skipif("MODELPRESS_CRDS" not in os.environ, reason="MODELPRESS_CRDS names no folder")
     @pytest.mark.parametrize("hardware", HARDWARE)
-    def test_kinds_of_other_projects(self, write: Write, schemas: dict[Any, Any], hardware: str) -> None:
-        checked = 0
-        for manifest in manifests(write(hardware)):
-            if schema := schemas.get((manifest["apiVersion"], manifest["kind"])):
-                errors = [
-                    f"{list(e.absolute_path)}: {e.message}" for e in Draft202012Validator(schema).iter_errors(manifest)
-                ]
-                assert not errors
-                checked += 1
-        assert checked >= 4
+    def test_kinds_of_other_projects(self, write: Write, hardware: str) -> None:
+        found = [faults(manifest) for manifest in manifests(write(hardware))]
+        checked = [errors for errors in found if errors is not None]
+        assert len(checked) >= 4
+        assert not any(checked)
+
+    def test_a_misspelled_field_is_found(self, write: Write) -> None:
+        (group,) = [m for m in manifests(write("group")) if m["kind"] == "LeaderWorkerSet"]
+        group["spec"]["leaderWorkerTemplate"]["restartPolicies"] = "All"
+        assert faults(group) == [
+            "['spec', 'leaderWorkerTemplate']: Additional properties are not allowed ('restartPolicies' was unexpected)"
+        ]
 
     @pytest.mark.parametrize("target", ["transformers", "gguf"])
     @pytest.mark.parametrize("hardware", ["none", "one"])
@@ -146,38 +136,6 @@ class TestSchemas:
         assert linter
         done = subprocess.run([linter, str(write() / "Dockerfile")], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (0, "")
-
-
-@pytest.fixture(scope="module")
-def schemas() -> dict[tuple[str, str], dict[str, Any]]:
-    return dict(definitions(Path(os.environ["MODELPRESS_CRDS"])))
-
-
-def definitions(folder: Path) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
-    """The strict schema of every version of every custom resource in a folder."""
-    for path in folder.glob("*.yaml"):
-        for definition in yaml.safe_load_all(path.read_text(encoding="utf-8")):
-            if definition and definition["kind"] == "CustomResourceDefinition":
-                spec = definition["spec"]
-                for version in spec["versions"]:
-                    schema = strict(version["schema"]["openAPIV3Schema"])
-                    schema["properties"]["metadata"] = {"type": "object"}
-                    yield (f"{spec['group']}/{version['name']}", spec["names"]["kind"]), schema
-
-
-def strict(schema: Any) -> Any:
-    """Refuse unknown fields, and read Kubernetes' own keywords."""
-    if isinstance(schema, list):
-        return [strict(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {key: strict(value) for key, value in schema.items()}
-    if "properties" in found and not found.get("x-kubernetes-preserve-unknown-fields"):
-        found.setdefault("additionalProperties", False)
-    if found.pop("x-kubernetes-int-or-string", False):
-        found.pop("type", None)
-        found["anyOf"] = [{"type": "integer"}, {"type": "string"}]
-    return found
 
 
 class TestAccess:
@@ -228,104 +186,24 @@ class TestAccess:
         alone = [m["spec"] for m in manifests(write("one")) if m["kind"] == "NetworkPolicy"]
         assert [policy["egress"] for policy in alone] == [[], []]
 
-    @pytest.mark.skipif(not shutil.which("caddy"), reason="caddy is not installed")
-    def test_the_proxy_wants_the_key_on_every_path(self, write: Write, tmp_path: Path, upstream: str) -> None:
-        folder, port = write(), free_port()
-        certificate(tmp_path)
-        text = (folder / "Caddyfile").read_text().replace("/tls/", f"{tmp_path}/")
-        text = text.replace(":8443 {", f":{port} {{\n\tbind 127.0.0.1")
-        (tmp_path / "Caddyfile").write_text(text)
-        command = ["caddy", "run", "--config", str(tmp_path / "Caddyfile"), "--adapter", "caddyfile"]
-        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "API_KEY": "secret", "UPSTREAM": upstream}
-        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-            try:
-                wait_for(port)
-                ask = asker(port, tmp_path / "tls.crt")
-                for path in ("/health", "/v1/models", "/v1/chat/completions", "/metrics", "/", "/v1/load_lora_adapter"):
-                    assert ask(path) == 401
-                    assert ask(path, "secre") == 401
-                    assert ask(path, "secret2") == 401
-                    assert ask(path, "") == 401
-                assert ask("/health", "secret") == 200
-                assert ask("/v1/models", "secret") == 200
-                assert ask("/v1/chat/completions", "secret", b"{}") == 200
-                for path in (
-                    "/metrics",
-                    "/",
-                    "/docs",
-                    "/v1/models/x",
-                    "/v1/load_lora_adapter",
-                    "/v1/../metrics",
-                    "/load",
-                ):
-                    assert ask(path, "secret") == 404
-                    assert ask(path, "secret", b"{}") == 404
-            finally:
-                server.terminate()
-
-
-@pytest.fixture
-def upstream() -> Iterator[str]:
-    """A server that answers every path."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def do_POST(self) -> None:
-            self.do_GET()
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def certificate(folder: Path) -> None:
-    """A certificate for localhost: tls.crt and tls.key."""
-    who = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "1"]
-    files = ["-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt")]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *who, *files]
-    subprocess.run(command, check=True, capture_output=True)
-
-
-def wait_for(port: int) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        with socket.socket() as one:
-            if one.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise AssertionError(f"nothing listens on {port}")
-
-
-def asker(port: int, trusted: Path) -> Callable[..., int]:
-    """A function that asks for a path, with a key or a body, and returns the status."""
-    context = ssl.create_default_context(cafile=str(trusted))
-
-    def ask(path: str, key: str | None = None, body: bytes | None = None) -> int:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        request = urllib.request.Request(f"https://localhost:{port}{path}", data=body, headers=headers)
-        try:
-            with urllib.request.urlopen(request, context=context, timeout=10) as answer:
-                return int(answer.status)
-        except urllib.error.HTTPError as error:
-            return error.code
-
-    return ask
+    @needs_caddy
+    def test_the_proxy_wants_the_key_on_every_path(self, write: Write, tmp_path: Path) -> None:
+        text = (write() / "Caddyfile").read_text()
+        with backend() as (upstream, asked), caddy(text, tmp_path, UPSTREAM=upstream) as ask:
+            for path in ("/health", "/v1/models", "/v1/chat/completions", "/metrics", "/", "/v1/load_lora_adapter"):
+                assert ask(path) == 401
+                assert ask(path, "secre") == 401
+                assert ask(path, "secret2") == 401
+                assert ask(path, "") == 401
+            assert not asked
+            assert ask("/health", KEY) == 200
+            assert ask("/v1/models", KEY) == 200
+            assert ask("/v1/chat/completions", KEY, b"{}") == 200
+            assert asked == ["GET /v1/models", "POST /v1/chat/completions"]
+            for path in ("/metrics", "/", "/docs", "/v1/models/x", "/v1/load_lora_adapter", "/v1/../metrics", "/load"):
+                assert ask(path, KEY) == 404
+                assert ask(path, KEY, b"{}") == 404
+            assert len(asked) == 2
 
 
 class TestLife:

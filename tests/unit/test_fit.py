@@ -251,3 +251,32 @@ class TestBeforeTheDownload:
         settings = self.announced(tmp_path, llama)
         away = settings.model.model_copy(update={"source": "hf:acme/tiny@main"})
         check(settings.model_copy(update={"model": away}), None, evals)
+
+    @pytest.mark.parametrize(
+        ("hardware", "words"),
+        [
+            (
+                {"gpu": "NVIDIA-L4", "memory": 24},
+                r"^the smallest variant, awq-int4, will have about 4\.\d bits per weight, together 3\d\.\d GB, and "
+                r"could not be packaged: package\.hardware has 1 x 24 GB \(NVIDIA-L4\), too little",
+            ),
+            ({"memory": 32}, r"package\.hardware has 32 GB of memory and no GPU, too little"),
+            ({"gpu": "NVIDIA-L4", "memory": 24, "cards": 4}, None),
+            ({"memory": 64}, None),
+            (None, None),
+        ],
+    )
+    def test_a_model_too_large_for_the_machines_that_will_serve_it(
+        self, hardware: dict[str, Any] | None, words: str | None, tmp_path: Path
+    ) -> None:
+        (tmp_path / "config.json").write_text(Path("tests/configs/Llama-3.1-70B.json").read_text())
+        package = PARAMS["package"] | {"hardware": hardware}
+        four_bit = {**VARIANTS["awq-int4"], "group_size": 128}
+        params = PARAMS | {"package": package, "variants": VARIANTS | {"awq-int4": four_bit}}
+        params["model"] = PARAMS["model"] | {"source": f"path:{tmp_path}", "sha256": None}
+        settings = check_settings(params)
+        if words is None:
+            check(settings, None, Path("evals"), here=False)
+        else:
+            with pytest.raises(TaskError, match=words):
+                check(settings, None, Path("evals"), here=False)

@@ -113,7 +113,7 @@ def test_saturation_is_where_doubling_adds_too_little() -> None:
 
 
 def test_the_interval_contains_a_known_effect() -> None:
-    """Over 5 pairs about 92 of 100 intervals contain the ratio. Plain percentile intervals, without the expansion, would
+    """Over 5 pairs about 92 of 100 intervals contain the ratio. Plain percentile intervals, not expanded, would
     contain it in about 82: no bootstrap interval is wider than its few values."""
     random = np.random.default_rng(0)
     found = [ratio(list(1.3 * np.exp(0.1 * random.standard_normal(5)))) for _ in range(300)]

@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from tasks.checks.serving_memory import variant_shape
+from tasks.deployment.shape import read_shape
+from tasks.deployment.sizing import obstacles
 from tasks.model.hollow import hollow_model, variant_bytes
 from tasks.output import write_manifest
 from tasks.quantize import quantize
@@ -61,6 +64,12 @@ def test_a_variant_has_the_bytes_that_were_told_before(made: Path, hollow: Path,
     quantize("v", variant, made / "model", made / "calibration", made / "statistics", made / "v")
     written = sum(path.stat().st_size for path in (made / "v").glob("*.safetensors"))
     assert variant_bytes(variant, hollow) == written
+    if not variant.is_baseline:  # and is spread over the same GPUs
+        told, found = variant_shape(read_shape(hollow), variant, hollow), read_shape(made / "v")
+        assert told.weights == pytest.approx(found.weights, abs=10_000)  # the header of the file
+        assert told.outer_bytes == pytest.approx(found.outer_bytes, rel=0.2 if variant.scale_dtype else 0.01)
+        for cards in (2, 3, 4):
+            assert obstacles(told, cards) == obstacles(found, cards)
 
 
 def test_a_mixture_has_the_bytes_of_its_budget(made: Path, hollow: Path) -> None:
