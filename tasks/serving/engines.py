@@ -12,6 +12,7 @@ from typing import Protocol
 
 import httpx
 
+from tasks.deployment.tool_calling import read_template
 from tasks.errors import TaskError
 from tasks.serving.environments import interpreter, nvidia_gpu, version_of
 from tasks.serving.process import Launch, NotServableHere, NotServed, Server, free_port, running
@@ -51,6 +52,8 @@ class Engine(Protocol):
 # tokenize: POST /tokenize. token ids: `return_token_ids`, `return_tokens_as_token_ids`. echo: log-probabilities of the
 # prompt, by `echo`. stop tokens: `stop_token_ids`. logprobs: of the answer, by `logprobs`
 FEATURES = frozenset({"tokenize", "token ids", "echo", "stop tokens", "logprobs"})
+# beside them: a request with tools is answered without a parser for the calls
+ANY_TOOLS = "any tools"
 
 
 class Vllm:
@@ -70,11 +73,13 @@ class Vllm:
         return [str(interpreter(self._environment())), "-m", "vllm.entrypoints.openai.api_server"]
 
     def arguments(self, folder: Path, name: str, dtype: str, context: int | None) -> list[str]:
-        """On a CPU without compilation, which takes minutes and changes no result of a kernel."""
+        """On a CPU without compilation, which takes minutes. With tools where a parser reads the template's calls."""
+        parser = read_template(folder).parser
         return [
             *("--model", str(folder), "--served-model-name", name, "--dtype", dtype),
             *(("--max-model-len", str(context)) if context else ()),
             *(() if nvidia_gpu() else ("--enforce-eager",)),
+            *(("--enable-auto-tool-choice", "--tool-call-parser", parser) if parser else ()),
         ]
 
     def environment(self, folder: Path, context: int | None) -> dict[str, str]:
@@ -153,19 +158,14 @@ def served(
     """
     engine = engine_of(target)
     folder, port = folder.resolve(), free_port()
-    program = engine.program()
+    program, arguments = engine.program(), engine.arguments(folder, name, dtype, context)
     launch = Launch(
         engine=engine.name,
         version=engine.version(),
         name=name,
         port=port,
-        command=[
-            *program,
-            *engine.arguments(folder, name, dtype, context),
-            *("--host", "127.0.0.1", "--port", str(port)),
-            *extra,
-        ],
-        shown=[Path(program[0]).name, *program[1:], *engine.arguments(Path(name), name, dtype, context), *extra],
+        command=[*program, *arguments, "--host", "127.0.0.1", "--port", str(port), *extra],
+        shown=[Path(program[0]).name, *program[1:], *(part.replace(str(folder), name) for part in arguments), *extra],
         environment=engine.environment(folder, context),
         health=engine.health,
     )

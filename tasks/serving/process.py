@@ -31,6 +31,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # what loggers write before a message: (EngineCore pid=7) ERROR 11-29 10:00:00 [core.py:1]
 _BEFORE = re.compile(r"^(\([^)]*pid=\d+\)\s*)?([A-Z]+ \d\d-\d\d [\d:.,]+ )?(\[[\w./]+:\d+\]\s*)?")
 _ERROR = re.compile(r"^[\w.]*(Error|Exception)\b: \S")
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s/:'\"]+/)+")  # of an absolute path
 _POINTER = re.compile(r"[Ss]ee root cause|[Ss]ee stack trace")  # an error that names no cause
 
 
@@ -81,7 +82,6 @@ class Server:
         self.pid = process.pid
         self.start_seconds = 0.0
         self._process, self._log, self._health = process, log, launch.health
-        self._hidden = {str(Path(part).parent) + "/": "" for part in launch.command if part.startswith("/")}
 
     @property
     def alive(self) -> bool:
@@ -108,7 +108,7 @@ class Server:
 
     def last_words(self) -> str:
         """The errors at the end of the log, or its last lines, without paths of this machine."""
-        return last_words(self._log, self._hidden)
+        return last_words(self._log)
 
     def wait_until_ready(self, limit: float = LIMIT) -> None:
         """Wait for the health address, with a line of progress now and then; NotServed if it does not answer."""
@@ -189,11 +189,8 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def last_words(log: Path, hidden: Mapping[str, str] | None = None) -> str:
-    """The errors in the last part of a log, oldest first, or else its last lines, joined by " | ".
-
-    hidden: texts to replace, such as paths.
-    """
+def last_words(log: Path) -> str:
+    """The errors in the last part of a log, oldest first, or else its last lines, joined by " | "; without folders."""
     try:
         text = log.read_bytes()[-200_000:].decode("utf-8", "replace")
     except FileNotFoundError:
@@ -202,10 +199,7 @@ def last_words(log: Path, hidden: Mapping[str, str] | None = None) -> str:
     lines = list(dict.fromkeys(line for line in lines if line))
     errors = [line for line in lines if _ERROR.match(line)]
     causes = [line for line in errors if not _POINTER.search(line)]
-    words = " | ".join(line[:WIDEST] for line in (causes or errors or lines)[-LINES:])
-    for found, instead in sorted((hidden or {}).items(), key=lambda pair: -len(pair[0])):
-        words = words.replace(found, instead)
-    return words
+    return _FOLDERS.sub("", " | ".join(line[:WIDEST] for line in (causes or errors or lines)[-LINES:]))
 
 
 def _peak(process: psutil.Process) -> int:

@@ -1,0 +1,216 @@
+"""The serve stage: start a model in its target's real server, check it over HTTP, and compare it with the evaluation.
+
+python -m tasks.serve vllm int8
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import httpx
+import psutil
+from openai import OpenAIError
+
+from tasks.deployment.tool_calling import read_template
+from tasks.errors import TaskError, first_line
+from tasks.hardware import cpu_name, total_memory
+from tasks.output import write_json
+from tasks.program import run_stage
+from tasks.rope import longest_context
+from tasks.scoring.completions import Completion, prompts
+from tasks.scoring.divergence import Window, text_windows
+from tasks.serving.agreement import Agreement, agreement, read_completions, read_windows
+from tasks.serving.api import Api
+from tasks.serving.checks import CHECKS, Finding, Subject, check
+from tasks.serving.engines import engine_of, served
+from tasks.serving.near_ties import GAPS, computed_in
+from tasks.serving.process import NotServableHere, NotServed, Server
+from tasks.settings import BASE, EvaluationSettings, Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONTEXT = 4096  # tokens at most, which bounds the KV cache
+WITHOUT_SERVER = "transformers"  # a library: a model is tried in a process by the stage package
+Records = tuple[list[Completion], dict[str, list[tuple[Window, float]]]]
+State = Literal["served", "not served", "not servable here", "no server"]
+
+
+@dataclass(frozen=True)
+class ServeReport:
+    """metrics/serve/TARGET/V.json.
+
+    reason: why it was not served; None if it was. engine, version, command, start_seconds: of the server; None if it
+    did not start. seconds: of the stage. findings: of the checks. agreement: with the evaluation.
+    """
+
+    variant: str
+    target: str
+    state: State
+    reason: str | None
+    machine: dict[str, Any]
+    engine: str | None = None
+    version: str | None = None
+    command: list[str] | None = None
+    start_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    seconds: float = 0.0
+    findings: Sequence[Finding] = ()
+    agreement: Agreement | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a variant is compared with. results: output of the stage `evaluate`; raw: the data."""
+
+    results: Path
+    raw: Path
+    settings: EvaluationSettings
+
+
+def serve(name: str, target: str, model: Path, evaluated: Evaluated, log: Path) -> ServeReport:
+    """Serve a model and check it. log: takes the server's output.
+
+    A variant that is not served is reported as such. TaskError if the baseline is not served, if the engine cannot be
+    installed, or if the evaluation's records are missing.
+    """
+    if target == WITHOUT_SERVER:
+        return ServeReport(name, target, "no server", f"{target} is a library, no server", _machine())
+    started = time.monotonic()
+    report = _served(name, target, model, evaluated, log, started)
+    if name == BASE and report.state == "not served":
+        raise TaskError(f"the baseline is not served by {target}: {report.reason}; see {log}")
+    return report
+
+
+def _served(name: str, target: str, model: Path, evaluated: Evaluated, log: Path, started: float) -> ServeReport:
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    def report(state: State, reason: str | None, **further: Any) -> ServeReport:
+        seconds = round(time.monotonic() - started, 1)
+        return ServeReport(name, target, state, reason, _machine(), seconds=seconds, **further)
+
+    if not (model / "config.json").is_file():
+        raise TaskError(f"{model} holds no model (no config.json); run its stage: modelpress run")
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    # before the server starts, which takes a minute
+    records = _records(name, tokenizer, evaluated)
+    try:
+        with served(target, model, name, "auto", log, context=_context(model, evaluated.settings)) as server:
+            facts = {
+                "engine": server.engine,
+                "version": server.version,
+                "command": server.command,
+                "start_seconds": server.start_seconds,
+            }
+            findings, same, problem = _checked(server, target, model, tokenizer, evaluated, records)
+            facts |= {"findings": findings, "agreement": same, "peak_memory_bytes": server.peak_memory_bytes()}
+            ended = None if server.alive else f"the server ended; its last words: {server.last_words()}"
+    except NotServed as error:
+        return report("not served", str(error), engine=engine_of(target).name)
+    except NotServableHere as error:
+        return report("not servable here", str(error), engine=engine_of(target).name)
+    failed = [f"{one.check}: {one.detail}" for one in findings if one.state == "failed"]
+    reasons = [*filter(None, [ended, problem]), *failed, *(same.problems if same else [])]
+    return report("not served" if reasons else "served", "; ".join(reasons) or None, **facts)
+
+
+def _records(name: str, tokenizer: PreTrainedTokenizerBase, evaluated: Evaluated) -> Records:
+    """The evaluation's greedy texts, and its windows with their sums."""
+    settings, stage = evaluated.settings, f"evaluate@{name}"
+    windows = {
+        text: text_windows(tokenizer, evaluated.raw, text, source, settings.text_tokens, settings.window)
+        for text, source in settings.texts.items()
+    }
+    return read_completions(evaluated.results, stage), read_windows(evaluated.results, stage, windows)
+
+
+def _checked(
+    server: Server, target: str, model: Path, tokenizer: PreTrainedTokenizerBase, evaluated: Evaluated, records: Records
+) -> tuple[list[Finding], Agreement | None, str | None]:
+    """The findings, the agreement, and why there is none."""
+    engine, settings, name = engine_of(target), evaluated.settings, server.name
+    kind = computed_in(model)
+    api = Api(server.url, name, engine.offers, engine.running)
+    subject = Subject(
+        api=api,
+        tokenizer=tokenizer,
+        prompts=prompts(),
+        template=read_template(model),
+        context=_context(model, settings),
+        near=GAPS.get(kind, max(GAPS.values())),
+        date=date.today().isoformat(),
+    )
+    findings = []
+    try:
+        for one in CHECKS:
+            findings.append(check(one, subject))
+            print(f"{name}: {one}: {findings[-1].state}: {findings[-1].detail}", flush=True)
+            if not server.alive:
+                return findings, None, None
+        try:
+            same = agreement(api, tokenizer, *records, (kind, settings.dtype))
+        except (OpenAIError, httpx.HTTPError, LookupError, TypeError, ValueError) as error:
+            return (
+                findings,
+                None,
+                f"the comparison with the evaluation failed: {type(error).__name__}: {first_line(error)}",
+            )
+        return findings, same, None
+    finally:
+        api.close()
+
+
+def _context(model: Path, settings: EvaluationSettings) -> int:
+    """The tokens that the server takes: enough for a window of the evaluation, and no more than the model reads."""
+    longest = longest_context(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    wanted = max(CONTEXT, settings.window + 1)
+    return min(longest, wanted) if longest else wanted
+
+
+def _machine() -> dict[str, Any]:
+    """The machine, without its name."""
+    return {"processor": cpu_name(), "cores": psutil.cpu_count(logical=True), "memory_bytes": total_memory()}
+
+
+def summary_line(report: ServeReport) -> str:
+    """One line for the log."""
+    if report.state != "served":
+        return f"{report.variant}: {report.state}: {report.reason}"
+    passed = sum(one.state == "passed" for one in report.findings)
+    same = report.agreement
+    words = f", {same.equal} of {same.texts} greedy texts equal and {same.near_ties} up to a near-tie" if same else ""
+    loss = f", mean log-probability {same.difference:+.4f} nats" if same and same.difference is not None else ""
+    return f"{report.variant}: served by {report.engine} {report.version}: {passed} checks passed{words}{loss}"
+
+
+def main() -> None:
+    """Serve the variant named on the command line, in the current directory."""
+    if len(sys.argv) != 3 or any(one.startswith("-") for one in sys.argv[1:]):
+        sys.exit("usage: python -m tasks.serve TARGET VARIANT")
+    target, name = sys.argv[1:]
+
+    def work(settings: Settings) -> None:
+        settings.variant(name)
+        report = serve(
+            name,
+            target,
+            Path("exports") / target / name,
+            Evaluated(Path("results") / target / name, Path("data/raw"), settings.evaluation),
+            Path(f".modelpress/logs/serve@{target}-{name}.server.log"),
+        )
+        write_json(Path(f"metrics/serve/{target}/{name}.json"), asdict(report))
+        print(summary_line(report))
+
+    run_stage(work)
+
+
+if __name__ == "__main__":
+    main()
