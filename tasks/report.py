@@ -16,9 +16,11 @@ from tasks.reporting.completions import markdown
 from tasks.reporting.decision import decisive
 from tasks.reporting.heat_map import heat_map
 from tasks.reporting.html_page import overview_page, page
+from tasks.reporting.latency_plot import Curve, latency, latency_svg
 from tasks.reporting.pareto_plot import pareto, pareto_svg
 from tasks.reporting.provenance import machine, versions
 from tasks.reporting.records import read_json
+from tasks.reporting.served import loaded
 from tasks.reporting.summary import read_quantized, summarize
 from tasks.reporting.table import tables
 from tasks.settings import Settings
@@ -34,7 +36,7 @@ class Report:
 
 def report(settings: Settings, metrics: Path, results: Path, source: Path, destination: Path) -> Report:
     """Write to `destination`, all or none: for each target, TARGET/summary.json, TARGET/completions.md and
-    plots/TARGET.png; for all, table.txt and index.html, which with several targets links to TARGET/index.html.
+    plots/TARGET.png, and plots/TARGET-latency.png of a load test; for all, table.txt and index.html, which with several targets links to TARGET/index.html.
 
     Raises TaskError as `tasks.reporting.summary.summarize` does.
     """
@@ -54,6 +56,8 @@ def report(settings: Settings, metrics: Path, results: Path, source: Path, desti
             write_json(folder / target / "summary.json", summary)
             write_text(folder / target / "completions.md", markdown(summary) + "\n")
             (folder / "plots" / f"{target}.png").write_bytes(pareto(summary))
+            if curves := _curves(summary):
+                (folder / "plots" / f"{target}-latency.png").write_bytes(latency(curves))
             place = folder if len(summaries) == 1 else folder / target
             write_text(place / "index.html", _page(summary, pressed, calibration))
         if len(summaries) > 1:
@@ -68,7 +72,17 @@ def _page(summary: Mapping[str, Any], pressed: Mapping[str, Any], calibration: M
     plots = {"wide": pareto_svg(summary, narrow=False), "narrow": pareto_svg(summary, narrow=True)}
     heats = {v: heat for v, found in pressed.items() if (heat := heat_map(found["linears"]))}
     structure: dict[str, Any] = next((found["structure"] for found in pressed.values() if found.get("structure")), {})
-    return page(summary, layers, calibration, plots, heats, structure)
+    curves = _curves(summary)
+    under_load = (
+        {"wide": latency_svg(curves, narrow=False), "narrow": latency_svg(curves, narrow=True)} if curves else {}
+    )
+    return page(summary, layers, calibration, plots, heats, structure, under_load)
+
+
+def _curves(summary: Mapping[str, Any]) -> dict[str, Curve]:
+    """For the plot: the baseline and each variant under rising load."""
+    rows = loaded(summary)
+    return {name: Curve(row["verdict"] or "baseline", row["load"]["curve"]) for name, row in rows.items()}
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def main() -> None:
     settled = parser.parse_args(
         [
             *("--backend", "openai", "--endpoint", "/v1/completions", "--tokenizer", sys.argv[1]),
-            *("--dataset-name", "random", "--temperature", "0", "--disable-tqdm"),
+            *("--dataset-name", "random", "--temperature", "0", "--disable-tqdm", "--save-detailed"),
         ]
     )
     _reply(replies, {"ready": True})

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tasks.reporting.labels import made_as
 from tasks.reporting.number_format import change, figure, interval, megabytes, percent, short_percent, times
+from tasks.reporting.served import has_server, proof
 
 Values = Mapping[str, Any]
 
@@ -66,7 +67,16 @@ def columns(summary: Values, most_texts: int | None = None) -> list[Column]:
             {n: Cell("baseline" if n == baseline else row.get("verdict") or "") for n, row in rows.items()},
             "verdict",
         ),
+        *_served(summary),
     ]
+
+
+def _served(summary: Values) -> list[Column]:
+    """One column if the target has a server."""
+    if not has_server(summary):
+        return []
+    found = {name: row.get("serving") or {} for name, row in summary["variants"].items()}
+    return [Column("served", {name: Cell(one.get("state") or "", remark=proof(one)) for name, one in found.items()})]
 
 
 def one_line(text: object) -> str:
@@ -75,9 +85,14 @@ def one_line(text: object) -> str:
 
 
 def reasons(summary: Values) -> dict[str, str]:
-    """The verdict on each variant with its reason."""
+    """The verdict on each variant with its reason, and why it was not served."""
     rows = summary["variants"].items()
-    return {name: f"{row['verdict']}, {row['reason']}." for name, row in rows if row.get("reason")}
+    found = {name: f"{row['verdict']}, {row['reason']}." for name, row in rows if row.get("reason")}
+    for name, row in rows:
+        if has_server(summary) and (row.get("serving") or {}).get("state") not in (None, "served"):
+            told = f"{row['serving']['state']}: {row['serving']['reason']}."
+            found[name] = f"{found[name]} {told[0].upper()}{told[1:]}" if name in found else told
+    return found
 
 
 def legend(summary: Values) -> str:

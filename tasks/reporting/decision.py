@@ -11,6 +11,7 @@ from typing import Any
 
 from tasks.reporting.labels import made_as
 from tasks.reporting.number_format import figure, interval, megabytes, percent, short_percent, times
+from tasks.reporting.served import WITHOUT, engine, failed_to_serve, proof
 
 Values = Mapping[str, Any]
 
@@ -67,6 +68,9 @@ def figures(summary: Values) -> list[Figure]:
         found.append(Figure("retention", percent(kept["mean"]), f"{level} interval {interval(kept)}{gate}"))
     if speed := row.get("speed"):
         found.append(_speed(speed))
+    if (serving := row.get("serving") or {}).get("state") not in (None, WITHOUT):
+        value = f"by {engine(serving)}" if serving["state"] == "served" else serving["state"]
+        found.append(Figure("served", value, proof(serving)))
     return found
 
 
@@ -81,6 +85,10 @@ def next_step(summary: Values) -> str:
                 "kernel for its format, and try it on your own tasks before you deploy the bundle in dist/."
             )
         return f"Next: try {name} on your own tasks, then deploy the bundle in dist/."
+    if unserved := [name for name, row in rows.items() if row.get("verdict") == "pass" and failed_to_serve(row)]:
+        return (
+            f"Next: find out why {unserved[0]}, which passes its gate, was not served: the reason is below the table."
+        )
     needed = {name: items for name, row in rows.items() if (items := row.get("items_needed"))}
     if needed:
         name = min(needed, key=lambda one: (needed[one], one))
@@ -97,6 +105,7 @@ def decisive(summary: Values) -> dict[str, Any]:
             name: {
                 **{key: row[key] for key in ("size_bytes", "ratio", "items", "kl", "top1", "verdict")},
                 "decode_ratio": row["speed"]["decode_ratio"],
+                "served": row["serving"]["state"],
                 "retention": row["retention"] and {key: row["retention"][key] for key in ("mean", "low", "high")},
                 "perplexity": {text: values["perplexity"] for text, values in row["texts"].items()},
                 "completions": row["completions"],

@@ -12,6 +12,7 @@ from tasks.reporting.number_format import words
 from tasks.reporting.overview import overview
 from tasks.reporting.palette import DARK, LIGHT
 from tasks.reporting.render import render
+from tasks.reporting.served import engine, has_server, loaded, proof, ratios, under_load
 
 WORST = 8  # layers shown per variant; the folded list has all of them
 FIRST = 4  # prompts shown; the others are folded
@@ -24,12 +25,13 @@ def page(
     plots: Mapping[str, str],
     heats: Mapping[str, HeatMap],
     structure: Mapping[str, Any],
+    latency: Mapping[str, str],
 ) -> str:
     """Render the page.
 
     layers: each variant's relative error by layer; calibration: the quality report of the calibration data; plots: SVG
     of the plot, by the widths wide and narrow; heats: the heat map of each mixed-precision variant; structure: what was
-    found in the decoder's layers, may be empty.
+    found in the decoder's layers, may be empty; latency: SVG of the plot of a load test, by width, empty without one.
     """
     rows = summary["variants"]
     return render(
@@ -47,6 +49,13 @@ def page(
         table=columns(summary),
         legend=legend(summary),
         plots=plots,
+        served={v: row["serving"] for v, row in rows.items()} if has_server(summary) else {},
+        latency=latency,
+        proof=proof,
+        engine=engine,
+        loads={
+            v: {"figures": under_load(row["load"]), "ratios": ratios(row["load"])} for v, row in loaded(summary).items()
+        },
         prompts=[_prompt(one, summary["baseline"]) for one in summary.get("completions") or []],
         first=FIRST,
         texts_legend=completions.LEGEND,

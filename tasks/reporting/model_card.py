@@ -15,6 +15,7 @@ from tasks.reporting.kept import Kept
 from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.provenance import without_folders
 from tasks.reporting.render import render
+from tasks.reporting.served import engine, proof, ratios, under_load
 from tasks.settings import Settings
 from tasks.targets import files_of
 
@@ -64,6 +65,12 @@ def model_card(
         own_reader=own_reader and quant_method == "compressed-tensors",
         stacks="places.json" in files,
         kept=kept,
+        served=row.get("serving") or {},
+        load=row.get("load"),
+        engine=engine,
+        proof=proof,
+        under_load=under_load,
+        ratios=ratios,
         auto_class=auto_class,
         intervals=interval_method(summary["gate"]),
         chat_template="chat_template.jinja" in files,

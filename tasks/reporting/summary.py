@@ -14,6 +14,7 @@ from tasks.reporting.completions import compare, count
 from tasks.reporting.labels import by_llama_cpp
 from tasks.reporting.number_format import percent
 from tasks.reporting.records import read_json, read_lines
+from tasks.reporting.served import failed_to_serve, serving
 from tasks.reporting.verdict import SEED, Retention, flips, judge, pair_items, retention, sequential_retention
 from tasks.scoring.contract import same_contract
 from tasks.scoring.sequential import Pairs
@@ -37,15 +38,15 @@ def summarize(
 ) -> dict[str, Any]:
     """Compare every variant with the baseline in one target and name the winner, as plain JSON values.
 
-    Reads `metrics`/quantize/<variant>.json, `metrics`/{evaluate,load}/<target>/<variant>.json,
+    Reads `metrics`/quantize/<variant>.json, `metrics`/{evaluate,serve,load}/<target>/<variant>.json,
     `results`/<target>/<variant>/{items-<task>,texts}.jsonl and
     the model's `source` (source.json). Raises TaskError if a file is missing or unreadable, if two variants were
     evaluated under different contracts, or if items or prompts do not match.
     """
     quantized = {v: read_quantized(metrics, v) for v in variants}
-    evaluated, measured = (
+    evaluated, served, measured = (
         {v: read_json(metrics / stage / target / f"{v}.json", f"{stage}@{target}-{v}") for v in variants}
-        for stage in ("evaluate", "load")
+        for stage in ("evaluate", "serve", "load")
     )
     for variant in variants:
         same_contract(target, variant, evaluated[BASE], evaluated[variant])
@@ -59,6 +60,8 @@ def summarize(
             pairs = {task: pair_items(task, variant, baseline[task], scored[task]) for task in baseline}
             found = _retention(f"{target}-{variant}", pairs, baseline, scored, gate, evaluated[BASE]["contract"])
             rows[variant] |= _judged(pairs, found, gate.share(quantized[variant]["bits"]), chance)
+    for variant, row in rows.items():
+        row["serving"] = serving(served[variant])
     completions = compare(results / target, variants, BASE, target)
     for variant, row in rows.items():
         row["completions"] = None if variant == BASE else count(completions, variant)
@@ -79,8 +82,9 @@ def summarize(
 
 
 def winner(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The smallest variant that passes; on a tie, the one with the higher retention; None if none passes."""
-    passing = [v for v, row in rows.items() if row["verdict"] == "pass"]
+    """The smallest variant that passes and whose server serves it as it was evaluated, or that has no server here; on a
+    tie, the one with the higher retention; None if there is none."""
+    passing = [v for v, row in rows.items() if row["verdict"] == "pass" and not failed_to_serve(row)]
     return min(passing, key=lambda v: (rows[v]["size_bytes"], -rows[v]["retention"]["mean"], v), default=None)
 
 
@@ -123,6 +127,7 @@ def _measured(
             **{k: measured[k] for k in ("fast_kernel", "note", "runtime", "load_seconds", *speeds, *ratios)},
             "peak_memory_bytes": measured["peak_memory_bytes"],
         },
+        "load": measured.get("load"),
         "items": sum(values["items"] for values in evaluated["tasks"].values()),
         "task_items": {task: values["items"] for task, values in evaluated["tasks"].items()},
         "mean_score": evaluated["mean_score"],

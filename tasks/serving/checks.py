@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NEW_TOKENS = 24
 AT_ONCE = 16
 SHORT = 12  # tokens, where only the form of an answer matters
-PATIENCE = 10.0  # seconds in which a cancelled request must have ended
+PATIENCE, HASTE = 10.0, 0.25  # seconds in which a cancelled request must have ended, at most and at least
 TOOL = {
     "type": "function",
     "function": {
@@ -183,7 +183,7 @@ def chat_template(subject: Subject) -> str:
             count = subject.api.chat(messages, 1).prompt_count
             if count != len(expected):
                 raise Wrong(
-                    f"the server reads {count} tokens of a conversation; the tokenizer's template {len(expected)}"
+                    f"the server reads {count} tokens of a conversation; expected {len(expected)}, by the tokenizer"
                 )
             compared += 1
     if not compared:
@@ -201,7 +201,7 @@ def logprobs(subject: Subject) -> str:
         values, best = answer.logprobs or [], answer.best or []
         wanted = len(answer.ids) if answer.ids is not None else answer.count
         if len(values) != wanted or len(best) != wanted:
-            raise Wrong(f"{len(values)} log-probabilities and {len(best)} lists of the best for {wanted} tokens")
+            raise Wrong(f"{len(values)} log-probabilities and {len(best)} lists of the best; expected {wanted} of both")
         for place, (value, tops) in enumerate(zip(values, best, strict=True)):
             total = sum(math.exp(one) for _, one in tops)
             # servers compute in a coarse dtype, so allow its rounding
@@ -219,7 +219,7 @@ def too_long(subject: Subject) -> str:
     if response.status_code != httpx.codes.BAD_REQUEST:
         raise Wrong(f"status {response.status_code} for {subject.context + 1} tokens; expected 400")
     if str(subject.context) not in response.text:
-        raise Wrong(f"the refusal does not name the limit, {subject.context}: {response.text[:200]}")
+        raise Wrong(f"the refusal is {response.text[:200]}; expected it to name the limit, {subject.context}")
     _answers_on(subject, "a request that is too long")
     return f"400, names {subject.context}"
 
@@ -236,9 +236,13 @@ def cancellation(subject: Subject) -> str:
         for _ in range(3):
             next(iterator)
         each = (time.monotonic() - started) / 3
-    left = each * (tokens - 4)
-    # half of what it would take to write on, so that an answer that runs to its end is noticed
-    patience, closed = min(PATIENCE, left / 2), time.monotonic()
+    left, closed = each * (tokens - 4), time.monotonic()
+    # much less than it would take to write on, so that an answer that runs to its end is noticed
+    patience = min(PATIENCE, left / 4)
+    if patience < HASTE:
+        raise NotOffered(
+            f"the longest answer takes only {left:.1f} s, so one that is not given up would not be noticed"
+        )
     while subject.api.in_work():
         if time.monotonic() - closed > patience:
             raise Wrong(f"still in work {patience:.1f} s after its client left; expected none")
@@ -302,7 +306,7 @@ def check(name: str, subject: Subject) -> Finding:
 def _whole(answer: Answer, asked: int) -> str:
     """Wrong if an answer is empty, or not as long as it says."""
     if answer.ids is not None and answer.count != len(answer.ids):
-        raise Wrong(f"{len(answer.ids)} token ids, but a count of {answer.count}")
+        raise Wrong(f"{len(answer.ids)} token ids, but a count of {answer.count}; expected as many")
     if not 0 < answer.count <= asked or (not answer.text and answer.finish != "stop"):
         raise Wrong(f"{answer.count} tokens, {answer.text!r}; expected up to {asked}")
     if answer.finish == "length" and answer.count != asked:
@@ -352,8 +356,8 @@ def _same_ids(found: Sequence[int], expected: Sequence[int], way: str) -> None:
             (n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
         )
         raise Wrong(
-            f"{way}: {len(found)} tokens, from token {place + 1} on {list(found)[place : place + 5]}; the tokenizer's "
-            f"own template gives {len(expected)}, there {list(expected)[place : place + 5]}"
+            f"{way}: {len(found)} tokens, from token {place + 1} on {list(found)[place : place + 5]}; expected "
+            f"{len(expected)} by the tokenizer's own template, there {list(expected)[place : place + 5]}"
         )
 
 

@@ -178,6 +178,11 @@ def _metrics(
             "peak_memory_bytes": 2_000_000_000,
         },
     )
+    write_json(
+        metrics / "serve" / target / f"{name}.json",
+        {"variant": name, "target": target, "state": "no server", "reason": f"{target} is a library"}
+        | dict(made.get("serving", {})),
+    )
     speed = made.get("speed", 1.0)
     runtime = {"name": "transformers", "version": "5.17.0", "device": "cpu", "dtype": "float32", "threads": 2}
     write_json(
@@ -199,5 +204,6 @@ def _metrics(
             "time_to_first_token_seconds": speed and 0.14 / speed,
             "prefill_ratio": speed,
             "decode_ratio": speed,
+            "load": made.get("load"),
         },
     )
