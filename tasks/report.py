@@ -36,7 +36,8 @@ class Report:
 
 def report(settings: Settings, metrics: Path, results: Path, source: Path, destination: Path) -> Report:
     """Write to `destination`, all or none: for each target, TARGET/summary.json, TARGET/completions.md and
-    plots/TARGET.png, and plots/TARGET-latency.png of a load test; for all, table.txt and index.html, which with several targets links to TARGET/index.html.
+    plots/TARGET.png, and plots/TARGET-latency.png of a load test; for all, table.txt and index.html, which with several
+    targets links to TARGET/index.html.
 
     Raises TaskError as `tasks.reporting.summary.summarize` does.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from tasks.reporting import completions, decision
@@ -25,7 +26,7 @@ def page(
     plots: Mapping[str, str],
     heats: Mapping[str, HeatMap],
     structure: Mapping[str, Any],
-    latency: Mapping[str, str],
+    latency: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Render the page.
 

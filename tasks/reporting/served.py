@@ -49,7 +49,8 @@ def proof(found: Values) -> str:
         words.append(f"{same['equal']} of {same['texts']} greedy texts as evaluated{ties}")
         if same["difference"] is not None:
             words.append(
-                f"mean log-probability of {same['tokens']:,} tokens {same['difference']:+.4f} nats from the evaluation's"
+                f"mean log-probability of {same['tokens']:,} tokens "
+                f"{same['difference']:+.4f} nats from the evaluation's"
             )
     return "; ".join(words)
 

@@ -69,9 +69,8 @@ def test_the_versions_that_stages_depend_on_are_the_pinned_ones() -> None:
     pins = {re.split(r"[<>=]", r)[0] for requirements in extras.values() for r in requirements if "==" in r}
     assert {library for names in LIBRARIES.values() for library in names} <= pins
     for name in ("quantize", "export", "evaluate", "load"):
-        assert {"pyproject.toml": [f"project.optional-dependencies.{e}" for e in extras]} in body(STAGES[name])[
-            "params"
-        ]
+        (named,) = (one["pyproject.toml"] for one in body(STAGES[name])["params"] if isinstance(one, dict))
+        assert {f"project.optional-dependencies.{e}" for e in extras} <= set(named)
 
 
 def test_every_package_is_installed_with_its_data() -> None:

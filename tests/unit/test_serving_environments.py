@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written(wheels: Path, monkeypatch: pytest.Monke
 
 def test_an_environment_of_the_users_own(wheels: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MODELPRESS_VLLM_PYTHON", str(tmp_path / "missing"))
-    with pytest.raises(TaskError, match="MODELPRESS_VLLM_PYTHON is .*missing, which does not exist"):
+    with pytest.raises(TaskError, match=r"MODELPRESS_VLLM_PYTHON is .*missing, which does not exist"):
         interpreter("vllm")
     (tmp_path / "missing").touch()
     assert interpreter("vllm") == interpreter("vllm-cpu") == tmp_path / "missing"
