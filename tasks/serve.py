@@ -24,7 +24,7 @@ from tasks.hardware import cpu_name, total_memory
 from tasks.output import write_json
 from tasks.program import run_stage
 from tasks.rope import longest_context
-from tasks.scoring.completions import Completion, prompts
+from tasks.scoring.completions import Completion
 from tasks.scoring.divergence import Window, text_windows
 from tasks.serving.agreement import Agreement, agreement, read_completions, read_windows
 from tasks.serving.api import Api
@@ -137,12 +137,13 @@ def _checked(
 ) -> tuple[list[Finding], Agreement | None, str | None]:
     """The findings, the agreement, and why there is none."""
     engine, settings, name = engine_of(target), evaluated.settings, server.name
+    completions, windows = records
     kind = computed_in(model)
     api = Api(server.url, name, engine.offers, engine.running)
     subject = Subject(
         api=api,
         tokenizer=tokenizer,
-        prompts=prompts(),
+        prompts=[one.prompt for one in completions],
         template=read_template(model),
         context=_context(model, settings),
         near=GAPS.get(kind, max(GAPS.values())),
@@ -156,7 +157,7 @@ def _checked(
             if not server.alive:
                 return findings, None, None
         try:
-            same = agreement(api, tokenizer, *records, (kind, settings.dtype))
+            same = agreement(api, tokenizer, completions, subject.alone, windows, (kind, settings.dtype))
         except (OpenAIError, httpx.HTTPError, LookupError, TypeError, ValueError) as error:
             return (
                 findings,

@@ -159,7 +159,7 @@ def windows(model: Model) -> dict[str, list[tuple[Window, float]]]:
 def compare(one: Subject, kind: str = "float32") -> Agreement:
     """The agreement of a server with what the same model wrote."""
     model = Model()
-    return agreement(one.api, model.tokenizer, evaluated(model), windows(model), (kind, "float32"))
+    return agreement(one.api, model.tokenizer, evaluated(model), one.alone[:6], windows(model), (kind, "float32"))
 
 
 def test_the_same_model_agrees(subject: Serve) -> None:
@@ -174,6 +174,15 @@ def test_other_texts_do_not_agree(subject: Serve) -> None:
     assert found.equal == 0
     assert len(found.problems) == 6
     assert "token 4" in found.problems[0]
+
+
+def test_a_prompt_that_is_read_otherwise_does_not_agree(subject: Serve) -> None:
+    one = subject()
+    model = Model()
+    other = [dataclasses.replace(text, prompt_ids=[0, *text.prompt_ids]) for text in evaluated(model)]
+    found = agreement(one.api, model.tokenizer, other, one.alone[:6], {}, ("float32", "float32"))
+    assert (found.equal, len(found.parted)) == (0, 6)
+    assert "the evaluation read [0, " in found.problems[0]
 
 
 def test_shifted_log_probabilities_do_not_agree_within_any_bound(subject: Serve) -> None:
