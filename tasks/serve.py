@@ -30,7 +30,7 @@ from tasks.serving.agreement import Agreement, agreement, read_completions, read
 from tasks.serving.api import Api
 from tasks.serving.checks import CHECKS, Finding, Subject, check
 from tasks.serving.engines import engine_of, served
-from tasks.serving.near_ties import GAPS, computed_in
+from tasks.serving.near_ties import GAPS
 from tasks.serving.process import NotServableHere, NotServed, Server
 from tasks.settings import BASE, EvaluationSettings, Settings
 
@@ -138,7 +138,7 @@ def _checked(
     """The findings, the agreement, and why there is none."""
     engine, settings, name = engine_of(target), evaluated.settings, server.name
     completions, windows = records
-    kind = computed_in(model)
+    kind = engine.computes_in(model, "auto")
     api = Api(server.url, name, engine.offers, engine.running)
     subject = Subject(
         api=api,

@@ -15,6 +15,7 @@ import httpx
 from tasks.deployment.tool_calling import read_template
 from tasks.errors import TaskError
 from tasks.serving.environments import interpreter, nvidia_gpu, version_of
+from tasks.serving.near_ties import computed_in
 from tasks.serving.process import Launch, NotServableHere, NotServed, Server, free_port, running
 
 FIRST = 600.0  # seconds for the first answer: kernels may be compiled for it
@@ -44,6 +45,9 @@ class Engine(Protocol):
 
     def environment(self, folder: Path, context: int | None) -> dict[str, str]:
         """All environment variables of the process."""
+
+    def computes_in(self, folder: Path, dtype: str) -> str:
+        """What it computes in, as in near_ties.py: a dtype, or "rounded activations"."""
 
     def not_here(self, folder: Path, words: str) -> str | None:
         """Why this machine cannot serve a model that another could, by the server's last words; None: it is no such."""
@@ -91,6 +95,10 @@ class Vllm:
             own.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_cache_gib(folder, context)))
             own.setdefault("VLLM_CPU_INT4_W4A8", "0")  # with AMX it would round activations, which were not when scored
         return own
+
+    def computes_in(self, folder: Path, dtype: str) -> str:
+        """The model's dtype, if none is asked for."""
+        return computed_in(folder, dtype)
 
     def not_here(self, folder: Path, words: str) -> str | None:
         """Kernels that vLLM's CPU build has for some processors only."""
