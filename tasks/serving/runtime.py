@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -12,6 +13,7 @@ from tasks.hardware import cpu_cores, processor_name
 from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.serving.api import Api
 from tasks.serving.process import Server
+from tasks.settings import EvaluationSettings
 from tasks.text.bos import prompt_ids
 
 if TYPE_CHECKING:
@@ -72,3 +74,23 @@ class ServedRuntime:
     def generate(self, prompt: str, new_tokens: int) -> str:
         """See `Runtime`."""
         return self._api.complete(prompt_ids(self.tokenizer, prompt), new_tokens).text
+
+
+def scores_through_server(
+    runtime: ServedRuntime,
+    settings: EvaluationSettings,
+    evals: Path,
+    items: Mapping[str, Sequence[int]],
+    longest: int,
+) -> dict[str, list[float]]:
+    """The scores of some items of each task, in their order, as the evaluation would write them.
+
+    evals: task definitions; their data is read from data/raw of the current directory. longest: tokens that the server
+    takes. TaskError as `Questions`.
+    """
+    from tasks.scoring.lm_eval_adapter import RuntimeLM  # takes seconds to import
+    from tasks.scoring.questions import Questions
+
+    lm = RuntimeLM(runtime, settings.batch_tokens, longest, settings.chat_date)
+    found = Questions(lm, settings, evals).score(items)
+    return {task: [score for _, score in scores] for task, scores in found.items()}
