@@ -59,7 +59,7 @@ docs: install ## Build the documentation into site/ and check its links and anch
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lock: install ## Resolve the dependencies in pyproject.toml to requirements.lock
-	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra tasks --extra bundle --extra dask --extra s3 --extra dev --no-header \
+	$(BIN)/pip-compile --quiet --allow-unsafe --strip-extras --extra tasks --extra bundle --extra serve --extra dask --extra s3 --extra dev --no-header \
 	  --no-emit-index-url --no-emit-find-links --output-file requirements.lock pyproject.toml
 	@# torch's CPU build differs from the index's only in the local version: let both satisfy the lock; don't pin pip
 	sed -i -e 's/^\(torch==[^+ ]*\)+[a-z0-9.]*/\1/' -e '/^pip==/{N;d}' requirements.lock

@@ -23,13 +23,13 @@ from tasks.hardware import cpu_name, total_memory
 from tasks.output import write_json
 from tasks.program import arguments, run_stage
 from tasks.rope import longest_context
-from tasks.scoring.completions import Completion, prompts
+from tasks.scoring.completions import Completion
 from tasks.scoring.divergence import Window, text_windows
 from tasks.serving.agreement import Agreement, agreement, read_completions, read_windows
 from tasks.serving.api import Api
 from tasks.serving.checks import CHECKS, Finding, Subject, check
 from tasks.serving.engines import engine_of, served
-from tasks.serving.near_ties import GAPS, computed_in
+from tasks.serving.near_ties import GAPS
 from tasks.serving.process import NotServableHere, NotServed, Server
 from tasks.settings import BASE, EvaluationSettings, Settings
 
@@ -136,12 +136,13 @@ def _checked(
 ) -> tuple[list[Finding], Agreement | None, str | None]:
     """The findings, the agreement, and why there is none."""
     engine, settings, name = engine_of(target), evaluated.settings, server.name
-    kind = computed_in(model)
+    completions, windows = records
+    kind = engine.computes_in(model, "auto")
     api = Api(server.url, name, engine.offers, engine.running)
     subject = Subject(
         api=api,
         tokenizer=tokenizer,
-        prompts=prompts(),
+        prompts=[one.prompt for one in completions],
         template=read_template(model),
         context=_context(model, settings),
         near=GAPS.get(kind, max(GAPS.values())),
@@ -155,7 +156,7 @@ def _checked(
             if not server.alive:
                 return findings, None, None
         try:
-            same = agreement(api, tokenizer, *records, (kind, settings.dtype))
+            same = agreement(api, tokenizer, completions, subject.alone, windows, (kind, settings.dtype))
         except (OpenAIError, httpx.HTTPError, LookupError, TypeError, ValueError) as error:
             return (
                 findings,

@@ -180,7 +180,7 @@ def _replaced(deps: Any, code: list[str], packages: tuple[str, ...]) -> Commente
     """A stage's `deps` with their code replaced by `code`; other deps keep their order and comments."""
     new = CommentedSeq(code)
     for index, path in enumerate(deps):
-        if path.partition("/")[0] in packages or path.endswith(".lock"):
+        if path.partition("/")[0] in packages or path.endswith(".lock") or path in code:
             continue
         new.append(path)
         if comment := deps.ca.items.get(index):

@@ -57,19 +57,24 @@ def agreement(
     api: Api,
     tokenizer: PreTrainedTokenizerBase,
     completions: Sequence[Completion],
+    answers: Sequence[Answer],
     windows: Mapping[str, Sequence[tuple[Window, float]]],
     computed_in: Sequence[str],
 ) -> Agreement:
     """Compare a server with the evaluation's records.
 
-    windows: by text, with the sum of the evaluated negative log-probabilities of the tokens after the first, nats.
+    answers: the served greedy texts after the prompts of `completions`, sent as texts. windows: by text, with the sum
+    of the evaluated negative log-probabilities of the tokens after the first, nats.
     computed_in: of the server and of the evaluation; the coarser one decides the bounds.
     """
     bound = max(GAPS.get(one, max(GAPS.values())) for one in computed_in)
     found: list[Parting | None] = []
     parted: list[str] = []
-    for number, expected in enumerate(completions, 1):
-        answer = api.complete(expected.prompt_ids, len(expected.ids), ignore_eos=False)
+    for number, (expected, answer) in enumerate(zip(completions, answers, strict=True), 1):
+        if answer.prompt_ids is not None and answer.prompt_ids != expected.prompt_ids:
+            found.append(None)
+            parted.append(f"{number}: the server reads {answer.prompt_ids}; the evaluation read {expected.prompt_ids}")
+            continue
         one = compared(expected, answer, tokenizer, bound)
         found.append(one)
         if one and not one.near_tie:
@@ -80,7 +85,7 @@ def agreement(
     return Agreement(
         computed_in=computed_in[0],
         texts=len(found),
-        equal=found.count(None),
+        equal=len(found) - len(ties) - len(parted),
         near_ties=len(ties),
         parted=parted,
         largest_gap=max((one.gap for one in ties if one.gap is not None), default=None),

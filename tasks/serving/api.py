@@ -15,7 +15,7 @@ from openai.types.chat import ChatCompletion
 
 LIMIT = 600.0  # seconds for an answer
 BEST = 5  # most likely tokens of each place that are asked for, the most that servers allow by default
-_IDS = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+_IDS = ("return_token_ids", "return_tokens_as_token_ids")
 
 ID = "token_id:"  # before the id, where a server names tokens by their ids
 Prompt = str | Sequence[int]
@@ -130,9 +130,14 @@ class Api:
 
     def given(self, ids: Sequence[int]) -> list[float]:
         """The log-probability of each token of a text after the first, nats. The server must offer `echo`."""
-        body = {"prompt": list(ids), "max_tokens": 0, "echo": True, "logprobs": 0, "temperature": 0}
-        found = self.client.completions.create(model=self.model, **body).choices[0].logprobs  # type: ignore[call-overload]
-        return [float(value) for value in (found.token_logprobs or [])[1 : len(ids)]]
+        return [value for value, _ in self.given_all([ids])[0]]
+
+    def given_all(self, texts: Sequence[Sequence[int]]) -> list[list[tuple[float, bool]]]:
+        """The log-probability of each token after the first, nats, and whether it is the most likely; of each text."""
+        body = {"max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0, "extra_body": {_IDS[1]: True}}
+        found = self.client.completions.create(model=self.model, prompt=[list(one) for one in texts], **body)  # type: ignore[call-overload]
+        choices = sorted(found.choices, key=lambda choice: choice.index)
+        return [_given(choice.logprobs, len(ids)) for choice, ids in zip(choices, texts, strict=True)]
 
     def tokenize(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The token ids of a conversation, as the model would read it. The server must offer `tokenize`."""
@@ -166,7 +171,7 @@ class Api:
 
     def _asked(self, tokens: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options that the official client does not know go into the body as they are."""
-        body = _IDS if "token ids" in self.offers else {}
+        body = dict.fromkeys(_IDS, True) if "token ids" in self.offers else {}
         known = {key: value for key, value in options.items() if key in _KNOWN}
         further = {**body, **{key: value for key, value in options.items() if key not in _KNOWN}}
         return {"model": self.model, "max_tokens": tokens, "temperature": 0, **known, "extra_body": further}
@@ -189,6 +194,17 @@ def _completed(choice: Any, prompt_count: int, count: int) -> Answer:
         prompt_count,
         count,
     )
+
+
+def _given(found: Any, count: int) -> list[tuple[float, bool]]:
+    """Of the tokens of a text after the first; the server may have written on."""
+    values, tops, tokens = (
+        list(part or ())[1:count] for part in (found.token_logprobs, found.top_logprobs, found.tokens)
+    )
+    return [
+        (float(value), token == max(top, key=lambda one: float(top[one])))
+        for value, top, token in zip(values, tops, tokens, strict=True)
+    ]
 
 
 def _ordered(tops: Mapping[str, float]) -> list[tuple[str, float]]:

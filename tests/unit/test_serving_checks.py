@@ -7,18 +7,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import pytest
+import torch
 import uvicorn
 
 from tasks.deployment.tool_calling import Template
+from tasks.errors import TaskError
 from tasks.scoring.completions import Completion, prompts
 from tasks.scoring.divergence import Window
+from tasks.scoring.lm_eval_adapter import RuntimeLM
 from tasks.serving.agreement import Agreement, agreement
 from tasks.serving.api import Api
 from tasks.serving.checks import CHECKS, Finding, Subject, check
 from tasks.serving.engines import FEATURES
 from tasks.serving.process import free_port
+from tasks.serving.runtime import ServedRuntime
 from tests.openai_fake import Model, Server
 from tests.waiting import soon
 
@@ -159,7 +164,7 @@ def windows(model: Model) -> dict[str, list[tuple[Window, float]]]:
 def compare(one: Subject, kind: str = "float32") -> Agreement:
     """The agreement of a server with what the same model wrote."""
     model = Model()
-    return agreement(one.api, model.tokenizer, evaluated(model), windows(model), (kind, "float32"))
+    return agreement(one.api, model.tokenizer, evaluated(model), one.alone[:6], windows(model), (kind, "float32"))
 
 
 def test_the_same_model_agrees(subject: Serve) -> None:
@@ -176,6 +181,15 @@ def test_other_texts_do_not_agree(subject: Serve) -> None:
     assert "token 4" in found.problems[0]
 
 
+def test_a_prompt_that_is_read_otherwise_does_not_agree(subject: Serve) -> None:
+    one = subject()
+    model = Model()
+    other = [dataclasses.replace(text, prompt_ids=[0, *text.prompt_ids]) for text in evaluated(model)]
+    found = agreement(one.api, model.tokenizer, other, one.alone[:6], {}, ("float32", "float32"))
+    assert (found.equal, len(found.parted)) == (0, 6)
+    assert "the evaluation read [0, " in found.problems[0]
+
+
 def test_shifted_log_probabilities_do_not_agree_within_any_bound(subject: Serve) -> None:
     one = subject("shifted")
     for kind in ("float32", "float16", "bfloat16", "rounded activations"):
@@ -189,3 +203,27 @@ def test_without_ids_and_echo_texts_are_compared(subject: Serve) -> None:
     found = compare(subject(offers=frozenset()))
     assert (found.equal, found.difference, found.problems) == (6, None, [])
     assert len(compare(subject("other tokens", offers=frozenset())).parted) == 6
+
+
+def test_lm_eval_scores_through_a_server(subject: Serve) -> None:
+    one, model = subject(), Model()
+    server = SimpleNamespace(engine="fake", version="1.0")
+    runtime = ServedRuntime(server, one.api, model.tokenizer, "cpu", "float32")  # type: ignore[arg-type]
+    lm = RuntimeLM(runtime, 512, CONTEXT)
+    context = model.tokenizer(prompts()[0]).input_ids
+    greedy = model.write(context, 3)
+    other = [greedy[0], model.best([*context, greedy[0]])[1][0]]
+    asked = [(("", ""), context, answer) for answer in (greedy, other, [7])] * 7  # more than fit into one request
+    found = lm._loglikelihood_tokens(asked)
+    for (value, is_greedy), (_, _, answer) in zip(found, asked, strict=True):
+        expected = sum(model.logprob([*context, *answer[:n]], answer[n]) for n in range(len(answer)))
+        assert value == pytest.approx(expected)
+        assert is_greedy == (answer == greedy)
+    assert runtime.generate_ids(torch.tensor([context]), 3).tolist() == [[*context, *greedy]]
+    assert runtime.generate(prompts()[0], 3) == model.tokenizer.decode(greedy)
+    assert runtime.info.name == "fake"
+    with pytest.raises(TaskError, match="whole vocabulary"):
+        runtime.logprobs(torch.tensor([context]))
+    without = dataclasses.replace(one.api, offers=frozenset())
+    with pytest.raises(TaskError, match="fake cannot score given texts: it has no echo, token ids"):
+        ServedRuntime(server, without, model.tokenizer, "cpu", "float32")  # type: ignore[arg-type]

@@ -45,6 +45,9 @@ class Fake:
     def environment(self, folder: Path, context: int | None) -> dict[str, str]:
         return {**os.environ, "PYTHONPATH": str(ROOT)}
 
+    def computes_in(self, folder: Path, dtype: str) -> str:
+        return "float32"
+
     def not_here(self, folder: Path, words: str) -> str | None:
         return "needs more" if "no kernel for" in words and (folder / "rare").exists() else None
 
