@@ -14,6 +14,7 @@ import yaml
 import tasks.load
 import tasks.loadtest.measure
 from tasks.benchmark import BenchmarkReport
+from tasks.errors import TaskError
 from tasks.load import describe, load
 from tasks.loadtest.figures import Load, figures
 from tasks.loadtest.measure import Measured, measure
@@ -162,3 +163,8 @@ def test_a_baseline_for_which_no_memory_is_left(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(module, "available_memory", lambda: 4_000_000_000)
     both: Any = measure("vllm", "int8", tmp_path / "int8", tmp_path / "base", SETTINGS.load, tmp_path / "logs").load
     assert both == (2, None)
+    write_json(tmp_path / "int8" / "config.json", {"max_position_embeddings": 100})
+    with pytest.raises(
+        TaskError, match=r"^load\.prompt_tokens and new_tokens are together 160, but the model's context"
+    ):
+        measure("vllm", "int8", tmp_path / "int8", tmp_path / "base", SETTINGS.load, tmp_path / "logs")
