@@ -15,7 +15,7 @@ from tasks.hardware import available_memory
 from tasks.loadtest.figures import Load, figures
 from tasks.loadtest.generator import Ask, Endpoint, generator
 from tasks.loadtest.trial import run_trial
-from tasks.model.compatibility import longest_context
+from tasks.rope import longest_context
 from tasks.serving.engines import served
 from tasks.serving.environments import interpreter, nvidia_gpu, version_of
 from tasks.serving.process import Server

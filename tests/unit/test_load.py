@@ -164,7 +164,5 @@ def test_a_baseline_for_which_no_memory_is_left(tmp_path: Path, monkeypatch: pyt
     both: Any = measure("vllm", "int8", tmp_path / "int8", tmp_path / "base", SETTINGS.load, tmp_path / "logs").load
     assert both == (2, None)
     write_json(tmp_path / "int8" / "config.json", {"max_position_embeddings": 100})
-    with pytest.raises(
-        TaskError, match=r"^load\.prompt_tokens and new_tokens are together 160, but the model's context"
-    ):
+    with pytest.raises(TaskError, match=r"^load\.prompt_tokens and new_tokens are together 160, but"):
         measure("vllm", "int8", tmp_path / "int8", tmp_path / "base", SETTINGS.load, tmp_path / "logs")
