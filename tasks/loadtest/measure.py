@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.errors import TaskError
 from tasks.hardware import available_memory
 from tasks.loadtest.figures import Load, figures
 from tasks.loadtest.generator import Ask, Endpoint, generator
 from tasks.loadtest.trial import run_trial
+from tasks.rope import longest_context
 from tasks.serving.engines import served
 from tasks.serving.environments import interpreter, nvidia_gpu, version_of
 from tasks.serving.process import Server
@@ -84,10 +86,17 @@ def _load(servers: Sequence[Endpoint], tokenizer: Path, settings: LoadSettings, 
 def _context(model: Path, settings: LoadSettings) -> int | None:
     """Tokens of context to serve with: enough room in the KV cache for the highest concurrency, where the cache is
     sized by the context, but not more than the model has. None: the model states none."""
-    own = _config(model).get("max_position_embeddings")
-    tokens = settings.prompt_tokens + settings.new_tokens + 8  # a token for the start, and some that the server adds
+    longest, asked = longest_context(_config(model)), settings.prompt_tokens + settings.new_tokens
+    if longest is None:
+        return None
+    if asked > longest:
+        raise TaskError(
+            f"load.prompt_tokens and new_tokens are together {asked}, but the model's context is {longest:g} tokens; "
+            "lower it to at most that"
+        )
+    tokens = asked + 8  # a token for the start, and some that the server adds
     highest = max(settings.concurrency, settings.limit)
-    return min(own, max(tokens, -(-tokens * highest // TEXTS))) if isinstance(own, int) else None
+    return int(min(longest, max(tokens, -(-tokens * highest // TEXTS))))
 
 
 def _extra(target: str, *, alone: bool) -> tuple[str, ...]:

@@ -67,12 +67,11 @@ def check_context(settings: Settings, config: Mapping[str, Any]) -> None:
     longest = longest_context(config)
     if longest is None:
         return
-    benchmark, load = settings.benchmark, settings.load
+    benchmark = settings.benchmark
     asked = {
         "calibration.sequence_length is": settings.calibration.sequence_length,
         "evaluation.window is": settings.evaluation.window,
         "benchmark.prompt_tokens and new_tokens are together": benchmark.prompt_tokens + benchmark.new_tokens,
-        "load.prompt_tokens and new_tokens are together": load.prompt_tokens + load.new_tokens,
     }
     for what, tokens in asked.items():
         if tokens > longest:
