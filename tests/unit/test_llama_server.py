@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import stat
@@ -24,7 +25,7 @@ class TestCommand:
         serving = Serving(port=8080, name="tiny", context=1024, slots=3, threads=2, key_file=Path("keys"))
         command = server_command(PROGRAM, Path("model.gguf"), serving)
         assert command[0] == str(PROGRAM)
-        pairs = dict(zip(command, command[1:], strict=False))
+        pairs = dict(itertools.pairwise(command))
         wanted = {
             "--model": "model.gguf", "--alias": "tiny", "--host": "127.0.0.1", "--port": "8080",
             "--ctx-size": "3072", "--parallel": "3", "--threads": "2", "--api-key-file": "keys",
