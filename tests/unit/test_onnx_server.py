@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -146,7 +147,8 @@ def greedy(runtime: OnnxRuntime, ids: list[int], count: int) -> list[int]:
 class TestPackage:
     def test_a_copy_needs_none_of_this_project(self, copied: Path) -> None:
         code = (
-            "import sys, onnx_server.server; print([m for m in sys.modules if m in ('torch', 'transformers', 'tasks')])"
+            "import sys, onnx_server.server, onnx_server.worker\n"
+            "print([name for name in sys.modules if name in ('torch', 'transformers', 'tasks')])\n"
         )
         environment = {**os.environ, "PYTHONPATH": str(copied)}
         done = subprocess.run([sys.executable, "-c", code], cwd=copied, env=environment, capture_output=True, text=True)
@@ -161,7 +163,7 @@ class TestPackage:
     @pytest.mark.parametrize("program", ["server", "runtime", "exporter"])
     def test_onnx_runtime_sends_nothing_home(self, copied: Path, program: str) -> None:
         module = {
-            "server": "onnx_server.server",
+            "server": "onnx_server.worker",
             "runtime": "tasks.runtimes.onnx",
             "exporter": "tasks.exporters.onnx.graph",
         }[program]
@@ -593,6 +595,24 @@ class TestLife:
             thread.join()
             assert json.loads(seen[-2].removeprefix("data: "))["error"]["code"] == 503
             assert seen[-1] == "data: [DONE]"
+
+    def test_the_server_ends_when_its_engine_is_killed(self, copied: Path, slow: Path) -> None:
+        """A request that runs ends with an error, and who started the server can start it again."""
+        with serving(copied, slow) as server, ThreadPoolExecutor(1) as pool:
+            running = pool.submit(server.post, "/v1/completions", **self.TEXT)
+            server.wait("requests_running", 1)
+            (engine,) = psutil.Process(server.process.pid).children()
+            engine.kill()
+            answer = running.result()
+            assert answer.status_code == 500
+            assert "has ended by SIGKILL; it may have run out of memory" in answer.json()["error"]["message"]
+            assert server.process.wait(timeout=10) == 1
+
+    def test_the_engine_ends_with_the_server(self, copied: Path, slow: Path) -> None:
+        with serving(copied, slow) as server:
+            (engine,) = psutil.Process(server.process.pid).children()
+            server.process.kill()
+            engine.wait(timeout=10)
 
     @pytest.mark.parametrize("way", ["file", "variable"])
     def test_a_key_guards_every_path_but_health(self, copied: Path, model: Path, tmp_path: Path, way: str) -> None:

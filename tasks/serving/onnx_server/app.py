@@ -11,7 +11,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from .engine import VERSION
 from .errors import RequestError
 from .generating import Generator
 from .metrics import Metrics
@@ -21,8 +20,8 @@ from .schemas import Chat, Completion, Detokenize, Tokenize
 from .served import Served
 
 
-def create_app(served: Served, scheduler: Scheduler, metrics: Metrics) -> FastAPI:
-    """The application, without `Gate`."""
+def create_app(served: Served, scheduler: Scheduler, metrics: Metrics, engine: str) -> FastAPI:
+    """The application, without `Gate`. engine: the version of ONNX Runtime GenAI."""
     app = FastAPI(title="onnx_server", docs_url=None, redoc_url=None, openapi_url=None)
     generator = Generator(served, scheduler, metrics)
     started = int(time.time())
@@ -73,7 +72,7 @@ def create_app(served: Served, scheduler: Scheduler, metrics: Metrics) -> FastAP
 
     @app.get("/version")
     def version() -> dict[str, str]:
-        return {"version": VERSION}
+        return {"version": engine}
 
     @app.get("/metrics")
     def prometheus() -> Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,14 @@ class Engine:
         except Exception as error:  # the library raises no narrower type
             raise StartError(f"ONNX Runtime cannot load {folder}: {error}; export the model again") from error
 
-    def run(self, sequences: list[Sequence]) -> None:
-        """Generate until each sequence has ended, and send their events."""
+    def run(self, sequences: list[Sequence], tick: Callable[[], None]) -> None:
+        """Generate until each sequence has ended, and send their events. tick: called after each part of a prompt."""
         sequences = [one for one in sequences if one.going]
         if not sequences:
             return
         length = max(len(one.prompt) for one in sequences) + max(one.most for one in sequences)
         generator = self._begin(len(sequences), length)
-        self._read(generator, sequences)
+        self._read(generator, sequences, tick)
         while any(one.going for one in sequences):
             tokens = self._choose(generator.get_logits()[:, -1], sequences)
             if any(one.going for one in sequences):
@@ -74,7 +75,7 @@ class Engine:
         )
         return onnxruntime_genai.Generator(self._model, parameters)
 
-    def _read(self, generator: Any, sequences: list[Sequence]) -> None:
+    def _read(self, generator: Any, sequences: list[Sequence], tick: Callable[[], None]) -> None:
         """Read the prompts, and score those whose log-probabilities are wanted."""
         scored: list[list[Scored | None]] = [[None] for _ in sequences]
         if len(sequences) == 1:
@@ -84,6 +85,7 @@ class Engine:
                 if not one.going:
                     return
                 generator.append_tokens(prompt[start : start + CHUNK])
+                tick()
                 if one.prompt_logprobs is not None:
                     scored[0] += _scored(generator.get_output("logits")[0], one, start, one.prompt_logprobs)
         else:

@@ -10,12 +10,13 @@ PREFIX = "onnx_server"
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own."""
+    """The metrics of one server, in a registry of its own. engine: id of the process that computes."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: int) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
+        ProcessCollector(namespace="engine", pid=lambda: engine, registry=registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"{PREFIX}_{name}", text, registry=registry, buckets=buckets)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy
-
 from .errors import RequestError
 from .sampling import Sampling
 from .schemas import REFUSED, Chat, Completion, Generation, Tokenize
@@ -107,13 +105,12 @@ def make_sequence(
         raise RequestError(400, "max_tokens is 0, which is possible only with echo or prompt_logprobs", "max_tokens")
     check_ids(request.stop_token_ids or (), served, "stop_token_ids")
     ends = frozenset((*(() if request.ignore_eos else served.export.ends), *(request.stop_token_ids or ())))
-    seed = None if request.seed is None else (request.seed + number) % 2**64
     return Sequence(
         prompt=prompt,
         most=most,
         least=request.min_tokens,
         sampling=_sampling(request, served),
-        random=numpy.random.default_rng(seed),
+        seed=None if request.seed is None else (request.seed + number) % 2**64,
         send=send,
         ends=ends,
         logprobs=logprobs,

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .engine import Engine
+from .engine_process import EngineError, EngineProcess
 from .errors import RequestError
 from .metrics import Metrics
 from .sequence import Failed, Sequence
@@ -48,7 +48,7 @@ class Job:
 class Scheduler:
     """Runs jobs in the order of their arrival, on a thread of its own."""
 
-    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, engine: EngineProcess, limits: Limits, metrics: Metrics) -> None:
         self._engine = engine
         self._limits = limits
         self._metrics = metrics
@@ -88,8 +88,8 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread works."""
-        return self._thread.is_alive()
+        """Whether the engine works."""
+        return self._thread.is_alive() and self._engine.alive
 
     def end(self, reason: str) -> None:
         """Stop everything; jobs that have not ended fail with this reason."""
@@ -123,9 +123,9 @@ class Scheduler:
     def _generate(self, batch: list[Sequence]) -> None:
         try:
             self._engine.run(batch)
-        except Exception as error:  # whatever it is, the requests must end and the thread must go on
+        except EngineError as error:
             for one in batch:
-                one.finish(Failed(500, f"ONNX Runtime failed: {error}"))
+                one.finish(Failed(500, str(error)))
 
     def _next_batch(self) -> list[tuple[Job, Sequence]]:
         """Take the first waiting text and those that can run beside it."""

@@ -52,15 +52,16 @@ Event = PromptScored | Written | Ended | Failed
 class Sequence:
     """A prompt and what to generate after it.
 
-    most, least: tokens. ends: ids that end the text. logprobs, prompt_logprobs: how many of the best tokens to report
-    at each place of text and prompt; None: no log-probabilities. send: called by the engine's thread for each event.
-    cancelled: set by the receiver, which then gets no more events.
+    most, least: tokens. seed: of the random choices; None: another one each time. ends: ids that end the text.
+    logprobs, prompt_logprobs: how many of the best tokens to report at each place of text and prompt; None: no
+    log-probabilities. send: called by the engine's thread for each event. cancelled: set by the receiver, which then
+    gets no more events.
     """
 
     prompt: tuple[int, ...]
     most: int
     sampling: Sampling
-    random: numpy.random.Generator
+    seed: int | None
     send: Callable[[Event], None]
     ends: frozenset[int] = frozenset()
     least: int = 0
@@ -69,6 +70,9 @@ class Sequence:
     written: list[int] = field(default_factory=list)
     cancelled: bool = False
     done: bool = False
+
+    def __post_init__(self) -> None:
+        self.random = numpy.random.default_rng(self.seed)
 
     @property
     def going(self) -> bool:

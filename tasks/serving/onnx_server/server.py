@@ -16,7 +16,7 @@ from types import FrameType
 import uvicorn
 
 from .app import create_app
-from .engine import Engine
+from .engine_process import EngineProcess
 from .errors import StartError
 from .gate import Gate
 from .metrics import Metrics
@@ -32,7 +32,7 @@ def serve(options: Options) -> None:
     served = read_served(options)
     threads = options.threads or _cores()
     export = served.export
-    engine = Engine(options.model, served.vocabulary.padding(export), export.vocabulary, threads)
+    engine = EngineProcess(options.model, served.vocabulary.padding(export), export.vocabulary, threads)
     limits = Limits(
         rows=options.max_batch,
         tokens=options.kv_cache // export.cache_bytes,
@@ -40,9 +40,9 @@ def serve(options: Options) -> None:
         context=served.context,
         queue=options.max_queue,
     )
-    metrics = Metrics()
+    metrics = Metrics(engine.pid)
     scheduler = Scheduler(engine, limits, metrics)
-    app = create_app(served, scheduler, metrics)
+    app = create_app(served, scheduler, metrics, engine.version)
     paths = {getattr(route, "path", "") for route in app.routes}
     gate = Gate(app, options.keys, options.max_body, paths, metrics)
     config = uvicorn.Config(
@@ -54,7 +54,12 @@ def serve(options: Options) -> None:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
     )
-    _Server(config, gate, scheduler, options.drain).run()
+    try:
+        _Server(config, gate, scheduler, options.drain).run()
+        if not engine.alive:
+            raise StartError(engine.ended())
+    finally:
+        engine.close()
 
 
 class _Server(uvicorn.Server):
@@ -78,6 +83,8 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second by uvicorn; True ends the server."""
+        if not self._scheduler.alive:
+            return True
         if self._until is not None:
             late = time.monotonic() >= self._until
             if late or self._scheduler.idle:
