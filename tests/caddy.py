@@ -12,8 +12,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,34 @@ import pytest
 PROGRAM = shutil.which("caddy", path=str(Path(sys.executable).parent)) or shutil.which("caddy")
 needs_caddy = pytest.mark.skipif(PROGRAM is None, reason="needs caddy")
 KEY = "secret"
-Ask = Callable[..., int]
+FIRST, SECOND = b"data: one\n\n", b"data: two\n\n"
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A running Caddy. Called with a path, a key and a body, it asks for the path and returns the status."""
+
+    port: int
+    trusted: ssl.SSLContext
+    process: subprocess.Popen[bytes]
+
+    def __call__(self, path: str, key: str | None = None, body: bytes | None = None) -> int:
+        try:
+            with self.open(path, key, body) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def open(self, path: str, key: str | None = None, body: bytes | None = None) -> Any:
+        """The answer; HTTPError for another status than 200."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        request = urllib.request.Request(f"https://localhost:{self.port}{path}", data=body, headers=headers)
+        return urllib.request.urlopen(request, context=self.trusted, timeout=20)
 
 
 @contextmanager
-def caddy(configuration: str, folder: Path, **environment: str) -> Iterator[Ask]:
-    """Start it on a port of its own with a certificate for localhost, both in `folder`.
-
-    Yields a function that asks for a path, with a key or a body, and returns the status.
-    """
+def caddy(configuration: str, folder: Path, **environment: str) -> Iterator[Proxy]:
+    """Start it on a port of its own with a certificate for localhost, both in `folder`."""
     port = free_port()
     certificate(folder)
     text = configuration.replace("/tls/", f"{folder}/").replace(":8443 {", f":{port} {{\n\tbind 127.0.0.1")
@@ -42,14 +62,15 @@ def caddy(configuration: str, folder: Path, **environment: str) -> Iterator[Ask]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             wait_for(port)
-            yield _asker(port, folder / "tls.crt")
+            yield Proxy(port, ssl.create_default_context(cafile=str(folder / "tls.crt")), process)
         finally:
             process.terminate()
 
 
 @contextmanager
-def backend() -> Iterator[tuple[str, list[str]]]:
-    """A server that answers every path; its address, and the requests that it got, apart from health checks."""
+def backend(pause: float = 0) -> Iterator[tuple[str, list[str]]]:
+    """A server that answers every path in two parts, with `pause` seconds between them; its address, and the requests
+    that it got, apart from health checks."""
     asked: list[str] = []
 
     class Answer(BaseHTTPRequestHandler):
@@ -58,8 +79,13 @@ def backend() -> Iterator[tuple[str, list[str]]]:
             if self.path != "/health":
                 asked.append(f"{self.command} {self.path}")
             self.send_response(200)
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Content-Length", str(len(FIRST + SECOND)))
             self.end_headers()
+            self.wfile.write(FIRST)
+            self.wfile.flush()
+            time.sleep(pause)
+            self.wfile.write(SECOND)
 
         def do_POST(self) -> None:
             self.do_GET()
@@ -100,18 +126,3 @@ def wait_for(port: int, seconds: float = 20) -> None:
                 return
         time.sleep(0.1)
     raise AssertionError(f"nothing listens on {port}")
-
-
-def _asker(port: int, trusted: Path) -> Ask:
-    context = ssl.create_default_context(cafile=str(trusted))
-
-    def ask(path: str, key: str | None = None, body: bytes | None = None) -> int:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        request = urllib.request.Request(f"https://localhost:{port}{path}", data=body, headers=headers)
-        try:
-            with urllib.request.urlopen(request, context=context, timeout=10) as answer:
-                return int(answer.status)
-        except urllib.error.HTTPError as error:
-            return error.code
-
-    return ask

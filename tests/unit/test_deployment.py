@@ -22,7 +22,7 @@ from tasks.deployment.write import write_serving
 from tasks.errors import TaskError
 from tasks.output import checksums
 from tasks.settings import check_settings
-from tests.caddy import KEY, backend, caddy, needs_caddy
+from tests.caddy import FIRST, KEY, SECOND, backend, caddy, needs_caddy
 from tests.crds import faults
 from tests.unit.test_sizing import LARGE
 
@@ -207,6 +207,20 @@ class TestAccess:
 
 
 class TestLife:
+    @needs_caddy
+    def test_a_proxy_that_ends_passes_on_the_answers_that_are_running(self, write: Write, tmp_path: Path) -> None:
+        text = (write() / "Caddyfile").read_text()
+        with backend(pause=2) as (upstream, _), caddy(text, tmp_path, UPSTREAM=upstream) as proxy:
+            with proxy.open("/v1/chat/completions", KEY, b"{}") as answer:
+                assert answer.readline() == FIRST[:-1]  # streamed
+                proxy.process.terminate()
+                assert answer.read() == b"\n" + SECOND
+            assert proxy.process.wait(10) == 0
+        parts = yaml.safe_load((write() / "compose.yaml").read_text())["services"]
+        drain = yaml.safe_load((write() / "vllm.yaml").read_text())["shutdown-timeout"]
+        for service in parts.values():  # compose ends the proxy before the server
+            assert int(service["stop_grace_period"].removesuffix("s")) > drain
+
     def test_requests_are_answered_before_a_pod_ends(self, write: Write) -> None:
         for pod in [pod for manifest in manifests(write("copies")) for pod in pods(manifest)]:
             drain = yaml.safe_load((write("copies") / "vllm.yaml").read_text())["shutdown-timeout"]

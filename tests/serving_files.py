@@ -1,0 +1,236 @@
+"""Run the containers of a bundle's serve/ as processes on this machine: the commands, environments and probes of the
+files, with addresses mapped to 127.0.0.1 and settings for vLLM's CPU build.
+
+A supervisor does what the files ask of compose or LeaderWorkerSet: if a process ends or fails its liveness probe, all
+are killed and started again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.caddy import free_port
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = os.environ.get("MODELPRESS_VLLM_PYTHON", "")
+KEY = "a-key-for-tests"
+HOST = "127.0.0.1"
+PORT, RANKS_PORT, COPIES_PORT = "8000", "29500", "13345"  # in the files
+# the automatic binding wants more cores than there are, and compiling takes minutes
+CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HOME": ""}
+CPU_ARGUMENTS = ("--enforce-eager", "--max-model-len=1024")
+
+
+@dataclass(frozen=True)
+class Container:
+    """What a file says about a container. alive: the command of its liveness probe, if it is one."""
+
+    command: list[str]
+    environment: dict[str, str]
+    alive: list[str] | None = None
+    period: float = 10
+    failures: int = 6
+
+
+def of_compose(bundle: Path) -> list[Container]:
+    """The engine of serve/compose.yaml."""
+    model = yaml.safe_load((bundle / "serve/compose.yaml").read_text())["services"]["model"]
+    assert model["restart"] == "unless-stopped"
+    return [Container([*model["entrypoint"], *model["command"]], model["environment"])]
+
+
+def of_group(bundle: Path) -> list[Container]:
+    """The engines of serve/kubernetes/leaderworkerset.yaml, the leader first."""
+    spec = yaml.safe_load((bundle / "serve/kubernetes/leaderworkerset.yaml").read_text())["spec"]
+    group = spec["leaderWorkerTemplate"]
+    assert group["restartPolicy"] == "RecreateGroupOnPodRestart"
+    found = []
+    for rank in range(group["size"]):
+        (container,) = group["workerTemplate" if rank else "leaderTemplate"]["spec"]["containers"]
+        given = {one["name"]: one.get("value", KEY) for one in container["env"]}
+        # what LeaderWorkerSet's controller adds
+        given |= {"LWS_LEADER_ADDRESS": HOST, "LWS_WORKER_INDEX": str(rank), "LWS_GROUP_SIZE": str(group["size"])}
+        probe = container["livenessProbe"]
+        command = [_expanded(word, given) for word in container["command"]]
+        found.append(
+            Container(
+                command,
+                given,
+                probe.get("exec", {}).get("command"),
+                probe["periodSeconds"],
+                probe["failureThreshold"],
+            )
+        )
+    return found
+
+
+def _expanded(word: str, environment: dict[str, str]) -> str:
+    """Variables as Kubernetes writes them into a command: $(NAME)."""
+    return re.sub(r"\$\((\w+)\)", lambda found: environment.get(found[1], found[0]), word)
+
+
+@dataclass
+class Service:
+    """The processes of all containers, and their supervisor. arguments: further ones, after those of the files."""
+
+    containers: Sequence[Container]
+    bundle: Path
+    folder: Path  # for logs and the home of the processes
+    arguments: Sequence[str] = ()
+    starts: int = 0
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ports = {name: str(free_port()) for name in (PORT, RANKS_PORT, COPIES_PORT)}
+        self._ended = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, daemon=True)
+
+    def __enter__(self) -> Service:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "vllm").write_text(f'#!/bin/sh\nexec "{PYTHON}" "{ROOT / "tests/vllm_serve.py"}" "$@"\n')
+        (self.folder / "vllm").chmod(0o755)
+        self._supervisor.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._supervisor.join(60)
+        self._kill_all()
+
+    @property
+    def url(self) -> str:
+        """The address of the server."""
+        return f"http://{HOST}:{self.ports[PORT]}"
+
+    def wait(self, seconds: float) -> float:
+        """Wait until it is healthy; the seconds that it took. AssertionError with the ends of the logs otherwise."""
+        start = time.monotonic()
+        while time.monotonic() < start + seconds:
+            if self.healthy():
+                return time.monotonic() - start
+            time.sleep(0.5)
+        raise AssertionError(f"not healthy after {seconds} s:\n{self.logs()}")
+
+    def healthy(self) -> bool:
+        """Whether /health answers."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return True
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def logs(self, lines: int = 25) -> str:
+        """The ends of the logs of all processes."""
+        return "\n".join(
+            f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+            for path in sorted(self.folder.glob("*.log"))
+        )
+
+    def lose(self, rank: int) -> None:
+        """Kill all processes of a machine at once."""
+        os.killpg(self.processes[rank].pid, signal.SIGKILL)
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:
+        """The JSON answer to a request."""
+        with self.open(path, body, timeout) as answer:
+            return json.loads(answer.read())
+
+    def stream(self, path: str, body: dict[str, Any], timeout: float = 120) -> Iterator[dict[str, Any]]:
+        """The events of a streamed answer. EOFError if it ends before its end, RuntimeError for an error in it."""
+        with self.open(path, body | {"stream": True}, timeout) as answer:
+            for line in answer:
+                text = line.decode().strip().removeprefix("data: ")
+                if text == "[DONE]":
+                    return
+                if text:
+                    event = json.loads(text)
+                    if "error" in event:
+                        raise RuntimeError(str(event["error"]))
+                    yield event
+        raise EOFError("the stream ended early")
+
+    def open(self, path: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:
+        """The HTTP answer to a request."""
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        data = json.dumps(body).encode() if body is not None else None
+        return urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=timeout)
+
+    def _mapped(self, word: str) -> str:
+        """A word of a command with the paths and ports of this machine."""
+        for inside, here in self.ports.items():
+            word = re.sub(rf"(?<=[=:]){inside}\b", here, word)
+        return re.sub(r"/model\b", str(self.bundle), word)
+
+    def _start_all(self) -> None:
+        self.starts += 1
+        self.processes = []
+        ports = (f"--host={HOST}", f"--port={self.ports[PORT]}", f"--master-port={self.ports[RANKS_PORT]}")
+        for rank, container in enumerate(self.containers):
+            further = [*ports, *CPU_ARGUMENTS, *self.arguments]
+            command = [self._mapped(word) for word in container.command]
+            if command[0] == "sh":
+                command[-1] = " ".join([command[-1], *further])
+            else:
+                command += further
+            environment = {
+                "PATH": f"{self.folder}:{os.environ['PATH']}",
+                **container.environment,
+                "VLLM_API_KEY": KEY,
+                "VLLM_HOST_IP": HOST,
+                **CPU,
+                "HOME": str(self.folder),
+            }
+            with (self.folder / f"rank{rank}-{self.starts}.log").open("wb") as log:
+                self.processes.append(
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+                )
+
+    def _kill_all(self) -> None:
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+
+    def _supervise(self) -> None:
+        """Start all; if one ends or fails its probe too often, start all again."""
+        self._start_all()
+        started, failed, asked = False, [0] * len(self.containers), time.monotonic()
+        while not self._ended.wait(0.3):
+            started = started or self.healthy()
+            lost = any(process.poll() is not None for process in self.processes)
+            if started and time.monotonic() > asked + self.containers[0].period:
+                asked = time.monotonic()
+                for rank, container in enumerate(self.containers):
+                    alive = self._probe(container) if container.alive else self.healthy()
+                    failed[rank] = 0 if alive else failed[rank] + 1
+                    lost = lost or failed[rank] >= container.failures
+            if lost:
+                self._kill_all()
+                if self._ended.is_set():
+                    return
+                self._start_all()
+                started, failed, asked = False, [0] * len(self.containers), time.monotonic()
+
+    def _probe(self, container: Container) -> bool:
+        assert container.alive
+        command = [PYTHON if word == "python3" else self._mapped(word) for word in container.alive]
+        try:
+            done = subprocess.run(command, env=container.environment, capture_output=True, timeout=10, check=False)
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode == 0
