@@ -19,8 +19,8 @@ from tasks.errors import TaskError
 from tasks.formats.gguf.file import NAME as GGUF
 from tasks.serving.environments import interpreter, nvidia_gpu, version_of
 from tasks.serving.llama_server import Serving, llama_server, server_arguments, source_version
-from tasks.serving.onnx_server.options import KEY_VARIABLE
 from tasks.serving.near_ties import computed_in
+from tasks.serving.onnx_server.options import KEY_VARIABLE
 from tasks.serving.process import Launch, NotServableHere, NotServed, Server, free_port, running
 
 ROOT = Path(__file__).resolve().parents[2]  # where `python -m tasks...` finds this project
