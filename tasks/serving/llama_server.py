@@ -184,7 +184,7 @@ def _run(command: Sequence[str], log: Path) -> None:
 
 def _lines(command: Sequence[str], log: Path) -> Iterator[str]:
     """Yield a command's output line by line and append it to the log. TaskError if the command fails."""
-    with log.open("a", encoding="utf-8") as file, _process(command) as process:
+    with log.open("a", buffering=1, encoding="utf-8") as file, _process(command) as process:
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
