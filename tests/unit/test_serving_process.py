@@ -124,7 +124,8 @@ def test_a_killed_stage_leaves_no_server(tmp_path: Path) -> None:
         [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
     )
     assert stage.stdout
-    server = psutil.Process(int(stage.stdout.readline()))
+    # after the lines of progress
+    server = psutil.Process(next(int(line) for line in stage.stdout if line.strip().isdigit()))
     stage.send_signal(signal.SIGKILL)
     stage.communicate()
     assert soon(lambda: ended(server), 60)
