@@ -18,7 +18,7 @@ from typing import Any
 # decide, about twice the largest change of it that was seen. MEANS: by which the mean log-probability of 4,000 given
 # tokens may differ, four to five of its standard errors.
 GAPS = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.6, "rounded activations": 1.0}
-MEANS = {"float32": 0.001, "float16": 0.001, "bfloat16": 0.005, "rounded activations": 0.008}
+MEANS = {"float32": 0.0005, "float16": 0.0005, "bfloat16": 0.005, "rounded activations": 0.008}
 COARSE = "bfloat16"  # for a dtype that is not listed
 
 
