@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from tasks.deployment.tool_calling import Template
 from tasks.errors import TaskError
 from tasks.serving import engines
 from tasks.serving.engines import FEATURES, Vllm, engine_of, served
@@ -123,10 +124,19 @@ def test_a_killed_stage_leaves_no_server(tmp_path: Path) -> None:
         [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
     )
     assert stage.stdout
-    server = psutil.Process(int(stage.stdout.readline()))
+    # after the lines of progress
+    server = psutil.Process(next(int(line) for line in stage.stdout if line.strip().isdigit()))
     stage.send_signal(signal.SIGKILL)
     stage.communicate()
-    assert soon(lambda: not server.is_running(), 30)
+    assert soon(lambda: ended(server), 60)
+
+
+def ended(process: psutil.Process) -> bool:
+    """Whether a process has ended; nothing may have waited for it yet."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_last_words_are_errors_or_the_last_lines(tmp_path: Path) -> None:
@@ -166,3 +176,27 @@ def test_what_a_processor_lacks(
     assert found is None if expected is None else expected in str(found)
     monkeypatch.setattr(engines, "nvidia_gpu", lambda: True)
     assert Vllm().not_here(tmp_path, words) is None
+
+
+def test_what_vllm_is_started_with(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELPRESS_VLLM_PYTHON", sys.executable)
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setattr(engines, "nvidia_gpu", lambda: False)
+    found = Vllm()
+    assert found.program() == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    plain = found.arguments(llama, "m", "auto", 256)
+    assert plain[:8] == ["--model", str(llama), "--served-model-name", "m", "--dtype", "auto", "--max-model-len", "256"]
+    assert "--enforce-eager" in plain
+    assert "--tool-call-parser" not in plain
+    monkeypatch.setattr(engines, "read_template", lambda folder: Template(chat=True, tools=True, parser="hermes"))
+    assert found.arguments(llama, "m", "auto", None)[-2:] == ["--tool-call-parser", "hermes"]
+    environment = found.environment(llama, 256)
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert not {"PYTHONPATH", "VLLM_API_KEY"} & set(environment)
+    # four texts of 131,072 tokens, 2 layers of 2 key-value heads with 16 numbers, 2 bytes each, keys and values
+    assert found.environment(llama, 131_072)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert found.environment(llama, 2_000_000)["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    monkeypatch.setattr(engines, "nvidia_gpu", lambda: True)
+    assert "--enforce-eager" not in found.arguments(llama, "m", "auto", 256)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in found.environment(llama, 256)
