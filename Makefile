@@ -7,11 +7,11 @@ PACKAGES := $(VENV)/.packages
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install gguf demo ui test test-all bench models drills deps lint types docs lock clean
+.PHONY: help install gguf demo demo-serve ui test test-all bench models drills deps lint types docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
 
@@ -23,6 +23,9 @@ gguf: install ## Add llama.cpp, for the target gguf (compiled for this machine i
 
 demo: install ## Quantize the built-in model four ways and prove the result (about 16 minutes on 2 cores)
 	@$(BIN)/modelpress run
+
+demo-serve: demo ## Serve the demo's baseline and winner with vLLM and ONNX Runtime, and measure them under load
+	@$(BIN)/modelpress run --winner --set 'targets=[vllm,onnx]'
 
 test-all: install ## Run all tests, including those that take minutes: a real model, a cluster
 	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --run-slow

@@ -27,6 +27,7 @@ from flows.planning import SECONDS
 from flows.server.ephemeral import quiet, server
 from flows.workspace.root import find_root
 from tasks.reporting.number_format import megabytes
+from tasks.settings import BASE
 
 app = typer.Typer(
     name="modelpress",
@@ -66,6 +67,9 @@ Cluster = Annotated[
         help="Address of an existing Dask or Ray cluster. Default: start one on this machine.",
     ),
 ]
+Winner = Annotated[
+    bool, typer.Option("--winner", help="Keep only the baseline and the winner of the last report, in params.yaml.")
+]
 Timeout = Annotated[float | None, typer.Option(min=0.01, metavar="MINUTES", help="Time limit for each stage.")]
 
 
@@ -76,10 +80,12 @@ def run(
     timeout: Timeout = None,
     runner: Runner = RunnerName.threads,
     cluster: Cluster = None,
+    winner: Winner = False,
 ) -> None:
     """Run the stages that are out of date and show the result.
 
-    `dvc repro` runs the same stages. `--set` writes to params.yaml, so both commands agree on what is up to date.
+    `dvc repro` runs the same stages. `--set` and `--winner` write to params.yaml, so both commands agree on what is up
+    to date.
 
     Examples:
 
@@ -93,10 +99,14 @@ def run(
 
         modelpress run --set '~variants.int8'
 
+        modelpress run --winner --set 'targets=[vllm,onnx]'
+
         modelpress run --runner dask --cluster tcp://scheduler:8786 --jobs 8
     """
     root = find_root()
     quiet(root)
+    if winner:
+        overrides = [*(overrides or []), *_only_winner(root)]
     executor = Executor(runner, cluster)
     from flows.graph.dvc_state import check_dvc
     from flows.workspace.run_lock import exclusive
@@ -364,6 +374,18 @@ def _override(root: Path, overrides: list[str], elsewhere: bool) -> list[str]:
             params.write_text(before, encoding="utf-8")
             raise FlowError(f"{error}; params.yaml is unchanged") from error
     return list(changes)
+
+
+def _only_winner(root: Path) -> list[str]:
+    """The changes that leave the baseline and the winners of the last report."""
+    from flows.graph.params_file import read_settings
+    from flows.tracking.run_facts import summaries
+
+    winners = {one["winner"] for one in summaries(root).values() if one.get("winner")}
+    if not winners:
+        raise FlowError("--winner: there is no report with a winner yet; make one with `modelpress run`")
+    settings = read_settings(root / "params.yaml")
+    return [f"~variants.{name}" for name in settings.variants if name not in (BASE, *winners)]
 
 
 def _names_model(overrides: list[str]) -> bool:

@@ -19,7 +19,7 @@ from tasks.errors import TaskError
 from tasks.formats.gguf.file import NAME as GGUF
 from tasks.serving.environments import interpreter, nvidia_gpu, version_of
 from tasks.serving.llama_server import Serving, llama_server, server_arguments, source_version
-from tasks.serving.near_ties import computed_in
+from tasks.serving.near_ties import computed_in, quantized
 from tasks.serving.onnx_server.options import KEY_VARIABLE
 from tasks.serving.process import Launch, NotServableHere, NotServed, Server, free_port, running
 
@@ -153,6 +153,10 @@ class OnnxServer:
         own = {key: value for key, value in os.environ.items() if key != KEY_VARIABLE}
         return own | {"PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1"}
 
+    def computes_in(self, folder: Path, dtype: str) -> str:
+        """Its integer kernels round activations; without integer weights it is the graph's float32."""
+        return "rounded activations" if quantized(folder) else "float32"
+
     def not_here(self, folder: Path, words: str) -> str | None:
         """Never: its kernels run on any CPU."""
         return None
@@ -181,6 +185,10 @@ class LlamaCpp:
     def environment(self, folder: Path, context: int | None) -> dict[str, str]:
         """As of this process."""
         return dict(os.environ)
+
+    def computes_in(self, folder: Path, dtype: str) -> str:
+        """Its integer kernels round activations; without integer weights it is the file's bfloat16."""
+        return "rounded activations" if quantized(folder) else "bfloat16"
 
     def not_here(self, folder: Path, words: str) -> str | None:
         """Never: it is compiled for this machine."""

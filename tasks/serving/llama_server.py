@@ -111,7 +111,7 @@ def _cache() -> Path:
 
 def source_version() -> str:
     """The version of llama-cpp-python whose source holds the server."""
-    return re.findall(r"==([^ ]+)", LOCK.read_text(encoding="utf-8"))[0]
+    return str(re.findall(r"==([^ ]+)", LOCK.read_text(encoding="utf-8"))[0])
 
 
 def _identity() -> str:

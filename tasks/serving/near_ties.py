@@ -74,6 +74,11 @@ def computed_in(folder: Path, dtype: str = "auto") -> str:
     return next((str(one) for one in named if one), COARSE)
 
 
+def quantized(folder: Path) -> bool:
+    """Whether the model's weights are quantized, by its config.json."""
+    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
 def _inputs(stored: Mapping[str, Any]) -> list[Any]:
     """The quantized activations of a compressed-tensors model."""
     groups = (stored.get("config_groups") or {}).values()

@@ -48,7 +48,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if file.is_file():
             link_or_copy(file, folder / file.name)
     params = yaml.safe_load(Path("params.yaml").read_text())
-    write_serving(folder, check_settings(params), "gptq-int4")
+    write_serving(folder, check_settings(params), "vllm", "gptq-int4")
     return folder
 
 

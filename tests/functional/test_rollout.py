@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Toy:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("tasks.deployment.write.read_shape", lambda _: LARGE)
             params = yaml.safe_load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
-            write_serving(made, check_settings(params), "awq-int4")
+            write_serving(made, check_settings(params), "vllm", "awq-int4")
         write_sums(made)
         toy.dvc("repro")
         toy.command("git", "add", "--all")

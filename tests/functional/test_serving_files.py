@@ -71,7 +71,7 @@ def bundles(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         with pytest.MonkeyPatch.context() as patch:
             if kind == "group":
                 patch.setattr("tasks.deployment.write.read_shape", lambda _: LARGE)
-            write_serving(made[kind], check_settings(params), "gptq-int4")
+            write_serving(made[kind], check_settings(params), "vllm", "gptq-int4")
     return made
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import openai
 import psutil
 import pytest
@@ -48,7 +49,10 @@ class Served:
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         self.client = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=key, max_retries=0, http_client=httpx.Client(trust_env=False, timeout=60)
+            base_url=f"{self.url}/v1",
+            api_key=key,
+            max_retries=0,
+            http_client=httpx2.Client(trust_env=False, timeout=60),
         )
 
     def post(self, path: str, **body: Any) -> httpx.Response:
@@ -354,7 +358,7 @@ class TestChat:
     def test_a_chat_is_answered_after_the_template(
         self, server: Served, runtime: OnnxRuntime, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+        ids: Any = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
         expected = greedy(runtime, ids, 16)
         answer = server.client.chat.completions.create(
             model="tiny", messages=MESSAGES, max_tokens=16, temperature=0, logprobs=True, top_logprobs=2,
