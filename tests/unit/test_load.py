@@ -22,6 +22,7 @@ from tasks.loadtest.records import Request, Run
 from tasks.loadtest.trial import Trial
 from tasks.output import write_json
 from tasks.runtimes import RuntimeInfo
+from tasks.serving.engines import ENGINES
 from tasks.serving.process import NotServableHere, NotServed
 from tasks.settings import Settings, check_settings
 
@@ -107,7 +108,7 @@ def test_a_variant_that_is_not_served_has_no_speeds(
     model: Path, monkeypatch: pytest.MonkeyPatch, error: NotServed | NotServableHere
 ) -> None:
     measured_as(monkeypatch, error)
-    monkeypatch.setitem(tasks.load.ENGINES, "vllm", lambda: SimpleNamespace(name="vLLM", version=lambda: "0.32.0"))
+    monkeypatch.setitem(ENGINES, "vllm", lambda: SimpleNamespace(name="vLLM", version=lambda: "0.32.0"))
     report = loads(model)
     assert (report.load, report.command, report.decode_tokens_per_second, report.decode_ratio) == (None,) * 4
     assert not report.fast_kernel
