@@ -83,7 +83,7 @@ def _frame(axes: Axes, curves: Mapping[str, Curve], title: str) -> None:
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(LIGHT["faint"])
     axes.tick_params(which="both", colors=LIGHT["faint"])
-    axes.set_xlabel("new tokens per second of all requests, more is better", color=LIGHT["ink"], labelpad=8)
+    axes.set_xlabel("new tokens per second, more is better", color=LIGHT["ink"], labelpad=8)
     axes.set_ylabel("median seconds for a request, less is better", color=LIGHT["ink"], labelpad=8)
     if title:
         axes.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=14, color=LIGHT["ink"])
