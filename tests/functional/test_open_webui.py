@@ -143,8 +143,8 @@ def sign_up(browser: webdriver.Chrome, url: str) -> None:
                 button.click()
                 break
     assert soon(lambda: shown(browser, "input[type=email]"), 60)
-    for field, value in (("name", "Ada"), ("email", "ada@example.org")):
-        shown(browser, f"input[autocomplete={field}]")[0].send_keys(value)
+    for name, value in (("name", "Ada"), ("email", "ada@example.org")):
+        shown(browser, f"input[autocomplete={name}]")[0].send_keys(value)
     for field in shown(browser, "input[type=password]"):
         field.send_keys("a long password")
     shown(browser, "button[type=submit]")[0].click()
