@@ -125,12 +125,8 @@ def shown(browser: webdriver.Chrome, selector: str) -> list[WebElement]:
     return [one for one in browser.find_elements(By.CSS_SELECTOR, selector) if one.is_displayed()]
 
 
-def press(browser: webdriver.Chrome, words: str) -> None:
-    """Click the button with these words, if there is one."""
-    for button in shown(browser, "button"):
-        if words in (button.text, button.get_attribute("aria-label")):
-            button.click()
-            return
+def button(browser: webdriver.Chrome, words: str) -> WebElement | None:
+    return next((one for one in shown(browser, "button") if one.text == words), None)
 
 
 def sign_up(browser: webdriver.Chrome, url: str) -> None:
@@ -138,18 +134,18 @@ def sign_up(browser: webdriver.Chrome, url: str) -> None:
     browser.get(url)
     assert soon(lambda: shown(browser, "button"), 120)
     if not shown(browser, "input[type=email]"):
-        for button in browser.find_elements(By.CSS_SELECTOR, "button[aria-labelledby='get-started'], button"):
-            if button.is_displayed():
-                button.click()
-                break
+        shown(browser, "button")[0].click()  # get started
     assert soon(lambda: shown(browser, "input[type=email]"), 60)
-    for field, value in (("name", "Ada"), ("email", "ada@example.org")):
-        shown(browser, f"input[autocomplete={field}]")[0].send_keys(value)
+    for name, value in (("name", "Ada"), ("email", "ada@example.org")):
+        shown(browser, f"input[autocomplete={name}]")[0].send_keys(value)
     for field in shown(browser, "input[type=password]"):
         field.send_keys("a long password")
     shown(browser, "button[type=submit]")[0].click()
     assert soon(lambda: shown(browser, INPUT), 120)
-    press(browser, "Okay, Let's Go!")
+    close = soon(lambda: button(browser, "Okay, Let's Go!"), 60)  # what is new
+    assert close
+    close.click()
+    assert soon(lambda: button(browser, "Okay, Let's Go!") is None, 20)
 
 
 def say(browser: webdriver.Chrome, text: str) -> None:
