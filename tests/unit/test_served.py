@@ -163,7 +163,9 @@ def test_each_target_has_its_own_files_and_the_first_page_compares_them(tmp_path
     own = (tmp_path / "report/vllm/index.html").read_text()
     assert "vLLM ended with status 1: no kernel" in own
     assert "Median latency over tokens per second" in own
-    summaries = {t: json.loads((tmp_path / f"report/{t}/summary.json").read_text()) for t in two.targets}
+    summaries: dict[str, Any] = {
+        t: json.loads((tmp_path / f"report/{t}/summary.json").read_text()) for t in two.targets
+    }
     names_of_rows, *by_target = overview(summaries)
     assert [column.heading for column in by_target] == ["vllm", "onnx"]
     assert {"winner", "size", "retention", "served"} <= set(names_of_rows.cells)
