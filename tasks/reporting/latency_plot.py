@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import textalloc
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from tasks.reporting.inline_svg import inline_svg
 from tasks.reporting.palette import LIGHT
-from tasks.reporting.pareto_plot import FONT_SIZE, MARKERS, NARROW, ROOM, WIDE, short
+from tasks.reporting.pareto_plot import MARKERS, short
+from tasks.reporting.plot_frame import NARROW, ROOM, WIDE, as_png, as_svg, empty_axes, frame
 
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))  # of the variants with the same colour, in turn
 SMALL = 9.0  # points: the concurrency beside a point
@@ -38,25 +35,18 @@ class Curve:
 
 def latency(curves: Mapping[str, Curve]) -> bytes:
     """The plot as a PNG of 1000 x 620 pixels. The same curves give the same bytes."""
-    picture = io.BytesIO()
-    with rc_context({"font.family": "DejaVu Sans", "font.size": FONT_SIZE}):
-        figure = draw(curves, title="Latency over throughput, by the number of requests at once")
-        figure.savefig(picture, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
-    return picture.getvalue()
+    return as_png(lambda: draw(curves, title="Latency over throughput, by the number of requests at once"))
 
 
 def latency_svg(curves: Mapping[str, Curve], narrow: bool) -> str:
     """The plot for an HTML page, whose CSS variables are its colours. narrow: for a phone."""
-    with rc_context({"font.family": "DejaVu Sans", "font.size": FONT_SIZE}):
-        name, size = ("latency-narrow", NARROW) if narrow else ("latency-wide", WIDE)
-        return inline_svg(draw(curves, size), name, LIGHT)
+    name, size = ("latency-narrow", NARROW) if narrow else ("latency-wide", WIDE)
+    return as_svg(lambda: draw(curves, size), name)
 
 
 def draw(curves: Mapping[str, Curve], size: tuple[float, float] = WIDE, title: str = "") -> Figure:
     """The plot as a matplotlib figure with one pair of axes; the last texts of the axes are the labels."""
-    figure = Figure(figsize=size, dpi=100, facecolor=LIGHT["paper"], layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = empty_axes(size)
     _frame(axes, curves, title)
     seen: list[str] = []
     for curve in curves.values():
@@ -76,17 +66,7 @@ def _frame(axes: Axes, curves: Mapping[str, Curve], title: str) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_facecolor(LIGHT["paper"])
-    axes.grid(color=LIGHT["grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(LIGHT["faint"])
-    axes.tick_params(which="both", colors=LIGHT["faint"])
-    axes.set_xlabel("new tokens per second, more is better", color=LIGHT["ink"], labelpad=8)
-    axes.set_ylabel("median seconds for a request, less is better", color=LIGHT["ink"], labelpad=8)
-    if title:
-        axes.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=14, color=LIGHT["ink"])
+    frame(axes, "new tokens per second, more is better", "median seconds for a request, less is better", title, 14)
 
 
 def _line(axes: Axes, curve: Curve, dashes: Any) -> None:

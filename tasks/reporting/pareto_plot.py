@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import textalloc
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 
-from tasks.reporting.inline_svg import inline_svg
 from tasks.reporting.number_format import megabytes, percent, short_percent
 from tasks.reporting.palette import KINDS, LIGHT
+from tasks.reporting.plot_frame import FONT_SIZE, NARROW, ROOM, WIDE, as_png, as_svg, empty_axes, frame
 
 MARKERS = dict(zip(KINDS, "oXsD", strict=True))
 WORDS = dict(zip(KINDS, ("passes", "fails", "inconclusive", "baseline"), strict=True))
-FONT_SIZE = 10.5
-WIDE, NARROW = (10, 6.2), (4.0, 4.6)  # inches
-ROOM = 6  # inches in which the legend fits on one line, and labels have figures
 LONGEST = 20  # letters of a label in a narrower plot
 MARKER_SIZE = 10  # points
 MARKER_PIXELS = 8  # from the centre to the edge
@@ -36,27 +30,20 @@ Line = list[Point]
 
 def pareto(summary: Mapping[str, Any]) -> bytes:
     """The plot as a PNG of 1000 x 620 pixels. The same summary gives the same bytes."""
-    picture = io.BytesIO()
-    with rc_context({"font.family": "DejaVu Sans", "font.size": FONT_SIZE}):
-        figure = draw(summary, title="Quality over size")
-        figure.savefig(picture, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
-    return picture.getvalue()
+    return as_png(lambda: draw(summary, title="Quality over size"))
 
 
 def pareto_svg(summary: Mapping[str, Any], narrow: bool) -> str:
     """The plot for an HTML page, whose CSS variables are its colours. narrow: for a phone."""
-    with rc_context({"font.family": "DejaVu Sans", "font.size": FONT_SIZE}):
-        name, size = ("narrow", NARROW) if narrow else ("wide", WIDE)
-        return inline_svg(draw(summary, size), name, LIGHT)
+    name, size = ("narrow", NARROW) if narrow else ("wide", WIDE)
+    return as_svg(lambda: draw(summary, size), name)
 
 
 def draw(summary: Mapping[str, Any], size: tuple[float, float] = WIDE, title: str = "") -> Figure:
     """The plot as a matplotlib figure with one pair of axes; the last texts of the axes are the variants' labels."""
     rows = summary["variants"]
     points = {v: (r["size_bytes"] / 1e6, 100 * (r["retention"] or {"mean": 1})["mean"]) for v, r in rows.items()}
-    figure = Figure(figsize=size, dpi=100, facecolor=LIGHT["paper"], layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = empty_axes(size)
     gates = _frame(axes, summary, title)
     _front(axes, points)
     bars = [_point(axes, points[v], row) for v, row in rows.items()]
@@ -88,18 +75,14 @@ def _frame(axes: Axes, summary: Mapping[str, Any], title: str) -> list[Annotatio
     axes.set_ylim(low - margin, high + margin)
     spread = max(max(sizes) - min(sizes), 0.1 * max(sizes))
     axes.set_xlim(max(0, min(sizes) - 0.16 * spread), max(sizes) + 0.16 * spread)
-    axes.set_facecolor(LIGHT["paper"])
-    axes.grid(color=LIGHT["grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(LIGHT["faint"])
-    axes.tick_params(colors=LIGHT["faint"])
-    axes.set_xlabel("size on disk (MB), smaller is better", color=LIGHT["ink"], labelpad=8)
     confidence = short_percent(summary["gate"]["confidence"])
-    axes.set_ylabel(f"retention in % of the baseline, {confidence} interval", color=LIGHT["ink"], labelpad=8)
-    if title:
-        axes.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=34, color=LIGHT["ink"])
+    frame(
+        axes,
+        "size on disk (MB), smaller is better",
+        f"retention in % of the baseline, {confidence} interval",
+        title,
+        34,
+    )
     written = []
     for gate in sorted(gates):
         wide = sorted({f"{r['bits']}-bit" for r in rows.values() if r["gate"] and 100 * r["gate"] == gate})

@@ -23,7 +23,8 @@ from tasks.reporting.columns import columns, one_line
 from tasks.reporting.heat_map import _fineness, heat_map
 from tasks.reporting.html_page import flat
 from tasks.reporting.html_page import page as html_page
-from tasks.reporting.pareto_plot import NARROW, WIDE, draw, front, pareto, pareto_svg, short
+from tasks.reporting.pareto_plot import draw, front, pareto, pareto_svg, short
+from tasks.reporting.plot_frame import NARROW, WIDE
 from tasks.reporting.summary import summarize, winner
 from tasks.reporting.table import WIDTH, table
 from tasks.settings import Settings, load_settings
