@@ -82,7 +82,7 @@ class _Serving:
             yield from self._for_onnx()
         elif self.target != "gguf":
             yield from self._for_vllm()
-        values = {
+        values: dict[str, Any] = {
             "name": self.name,
             "hardware": self.hardware,
             "shape": self.shape,
