@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -29,8 +30,10 @@ from tasks.serving.agreement import Agreement, agreement, read_completions, read
 from tasks.serving.api import Api
 from tasks.serving.checks import CHECKS, Finding, Subject, check
 from tasks.serving.engines import engine_of, served
+from tasks.serving.environments import nvidia_gpu
 from tasks.serving.near_ties import GAPS
 from tasks.serving.process import NotServableHere, NotServed, Server
+from tasks.serving.runtime import ServedRuntime, scores_through_server
 from tasks.settings import BASE, EvaluationSettings, Settings
 
 if TYPE_CHECKING:
@@ -39,7 +42,17 @@ if TYPE_CHECKING:
 CONTEXT = 4096  # tokens at most, which bounds the KV cache
 WITHOUT_SERVER = "transformers"  # a library: a model is tried in a process by the stage package
 Records = tuple[list[Completion], dict[str, list[tuple[Window, float]]]]
+ITEMS = 8  # of each task that are scored through the server
+_BROKEN = (OpenAIError, httpx.HTTPError, LookupError, TypeError, ValueError)  # what a server may answer to
 State = Literal["served", "not served", "not servable here", "no server"]
+
+
+@dataclass(frozen=True)
+class ItemScores:
+    """Items of lm-eval's tasks that were scored through the server, and how many scores equal the evaluation's."""
+
+    scored: int
+    equal: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,8 @@ class ServeReport:
     """metrics/serve/TARGET/V.json.
 
     reason: why it was not served; None if it was. engine, version, command, start_seconds: of the server; None if it
-    did not start. seconds: of the stage. findings: of the checks. agreement: with the evaluation.
+    did not start. seconds: of the stage. findings: of the checks. agreement: with the evaluation. items: how many of
+    lm-eval's items were scored through the server, and how many scores equal the evaluation's; None if it cannot score.
     """
 
     variant: str
@@ -63,15 +77,18 @@ class ServeReport:
     seconds: float = 0.0
     findings: Sequence[Finding] = ()
     agreement: Agreement | None = None
+    items: ItemScores | None = None
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a variant is compared with. results: output of the stage `evaluate`; raw: the data."""
+    """What a variant is compared with. results: output of the stage `evaluate`; raw: the data; evals: definitions of
+    tasks."""
 
     results: Path
     raw: Path
     settings: EvaluationSettings
+    evals: Path = Path("evals")
 
 
 def serve(name: str, target: str, model: Path, evaluated: Evaluated, log: Path) -> ServeReport:
@@ -110,7 +127,12 @@ def _served(name: str, target: str, model: Path, evaluated: Evaluated, log: Path
                 "start_seconds": server.start_seconds,
             }
             findings, same, problem = _checked(server, target, model, tokenizer, evaluated, records)
-            facts |= {"findings": findings, "agreement": same, "peak_memory_bytes": server.peak_memory_bytes()}
+            facts |= {"findings": findings, "agreement": same}
+            try:
+                facts["items"] = _items(server, target, model, tokenizer, evaluated) if same else None
+            except _BROKEN as error:
+                problem = f"scoring items through the server failed: {type(error).__name__}: {first_line(error)}"
+            facts["peak_memory_bytes"] = server.peak_memory_bytes()
             ended = None if server.alive else f"the server ended; its last words: {server.last_words()}"
     except NotServed as error:
         return report("not served", str(error), engine=engine_of(target).name)
@@ -157,7 +179,7 @@ def _checked(
                 return findings, None, None
         try:
             same = agreement(api, tokenizer, completions, subject.alone, windows, (kind, settings.dtype))
-        except (OpenAIError, httpx.HTTPError, LookupError, TypeError, ValueError) as error:
+        except _BROKEN as error:
             return (
                 findings,
                 None,
@@ -166,6 +188,28 @@ def _checked(
         return findings, same, None
     finally:
         api.close()
+
+
+def _items(
+    server: Server, target: str, model: Path, tokenizer: PreTrainedTokenizerBase, evaluated: Evaluated
+) -> ItemScores | None:
+    """The first items that the evaluation scored, scored by lm-eval through the server."""
+    engine, settings = engine_of(target), evaluated.settings
+    rows = {
+        path.stem.removeprefix("items-"): [json.loads(line) for line in path.read_text("utf-8").splitlines()[:ITEMS]]
+        for path in sorted(evaluated.results.glob("items-*.jsonl"))
+    }
+    if not rows or not {"echo", "token ids"} <= engine.offers:
+        return None
+    with closing(Api(server.url, server.name, engine.offers, engine.running)) as api:
+        dtype = engine.computes_in(model, "auto")
+        runtime = ServedRuntime(server, api, tokenizer, "cuda" if nvidia_gpu() else "cpu", dtype)
+        asked = {task: [row["item"] for row in some] for task, some in rows.items()}
+        scores = scores_through_server(runtime, settings, evaluated.evals, asked, _context(model, settings))
+    pairs = [
+        (row["score"], score) for task, some in rows.items() for row, score in zip(some, scores[task], strict=True)
+    ]
+    return ItemScores(len(pairs), sum(one == other for one, other in pairs))
 
 
 def _context(model: Path, settings: EvaluationSettings) -> int:

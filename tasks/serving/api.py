@@ -182,6 +182,18 @@ _KNOWN = ("logprobs", "top_logprobs", "stop", "tools", "tool_choice", "seed")
 
 def _completed(choice: Any, prompt_count: int, count: int) -> Answer:
     found = choice.logprobs
+    if found and (listed := _extra(found, "content")):  # llama.cpp lists them as for a chat, with ids
+        return Answer(
+            choice.text,
+            choice.finish_reason,
+            [one["id"] for one in listed],
+            None,
+            [one["token"] for one in listed],
+            [float(one["logprob"]) for one in listed],
+            [_ordered({top["token"]: top["logprob"] for top in one["top_logprobs"]}) for one in listed],
+            prompt_count,
+            count,
+        )
     tops = found.top_logprobs if found else None
     return Answer(
         choice.text,

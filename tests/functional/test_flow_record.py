@@ -28,7 +28,7 @@ def test_a_run_has_a_parent_record_and_a_child_per_variant(finished_toy: Toy) ->
     assert len(parent.data.tags["prefect.flow_run_id"]) == 36
     client = MlflowClient(f"sqlite:///{finished_toy.root / 'mlflow.db'}")
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert artifacts == {"dvc.lock", "params.yaml", "table.txt", "transformers"}
+    assert artifacts == {"dvc.lock", "params.yaml", "content.json", "table.txt", "transformers"}
 
     children = {run.info.run_name: run for run in finished_toy.mlflow_runs(parents=False)}
     assert set(children) == {f"transformers-{name}" for name in VARIANTS}

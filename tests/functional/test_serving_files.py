@@ -129,7 +129,7 @@ def test_data_parallel_over_two_machines(bundles: dict[str, Path], alone: list[T
         report("two machines started", service.wait(START))
         compare(service, alone)
         assert min(finished(service).values()) > 0  # both machines answered
-        survives(service, 1)
+        survives(service, 1, noticed=False)
 
 
 def compare(service: Service, alone: list[Text]) -> None:
@@ -174,17 +174,21 @@ class Request:
         self.ended = time.monotonic()
 
 
-def survives(service: Service, rank: int) -> None:
-    """Lose a machine under load: requests in flight end with an error within 10 s, the next succeeds within 180 s."""
+def survives(service: Service, rank: int, noticed: bool = True) -> None:
+    """Lose a machine under load: requests in flight end with an error within 10 s, the next succeeds within 180 s.
+
+    noticed: by the other machines. With data parallelism they do not notice: requests at the lost machine end when the
+    group is started again, after the time that the leader gets before it is told to end.
+    """
     starts, requests = service.starts, [Request(service) for _ in range(4)]
     deadline = time.monotonic() + 60
     while any(request.events < 3 for request in requests) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert all(request.events >= 3 and request.ended is None for request in requests), requests
-    lost = time.monotonic()
+    lost, within = time.monotonic(), 10 if noticed else 10 + service.containers[0].ends
     service.lose(rank)
     for request in requests:
-        request.thread.join(max(0.0, lost + 10 - time.monotonic()))
+        request.thread.join(max(0.0, lost + within - time.monotonic()))
     report("requests in flight ended after", [request.ended and round(request.ended - lost, 2) for request in requests])
     report("their errors", {request.error for request in requests})
     assert all(request.ended and request.error for request in requests), service.logs()

@@ -48,7 +48,7 @@ def test_a_variant_can_be_added_and_removed(params: Path) -> None:
 
 def test_every_change_in_the_help_works(params: Path) -> None:
     examples = re.findall(r"--set (?:'([^']+)'|(\S+))", run.__doc__ or "")
-    assert len(examples) == 5
+    assert len(examples) == 6
     for quoted, plain in examples:
         assert override(Path(shutil.copy(PARAMS, params)), [quoted or plain])
 
