@@ -25,7 +25,7 @@ def check_serving_memory(settings: Settings, model: Path) -> None:
 
 
 def _check_target(settings: Settings, hardware: HardwareSettings, target: str, model: Path) -> None:
-    if target == "onnx":  # no files for servers of GPUs are written
+    if target == "onnx" and hardware.gpu is not None:  # its files are for a CPU, whose memory is not described
         return
     baseline, shapes = read_shape(model), {}
     for name, variant in settings.variants.items():

@@ -1,4 +1,5 @@
-"""The arguments of the servers: vLLM's settings file, its further arguments on each of several machines, llama.cpp's.
+"""The arguments of the servers: vLLM's settings file, its further arguments on each of several machines, llama.cpp's,
+and those of the server for ONNX exports.
 
 All other files of serve/ refer to these, so that a setting stands in one place.
 """
@@ -9,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.deployment.sizing import SHARE, Plan
+from tasks.deployment.sizing import GIB, SHARE, Plan
 from tasks.deployment.tool_calling import Template
 
 MODEL = "/model"  # where the bundle is mounted, read-only
@@ -23,6 +24,7 @@ SAMPLING = (
     "min_p",
     "repetition_penalty",
 )  # that vLLM takes from generation_config.json
+ONNX_KEY = "ONNX_SERVER_API_KEY"  # the variable that the server for ONNX exports reads
 _LLAMA_CPP = {"repetition_penalty": "repeat-penalty", "temperature": "temp"}
 _SLOTS = 4  # requests that llama.cpp answers at once, each with the full context
 
@@ -89,6 +91,26 @@ def llama_cpp_command(name: str, plan: Plan, sampling: dict[str, Any], gpu: bool
         *("--jinja", "--metrics"),
         *(("--n-gpu-layers", "all") if gpu else ()),
         *(part for key, value in sampling.items() for part in (f"--{_option(key)}", str(value))),
+    ]
+
+
+def onnx_module() -> list[str]:
+    """The program of the server for ONNX exports."""
+    return ["python", "-m", "onnx_server"]
+
+
+def onnx_command(name: str, plan: Plan) -> list[str]:
+    """The arguments with which that server serves the mounted bundle."""
+    return [MODEL, "--host", "0.0.0.0", "--port", str(PORT), *onnx_arguments(name, plan)]  # noqa: S104
+
+
+def onnx_arguments(name: str, plan: Plan) -> list[str]:
+    """Of them, those that do not depend on the place. Everything else is the server's default."""
+    return [
+        *("--served-model-name", name),
+        *(("--max-model-len", str(plan.context)) if plan.context else ()),
+        *("--kv-cache-gib", str(plan.room // GIB), "--max-batch", str(plan.sequences)),
+        *("--drain-seconds", str(DRAIN)),
     ]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tasks.deployment.arguments import DRAIN, MODEL, PORT, vllm_command
+from tasks.deployment.arguments import DRAIN, MODEL, ONNX_KEY, PORT, vllm_command
 from tasks.deployment.pods import ENVIRONMENT, PROXY_PORT, USER, shared_memory, start_seconds
 from tasks.deployment.sizing import Plan
-from tasks.deployment.tool_calling import Template
 
 WEBUI_PORT = 8444
+# the server's health, asked in its container
+ASKS = f"import urllib.request as u; u.urlopen('http://127.0.0.1:{PORT}/health', timeout=8)"
 _KEY = "${API_KEY:?a secret, such as the output of openssl rand -hex 32}"
 _TEMPORARY = "/tmp:mode=1777"  # noqa: S108
 _CONFINED = {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"]}
@@ -21,16 +22,17 @@ def image(variable: str, what: str) -> str:
     return f"${{{variable}:?the image of {what} by digest: name@sha256:...}}"
 
 
-def compose(plan: Plan, gpu: bool, llama_cpp: list[str] | None) -> dict[str, Any]:
-    """One machine: the engine on a network of its own, and the proxy. llama_cpp: arguments of that server, or vLLM."""
+def compose(plan: Plan, gpu: bool, part: dict[str, Any]) -> dict[str, Any]:
+    """One machine: the engine on a network of its own, and the proxy. part: what only this engine has, of `vllm`,
+    `llama_cpp` or `onnx`."""
     engine: dict[str, Any] = {
-        **(_llama_cpp(llama_cpp) if llama_cpp else _vllm()),
+        **part,
         "volumes": [{"type": "bind", "source": "..", "target": MODEL, "read_only": True}],
         "networks": ["inside"],
         "shm_size": f"{shared_memory(plan)}gb",
         "user": f"{USER}:{USER}",
         **_CONFINED,
-        "tmpfs": [f"{_TEMPORARY},exec"],  # compiled kernels are loaded from there
+        "tmpfs": part.get("tmpfs", [f"{_TEMPORARY},exec"]),  # compiled kernels are loaded from there
         "stop_grace_period": f"{DRAIN + 15}s",
         "restart": "unless-stopped",
     }
@@ -72,9 +74,9 @@ def compose(plan: Plan, gpu: bool, llama_cpp: list[str] | None) -> dict[str, Any
     }
 
 
-def compose_webui(template: Template, llama_cpp: bool) -> dict[str, Any]:
-    """Open WebUI, added to `compose`. Its function calling is on only if the engine reads the model's tool calls."""
-    calls = template.tools and (llama_cpp or template.parser is not None)
+def compose_webui(calls: bool) -> dict[str, Any]:
+    """Open WebUI, added to `compose`. calls: whether the engine reads the model's tool calls; otherwise its function
+    calling is off."""
     webui = {
         "image": image("WEBUI_IMAGE", "Open WebUI"),
         "environment": {
@@ -110,29 +112,41 @@ def compose_webui(template: Template, llama_cpp: bool) -> dict[str, Any]:
 
 
 def _no_tools() -> dict[str, str]:
-    """Without these, Open WebUI sends tools with every message, and vLLM refuses the request."""
+    """Without these, Open WebUI sends tools with every message, and the server refuses the request."""
     metadata = {"capabilities": {"builtin_tools": False}}
     parameters = {"function_calling": "legacy"}
     return {"DEFAULT_MODEL_METADATA": json.dumps(metadata), "DEFAULT_MODEL_PARAMS": json.dumps(parameters)}
 
 
-def _vllm() -> dict[str, Any]:
-    asks = f"import urllib.request as u; u.urlopen('http://127.0.0.1:{PORT}/health', timeout=8)"
+def vllm() -> dict[str, Any]:
+    """vLLM's part of an engine."""
     return {
         "image": image("VLLM_IMAGE", "vLLM"),
         "entrypoint": vllm_command()[:2],
         "command": vllm_command()[2:],
         "environment": {**ENVIRONMENT, "VLLM_API_KEY": _KEY},
-        "healthcheck": {"test": ["CMD", "python3", "-c", asks]},
+        "healthcheck": {"test": ["CMD", "python3", "-c", ASKS]},
     }
 
 
-def _llama_cpp(arguments: list[str]) -> dict[str, Any]:
+def llama_cpp(arguments: list[str]) -> dict[str, Any]:
+    """llama.cpp's part of an engine."""
     return {
         "image": image("LLAMA_CPP_IMAGE", "llama.cpp's server"),
         "command": arguments,
         "environment": {"LLAMA_API_KEY": _KEY},
         "healthcheck": {"test": ["CMD", "curl", "--fail", "--silent", f"http://127.0.0.1:{PORT}/health"]},
+    }
+
+
+def onnx(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """The part of the server for ONNX exports. command: its arguments; the image has the program."""
+    return {
+        "image": "${ONNX_SERVER_IMAGE:?the image that serve/Dockerfile makes}",
+        "command": command,
+        "environment": {**environment, ONNX_KEY: _KEY},
+        "healthcheck": {"test": ["CMD", "python", "-c", ASKS]},
+        "tmpfs": [_TEMPORARY],
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from tasks.deployment.arguments import DRAIN, PORT, copies_arguments, group_arguments, vllm_command
-from tasks.deployment.monitoring import alert_rules
 from tasks.deployment.pods import PROXY_PORT, UNREADY, engine, pod, probes, proxy, start_seconds, volumes
 from tasks.deployment.sizing import Plan
 
@@ -32,8 +31,8 @@ def common(name: str, caddyfile: str, plan: Plan) -> list[Manifest]:
     ]
 
 
-def deployment(name: str, plan: Plan, product: str | None) -> Manifest:
-    """Servers that each hold the whole model, one on each machine."""
+def deployment(name: str, plan: Plan, product: str | None, **changes: Any) -> Manifest:
+    """Servers that each hold the whole model, one on each machine. changes: of the fields of vLLM's container."""
     labels = {"app": name, "role": "server"}
     return {
         "apiVersion": "apps/v1",
@@ -42,10 +41,10 @@ def deployment(name: str, plan: Plan, product: str | None) -> Manifest:
         "spec": {
             "replicas": plan.machines,
             "selector": {"matchLabels": labels},
-            # a new server needs the GPUs of an old one
+            # a new server needs the GPUs or the memory of an old one
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
             "progressDeadlineSeconds": start_seconds(plan) + 600,
-            "template": {"metadata": {"labels": labels}, "spec": _server(name, plan, product)},
+            "template": {"metadata": {"labels": labels}, "spec": _server(name, plan, product, **changes)},
         },
     }
 
@@ -133,8 +132,8 @@ def inference_service(name: str, plan: Plan, product: str | None, caddyfile: str
     ]
 
 
-def autoscaling(name: str, plan: Plan) -> Manifest:
-    """KEDA's rule: more servers while requests wait."""
+def autoscaling(name: str, plan: Plan, waiting: str) -> Manifest:
+    """KEDA's rule: more servers while requests wait. waiting: the metric that counts them."""
     target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
     if plan.grouped:
         target |= {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet"}
@@ -158,7 +157,7 @@ def autoscaling(name: str, plan: Plan) -> Manifest:
                     "type": "prometheus",
                     "metadata": {
                         "serverAddress": "${PROMETHEUS_URL}",
-                        "query": f'sum(vllm:num_requests_waiting{{model_name="{name}"}})',
+                        "query": f'sum({waiting}{{model_name="{name}"}})',
                         "threshold": str(_WAITING),
                     },
                 }
@@ -167,8 +166,8 @@ def autoscaling(name: str, plan: Plan) -> Manifest:
     }
 
 
-def monitoring(name: str) -> list[Manifest]:
-    """For the Prometheus operator: where the metrics are, and the alerts."""
+def monitoring(name: str, rules: dict[str, Any], **changes: Any) -> list[Manifest]:
+    """For the Prometheus operator: where the metrics are, and the alert rules. changes: of the endpoint's fields."""
     return [
         {
             "apiVersion": "monitoring.coreos.com/v1",
@@ -176,14 +175,14 @@ def monitoring(name: str) -> list[Manifest]:
             "metadata": _metadata(name),
             "spec": {
                 "selector": {"matchLabels": {"app": name, "role": "server"}},
-                "podMetricsEndpoints": [{"port": "engine", "path": "/metrics", "interval": "15s"}],
+                "podMetricsEndpoints": [{"port": "engine", "path": "/metrics", "interval": "15s", **changes}],
             },
         },
         {
             "apiVersion": "monitoring.coreos.com/v1",
             "kind": "PrometheusRule",
             "metadata": _metadata(name),
-            "spec": alert_rules(name),
+            "spec": rules,
         },
     ]
 

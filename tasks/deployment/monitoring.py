@@ -1,14 +1,16 @@
-"""Alerts for Prometheus and a dashboard for Grafana, on vLLM's own metrics."""
+"""Alerts for Prometheus and a dashboard for Grafana, on the servers' own metrics."""
 
 from __future__ import annotations
 
 from typing import Any
 
 _QUANTILES = (0.5, 0.95)
+_ONNX = "onnx_server"
+VLLM_WAITING, ONNX_WAITING = "vllm:num_requests_waiting", f"{_ONNX}_requests_waiting"
 
 
 def alert_rules(name: str) -> dict[str, Any]:
-    """A file of alert rules. The limits are starting values, to be set to what users expect."""
+    """A file of alert rules for vLLM. The limits are starting values, to be set to what users expect."""
     mine = f'model_name="{name}"'
     slow = f"histogram_quantile(0.95, sum by (le) (rate(vllm:time_to_first_token_seconds_bucket{{{mine}}}[5m])))"
     failed = f'sum(rate(vllm:request_success_total{{{mine}, finished_reason="error"}}[5m]))'
@@ -31,6 +33,31 @@ def alert_rules(name: str) -> dict[str, Any]:
         ),
         ("FirstTokenLate", f"{slow} > 5", "10m", "warning", "One request in 20 waits over 5 s for its first token."),
     ]
+    return _rules_file(name, rules)
+
+
+def onnx_alert_rules(name: str) -> dict[str, Any]:
+    """The same for the server of ONNX exports, whose metrics get the label model_name when they are collected."""
+    mine = f'model_name="{name}"'
+    slow = f"histogram_quantile(0.95, sum by (le) (rate({_ONNX}_time_to_first_token_seconds_bucket{{{mine}}}[5m])))"
+    failed = f'sum(rate({_ONNX}_responses_total{{{mine}, status="500"}}[5m]))'
+    rules = [
+        ("Down", f"absent({_ONNX}_requests_running{{{mine}}})", "5m", "critical", "No server reports metrics."),
+        ("RequestsFail", f"{failed} > 0", "5m", "critical", "Requests end with an error of the server."),
+        (
+            "RequestsWait",
+            f"sum({ONNX_WAITING}{{{mine}}}) > 10",
+            "10m",
+            "warning",
+            "More than 10 requests have been waiting for 10 minutes: add a server.",
+        ),
+        ("FirstTokenLate", f"{slow} > 30", "10m", "warning", "One request in 20 waits over 30 s for its first token."),
+    ]
+    return _rules_file(name, rules)
+
+
+def _rules_file(name: str, rules: list[tuple[str, str, str, str, str]]) -> dict[str, Any]:
+    """A file of alert rules: name, expression, duration, severity and summary of each."""
     return {
         "groups": [
             {
@@ -94,7 +121,7 @@ def dashboard(name: str) -> dict[str, Any]:
 
 
 def _waiting(mine: str) -> str:
-    return f"vllm:num_requests_waiting{{{mine}}}"
+    return f"{VLLM_WAITING}{{{mine}}}"
 
 
 def _quantiles(metric: str, mine: str) -> dict[str, str]:

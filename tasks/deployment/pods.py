@@ -32,9 +32,14 @@ def start_seconds(plan: Plan) -> int:
     return STARTING + plan.card_weights * plan.cards // READ
 
 
+def secret_name(name: str) -> dict[str, str]:
+    """Where the API key is."""
+    return {"name": f"{name}-api-key", "key": "api-key"}
+
+
 def secret_value(name: str) -> dict[str, Any]:
     """An environment variable's value: the API key."""
-    return {"secretKeyRef": {"name": f"{name}-api-key", "key": "api-key"}}
+    return {"secretKeyRef": secret_name(name)}
 
 
 def engine(name: str, plan: Plan, gpu: bool, container: str = "vllm", **changes: Any) -> dict[str, Any]:

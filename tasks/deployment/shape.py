@@ -18,6 +18,8 @@ _WINDOWED = ("sliding_attention", "chunked_attention", "window_attention", "hybr
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _LONGEST = 10**9  # tokenizers write a huge number where they know no length
+_ONNX = "genai_config.json"
+_ONNX_FLOAT = 4  # bytes of a number in the KV cache of ONNX Runtime GenAI on a CPU
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Shape:
 
 
 def read_shape(directory: Path) -> Shape:
-    """Read the shape of the model in `directory`, a bundle with safetensors or GGUF."""
+    """Read the shape of the model in `directory`, a bundle with safetensors, GGUF or an ONNX graph."""
+    if (directory / _ONNX).is_file():
+        return _onnx_shape(directory)
     from transformers import AutoConfig  # takes seconds to import
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config()
@@ -77,6 +81,30 @@ def read_shape(directory: Path) -> Shape:
         context=context,
         kv_token=layer_kv * sum(kind not in (*_WITHOUT_CACHE, *_WINDOWED) for kind in kinds),
         kv_sequence=layer_kv * min(window, context or window) * windowed,
+    )
+
+
+def _onnx_shape(directory: Path) -> Shape:
+    """Of an export for ONNX Runtime GenAI, which caches the whole text in every layer. It runs on a CPU, so what tensor
+    parallelism splits is left out."""
+    model = json.loads((directory / _ONNX).read_text(encoding="utf-8"))["model"]
+    decoder = model["decoder"]
+    layers, heads, kv_heads, width = (
+        int(decoder[key]) for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_size")
+    )
+    return Shape(
+        layer_bytes=sum(path.stat().st_size for path in directory.glob("*.onnx*")),
+        outer_bytes=0,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        vocabulary=int(model["vocab_size"]),
+        widths={},
+        group=None,
+        experts=0,
+        context=int(model["context_length"]),
+        kv_token=2 * layers * kv_heads * width * _ONNX_FLOAT,
+        kv_sequence=0,
     )
 
 

@@ -17,6 +17,7 @@ _COMPOSE_IMAGE = re.compile(r"\$\{([A-Z_]+)_IMAGE:\?[^}]*\}")
 _MANIFEST_IMAGE = re.compile(r"\$\{([A-Z_]+)_IMAGE\}")
 _DIGEST = re.compile(r"[^\s@=]+@sha256:[0-9a-f]{64}")
 COMPOSE, MANIFESTS = Path("serve/compose.yaml"), Path("serve/kubernetes")
+NAME_OPTIONS = ("--served-model-name", "--alias", "--name")  # of the servers: the model's name for clients
 SERVERS = ("deployment.yaml", "leaderworkerset.yaml")  # the first that a bundle has
 
 
@@ -35,7 +36,7 @@ def read_manifests(bundle: Path) -> dict[str, list[dict[str, Any]]]:
     folder = bundle / MANIFESTS
     server = next((name for name in SERVERS if (folder / name).is_file()), None)
     if server is None:
-        raise TaskError(f"{bundle} has no {MANIFESTS}, because it is not for vLLM; leave out --kubernetes")
+        raise TaskError(f"{bundle} has no {MANIFESTS}, because its server is not for a cluster; leave out --kubernetes")
     return {
         name: list(yaml.safe_load_all((folder / name).read_text(encoding="utf-8")))
         for name in ("common.yaml", server, "monitoring.yaml")
@@ -51,9 +52,12 @@ def served_name(bundle: Path, form: Form) -> str:
     command = [str(word) for word in read_compose(bundle)["services"]["model"].get("command", ())]
     if settings.is_file():
         return str(yaml.safe_load(settings.read_text(encoding="utf-8"))["served-model-name"])
-    names = [value for option, value in pairwise(command) if option in ("--alias", "--name")]
+    names = [value for option, value in pairwise(command) if option in NAME_OPTIONS]
     if not names:
-        raise TaskError(f"{bundle / COMPOSE} does not say the model's name for clients; expected --alias NAME")
+        raise TaskError(
+            f"{bundle / COMPOSE} does not say the model's name for clients; "
+            f"expected one of {', '.join(NAME_OPTIONS)} in the server's command"
+        )
     return names[0]
 
 

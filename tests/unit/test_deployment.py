@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from tasks.deployment.tool_calling import read_template
 from tasks.deployment.write import write_serving
 from tasks.errors import TaskError
 from tasks.output import checksums
+from tasks.serving.onnx_server.metrics import Metrics
+from tasks.serving.onnx_server.options import KEY_VARIABLE, read_options
 from tasks.settings import check_settings
 from tests.caddy import FIRST, KEY, SECOND, backend, caddy, needs_caddy
 from tests.crds import faults
@@ -36,12 +39,15 @@ HARDWARE: dict[str, dict[str, Any] | None] = {
 }
 VARIABLES = {
     "VLLM_IMAGE": "vllm@sha256:" + "0" * 64,
+    "ONNX_SERVER_IMAGE": "onnx-server@sha256:" + "0" * 64,
     "CADDY_IMAGE": "caddy@sha256:" + "0" * 64,
     "MONITORING_NAMESPACE": "monitoring",
     "MAX_REPLICAS": "4",
     "PROMETHEUS_URL": "http://prometheus.monitoring:9090",
 }
 WITH_TOOLS = "{% for tool in tools %}<tool_call>{{ tool | tojson }}</tool_call>{% endfor %}"
+TARGETS = ("transformers", "gguf", "onnx")
+NAME = "smollm2-135m-instruct"
 Write = Callable[..., Path]
 
 
@@ -109,6 +115,21 @@ class TestSchemas:
         assert ("LeaderWorkerSet" in kinds) == (hardware in ("processors", "copies", "group"))
 
     @pytest.mark.parametrize("hardware", HARDWARE)
+    def test_kubernetes_for_onnx(self, write: Write, hardware: str) -> None:
+        kinds = {}
+        for manifest in manifests(write(hardware, "onnx")):
+            kinds[manifest["kind"]] = manifest
+            errors = faults(manifest)
+            if errors is None:
+                kubernetes_validate.validate(manifest, "1.37", strict=True)
+            assert not errors
+        assert set(kinds) == {
+            *("ConfigMap", "Service", "NetworkPolicy", "Deployment"),
+            *("ScaledObject", "PodMonitor", "PrometheusRule"),
+        }
+        assert kinds["Deployment"]["spec"]["replicas"] == (2 if hardware == "processors" else 1)
+
+    @pytest.mark.parametrize("hardware", HARDWARE)
     def test_kinds_of_other_projects(self, write: Write, hardware: str) -> None:
         found = [faults(manifest) for manifest in manifests(write(hardware))]
         checked = [errors for errors in found if errors is not None]
@@ -122,7 +143,7 @@ class TestSchemas:
             "['spec', 'leaderWorkerTemplate']: Additional properties are not allowed ('restartPolicies' was unexpected)"
         ]
 
-    @pytest.mark.parametrize("target", ["transformers", "gguf"])
+    @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize("hardware", ["none", "one"])
     def test_compose(self, write: Write, hardware: str, target: str) -> None:
         folder = write(hardware, target)
@@ -131,18 +152,25 @@ class TestSchemas:
         for path in files:
             ComposeSpecification.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
-    def test_dockerfile(self, write: Write) -> None:
+    @pytest.mark.parametrize("target", ["transformers", "onnx"])
+    def test_dockerfile(self, write: Write, target: str) -> None:
         linter = shutil.which("hadolint", path=str(Path(yaml.__file__).parents[4] / "bin")) or shutil.which("hadolint")
         assert linter
-        done = subprocess.run([linter, str(write() / "Dockerfile")], capture_output=True, text=True)
+        done = subprocess.run([linter, str(write(target=target) / "Dockerfile")], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (0, "")
 
 
 class TestAccess:
-    @pytest.mark.parametrize("hardware", HARDWARE)
-    def test_every_container_is_confined_and_the_model_is_read_only(self, write: Write, hardware: str) -> None:
-        folder = write(hardware)
-        for pod in [pod for manifest in manifests(folder) for pod in pods(manifest)]:
+    @pytest.mark.parametrize(
+        ("hardware", "target"), [*((one, "transformers") for one in HARDWARE), ("none", "gguf"), ("processors", "onnx")]
+    )
+    def test_every_container_is_confined_and_the_model_is_read_only(
+        self, write: Write, hardware: str, target: str
+    ) -> None:
+        folder = write(hardware, target)
+        found = [pod for manifest in manifests(folder) for pod in pods(manifest)]
+        assert bool(found) == (target != "gguf")
+        for pod in found:
             assert pod["securityContext"]["runAsNonRoot"]
             assert pod["securityContext"]["runAsUser"] > 0
             assert not pod["enableServiceLinks"]
@@ -158,9 +186,18 @@ class TestAccess:
                 assert service["user"] == "10001:10001"
                 assert service["read_only"]
                 assert service["cap_drop"] == ["ALL"]
+            (model, *_) = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["model"]["volumes"]
+            assert (model["source"], model["read_only"]) == ("..", True)
 
-    def test_images_and_secrets_have_no_default(self, write: Write) -> None:
-        folder = write()
+    @pytest.mark.parametrize(
+        ("target", "base", "engine"),
+        [
+            ("transformers", "VLLM_IMAGE", "VLLM_IMAGE"),
+            ("onnx", "PYTHON_IMAGE", "ONNX_SERVER_IMAGE"),
+        ],
+    )
+    def test_images_and_secrets_have_no_default(self, write: Write, target: str, base: str, engine: str) -> None:
+        folder = write(target=target)
         for name in ("compose.yaml", "compose.webui.yaml"):
             for service in yaml.safe_load((folder / name).read_text())["services"].values():
                 if name == "compose.yaml" or "environment" in service:
@@ -168,8 +205,41 @@ class TestAccess:
                 for key, value in service.get("environment", {}).items():
                     assert not key.endswith("KEY") or re.fullmatch(r"\$\{[A-Z_]+:\?.*\}", value)
         for path in (folder / "kubernetes").glob("*.yaml"):
-            assert set(re.findall(r"image: (.*)", path.read_text())) <= {"${VLLM_IMAGE}", "${CADDY_IMAGE}"}
-        assert "ARG VLLM_IMAGE\nFROM ${VLLM_IMAGE}\n" in (folder / "Dockerfile").read_text()
+            assert set(re.findall(r"image: (.*)", path.read_text())) <= {f"${{{engine}}}", "${CADDY_IMAGE}"}
+        text = (folder / "Dockerfile").read_text()
+        assert re.search(rf"ARG {base}\nFROM \$\{{{base}\}}(?: AS server)?\n", text)
+        assert "USER 10001:10001\n" in text
+        assert "KEY" not in text
+
+    def test_every_server_asks_for_the_key_itself(self, write: Write) -> None:
+        for target, variable in (
+            ("transformers", "VLLM_API_KEY"),
+            ("gguf", "LLAMA_API_KEY"),
+            ("onnx", KEY_VARIABLE),
+        ):
+            folder = write("none", target)
+            environment = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["model"]["environment"]
+            assert environment[variable].startswith("${API_KEY:?")
+            for container in [
+                c
+                for m in manifests(folder)
+                if m["kind"] == "Deployment"
+                for c in m["spec"]["template"]["spec"]["containers"]
+            ]:
+                (value,) = [one["valueFrom"] for one in container["env"] if one["name"] == variable]
+                assert value == {"secretKeyRef": {"name": f"{NAME}-api-key", "key": "api-key"}}
+        (monitor,) = [m["spec"] for m in manifests(folder) if m["kind"] == "PodMonitor"]
+        (endpoint,) = monitor["podMetricsEndpoints"]
+        assert endpoint["authorization"]["credentials"] == {"name": f"{NAME}-api-key", "key": "api-key"}
+
+    def test_the_onnx_server_is_reached_through_the_proxy_only(self, write: Write) -> None:
+        folder = write("processors", "onnx")
+        model = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["model"]
+        assert (model["networks"], "ports" in model) == (["inside"], False)
+        (policy,) = [m["spec"] for m in manifests(folder) if m["kind"] == "NetworkPolicy"]
+        assert policy["egress"] == []
+        assert [port["port"] for rule in policy["ingress"] if "from" not in rule for port in rule["ports"]] == [8443]
+        assert "/v1/responses" not in (folder / "Caddyfile").read_text()
 
     def test_the_server_is_reached_through_the_proxy_only(self, write: Write) -> None:
         folder = write("copies")
@@ -289,20 +359,28 @@ class TestToolCalling:
         if parser is None:
             assert json.loads(webui["DEFAULT_MODEL_METADATA"]) == {"capabilities": {"builtin_tools": False}}
 
+    @pytest.mark.parametrize(("target", "calls"), [("transformers", True), ("gguf", True), ("onnx", False)])
+    def test_open_webui_sends_tools_only_to_who_reads_calls(self, write: Write, target: str, calls: bool) -> None:
+        folder = write("none", target, chat=WITH_TOOLS)
+        webui = yaml.safe_load((folder / "compose.webui.yaml").read_text())["services"]["webui"]["environment"]
+        assert ("DEFAULT_MODEL_PARAMS" not in webui) == calls
+        assert ("refuses requests with `tools`" not in (folder / "README.md").read_text()) == calls
+
     def test_a_template_in_the_tokenizers_file(self, tmp_path: Path) -> None:
         named = [{"name": "default", "template": WITH_TOOLS}, {"name": "other", "template": ""}]
         for value in (WITH_TOOLS, named):
             (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
             assert read_template(tmp_path).parser == "hermes"
 
-    def test_without_a_chat_template_there_is_no_chat(self, write: Write) -> None:
-        folder = write(chat=None)
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_without_a_chat_template_there_is_no_chat(self, write: Write, target: str) -> None:
+        folder = write("none", target, chat=None)
         assert not (folder / "compose.webui.yaml").exists()
         assert "clients can use `/v1/completions` only" in (folder / "README.md").read_text()
 
 
 class TestFiles:
-    @pytest.mark.parametrize("target", ["transformers", "gguf", "onnx"])
+    @pytest.mark.parametrize("target", TARGETS)
     def test_the_same_inputs_give_the_same_bytes(self, write: Write, target: str) -> None:
         one, two = write("none", target), write("none", target)
         assert checksums(one) == checksums(two)
@@ -313,23 +391,76 @@ class TestFiles:
         for hardware in HARDWARE:
             folder = write(hardware, chat=WITH_TOOLS)
             text = (folder / "README.md").read_text()
-            for path in folder.rglob("*.*"):
-                assert path.name in text or path.name in ("webui.caddy", "README.md"), path
-            named = set(re.findall(r"`(?:kubernetes/|monitoring/)?([a-z.]+\.(?:yaml|json|caddy))`", text))
-            assert named <= {path.name for path in folder.rglob("*")} | {"params.yaml"}
+            assert_named(folder, text)
+        for hardware in HARDWARE:
+            folder = write(hardware, "onnx", chat=WITH_TOOLS)
+            assert_named(folder, (folder / "README.md").read_text())
 
-    def test_variables_of_the_readme_are_those_of_the_manifests(self, write: Write) -> None:
-        folder = write("copies")
+    @pytest.mark.parametrize(("target", "other"), [("transformers", "ONNX_SERVER_IMAGE"), ("onnx", "VLLM_IMAGE")])
+    def test_variables_of_the_readme_are_those_of_the_manifests(self, write: Write, target: str, other: str) -> None:
+        folder = write("copies", target)
         (names,) = re.findall(r"names='(.*)'", (folder / "README.md").read_text())
         used = {
             v for path in (folder / "kubernetes").glob("*") for v in re.findall(r"\$\{([A-Z_]+)\}", path.read_text())
         }
-        assert {Template(name).template.lstrip("$") for name in names.split()} == used == set(VARIABLES)
+        assert {Template(name).template.lstrip("$") for name in names.split()} == used == set(VARIABLES) - {other}
 
-    def test_onnx_has_no_server(self, write: Write) -> None:
+    def test_onnx_brings_its_server(self, write: Write) -> None:
+        folder = write("none", "onnx") / "onnx_server"
+        source = Path("tasks/serving/onnx_server")
+        assert {path.name for path in source.glob("*.*")} == {path.name for path in folder.iterdir()}
+        for path in folder.iterdir():
+            assert path.read_bytes() == (source / path.name).read_bytes()
+
+    @pytest.mark.parametrize(("hardware", "batch"), [("none", 12), ("processors", 16), ("one", 12)])
+    def test_the_arguments_for_onnx_are_those_of_the_server(self, write: Write, hardware: str, batch: int) -> None:
+        folder = write(hardware, "onnx")
+        command = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["model"]["command"]
+        found = read_options(command)
+        assert (found.name, found.model, found.host, found.max_batch) == (NAME, Path("/model"), "0.0.0.0", batch)
+        assert found.max_model_len is not None
+        assert found.max_model_len * LARGE.kv_token <= found.kv_cache
+        (server,) = [
+            m["spec"]["template"]["spec"]["containers"][0] for m in manifests(folder) if m["kind"] == "Deployment"
+        ]
+        assert server["command"] == ["python", "-m", "onnx_server", *command]
+        lines = (folder / "Dockerfile").read_text().splitlines()
+        (entry,) = [line.removeprefix("ENTRYPOINT ") for line in lines if line.startswith("ENTRYPOINT")]
+        (given,) = [line.removeprefix("CMD ") for line in lines if line.startswith("CMD")]
+        assert [*json.loads(entry), *json.loads(given)] == server["command"]
+
+    def test_requests_are_answered_before_the_onnx_server_is_killed(self, write: Write) -> None:
         folder = write("none", "onnx")
-        assert [path.name for path in folder.iterdir()] == ["README.md"]
-        assert "ONNX Runtime GenAI is a library" in (folder / "README.md").read_text()
+        service = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["model"]
+        drain = read_options(service["command"]).drain
+        assert int(service["stop_grace_period"].removesuffix("s")) > drain + 5  # it may close connections for 5 s
+        (pod,) = [pod for m in manifests(folder) for pod in pods(m)]
+        waits = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert waits + drain + 5 < pod["terminationGracePeriodSeconds"]
+
+    def test_described_gpus_are_not_for_onnx(self, write: Write) -> None:
+        folder = write("one", "onnx")
+        assert "describes GPUs, but this export is for CPUs" in (folder / "README.md").read_text()
+        assert "deploy" not in yaml.safe_load((folder / "compose.yaml").read_text())["services"]["model"]
+        for pod in [pod for manifest in manifests(folder) for pod in pods(manifest)]:
+            assert "nvidia" not in json.dumps(pod)
+
+    def test_metrics_of_the_onnx_server(self, write: Write) -> None:
+        folder = write("none", "onnx")
+        queries = [
+            *re.findall(r"expr: (.*)", (folder / "kubernetes/monitoring.yaml").read_text()),
+            *re.findall(r"query: (.*)", (folder / "kubernetes/autoscaling.yaml").read_text()),
+        ]
+        asked = {name for query in queries for name in re.findall(r"onnx_server_\w+", query)}
+        registry = Metrics(os.getpid()).registry
+        given = {
+            end
+            for metric in registry.collect()
+            for end in (metric.name, f"{metric.name}_total", f"{metric.name}_bucket")
+        }
+        assert len(queries) == 5
+        assert asked
+        assert asked <= given
 
     def test_what_vllm_does_not_load_gets_no_server(self, tmp_path: Path) -> None:
         params = yaml.safe_load(Path("params.yaml").read_text())
@@ -337,6 +468,16 @@ class TestFiles:
         write_serving(tmp_path, check_settings(params), "vllm", "auto")
         assert [path.name for path in (tmp_path / "serve").iterdir()] == ["README.md"]
         assert "`variants.auto.fused: true`" in (tmp_path / "serve/README.md").read_text()
+
+
+def assert_named(folder: Path, text: str) -> None:
+    """The README has every file, but for those inside of the folder of a server, and no other."""
+    paths = [path for path in folder.rglob("*.*") if path.parent.name != "onnx_server"]
+    for path in paths:
+        assert path.name in text or path.name in ("webui.caddy", "README.md"), path
+    named = set(re.findall(r"`(?:kubernetes/|monitoring/)?([a-z.]+\.(?:yaml|json|caddy))`", text))
+    assert named <= {path.name for path in paths} | {"params.yaml"}
+    assert (folder / "onnx_server").is_dir() == ("`onnx_server/`" in text)
 
 
 def test_hardware_settings_are_checked() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,12 +24,17 @@ import openai
 import psutil
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tasks.deployment.shape import read_shape
+from tasks.deployment.write import write_serving
 from tasks.export import export
-from tasks.output import write_manifest
+from tasks.output import checksums, write_manifest
 from tasks.runtimes.onnx import OnnxRuntime
+from tasks.serving.onnx_server.export_folder import read_export
+from tasks.settings import check_settings
 from tests.tiny import CONTEXT, tiny_model
 
 SOURCE = Path("tasks/serving/onnx_server")
@@ -99,15 +105,22 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def serving(copied: Path, model: Path, *arguments: str, key: str = "none", **environment: str) -> Iterator[Served]:
+    with started(copied, str(copied), str(model), *arguments, key=key, **environment) as served:
+        yield served
+
+
+@contextmanager
+def started(folder: Path, path: str, *arguments: str, key: str = "none", **environment: str) -> Iterator[Served]:
+    """The server, started in `folder` with the packages of `path`."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    variables = {**os.environ, "PYTHONPATH": str(copied), **environment}
+    variables = {**os.environ, "PYTHONPATH": path, **environment}
     variables.pop("ORT_DISABLE_TELEMETRY", None)
-    command = [sys.executable, "-m", "onnx_server", str(model), "--port", str(port), "--threads", "1", *arguments]
-    process = subprocess.Popen(command, cwd=copied, env=variables, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "onnx_server", *arguments, "--port", str(port), "--threads", "1"]
+    process = subprocess.Popen(command, cwd=folder, env=variables, stderr=subprocess.PIPE, text=True)
     try:
         served = Served(process, port, key)
         until = time.monotonic() + 60
@@ -184,6 +197,38 @@ class TestPackage:
         environment["PYTHONPATH"] = os.pathsep.join((str(copied), str(Path.cwd())))
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.stderr == "1\n"
+
+
+class TestBundle:
+    def test_it_serves_as_the_readme_says(
+        self, model: Path, runtime: OnnxRuntime, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        bundle = shutil.copytree(model, tmp_path / "bundle")
+        params = yaml.safe_load(Path("params.yaml").read_text())
+        params["targets"] = ["onnx"]
+        write_serving(bundle, check_settings(params), "onnx", "awq-int4")
+        before = checksums(bundle)
+        text = (bundle / "serve/README.md").read_text()
+        (command,) = re.findall(r"^python -m onnx_server (.*)$", text, re.MULTILINE)
+        (variables,) = re.findall(r"^export (PYTHONPATH.*?) *(?:#.*)?$", text, re.MULTILINE)
+        environment = dict(one.split("=") for one in variables.split())
+        path = environment.pop("PYTHONPATH")
+        name = params["package"]["name"]
+        with started(bundle, path, *command.split(), key="secret", ONNX_SERVER_API_KEY="secret", **environment) as one:
+            assert one.post("/v1/completions", prompt=TEXTS[0]).status_code == 401
+            stranger = {"Authorization": "Bearer secre"}
+            assert one.http.get("/v1/models", headers=stranger).status_code == 401
+            assert [listed.id for listed in one.client.models.list()] == [name]
+            answer = one.client.completions.create(model=name, prompt=TEXTS[0], max_tokens=8, temperature=0)
+            expected = greedy(runtime, tokenizer(TEXTS[0]).input_ids, 8)
+            shown = expected[:-1] if expected[-1] == 1 else expected
+            whole = [*tokenizer(TEXTS[0]).input_ids, *shown]
+            assert TEXTS[0] + answer.choices[0].text == tokenizer.decode(whole, skip_special_tokens=True)
+            chat = one.client.chat.completions.create(model=name, messages=MESSAGES, max_tokens=4)
+            assert chat.usage is not None
+            assert 0 < chat.usage.completion_tokens <= 4
+        assert checksums(bundle) == before  # nothing is written into the bundle
+        assert read_shape(bundle).kv_token == read_export(bundle).cache_bytes
 
 
 class TestText:

@@ -120,18 +120,27 @@ class TestImages:
             chosen_images({"nginx": IMAGES["caddy"]}, IMAGES, ["caddy", "vllm"])
 
     def test_a_bundle_says_which_it_needs(self, write: Write) -> None:
-        vllm, llama = write("one").parent, write("none", "gguf").parent
+        vllm, llama, onnx = write("one").parent, write("none", "gguf").parent, write("none", "onnx").parent
         assert needed_images(vllm, "compose") == needed_images(vllm, "kubernetes") == ["caddy", "vllm"]
         assert needed_images(llama, "compose") == ["caddy", "llama-cpp"]
+        assert needed_images(onnx, "compose") == needed_images(onnx, "kubernetes") == ["caddy", "onnx-server"]
         assert served_name(vllm, "compose") == served_name(vllm, "kubernetes") == served_name(llama, "compose") == NAME
+        assert served_name(onnx, "compose") == served_name(onnx, "kubernetes") == NAME
 
-    def test_a_bundle_without_such_files_is_refused(self, write: Write) -> None:
+    def test_a_server_that_does_not_say_the_models_name_is_refused(self, write: Write) -> None:
+        folder = write("none", "onnx")
+        text = (folder / "compose.yaml").read_text()
+        (folder / "compose.yaml").write_text(text.replace("--served-model-name", "--title"))
+        with pytest.raises(TaskError, match=r"expected one of --served-model-name, --alias, --name in the server's"):
+            served_name(folder.parent, "compose")
+
+    def test_a_bundle_without_such_files_is_refused(self, write: Write, tmp_path: Path) -> None:
         with pytest.raises(TaskError, match=r"needs several machines, so it has no serve/compose\.yaml"):
             served_name(write("group").parent, "compose")
-        with pytest.raises(TaskError, match="because it is not for vLLM; leave out --kubernetes"):
+        with pytest.raises(TaskError, match="because its server is not for a cluster; leave out --kubernetes"):
             served_name(write("none", "gguf").parent, "kubernetes")
         with pytest.raises(TaskError, match="its README in serve/ says why"):
-            served_name(write("none", "onnx").parent, "compose")
+            served_name(tmp_path, "compose")
 
 
 @pytest.fixture
@@ -146,13 +155,14 @@ def bring(folder: Path, bundle: Path, *names: str) -> None:
 
 class TestCompose:
     @pytest.mark.parametrize(
-        ("hardware", "target"), [("none", "transformers"), ("one", "transformers"), ("none", "gguf")]
+        ("hardware", "target"),
+        [("none", "transformers"), ("one", "transformers"), ("none", "gguf"), ("none", "onnx"), ("one", "onnx")],
     )
     def test_an_engine_for_each_version_behind_one_proxy(
         self, write: Write, folder: Path, hardware: str, target: str
     ) -> None:
         bring(folder, write(hardware, target).parent, "a", "b")
-        images = IMAGES | {"llama-cpp": IMAGES["vllm"]}
+        images = IMAGES | {"llama-cpp": IMAGES["vllm"], "onnx-server": IMAGES["vllm"]}
         start = Deployment(NAME, Place("compose"), (Version("run/a", 100, images),))
         write_deployment(folder, start.try_out("run/b", images | NEWER, 10))
         parts = yaml.safe_load((folder / "compose.yaml").read_text())
@@ -168,7 +178,7 @@ class TestCompose:
         devices = [
             parts["services"][f"model-{name}"]["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
             for name in "ab"
-            if hardware == "one"
+            if (hardware, target) == ("one", "transformers")
         ]
         assert devices in ([], [[str(n) for n in range(8)], [str(n) for n in range(8, 16)]])
         assert parts["services"]["proxy"]["depends_on"] == {"model-a": {"condition": "service_healthy"}}
@@ -233,6 +243,21 @@ class TestKubernetes:
             assert not errors
             checked += 1
         assert checked == 2 * 6 + 2
+
+    def test_for_onnx(self, write: Write, folder: Path) -> None:
+        bring(folder, write("processors", "onnx").parent, "a", "b")
+        images = {"caddy": IMAGES["caddy"], "onnx-server": IMAGES["vllm"]}
+        start = Deployment(NAME, CLUSTER, (Version("run/a", 100, images),))
+        write_deployment(folder, start.try_out("run/b", images, 10))
+        found = list(read(folder / "kubernetes"))
+        for manifest in found:
+            errors = faults(manifest)
+            if errors is None:
+                kubernetes_validate.validate(manifest, "1.37", strict=True)
+            assert not errors
+        assert len(found) == 2 * 6 + 2
+        used = {container["image"] for manifest in found for pod in pods(manifest) for container in containers(pod)}
+        assert used == set(images.values())
 
     @pytest.mark.parametrize("hardware", ["one", "group"])
     def test_versions_do_not_meet(self, write: Write, folder: Path, hardware: str) -> None:

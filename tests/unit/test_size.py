@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from tasks.checks.serving_memory import variant_shape
+from tasks.checks.serving_memory import check_serving_memory, variant_shape
 from tasks.deployment.shape import read_shape
 from tasks.deployment.sizing import obstacles
+from tasks.errors import TaskError
 from tasks.model.hollow import hollow_model, variant_bytes
 from tasks.output import write_manifest
 from tasks.quantize import quantize
-from tasks.settings import load_settings
+from tasks.settings import HardwareSettings, load_settings
 from tasks.settings.variant import VariantSettings
 from tasks.statistics import collect
 from tasks.tensor_files import read_header
@@ -110,3 +111,15 @@ def test_experts_that_are_stacked_are_sized_as_they_are_written(tmp_path: Path) 
     written = sum(path.stat().st_size for path in (tmp_path / "v").glob("*.safetensors"))
     hollow = hollow_model(AutoConfig.from_pretrained(folders[0]), "float32", tmp_path / "hollow")
     assert variant_bytes(variant, hollow) == written
+
+
+def test_for_onnx_only_the_memory_of_a_machine_without_gpus_counts(hollow: Path) -> None:
+    def check(hardware: HardwareSettings) -> None:
+        settings = load_settings(ROOT / "params.yaml")
+        package = settings.package.model_copy(update={"hardware": hardware})
+        check_serving_memory(settings.model_copy(update={"targets": ("onnx",), "package": package}), hollow)
+
+    check(HardwareSettings(memory=8))
+    check(HardwareSettings(gpu="NVIDIA-H100", memory=2))
+    with pytest.raises(TaskError, match=r"package\.hardware has 4 GB of memory and no GPU, too little for this model"):
+        check(HardwareSettings(memory=4))
