@@ -19,7 +19,7 @@ from tasks.errors import TaskError
 from tasks.formats.gguf.file import NAME as GGUF
 from tasks.serving.environments import interpreter, nvidia_gpu, version_of
 from tasks.serving.llama_server import Serving, llama_server, server_arguments, source_version
-from tasks.serving.near_ties import computed_in, quantized
+from tasks.serving.near_ties import INTEGER_KERNELS, computed_in
 from tasks.serving.onnx_server.options import KEY_VARIABLE
 from tasks.serving.process import Launch, NotServableHere, NotServed, Server, free_port, running
 
@@ -154,8 +154,9 @@ class OnnxServer:
         return own | {"PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1"}
 
     def computes_in(self, folder: Path, dtype: str) -> str:
-        """Its integer kernels round activations; without integer weights it is the graph's float32."""
-        return "rounded activations" if quantized(folder) else "float32"
+        """Its integer kernels round activations; a graph without integer weights computes in float32."""
+        graph = (folder / "model.onnx").read_bytes()  # without weights, which are in a file of their own
+        return INTEGER_KERNELS if b"MatMulNBits" in graph else "float32"
 
     def not_here(self, folder: Path, words: str) -> str | None:
         """Never: its kernels run on any CPU."""
@@ -187,8 +188,13 @@ class LlamaCpp:
         return dict(os.environ)
 
     def computes_in(self, folder: Path, dtype: str) -> str:
-        """Its integer kernels round activations; without integer weights it is the file's bfloat16."""
-        return "rounded activations" if quantized(folder) else "bfloat16"
+        """Its integer kernels round activations; without integer weights it is the file's own dtype."""
+        import gguf
+
+        types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(folder / GGUF).tensors}
+        if types - {"F32", "F16", "BF16"}:
+            return "rounded activations"
+        return "bfloat16" if "BF16" in types else "float16" if "F16" in types else "float32"
 
     def not_here(self, folder: Path, words: str) -> str | None:
         """Never: it is compiled for this machine."""

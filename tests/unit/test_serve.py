@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import gguf
+import gguf.quants
+import numpy as np
+import onnx
 import pytest
 
 from tasks.errors import TaskError
@@ -16,7 +20,7 @@ from tasks.scoring.completions import prompts, write_completions
 from tasks.scoring.divergence import text_windows
 from tasks.serve import Evaluated, ServeReport, serve, summary_line
 from tasks.serving import engines
-from tasks.serving.near_ties import GAPS, MEANS, Parting, computed_in, parting
+from tasks.serving.near_ties import GAPS, INTEGER_KERNELS, MEANS, Parting, computed_in, parting
 from tasks.settings import load_settings
 from tests.openai_fake import Model
 from tests.tiny import Corpus
@@ -198,3 +202,27 @@ def test_a_tiny_model_is_served_by_vllm_as_evaluated(llama: Path, corpus: Corpus
     report = serve("other", "vllm", llama, replace(whole, results=changed), tmp_path / "log")
     assert report.state == "not served"
     assert "the mean log-probability" in (report.reason or "")
+
+
+@pytest.mark.parametrize(("node", "expected"), [("MatMulNBits", INTEGER_KERNELS), ("MatMul", "float32")])
+def test_what_onnx_runtime_computes_in(tmp_path: Path, node: str, expected: str) -> None:
+    made = onnx.helper.make_node(node, ["a", "b"], ["c"])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([made], "g", [], [])), tmp_path / "model.onnx")
+    assert engines.OnnxServer().computes_in(tmp_path, "auto") == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("Q4_1", "rounded activations"), ("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")],
+)
+def test_what_llama_cpp_computes_in(tmp_path: Path, kind: str, expected: str) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    plain = np.ones((2, 64), np.float32)
+    writer.add_tensor("norm", plain)
+    number = gguf.GGMLQuantizationType[kind]
+    writer.add_tensor("weight", gguf.quants.quantize(plain, number), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert engines.LlamaCpp().computes_in(tmp_path, "auto") == expected
