@@ -23,6 +23,7 @@ from tasks.reporting.kept import Kept, kept
 from tasks.reporting.model_card import model_card, pipeline_task
 from tasks.reporting.provenance import dvc_identity, git_state, without_folders
 from tasks.reporting.records import read_json
+from tasks.reporting.served import failed_to_serve
 from tasks.reporting.summary import HOW
 from tasks.settings import BUILTIN, Settings
 from tasks.sources.choice import auto_class
@@ -67,10 +68,10 @@ def package(settings: Settings, target: str, inputs: Inputs, destination: Path, 
     name = summary["winner"]
     if name is None:
         judged = {v: row for v, row in summary["variants"].items() if row["verdict"]}
-        verdicts = "; ".join(f"{v}: {row['verdict']}, {row['reason']}" for v, row in judged.items())
+        verdicts = "; ".join(f"{v}: {_told(row)}" for v, row in judged.items())
         raise TaskError(
-            f"{target}: no variant passes its gate, so nothing is packaged ({verdicts}). Change a variant's settings, "
-            "add one, or evaluate more items"
+            f"{target}: no variant passes its gate and is served, so nothing is packaged ({verdicts}). Change a "
+            "variant's settings, add one, or evaluate more items"
         )
     export = inputs.exports / name
     evaluated = read_json(export / MANIFEST, f"export@{target}-{name}")["sha256"]
@@ -99,6 +100,12 @@ def package(settings: Settings, target: str, inputs: Inputs, destination: Path, 
         write_serving(bundle, settings, target, name)
         text = attempt(bundle, target, settings.evaluation.dtype)
     return Package(name, sum(p.stat().st_size for p in destination.rglob("*") if p.is_file()), text)
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    """The verdict with its reason, and why a variant that passes was not served."""
+    unserved = f", but not served: {row['serving']['reason']}" if failed_to_serve(row) else ""
+    return f"{row['verdict']}, {row['reason']}{unserved}"
 
 
 def bundle_name(settings: Settings, target: str) -> str:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 CONTEXT = 4096  # tokens at most, which bounds the KV cache
 WITHOUT_SERVER = "transformers"  # a library: a model is tried in a process by the stage package
 Records = tuple[list[Completion], dict[str, list[tuple[Window, float]]]]
+LONGEST = 240  # characters of a reason
 ITEMS = 8  # of each task that are scored through the server
 _BROKEN = (OpenAIError, httpx.HTTPError, LookupError, TypeError, ValueError)  # what a server may answer to
 State = Literal["served", "not served", "not servable here", "no server"]
@@ -140,7 +141,13 @@ def _served(name: str, target: str, model: Path, evaluated: Evaluated, log: Path
         return report("not servable here", str(error), engine=engine_of(target).name)
     failed = [f"{one.check}: {one.detail}" for one in findings if one.state == "failed"]
     reasons = [*filter(None, [ended, problem]), *failed, *(same.problems if same else [])]
-    return report("not served" if reasons else "served", "; ".join(reasons) or None, **facts)
+    return report("not served" if reasons else "served", _short(reasons) if reasons else None, **facts)
+
+
+def _short(reasons: Sequence[str]) -> str:
+    """The first reason, and how many more there are; findings and agreement have them whole."""
+    first = reasons[0] if len(reasons[0]) <= LONGEST else f"{reasons[0][: LONGEST - 3]}..."
+    return first + (f" (and {len(reasons) - 1} more)" if reasons[1:] else "")
 
 
 def _records(name: str, tokenizer: PreTrainedTokenizerBase, evaluated: Evaluated) -> Records:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import count, pairwise
+from itertools import pairwise
 
 from tqdm import tqdm
 
@@ -66,10 +66,10 @@ def _rise(ask: Ask, servers: tuple[Endpoint, ...], settings: LoadSettings) -> li
     """The curves of the servers, each until it is saturated."""
     curves: list[list[Run]] = [[] for _ in servers]
     rising = list(range(len(servers)))
-    for turn in count():
+    for turn in tqdm(range(settings.limit.bit_length()), desc="rising load"):
+        if not rising:
+            break
         concurrency = 2**turn
-        if not rising or concurrency > settings.limit:
-            return curves
         requests = _whole(max(settings.requests, 2 * concurrency), concurrency)
         runs = _in_turn(ask, tuple(servers[place] for place in rising), concurrency, requests, RISING + turn, turn)
         for place, run in zip(tuple(rising), runs, strict=True):

@@ -28,18 +28,23 @@ class Figure:
 def headline(summary: Values) -> str:
     """The verdict on the run."""
     name = summary.get("winner")
-    return f"{name} passes its gate" if name else "No variant passes its gate"
+    return f"{name} passes its gate" if name else _without_winner(summary)
 
 
 def winner_line(summary: Values) -> str:
     """A sentence that names the packaged variant and the reason, or says that there is none."""
     name = summary.get("winner")
     if name is None:
-        return "No variant passes its gate, so nothing will be packaged."
+        return f"{_without_winner(summary)}, so nothing will be packaged."
     row = summary["variants"].get(name, {})
     size = [megabytes(row["size_bytes"])] if "size_bytes" in row else []
     size += [f"{times(row['ratio'])} smaller than the baseline"] if "ratio" in row else []
     return f"Winner: {name}, the smallest that passes" + (f" ({', '.join(size)})." if size else ".")
+
+
+def _without_winner(summary: Values) -> str:
+    unserved = [name for name, row in summary["variants"].items() if row.get("verdict") == "pass"]
+    return "No variant that passes its gate is served" if unserved else "No variant passes its gate"
 
 
 def shown_variant(summary: Values) -> str | None:
