@@ -11,7 +11,7 @@ from typing import Any
 
 from tasks.reporting.labels import made_as
 from tasks.reporting.number_format import figure, interval, megabytes, percent, short_percent, times
-from tasks.reporting.served import WITHOUT, engine, failed_to_serve, proof
+from tasks.reporting.served import WITHOUT, engine, failed_to_serve, proof, ratios
 
 Values = Mapping[str, Any]
 
@@ -73,6 +73,8 @@ def figures(summary: Values) -> list[Figure]:
         found.append(Figure("retention", percent(kept["mean"]), f"{level} interval {interval(kept)}{gate}"))
     if speed := row.get("speed"):
         found.append(_speed(speed))
+    if load := row.get("load"):
+        found.append(_under_load(load))
     if (serving := row.get("serving") or {}).get("state") not in (None, WITHOUT):
         value = f"by {engine(serving)}" if serving["state"] == "served" else serving["state"]
         found.append(Figure("served", value, proof(serving)))
@@ -118,6 +120,13 @@ def decisive(summary: Values) -> dict[str, Any]:
             for name, row in summary["variants"].items()
         },
     }
+
+
+def _under_load(load: Values) -> Figure:
+    main, compared = load["main"], ratios(load).get("tokens per second")
+    against = f"; {compared} times the baseline's" if compared else ""
+    value = f"{figure(main['tokens_per_second'], 1)} tokens/s"
+    return Figure("under load", value, f"{main['concurrency']} requests at once{against}")
 
 
 def _engine(speed: Values) -> str:

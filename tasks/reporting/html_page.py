@@ -10,7 +10,7 @@ from tasks.reporting import completions, decision
 from tasks.reporting.columns import columns, legend
 from tasks.reporting.heat_map import HeatMap
 from tasks.reporting.number_format import words
-from tasks.reporting.overview import overview
+from tasks.reporting.overview import fastest, overview
 from tasks.reporting.palette import DARK, LIGHT
 from tasks.reporting.render import render
 from tasks.reporting.served import engine, has_server, loaded, proof, ratios, under_load
@@ -80,6 +80,7 @@ def overview_page(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         decided={target: decision.winner_line(summary) for target, summary in summaries.items()},
         passing=[target for target, summary in summaries.items() if summary["winner"]],
         table=overview(summaries),
+        fastest=fastest(summaries),
         palettes={"light": LIGHT, "dark": DARK},
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tasks.reporting.columns import Cell, Column
 from tasks.reporting.decision import figures, shown_variant
+from tasks.reporting.number_format import figure
 
 Values = Mapping[str, Any]
 
@@ -17,6 +18,27 @@ def overview(summaries: Mapping[str, Values]) -> list[Column]:
     rows = list(dict.fromkeys(label for cells in found.values() for label in cells))
     names = Column("", {row: Cell(row) for row in rows}, "name")
     return [names, *(Column(target, {row: cells.get(row, Cell()) for row in rows}) for target, cells in found.items())]
+
+
+def fastest(summaries: Mapping[str, Values]) -> str:
+    """Which target is the fastest under load on this machine, as a sentence; empty unless at least two were loaded."""
+    speeds = {}
+    for target, summary in summaries.items():
+        row = summary["variants"].get(shown_variant(summary)) or {}
+        if (row.get("load") or {}).get("main"):
+            main = row["load"]["main"]
+            speeds[target] = (
+                main["tokens_per_second"],
+                main["concurrency"],
+                (row.get("speed") or {}).get("runtime") or {},
+            )
+    if len(speeds) < 2 or len({at_once for _, at_once, _ in speeds.values()}) > 1:
+        return ""
+    order = sorted(speeds, key=lambda target: -speeds[target][0])
+    written = ", ".join(f"{target} {figure(speeds[target][0], 1)}" for target in order)
+    _, at_once, runtime = speeds[order[0]]
+    where = runtime.get("processor") or "this machine"
+    return f"On {where}, with {at_once} requests at once, {order[0]} is the fastest (tokens per second: {written})."
 
 
 def _decided(summary: Values) -> dict[str, Cell]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tasks.reporting.columns import Column, columns, legend, reasons
 from tasks.reporting.decision import next_step, winner_line
-from tasks.reporting.overview import overview
+from tasks.reporting.overview import fastest, overview
 
 WIDTH = 120
 MOST_TEXTS = 2  # more texts than this share one column
@@ -24,6 +24,8 @@ def tables(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         return "".join(table(summary) for summary in summaries.values())
     screen, console = _screen()
     console.print(grid(overview(summaries)))
+    if line := fastest(summaries):
+        console.print(f"\n{line}", markup=False)
     parts = [_text(screen), *(f"{target}\n{'-' * len(target)}\n{table(one)}" for target, one in summaries.items())]
     return "\n".join(parts)
 

@@ -12,7 +12,7 @@ from tasks.report import report
 from tasks.reporting.columns import columns, reasons
 from tasks.reporting.decision import decisive, figures, next_step
 from tasks.reporting.model_card import model_card
-from tasks.reporting.overview import overview
+from tasks.reporting.overview import fastest, overview
 from tasks.reporting.served import failed_to_serve, proof, ratios, under_load
 from tasks.reporting.summary import summarize
 from tasks.settings import Settings, check_settings, load_settings
@@ -170,4 +170,7 @@ def test_each_target_has_its_own_files_and_the_first_page_compares_them(tmp_path
     assert [column.heading for column in by_target] == ["vllm", "onnx"]
     assert {"winner", "size", "retention", "served"} <= set(names_of_rows.cells)
     assert by_target[1].cells["winner"].text == "int4"
+    assert fastest(summaries).endswith(
+        "with 4 requests at once, vllm is the fastest (tokens per second: vllm 112.0, onnx 104.0)."
+    )
     assert done.table.index("onnx\n----") > done.table.index("vllm\n----")
