@@ -24,7 +24,7 @@ gguf: install ## Add llama.cpp, for the target gguf (compiled for this machine i
 demo: install ## Quantize the built-in model four ways and prove the result (about 16 minutes on 2 cores)
 	@$(BIN)/modelpress run
 
-demo-serve: demo ## Serve the demo's baseline and winner with vLLM and ONNX Runtime, and measure them under load
+demo-serve: demo ## Serve the demo's baseline and winner with vLLM and ONNX Runtime, under load (about 25 minutes more)
 	@$(BIN)/modelpress run --winner --set 'targets=[vllm,onnx]'
 
 test-all: install ## Run all tests, including those that take minutes: a real model, a cluster

@@ -18,7 +18,7 @@ from tests.tiny import Corpus
 
 PATH = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # like an activated environment
 ITEMS = 60  # per task; with fewer, a resample may contain no item that the baseline answers
-CODE = ("tasks", "flows", "evals", "dvc.yaml", "pyproject.toml", ".gitignore", ".dvcignore", ".dvc/config")
+CODE = ("tasks", "flows", "evals", "locks", "dvc.yaml", "pyproject.toml", ".gitignore", ".dvcignore", ".dvc/config")
 
 
 def params(llama: Path, corpus: Corpus) -> dict[str, Any]:

@@ -307,7 +307,7 @@ def test_an_embedding_is_for_targets_that_look_up_integers(apart: Pressing, tmp_
     stored = StoredModel(tmp_path / "out")
     assert EMBEDDING in stored.quantized
     assert f"{OUTPUT}.weight" in stored.dense
-    with pytest.raises(TaskError, match=r"the embedding of .*out is quantized, but the target transformers looks up"):
+    with pytest.raises(TaskError, match=r"the embedding of .*out is quantized, but Transformers and vLLM look up"):
         export(tmp_path / "out", "transformers", tmp_path / "refused")
     export(tmp_path / "out", "onnx", tmp_path / "export")
     baseline = apart.perplexity(apart.model)

@@ -12,7 +12,7 @@ from dvc.repo import Repo
 from tests.functional.toy import PROJECT
 
 VARIANTS = ("base", "int8")
-CODE = ("tasks", "evals", "dvc.yaml", "params.yaml", "pyproject.toml", ".dvcignore")
+CODE = ("tasks", "evals", "locks", "dvc.yaml", "params.yaml", "pyproject.toml", ".dvcignore")
 
 
 @pytest.fixture

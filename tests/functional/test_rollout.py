@@ -19,10 +19,10 @@ from tests.unit.test_sizing import LARGE
 DVC_YAML = """
 stages:
   package:
-    cmd: mkdir -p dist && cp -r made dist/${package.name}
+    cmd: mkdir -p dist && cp -r made dist/${package.name}-transformers
     deps: [made]
     params: [package.name]
-    outs: ["dist/${package.name}"]
+    outs: ["dist/${package.name}-transformers"]
 """
 NAME = "smollm2-135m-instruct"
 IMAGES = ("--image", "vllm=vllm@sha256:" + "0" * 64, "--image", "caddy=caddy@sha256:" + "1" * 64)

@@ -181,8 +181,8 @@ def test_a_user_fills_in_the_form_and_opens_the_results(served: Served, browser:
     browser.save_screenshot(str(SCREENSHOTS / "run.png"))
     kinds = {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}
     artifacts = {a["key"]: a for a in served.api("/artifacts/filter", kinds)}
-    assert {"variants", "result", "kept", "mlflow"} <= set(artifacts)
-    browser.get(f"{served.pages}/artifacts/artifact/{artifacts['result']['id']}")
+    assert {"variants-transformers", "result-transformers", "kept", "mlflow"} <= set(artifacts)
+    browser.get(f"{served.pages}/artifacts/artifact/{artifacts['result-transformers']['id']}")
     wait_for(browser, "//tr[td[contains(., 'int8')] and td[contains(., '97.0 (95.0 to 99.0)')]]")
     assert "Winner: int8" in browser.page_source
     browser.save_screenshot(str(SCREENSHOTS / "result.png"))
