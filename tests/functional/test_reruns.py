@@ -28,9 +28,9 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     with Repo.init(".", no_scm=True) as repo:
         for out in (out for stage in repo.index.stages for out in stage.outs):
-            # other stages read one file of two of the folders
-            path = Path(out.fs_path)
-            for file in [path] if path.suffix else [path / "source.json", path / "sources.json"]:
+            # other stages read a part of some folders
+            path, parts = Path(out.fs_path), ("source.json", "sources.json", "transformers/summary.json")
+            for file in [path] if path.suffix else [path / part for part in parts]:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(out.def_path, encoding="utf-8")
         repo.commit(force=True)
