@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ from tasks.reporting.palette import LIGHT
 FONT_SIZE = 10.5
 WIDE, NARROW = (10, 6.2), (4.0, 4.6)  # inches
 ROOM = 6  # inches in which a legend fits on one line, and labels have figures
-_STYLE = {"font.family": "DejaVu Sans", "font.size": FONT_SIZE}
+_STYLE: Any = {"font.family": "DejaVu Sans", "font.size": FONT_SIZE}
 
 
 def as_png(draw: Callable[[], Figure]) -> bytes:
