@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.reporting.records import read_lines
 from tasks.scoring.completions import FILE, Completion
 from tasks.scoring.divergence import Window
-from tasks.serving.api import Answer, Api
+from tasks.serving.api import ID, Answer, Api
 from tasks.serving.near_ties import GAPS, MEANS, Parting, parting
 
 if TYPE_CHECKING:
@@ -101,7 +101,10 @@ def compared(expected: Completion, answer: Answer, tokenizer: PreTrainedTokenize
     """Where an answer parts from the evaluation's text; by token ids, or by texts where the server tells no ids."""
     pairs = [list(zip(*place, strict=True)) for place in zip(expected.best_ids, expected.best_logprobs, strict=True)]
     if answer.ids is not None:
-        return parting(expected.ids, pairs, answer.ids, bound)
+        found = parting(expected.ids, pairs, answer.ids, bound)
+        if found and not found.near_tie and _near_for_server(expected, answer, found.place, bound):
+            return replace(found, near_tie=True)
+        return found
     if answer.text == expected.text:
         return None
     before = expected.prompt_ids
@@ -118,6 +121,16 @@ def compared(expected: Completion, answer: Answer, tokenizer: PreTrainedTokenize
             gap = abs(pairs[place][0][1] - pairs[place][1][1])
             return Parting(place, gap, near and gap < bound)
     return Parting(len(expected.ids), None, False)
+
+
+def _near_for_server(expected: Completion, answer: Answer, place: int, bound: float) -> bool:
+    """Whether the evaluation's token is almost as likely as the best one for the server: the evaluation recorded two
+    tokens only, and the served one can be the third."""
+    if place >= len(expected.ids) or place >= len(answer.best or ()):
+        return False
+    likely = dict((answer.best or [])[place])
+    token = f"{ID}{expected.ids[place]}"
+    return token in likely and max(likely.values()) - likely[token] < bound
 
 
 def read_completions(results: Path, stage: str) -> list[Completion]:

@@ -16,10 +16,12 @@ import onnx
 import pytest
 
 from tasks.errors import TaskError
-from tasks.scoring.completions import prompts, write_completions
+from tasks.scoring.completions import Completion, prompts, write_completions
 from tasks.scoring.divergence import text_windows
 from tasks.serve import Evaluated, ServeReport, serve, summary_line
 from tasks.serving import engines
+from tasks.serving.agreement import compared
+from tasks.serving.api import Answer
 from tasks.serving.near_ties import GAPS, INTEGER_KERNELS, MEANS, Parting, computed_in, parting
 from tasks.settings import load_settings
 from tests.openai_fake import Model
@@ -229,3 +231,15 @@ def test_what_llama_cpp_computes_in(tmp_path: Path, kind: str, expected: str) ->
     writer.write_tensors_to_file()
     writer.close()
     assert engines.LlamaCpp().computes_in(tmp_path, "auto") == expected
+
+
+@pytest.mark.parametrize(("below", "near"), [(0.3, True), (2.0, False)])
+def test_a_served_token_that_the_evaluation_did_not_record_may_be_a_near_tie_for_the_server(
+    below: float, near: bool
+) -> None:
+    expected = Completion("a", [1], [5, 6], "b c", [[5, 8], [6, 9]], [[-0.1, -3.0], [-0.5, -0.9]])
+    best = [[("token_id:5", -0.1)], [("token_id:7", -0.6), ("token_id:6", -0.6 - below)]]
+    answer = Answer("b d", "stop", [5, 7], best=best)
+    found = compared(expected, answer, Model().tokenizer, 1.0)
+    assert found
+    assert (found.place, found.near_tie) == (1, near)
