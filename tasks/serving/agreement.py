@@ -124,13 +124,13 @@ def compared(expected: Completion, answer: Answer, tokenizer: PreTrainedTokenize
 
 
 def _near_for_server(expected: Completion, answer: Answer, place: int, bound: float) -> bool:
-    """Whether the evaluation's token is almost as likely as the best one for the server: the evaluation recorded two
-    tokens only, and the served one can be the third."""
-    if place >= len(expected.ids) or place >= len(answer.best or ()):
+    """Whether both tokens are almost as likely as the best one for the server: the evaluation recorded two tokens only,
+    and the served one can be the third."""
+    if answer.ids is None or place >= min(len(expected.ids), len(answer.ids), len(answer.best or ())):
         return False
     likely = dict((answer.best or [])[place])
-    token = f"{ID}{expected.ids[place]}"
-    return token in likely and max(likely.values()) - likely[token] < bound
+    tokens = [f"{ID}{ids[place]}" for ids in (expected.ids, answer.ids)]
+    return all(token in likely and max(likely.values()) - likely[token] < bound for token in tokens)
 
 
 def read_completions(results: Path, stage: str) -> list[Completion]:
