@@ -27,7 +27,6 @@ from flows.planning import SECONDS
 from flows.server.ephemeral import quiet, server
 from flows.workspace.root import find_root
 from tasks.reporting.number_format import megabytes
-from tasks.settings import BASE
 
 app = typer.Typer(
     name="modelpress",
@@ -380,6 +379,7 @@ def _only_winner(root: Path) -> list[str]:
     """The changes that leave the baseline and the winners of the last report."""
     from flows.graph.params_file import read_settings
     from flows.tracking.run_facts import summaries
+    from tasks.settings import BASE
 
     winners = {one["winner"] for one in summaries(root).values() if one.get("winner")}
     if not winners:

@@ -14,9 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import httpx
 import psutil
-from openai import OpenAIError
 
 from tasks.deployment.tool_calling import read_template
 from tasks.errors import TaskError, first_line
@@ -27,7 +25,7 @@ from tasks.rope import longest_context
 from tasks.scoring.completions import Completion
 from tasks.scoring.divergence import Window, text_windows
 from tasks.serving.agreement import Agreement, agreement, read_completions, read_windows
-from tasks.serving.api import Api
+from tasks.serving.api import BROKEN, Api
 from tasks.serving.checks import CHECKS, Finding, Subject, check
 from tasks.serving.engines import engine_of, served
 from tasks.serving.environments import nvidia_gpu
@@ -35,16 +33,15 @@ from tasks.serving.near_ties import GAPS
 from tasks.serving.process import NotServableHere, NotServed, Server
 from tasks.serving.runtime import ServedRuntime, scores_through_server
 from tasks.settings import BASE, EvaluationSettings, Settings
+from tasks.targets import has_server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTEXT = 4096  # tokens at most, which bounds the KV cache
-WITHOUT_SERVER = "transformers"  # a library: a model is tried in a process by the stage package
 Records = tuple[list[Completion], dict[str, list[tuple[Window, float]]]]
 LONGEST = 240  # characters of a reason
 ITEMS = 8  # of each task that are scored through the server
-_BROKEN = (OpenAIError, httpx.HTTPError, LookupError, TypeError, ValueError)  # what a server may answer to
 State = Literal["served", "not served", "not servable here", "no server"]
 
 
@@ -98,7 +95,7 @@ def serve(name: str, target: str, model: Path, evaluated: Evaluated, log: Path) 
     A variant that is not served is reported as such. TaskError if the baseline is not served, if the engine cannot be
     installed, or if the evaluation's records are missing.
     """
-    if target == WITHOUT_SERVER:
+    if not has_server(target):  # a model is tried in a process by the stage package
         return ServeReport(name, target, "no server", f"{target} is a library, no server", _machine())
     started = time.monotonic()
     report = _served(name, target, model, evaluated, log, started)
@@ -118,7 +115,7 @@ def _served(name: str, target: str, model: Path, evaluated: Evaluated, log: Path
         raise TaskError(f"{model} holds no model (no config.json); run its stage: modelpress run")
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     # before the server starts, which takes a minute
-    records = _records(name, tokenizer, evaluated)
+    records = _records(f"evaluate@{target}-{name}", tokenizer, evaluated)
     try:
         with served(target, model, name, "auto", log, context=_context(model, evaluated.settings)) as server:
             facts = {
@@ -131,7 +128,7 @@ def _served(name: str, target: str, model: Path, evaluated: Evaluated, log: Path
             facts |= {"findings": findings, "agreement": same}
             try:
                 facts["items"] = _items(server, target, model, tokenizer, evaluated) if same else None
-            except _BROKEN as error:
+            except BROKEN as error:
                 problem = f"scoring items through the server failed: {type(error).__name__}: {first_line(error)}"
             facts["peak_memory_bytes"] = server.peak_memory_bytes()
             ended = None if server.alive else f"the server ended; its last words: {server.last_words()}"
@@ -150,9 +147,9 @@ def _short(reasons: Sequence[str]) -> str:
     return first + (f" (and {len(reasons) - 1} more)" if reasons[1:] else "")
 
 
-def _records(name: str, tokenizer: PreTrainedTokenizerBase, evaluated: Evaluated) -> Records:
-    """The evaluation's greedy texts, and its windows with their sums."""
-    settings, stage = evaluated.settings, f"evaluate@{name}"
+def _records(stage: str, tokenizer: PreTrainedTokenizerBase, evaluated: Evaluated) -> Records:
+    """The evaluation's greedy texts, and its windows with their sums. stage: that made them."""
+    settings = evaluated.settings
     windows = {
         text: text_windows(tokenizer, evaluated.raw, text, source, settings.text_tokens, settings.window)
         for text, source in settings.texts.items()
@@ -186,7 +183,7 @@ def _checked(
                 return findings, None, None
         try:
             same = agreement(api, tokenizer, completions, subject.alone, windows, (kind, settings.dtype))
-        except _BROKEN as error:
+        except BROKEN as error:
             return (
                 findings,
                 None,

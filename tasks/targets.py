@@ -1,4 +1,4 @@
-"""Which target's files and runtime of the pipeline a target uses."""
+"""What a target shares with another, and whether it has a server."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ _FILES = {target: "transformers" if target == "vllm" else target for target in T
 def files_of(target: str) -> str | None:
     """The target whose exporter and runtime `target` uses: vLLM reads the files of Transformers. None if unknown."""
     return _FILES.get(target)
+
+
+def has_server(target: str) -> bool:
+    """Whether a target's models are served; Transformers is a library."""
+    return target != "transformers"

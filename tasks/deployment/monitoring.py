@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+Rule = tuple[str, str, str, str, str]  # name, expression, duration, severity, summary
 _QUANTILES = (0.5, 0.95)
 _ONNX = "onnx_server"
 VLLM_WAITING, ONNX_WAITING = "vllm:num_requests_waiting", f"{_ONNX}_requests_waiting"
@@ -12,52 +13,51 @@ VLLM_WAITING, ONNX_WAITING = "vllm:num_requests_waiting", f"{_ONNX}_requests_wai
 def alert_rules(name: str) -> dict[str, Any]:
     """A file of alert rules for vLLM. The limits are starting values, to be set to what users expect."""
     mine = f'model_name="{name}"'
-    slow = f"histogram_quantile(0.95, sum by (le) (rate(vllm:time_to_first_token_seconds_bucket{{{mine}}}[5m])))"
-    failed = f'sum(rate(vllm:request_success_total{{{mine}, finished_reason="error"}}[5m]))'
-    rules = [
-        ("Down", f"absent(vllm:num_requests_running{{{mine}}})", "5m", "critical", "No server reports metrics."),
-        ("RequestsFail", f"{failed} > 0", "5m", "critical", "Requests end with an error of the server."),
-        (
-            "RequestsWait",
-            f"sum(vllm:num_requests_waiting{{{mine}}}) > 10",
-            "10m",
-            "warning",
-            "More than 10 requests have been waiting for 10 minutes: add a server.",
-        ),
-        (
-            "CacheFull",
-            f"max(vllm:kv_cache_usage_perc{{{mine}}}) > 0.95",
-            "10m",
-            "warning",
-            "The KV cache is nearly full: requests wait or start again. Lower max-num-seqs or add a server.",
-        ),
-        ("FirstTokenLate", f"{slow} > 5", "10m", "warning", "One request in 20 waits over 5 s for its first token."),
-    ]
-    return _rules_file(name, rules)
+    failed = f'vllm:request_success_total{{{mine}, finished_reason="error"}}'
+    cache = (
+        "CacheFull",
+        f"max(vllm:kv_cache_usage_perc{{{mine}}}) > 0.95",
+        "10m",
+        "warning",
+        "The KV cache is nearly full: requests wait or start again. Lower max-num-seqs or add a server.",
+    )
+    late = _late(f"vllm:time_to_first_token_seconds_bucket{{{mine}}}", 5)
+    running = f"vllm:num_requests_running{{{mine}}}"
+    return _rules_file(name, [*_requests(running, failed, _waiting(mine)), cache, late])
 
 
 def onnx_alert_rules(name: str) -> dict[str, Any]:
     """The same for the server of ONNX exports, whose metrics get the label model_name when they are collected."""
     mine = f'model_name="{name}"'
-    slow = f"histogram_quantile(0.95, sum by (le) (rate({_ONNX}_time_to_first_token_seconds_bucket{{{mine}}}[5m])))"
-    failed = f'sum(rate({_ONNX}_responses_total{{{mine}, status="500"}}[5m]))'
-    rules = [
-        ("Down", f"absent({_ONNX}_requests_running{{{mine}}})", "5m", "critical", "No server reports metrics."),
-        ("RequestsFail", f"{failed} > 0", "5m", "critical", "Requests end with an error of the server."),
+    failed = f'{_ONNX}_responses_total{{{mine}, status="500"}}'
+    late = _late(f"{_ONNX}_time_to_first_token_seconds_bucket{{{mine}}}", 30)
+    running = f"{_ONNX}_requests_running{{{mine}}}"
+    return _rules_file(name, [*_requests(running, failed, f"{ONNX_WAITING}{{{mine}}}"), late])
+
+
+def _requests(running: str, failed: str, waiting: str) -> list[Rule]:
+    """What every server is watched for. running, failed, waiting: metrics."""
+    return [
+        ("Down", f"absent({running})", "5m", "critical", "No server reports metrics."),
+        ("RequestsFail", f"sum(rate({failed}[5m])) > 0", "5m", "critical", "Requests end with an error of the server."),
         (
             "RequestsWait",
-            f"sum({ONNX_WAITING}{{{mine}}}) > 10",
+            f"sum({waiting}) > 10",
             "10m",
             "warning",
             "More than 10 requests have been waiting for 10 minutes: add a server.",
         ),
-        ("FirstTokenLate", f"{slow} > 30", "10m", "warning", "One request in 20 waits over 30 s for its first token."),
     ]
-    return _rules_file(name, rules)
 
 
-def _rules_file(name: str, rules: list[tuple[str, str, str, str, str]]) -> dict[str, Any]:
-    """A file of alert rules: name, expression, duration, severity and summary of each."""
+def _late(bucket: str, seconds: int) -> Rule:
+    """bucket: of the histogram of times to the first token."""
+    slow = f"histogram_quantile(0.95, sum by (le) (rate({bucket}[5m])))"
+    words = f"One request in 20 waits over {seconds} s for its first token."
+    return "FirstTokenLate", f"{slow} > {seconds}", "10m", "warning", words
+
+
+def _rules_file(name: str, rules: list[Rule]) -> dict[str, Any]:
     return {
         "groups": [
             {

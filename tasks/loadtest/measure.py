@@ -16,13 +16,12 @@ from tasks.loadtest.figures import Load, figures
 from tasks.loadtest.generator import Ask, Endpoint, generator
 from tasks.loadtest.trial import run_trial
 from tasks.rope import longest_context
-from tasks.serving.engines import served
+from tasks.serving.engines import TEXTS, served
 from tasks.serving.environments import interpreter, nvidia_gpu, version_of
 from tasks.serving.process import Server
 from tasks.settings import BASE, LoadSettings
 
 SHARED = 0.45  # of a GPU's memory, for each of two servers; vLLM takes 0.9 otherwise
-TEXTS = 4  # of full length that vLLM's KV cache holds on a CPU: tasks/serving/engines.py
 
 
 @dataclass(frozen=True)

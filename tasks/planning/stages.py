@@ -43,7 +43,7 @@ from tasks.scoring.reference_states import output_layer
 from tasks.settings import BASE, BUILTIN, TARGETS, Settings
 from tasks.settings.variant import VariantSettings
 from tasks.statistics import collect, estimate_bytes, find_structure
-from tasks.targets import files_of
+from tasks.targets import files_of, has_server
 from tasks.tensor_files import read_header
 
 ITEM = 50  # tokens of an evaluation item: a question with its answers, as in evals/
@@ -54,7 +54,6 @@ LEAST = 0.001  # seconds to quantize a layer that is too large to be measured wh
 ITEMS = 1000  # of a task, where `evaluation.limit` does not say
 # in this order: without time for a variant's evaluation or load, it is assumed to be as fast as the baseline
 ORDER = (BASE, "reference", "statistics", "quantize", "export", "evaluate", "load")  # BASE: its load
-WITHOUT_SERVER = "transformers"
 SHARES = {"statistics": 6.0, "quantize": 4.0}  # of the time to measure; other stages: 1
 
 Part = tuple[str, str, str, float]  # a method of `Run`, a target or none, a variant, and how often the stage does it
@@ -137,7 +136,7 @@ class Run:
                         break  # without a kernel the stage only loads the model
             except TaskError as error:
                 seconds, note = None, str(error)
-            if kind in ("serve", "load") and target != WITHOUT_SERVER:
+            if kind in ("serve", "load") and has_server(target):
                 seconds, note = None, "starts the target's server: not estimated"
             elif not parts:
                 note = "takes seconds"
@@ -171,7 +170,7 @@ class Run:
                 name = name or BASE
                 parts = [("texts", target, name, text), ("score", target, name, self.items / BATCH)]
                 return [*parts, ("write", target, name, NEW_TOKENS)]
-            case "load" if target == WITHOUT_SERVER:
+            case "load" if not has_server(target):
                 rounds = 1 + self.settings.benchmark.repeats
                 return [("rounds", target, one, rounds) for one in dict.fromkeys((name, BASE))]
         return []

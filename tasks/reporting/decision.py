@@ -43,8 +43,13 @@ def winner_line(summary: Values) -> str:
 
 
 def _without_winner(summary: Values) -> str:
-    unserved = [name for name, row in summary["variants"].items() if row.get("verdict") == "pass"]
-    return "No variant that passes its gate is served" if unserved else "No variant passes its gate"
+    return "No variant that passes its gate is served" if _unserved(summary) else "No variant passes its gate"
+
+
+def _unserved(summary: Values) -> list[str]:
+    """The variants that pass but were not served."""
+    rows = summary["variants"].items()
+    return [name for name, row in rows if row.get("verdict") == "pass" and failed_to_serve(row)]
 
 
 def shown_variant(summary: Values) -> str | None:
@@ -92,7 +97,7 @@ def next_step(summary: Values) -> str:
                 "kernel for its format, and try it on your own tasks before you deploy the bundle in dist/."
             )
         return f"Next: try {name} on your own tasks, then deploy the bundle in dist/."
-    if unserved := [name for name, row in rows.items() if row.get("verdict") == "pass" and failed_to_serve(row)]:
+    if unserved := _unserved(summary):
         return (
             f"Next: find out why {unserved[0]}, which passes its gate, was not served: the reason is below the table."
         )

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import httpx
-from openai import DefaultHttpxClient, OpenAI, Stream
+from openai import DefaultHttpxClient, OpenAI, OpenAIError, Stream
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
@@ -17,6 +17,8 @@ LIMIT = 600.0  # seconds for an answer
 BEST = 5  # most likely tokens of each place that are asked for, the most that servers allow by default
 _IDS = ("return_token_ids", "return_tokens_as_token_ids")
 
+# what a call raises for a server that fails, or answers in another form than expected
+BROKEN = (OpenAIError, httpx.HTTPError, LookupError, TypeError, ValueError)
 ID = "token_id:"  # before the id, where a server names tokens by their ids
 Prompt = str | Sequence[int]
 

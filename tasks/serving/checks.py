@@ -14,12 +14,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
-from openai import APIStatusError, OpenAIError
+from openai import APIStatusError
 
 from tasks.deployment.tool_calling import Template
 from tasks.errors import first_line
 from tasks.scoring.completions import NEW_TOKENS
-from tasks.serving.api import ID, Answer, Api
+from tasks.serving.api import BROKEN, ID, Answer, Api
 from tasks.serving.near_ties import parting
 from tasks.text.chat import render
 
@@ -299,7 +299,7 @@ def check(name: str, subject: Subject) -> Finding:
         return Finding(name, "failed", str(error))
     except APIStatusError as error:
         return Finding(name, "failed", f"status {error.status_code}: {error.response.text[:200]}; expected an answer")
-    except (OpenAIError, httpx.HTTPError, LookupError, TypeError, ValueError) as error:
+    except BROKEN as error:
         return Finding(name, "failed", f"{type(error).__name__}: {first_line(error)}; expected an answer")
 
 

@@ -204,7 +204,7 @@ class LlamaCpp:
 _EXPERTS = ('"num_local_experts"', '"num_experts"', '"n_routed_experts"', '"moe_num_experts"')
 # of our own environment: its packages must not be seen in another, and a key would refuse our requests
 _OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "VLLM_API_KEY")
-_TEXTS = 4  # of full length that the KV cache holds at once
+TEXTS = 4  # of full length that vLLM's KV cache holds at once on a CPU
 
 
 def _cache_gib(folder: Path, context: int | None) -> int:
@@ -213,7 +213,7 @@ def _cache_gib(folder: Path, context: int | None) -> int:
 
     shape = read_shape(folder)
     length = context or shape.context or 0
-    return max(1, math.ceil(_TEXTS * (shape.kv_token * length + shape.kv_sequence) / 2**30))
+    return max(1, math.ceil(TEXTS * (shape.kv_token * length + shape.kv_sequence) / 2**30))
 
 
 ENGINES: dict[str, Callable[[], Engine]] = {"vllm": Vllm, "onnx": OnnxServer, "gguf": LlamaCpp}  # by target

@@ -29,9 +29,9 @@ from tasks.errors import TaskError, TransientError
 from tasks.hardware import cpu_cores, cpu_name
 from tasks.output import CODE
 from tasks.program import one_line_errors
+from tasks.serving.environments import environments
 
 LOCK = CODE.parent / "locks" / "llama-server.lock"
-FOLDER = "MODELPRESS_ENVIRONMENTS"  # as in environments.py
 PROGRAM, LOG = "llama-server", "build.log"
 # the programs and what Debian calls their packages
 _TOOLS = {"cmake": ("cmake",), "g++": ("c++", "g++", "clang++"), "make": ("make",)}
@@ -89,11 +89,11 @@ def server_arguments(model: Path, serving: Serving) -> list[str]:
 def llama_server(cache: Path | None = None, progress: str = "llama.cpp's server") -> Path:
     """The path of the compiled server; compiles it first if needed, one process at a time.
 
-    cache: default: ~/.cache/modelpress/environments. progress: the label of the progress bar; empty for none. TaskError
-    if a tool is missing or the build fails, TransientError if the source cannot be fetched; the log stays in the folder
-    that the message names.
+    cache: default: that of all environments (environments.py). progress: the label of the progress bar; empty for none.
+    TaskError if a tool is missing or the build fails, TransientError if the source cannot be fetched; the log stays in
+    the folder that the message names.
     """
-    cache = cache or _cache()
+    cache = cache or environments()
     folder = cache / f"llama-server-{_identity()}"
     if not (folder / PROGRAM).is_file():
         _check_tools()
@@ -102,11 +102,6 @@ def llama_server(cache: Path | None = None, progress: str = "llama.cpp's server"
             if not (folder / PROGRAM).is_file():
                 _build(folder, progress)
     return folder / PROGRAM
-
-
-def _cache() -> Path:
-    named = os.environ.get(FOLDER)
-    return Path(named) if named else Path.home() / ".cache" / "modelpress" / "environments"
 
 
 def source_version() -> str:

@@ -120,7 +120,7 @@ def test_missing_records_are_found_before_a_server_starts(stage: Stage, tmp_path
     with pytest.raises(TaskError, match="line 1 is not of the window that the settings give"):
         stage()
     (tmp_path / "results/texts.jsonl").unlink()
-    with pytest.raises(TaskError, match="make it with: dvc repro evaluate@v"):
+    with pytest.raises(TaskError, match="make it with: dvc repro evaluate@fake-v"):
         stage()
     assert not (tmp_path / "log").exists()
 
