@@ -18,8 +18,8 @@ install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
 .PHONY: packages
 packages: $(PACKAGES) ## Create .venv without this project: the slow part of `make install`
 
-gguf: install ## Add llama.cpp, for the target gguf (compiled for this machine in 5 to 10 minutes; needs cmake and a C++ compiler)
-	@$(BIN)/pip install -qq --constraint requirements.lock --editable '.[gguf]'
+gguf: install ## Compile llama.cpp for the target gguf (5 to 10 minutes, in an environment of its own; needs a C++ compiler)
+	@$(BIN)/python -m tasks.environments llama-cpp
 
 demo: install ## Quantize the built-in model four ways and prove the result (about 16 minutes on 2 cores)
 	@$(BIN)/modelpress run

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from tasks.hardware import peak_memory
 from tasks.model.size import weight_bits
 from tasks.runtimes import Runtime, RuntimeInfo, load_runtime
 from tasks.settings import BenchmarkSettings
@@ -70,7 +69,7 @@ def benchmark(name: str, settings: BenchmarkSettings, target: str, model: Path, 
     runtimes = [runtime] if runtime.fast else []
     if runtimes:
         warm_up(runtime, settings)
-    peak = peak_memory(runtime.info.device)
+    peak = runtime.peak_memory_bytes
     if runtimes and model != baseline:
         runtimes.append(load_runtime(target, baseline, settings.dtype))
         warm_up(runtimes[-1], settings)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tasks.benchmark import BenchmarkReport, benchmark, size_bytes
+from tasks.environments import nvidia_gpu
 from tasks.hardware import cpu_cores, processor_name
 from tasks.loadtest.figures import FIRST_TOKEN, PER_TOKEN, Load
 from tasks.loadtest.measure import Measured, measure
@@ -17,7 +18,6 @@ from tasks.output import write_json
 from tasks.program import arguments, run_stage
 from tasks.runtimes import RuntimeInfo
 from tasks.serving.engines import ENGINES
-from tasks.serving.environments import nvidia_gpu
 from tasks.serving.process import NotServableHere, NotServed
 from tasks.settings import BASE, Settings
 

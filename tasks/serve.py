@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from tasks.deployment.tool_calling import read_template
+from tasks.environments import nvidia_gpu
 from tasks.errors import TaskError, first_line
 from tasks.hardware import cpu_name, total_memory
 from tasks.output import write_json
@@ -28,7 +29,6 @@ from tasks.serving.agreement import Agreement, agreement, read_completions, read
 from tasks.serving.api import BROKEN, Api
 from tasks.serving.checks import CHECKS, Finding, Subject, check
 from tasks.serving.engines import engine_of, served
-from tasks.serving.environments import nvidia_gpu
 from tasks.serving.near_ties import GAPS
 from tasks.serving.process import NotServableHere, NotServed, Server
 from tasks.serving.runtime import ServedRuntime, scores_through_server

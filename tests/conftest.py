@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -20,6 +19,7 @@ if not torch.cuda.is_available():
 
 
 from flows.processes.forked import SHARED, fork_server
+from tasks.environments import is_made
 from tests.tiny import Corpus, tiny_corpus, tiny_model
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,7 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip marked tests unless requested, and tests that need an extra that is not installed."""
-    if find_spec("llama_cpp") is None:
+    if not is_made("llama-cpp"):
         for item in items:
             if item.get_closest_marker("gguf"):
                 item.add_marker(pytest.mark.skip(reason="needs llama.cpp: make gguf"))

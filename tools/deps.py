@@ -50,6 +50,7 @@ RULES = Rules(
     packages=("tasks", "evals"),
     left_out={
         "tasks.settings": "it checks params.yaml; DVC compares the values as params. tasks.settings.variant is a dep",
+        "tasks.environments": "it makes environments from lock files, which are deps themselves",
         "tasks.errors": "messages and exit statuses",
         "tasks.output": "it writes files atomically; their contents come from elsewhere",
         "tasks.hardware": "it describes the machine, in messages and records",
@@ -58,7 +59,7 @@ RULES = Rules(
     },
     through={"tasks.program": "it sets the environment that tasks.determinism describes"},
     folders={
-        "tasks.serving.environments": "locks",
+        "tasks.serving.engines": "locks",
         "tasks.deployment.onnx": "tasks/serving/onnx_server",
         "tasks.deployment.tool_calling": "tasks/deployment/tables",
         "tasks.deployment.write": "tasks/deployment/templates",

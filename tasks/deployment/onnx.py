@@ -20,6 +20,7 @@ from tasks.deployment.sizing import plan as plan_of
 from tasks.settings import HardwareSettings
 
 FOLDER = Path(__file__).parents[1] / "serving" / "onnx_server"
+LOCK = Path(__file__).parents[2] / "locks" / "onnx.lock"
 REQUIREMENTS = "requirements.txt"
 IMAGE_CODE = "/server"  # in the image: the folder that holds the server's package
 ENVIRONMENT = {
@@ -32,8 +33,9 @@ _BATCH = 16  # texts computed together, at most; more make each one slower on a 
 
 def server_files() -> Iterator[tuple[str, str]]:
     """The server's files: names below serve/, and texts."""
-    for path in (*sorted(FOLDER.glob("*.py")), FOLDER / REQUIREMENTS):
+    for path in sorted(FOLDER.glob("*.py")):
         yield f"{FOLDER.name}/{path.name}", path.read_text(encoding="utf-8")
+    yield f"{FOLDER.name}/{REQUIREMENTS}", LOCK.read_text(encoding="utf-8")
 
 
 def onnx_plan(shape: Shape, hardware: HardwareSettings | None) -> Plan:

@@ -1,14 +1,14 @@
 """The target `gguf`: one file for llama.cpp, with the quantized weights transcoded into its blocks.
 
-Needs llama.cpp, from the extra `gguf` of pyproject.toml (make gguf).
+Needs llama.cpp in its own environment (make gguf).
 """
 
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
+from tasks.environments import is_made
 from tasks.errors import TaskError
 from tasks.exporters import check_group_sizes
 from tasks.settings import Settings
@@ -21,8 +21,8 @@ class GgufExporter:
 
     def check(self, settings: Settings, model: Path | None) -> None:
         """See `Exporter`."""
-        if find_spec("llama_cpp") is None:
-            raise TaskError("targets has gguf, but llama.cpp is not installed; install it with: make gguf")
+        if not is_made("llama-cpp"):
+            raise TaskError("targets has gguf, but llama.cpp is not compiled; compile it with: make gguf")
         check_group_sizes(settings, "gguf", BLOCK, f"GGUF has a scale for each {BLOCK} weights")
         if model is not None:
             _check_model(settings, model)
@@ -31,7 +31,7 @@ class GgufExporter:
         """Write model.gguf and config.json; nothing if llama.cpp's quantizer already wrote the file. TaskError if
         llama.cpp does not support the model, its tokenizer or its weight types."""
         from tasks.formats.gguf.file import NAME, write_gguf
-        from tasks.formats.gguf.llama_model import check_tokens
+        from tasks.formats.gguf.llama_cpp import check_tokens
 
         file = model / NAME
         if not file.exists():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.environments import interpreter, nvidia_gpu, version_of
 from tasks.errors import TaskError
 from tasks.hardware import available_memory
 from tasks.loadtest.figures import Load, figures
@@ -17,7 +18,6 @@ from tasks.loadtest.generator import Ask, Endpoint, generator
 from tasks.loadtest.trial import run_trial
 from tasks.rope import longest_context
 from tasks.serving.engines import TEXTS, served
-from tasks.serving.environments import interpreter, nvidia_gpu, version_of
 from tasks.serving.process import Server
 from tasks.settings import BASE, LoadSettings
 

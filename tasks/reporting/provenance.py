@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from tasks.environments import is_made, locked
 from tasks.hardware import cpu_cores, cpu_name, total_memory
 
 # libraries that can change a result; the lock file has the rest of the environment
@@ -26,7 +27,6 @@ LIBRARIES = (
     "lm-eval",
     "datasets",
     "gguf",
-    "llama-cpp-python",
     "onnxruntime",
     "onnxruntime-genai",
     "safetensors",
@@ -34,6 +34,7 @@ LIBRARIES = (
     "numpy",
     "scipy",
 )
+ENGINES = {"llama-cpp-python": "llama-cpp"}  # of them, those in an environment of their own alone, and its name
 # files in git that can change a result
 CODE = ("tasks", "evals", "params.yaml", "dvc.yaml", "pyproject.toml")
 
@@ -59,7 +60,7 @@ def versions() -> dict[str, str | None]:
             found[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             found[library] = None
-    return found
+    return found | {library: locked(name)[library] if is_made(name) else None for library, name in ENGINES.items()}
 
 
 def git_state() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -61,8 +61,12 @@ class Runtime(Protocol):
     tokenizer: PreTrainedTokenizerBase
 
     @property
-    def libraries(self) -> tuple[str, ...]:
-        """Libraries whose versions can affect results, by package name."""
+    def libraries(self) -> Mapping[str, str]:
+        """The versions of the libraries that can affect results, by package name."""
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The peak of the memory in which it computes: of all its processes, or of the GPU."""
 
     def score(self, questions: Sequence[Question], batch_tokens: int, progress: str) -> list[list[Score]]:
         """Score every continuation of every question, in order. progress: the name of the bar; none if empty."""

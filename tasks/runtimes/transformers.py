@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers import (
 )
 
 from tasks.device import compute_device
-from tasks.hardware import processor_name
+from tasks.hardware import peak_memory, processor_name
 from tasks.model.skeleton import model_class
 from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.runtimes.batches import batches
@@ -44,7 +45,7 @@ from tasks.text.bos import prompt_ids
 class TransformersRuntime:
     """See the protocol `Runtime`."""
 
-    libraries = ("compressed-tensors",)
+    libraries: Mapping[str, str] = {"compressed-tensors": version("compressed-tensors")}
 
     def __init__(self, directory: Path, dtype: str) -> None:
         transformers.utils.logging.disable_progress_bar()
@@ -65,6 +66,11 @@ class TransformersRuntime:
             if self.fast
             else f"transformers has no fast {method} kernel here: it computes with dequantized weights"
         )
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """See `Runtime`."""
+        return peak_memory(self.info.device)
 
     def score(self, questions: Sequence[Question], batch_tokens: int, progress: str) -> list[list[Score]]:
         """Score every continuation. Those of a context share the pass over it where that is proven on this model, once

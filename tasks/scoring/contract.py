@@ -56,7 +56,8 @@ def contract_of(
 
 def libraries(runtime: Runtime) -> dict[str, str]:
     """Versions of the libraries that can change a score."""
-    return {name: version(name) for name in (*runtime.libraries, "torch", "transformers", "lm-eval", "datasets")}
+    ours = {name: version(name) for name in ("torch", "transformers", "lm-eval", "datasets")}
+    return {**runtime.libraries, **ours}
 
 
 def contract_hash(contract: Mapping[str, Any]) -> str:

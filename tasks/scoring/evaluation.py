@@ -13,7 +13,6 @@ from typing import Any
 from tqdm import tqdm
 
 from tasks.errors import TaskError
-from tasks.hardware import peak_memory
 from tasks.output import checksums, code_hashes, write_text
 from tasks.rope import longest_context
 from tasks.runtimes import Runtime, load_runtime
@@ -155,7 +154,7 @@ class Subject:
             mean_score=sum(score.score for score in tasks.values()) / len(tasks),
             texts=dict(texts),
             seconds=round(time.monotonic() - self.started, 1),
-            peak_memory_bytes=peak_memory(self.runtime.info.device),
+            peak_memory_bytes=self.runtime.peak_memory_bytes,
         )
 
     def _score(self, units: Sequence[Unit], name: str) -> None:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
 import httpx
 
 from tasks.deployment.tool_calling import read_template
+from tasks.environments import clean, interpreter, locked, nvidia_gpu, version_of
 from tasks.errors import TaskError
 from tasks.formats.gguf.file import NAME as GGUF
-from tasks.serving.environments import interpreter, nvidia_gpu, version_of
 from tasks.serving.llama_server import Serving, llama_server, server_arguments, source_version
 from tasks.serving.near_ties import INTEGER_KERNELS, computed_in
 from tasks.serving.onnx_server.options import KEY_VARIABLE
@@ -137,11 +135,11 @@ class OnnxServer:
 
     def version(self) -> str:
         """That of onnxruntime-genai."""
-        return metadata.version("onnxruntime-genai")
+        return locked("onnx")["onnxruntime-genai"]
 
     def program(self) -> list[str]:
-        """The server's package, in this interpreter: its libraries are the export's."""
-        return [sys.executable, "-m", "tasks.serving.onnx_server"]
+        """The server's package, in its environment."""
+        return [str(interpreter("onnx")), "-P", "-m", "tasks.serving.onnx_server"]
 
     def arguments(self, folder: Path, name: str, dtype: str, context: int | None) -> list[str]:
         """`dtype` has no effect: the exported graph decides."""
@@ -150,7 +148,7 @@ class OnnxServer:
 
     def environment(self, folder: Path, context: int | None) -> dict[str, str]:
         """Without keys, and with this project on the path."""
-        own = {key: value for key, value in os.environ.items() if key != KEY_VARIABLE}
+        own = {key: value for key, value in clean().items() if key != KEY_VARIABLE}
         return own | {"PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1"}
 
     def computes_in(self, folder: Path, dtype: str) -> str:

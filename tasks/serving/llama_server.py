@@ -25,11 +25,11 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
+from tasks.environments import environments
 from tasks.errors import TaskError, TransientError
 from tasks.hardware import cpu_cores, cpu_name
 from tasks.output import CODE
 from tasks.program import one_line_errors
-from tasks.serving.environments import environments
 
 LOCK = CODE.parent / "locks" / "llama-server.lock"
 PROGRAM, LOG = "llama-server", "build.log"

@@ -31,13 +31,18 @@ class ServedRuntime:
 
     fast = True
     note: str | None = None
-    libraries: tuple[str, ...] = ()
+    libraries: Mapping[str, str] = {}
 
     def __init__(self, server: Server, api: Api, tokenizer: PreTrainedTokenizerBase, device: str, dtype: str) -> None:
         if missing := {"echo", "token ids"} - api.offers:
             raise TaskError(f"{server.engine} cannot score given texts: it has no {', '.join(sorted(missing))}")
-        self.tokenizer, self._api = tokenizer, api
+        self.tokenizer, self._api, self._server = tokenizer, api, server
         self.info = RuntimeInfo(server.engine, server.version, device, dtype, cpu_cores(), processor_name())
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of the server."""
+        return self._server.peak_memory_bytes() or 0
 
     def score(self, questions: Sequence[Question], batch_tokens: int, progress: str) -> list[list[Score]]:
         """See `Runtime`. batch_tokens is the server's own matter."""

