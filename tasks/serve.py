@@ -41,8 +41,16 @@ if TYPE_CHECKING:
 CONTEXT = 4096  # tokens at most, which bounds the KV cache
 Records = tuple[list[Completion], dict[str, list[tuple[Window, float]]]]
 LONGEST = 240  # characters of a reason
-ITEMS = 8  # of each task that are scored through the server
 State = Literal["served", "not served", "not servable here", "no server"]
+
+
+@dataclass(frozen=True)
+class TaskItems:
+    """Items of one task: their mean score through the server, and in the evaluation."""
+
+    items: int
+    score: float
+    evaluated: float
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class ItemScores:
 
     scored: int
     equal: int
+    tasks: dict[str, TaskItems]
 
 
 @dataclass(frozen=True)
@@ -80,12 +89,13 @@ class ServeReport:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a variant is compared with. results: output of the stage `evaluate`; raw: the data; evals: definitions of
-    tasks."""
+    """What a variant is compared with. results: output of the stage `evaluate`; raw: the data; items: of each task that
+    are scored through the server, None for all that the evaluation scored; evals: definitions of tasks."""
 
     results: Path
     raw: Path
     settings: EvaluationSettings
+    items: int | None = None
     evals: Path = Path("evals")
 
 
@@ -116,26 +126,31 @@ def _served(name: str, target: str, model: Path, evaluated: Evaluated, log: Path
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     # before the server starts, which takes a minute
     records = _records(f"evaluate@{target}-{name}", tokenizer, evaluated)
+    engine, context = engine_of(target), _context(model, evaluated.settings)
     try:
-        with served(target, model, name, "auto", log, context=_context(model, evaluated.settings)) as server:
+        with (
+            served(target, model, name, "auto", log, context=context) as server,
+            closing(Api(server.url, name, engine.offers, engine.running)) as api,
+        ):
             facts = {
                 "engine": server.engine,
                 "version": server.version,
                 "command": server.command,
                 "start_seconds": server.start_seconds,
             }
-            findings, same, problem = _checked(server, target, model, tokenizer, evaluated, records)
+            trial = _Trial(server, api, tokenizer, model, context, engine.computes_in(model, "auto"), evaluated)
+            findings, same, problem = trial.checked(records)
             facts |= {"findings": findings, "agreement": same}
             try:
-                facts["items"] = _items(server, target, model, tokenizer, evaluated) if same else None
+                facts["items"] = trial.items() if same else None
             except BROKEN as error:
                 problem = f"scoring items through the server failed: {type(error).__name__}: {first_line(error)}"
             facts["peak_memory_bytes"] = server.peak_memory_bytes()
             ended = None if server.alive else f"the server ended; its last words: {server.last_words()}"
     except NotServed as error:
-        return report("not served", str(error), engine=engine_of(target).name)
+        return report("not served", str(error), engine=engine.name)
     except NotServableHere as error:
-        return report("not servable here", str(error), engine=engine_of(target).name)
+        return report("not servable here", str(error), engine=engine.name)
     failed = [f"{one.check}: {one.detail}" for one in findings if one.state == "failed"]
     reasons = [*filter(None, [ended, problem]), *failed, *(same.problems if same else [])]
     return report("not served" if reasons else "served", _short(reasons) if reasons else None, **facts)
@@ -157,63 +172,70 @@ def _records(stage: str, tokenizer: PreTrainedTokenizerBase, evaluated: Evaluate
     return read_completions(evaluated.results, stage), read_windows(evaluated.results, stage, windows)
 
 
-def _checked(
-    server: Server, target: str, model: Path, tokenizer: PreTrainedTokenizerBase, evaluated: Evaluated, records: Records
-) -> tuple[list[Finding], Agreement | None, str | None]:
-    """The findings, the agreement, and why there is none."""
-    engine, settings, name = engine_of(target), evaluated.settings, server.name
-    completions, windows = records
-    kind = engine.computes_in(model, "auto")
-    api = Api(server.url, name, engine.offers, engine.running)
-    subject = Subject(
-        api=api,
-        tokenizer=tokenizer,
-        prompts=[one.prompt for one in completions],
-        template=read_template(model),
-        context=_context(model, settings),
-        near=GAPS.get(kind, max(GAPS.values())),
-        date=date.today().isoformat(),
-    )
-    findings = []
-    try:
+@dataclass(frozen=True)
+class _Trial:
+    """A running server. context: the tokens that it takes; dtype: what it computes in (near_ties.py)."""
+
+    server: Server
+    api: Api
+    tokenizer: PreTrainedTokenizerBase
+    model: Path
+    context: int
+    dtype: str
+    evaluated: Evaluated
+
+    def checked(self, records: Records) -> tuple[list[Finding], Agreement | None, str | None]:
+        """The findings, the agreement, and why there is none."""
+        completions, windows = records
+        subject = Subject(
+            api=self.api,
+            tokenizer=self.tokenizer,
+            prompts=[one.prompt for one in completions],
+            template=read_template(self.model),
+            context=self.context,
+            near=GAPS.get(self.dtype, max(GAPS.values())),
+            date=date.today().isoformat(),
+        )
+        findings = []
         for one in CHECKS:
             findings.append(check(one, subject))
-            print(f"{name}: {one}: {findings[-1].state}: {findings[-1].detail}", flush=True)
-            if not server.alive:
+            print(f"{self.server.name}: {one}: {findings[-1].state}: {findings[-1].detail}", flush=True)
+            if not self.server.alive:
                 return findings, None, None
+        kinds = self.dtype, self.evaluated.settings.dtype
         try:
-            same = agreement(api, tokenizer, completions, subject.alone, windows, (kind, settings.dtype))
+            return findings, agreement(self.api, self.tokenizer, completions, subject.alone, windows, kinds), None
         except BROKEN as error:
-            return (
-                findings,
-                None,
-                f"the comparison with the evaluation failed: {type(error).__name__}: {first_line(error)}",
-            )
-        return findings, same, None
-    finally:
-        api.close()
+            why = f"the comparison with the evaluation failed: {type(error).__name__}: {first_line(error)}"
+            return findings, None, why
 
-
-def _items(
-    server: Server, target: str, model: Path, tokenizer: PreTrainedTokenizerBase, evaluated: Evaluated
-) -> ItemScores | None:
-    """The first items that the evaluation scored, scored by lm-eval through the server."""
-    engine, settings = engine_of(target), evaluated.settings
-    rows = {
-        path.stem.removeprefix("items-"): [json.loads(line) for line in path.read_text("utf-8").splitlines()[:ITEMS]]
-        for path in sorted(evaluated.results.glob("items-*.jsonl"))
-    }
-    if not rows or not {"echo", "token ids"} <= engine.offers:
-        return None
-    with closing(Api(server.url, server.name, engine.offers, engine.running)) as api:
-        dtype = engine.computes_in(model, "auto")
-        runtime = ServedRuntime(server, api, tokenizer, "cuda" if nvidia_gpu() else "cpu", dtype)
+    def items(self) -> ItemScores | None:
+        """The first items that the evaluation scored, scored by lm-eval through the server; None if it cannot."""
+        evaluated, settings = self.evaluated, self.evaluated.settings
+        rows = {
+            path.stem.removeprefix("items-"): [
+                json.loads(line) for line in path.read_text("utf-8").splitlines()[: evaluated.items]
+            ]
+            for path in sorted(evaluated.results.glob("items-*.jsonl"))
+        }
+        if not rows or not {"echo", "token ids"} <= self.api.offers:
+            return None
+        device = "cuda" if nvidia_gpu() else "cpu"
+        runtime = ServedRuntime(self.server, self.api, self.tokenizer, device, self.dtype)
         asked = {task: [row["item"] for row in some] for task, some in rows.items()}
-        scores = scores_through_server(runtime, settings, evaluated.evals, asked, _context(model, settings))
-    pairs = [
-        (row["score"], score) for task, some in rows.items() for row, score in zip(some, scores[task], strict=True)
-    ]
-    return ItemScores(len(pairs), sum(one == other for one, other in pairs))
+        scores = scores_through_server(runtime, settings, evaluated.evals, asked, self.context)
+        pairs = {
+            task: [(score, row["score"]) for row, score in zip(some, scores[task], strict=True)]
+            for task, some in rows.items()
+        }
+        return ItemScores(
+            scored=sum(map(len, pairs.values())),
+            equal=sum(ours == theirs for some in pairs.values() for ours, theirs in some),
+            tasks={
+                task: TaskItems(len(some), *(round(sum(values) / len(some), 6) for values in zip(*some, strict=True)))
+                for task, some in pairs.items()
+            },
+        )
 
 
 def _context(model: Path, settings: EvaluationSettings) -> int:
@@ -250,7 +272,7 @@ def main() -> None:
             name,
             target,
             Path("exports") / target / name,
-            Evaluated(Path("results") / target / name, Path("data/raw"), settings.evaluation),
+            Evaluated(Path("results") / target / name, Path("data/raw"), settings.evaluation, settings.serve.items),
             Path(f".modelpress/logs/serve@{target}-{name}.server.log"),
         )
         write_json(Path(f"metrics/serve/{target}/{name}.json"), asdict(report))

@@ -98,6 +98,7 @@ class Code:
         files = {self.file(module) for module in modules - {*self.rules.left_out}}
         files = {file for file in files if not any(file.startswith(f"{folder}/") for folder in folders)}
         declared = {lock for module in modules for _, lock in self._interpreters(module)}
+        declared = {lock for lock in declared if not any(lock.startswith(f"{folder}/") for folder in folders)}
         if missing := sorted(path for path in folders | declared if not (self.root / path).exists()):
             raise DependencyError(f"{program} needs {', '.join(missing)}, which {self.root} lacks; add it")
         own = self.file(program)

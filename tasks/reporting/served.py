@@ -53,7 +53,7 @@ def proof(found: Values) -> str:
                 f"{same['difference']:+.4f} nats from the evaluation's"
             )
     if items := found.get("items"):
-        words.append(f"{items['equal']} of {items['scored']} item scores through lm-eval as evaluated")
+        words.append(f"{items['equal']} of {items['scored']} item scores of lm-eval through the server as evaluated")
     return "; ".join(words)
 
 

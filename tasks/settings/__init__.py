@@ -24,6 +24,7 @@ from tasks.settings.measuring import (
     LoadSettings,
     ObjectiveSettings,
     PackageSettings,
+    ServeSettings,
     StatisticsSettings,
 )
 from tasks.settings.section import CHAT_DATE, Name, Section
@@ -48,6 +49,7 @@ __all__ = [
     "ModelSettings",
     "ObjectiveSettings",
     "Overlap",
+    "ServeSettings",
     "Settings",
     "Target",
     "TextSource",
@@ -71,6 +73,7 @@ class Settings(Section):
     targets: Annotated[list[Target], Field(min_length=1)]
     evaluation: EvaluationSettings
     benchmark: BenchmarkSettings
+    serve: ServeSettings
     load: LoadSettings
     gate: GateSettings
     package: PackageSettings

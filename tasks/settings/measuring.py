@@ -61,6 +61,15 @@ class BenchmarkSettings(Section):
     repeats: Annotated[int, Field(ge=1)]
 
 
+class ServeSettings(Section):
+    """The check of a served model.
+
+    items: of each task, scored by lm-eval through the server; None: all that the evaluation scored.
+    """
+
+    items: Annotated[int, Field(ge=1)] | None
+
+
 class ObjectiveSettings(Section):
     """What a request must meet to count for the goodput, seconds. ttft: time to its first token. tpot: mean time for
     each further token."""
