@@ -52,17 +52,15 @@ class Runtime(Protocol):
     """A loaded model.
 
     `fast`: whether the runtime has a kernel for the model's format. Without one it computes with dequantized weights:
-    results are exact, but speed says nothing about the format, and `note` says so.
+    results are exact, but speed says nothing about the format, and `note` says so. `libraries`: the versions of those
+    that can affect results, by package name.
     """
 
     info: RuntimeInfo
     fast: bool
     note: str | None
     tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def libraries(self) -> Mapping[str, str]:
-        """The versions of the libraries that can affect results, by package name."""
+    libraries: Mapping[str, str]
 
     @property
     def peak_memory_bytes(self) -> int:

@@ -45,8 +45,6 @@ from tasks.text.bos import prompt_ids
 class TransformersRuntime:
     """See the protocol `Runtime`."""
 
-    libraries: Mapping[str, str] = {"compressed-tensors": version("compressed-tensors")}
-
     def __init__(self, directory: Path, dtype: str) -> None:
         transformers.utils.logging.disable_progress_bar()
         device = compute_device()
@@ -58,6 +56,7 @@ class TransformersRuntime:
         self.info = RuntimeInfo(
             "transformers", transformers.__version__, device, dtype, torch.get_num_threads(), processor_name()
         )
+        self.libraries: Mapping[str, str] = {"compressed-tensors": version("compressed-tensors")}
         self._said = False
         integers = device == "cpu" and use_integers(self.model)
         self.fast = method is None or integers

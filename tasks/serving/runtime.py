@@ -31,11 +31,11 @@ class ServedRuntime:
 
     fast = True
     note: str | None = None
-    libraries: Mapping[str, str] = {}
 
     def __init__(self, server: Server, api: Api, tokenizer: PreTrainedTokenizerBase, device: str, dtype: str) -> None:
         if missing := {"echo", "token ids"} - api.offers:
             raise TaskError(f"{server.engine} cannot score given texts: it has no {', '.join(sorted(missing))}")
+        self.libraries: Mapping[str, str] = {}
         self.tokenizer, self._api, self._server = tokenizer, api, server
         self.info = RuntimeInfo(server.engine, server.version, device, dtype, cpu_cores(), processor_name())
 

@@ -42,10 +42,19 @@ class Machine:
             return torch.cat([ids, ids[:, :1].repeat(1, new_tokens)], 1)
 
         about = RuntimeInfo("engine", "1", "cpu", "float32", 2, "processor")
-        return SimpleNamespace(generate_ids=generate, fast=self.fast, note=None, info=about, tokenizer=range(100))
+        return Loaded(self, generate_ids=generate, fast=self.fast, note=None, info=about, tokenizer=range(100))
 
-    def peak(self, _device: str) -> int:
-        self.done.append("memory")
+
+class Loaded(SimpleNamespace):
+    """A model on a fake machine."""
+
+    def __init__(self, machine: Machine, **values: Any) -> None:
+        super().__init__(**values)
+        self._machine = machine
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        self._machine.done.append("memory")
         return 7
 
 
@@ -54,7 +63,6 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
     def measured(name: str = "int8", *, slower: float = 0.5, fast: bool = True) -> tuple[BenchmarkReport, list[str]]:
         machine = Machine({"base": 1.0, "int8": slower}, fast)
         monkeypatch.setattr(tasks.benchmark, "load_runtime", machine.load)
-        monkeypatch.setattr(tasks.benchmark, "peak_memory", machine.peak)
         monkeypatch.setattr(tasks.benchmark, "weight_bits", lambda _: 8.0)
         monkeypatch.setattr("tasks.benchmark.time.perf_counter", lambda: machine.now)
         return benchmark(name, SETTINGS, "engine", tmp_path / name, tmp_path / "base"), machine.done

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel
 from setuptools import find_packages
 
+from tasks.environments import locked
 from tasks.quantizers.identity import LIBRARIES
 from tasks.scoring.eval_tasks import local_tasks
 from tasks.settings import Settings, load_settings
@@ -65,12 +66,12 @@ def test_every_section_is_a_parameter_of_some_stage_and_every_parameter_exists()
 
 
 def test_the_versions_that_stages_depend_on_are_the_pinned_ones() -> None:
-    extras = {name: PROJECT["optional-dependencies"][name] for name in ("tasks", "gguf")}
-    pins = {re.split(r"[<>=]", r)[0] for requirements in extras.values() for r in requirements if "==" in r}
-    assert {library for names in LIBRARIES.values() for library in names} <= pins
+    pins = {re.split(r"[<>=]", one)[0] for one in PROJECT["optional-dependencies"]["tasks"] if "==" in one}
+    assert {library for names in LIBRARIES.values() for library in names} <= pins | set(locked("llama-cpp"))
     for name in ("quantize", "export", "evaluate", "load"):
         (named,) = (one["pyproject.toml"] for one in body(STAGES[name])["params"] if isinstance(one, dict))
-        assert {f"project.optional-dependencies.{e}" for e in extras} <= set(named)
+        assert "project.optional-dependencies.tasks" in named
+        assert {"locks", "locks/llama-cpp.lock"} & set(body(STAGES[name])["deps"])
 
 
 def test_every_package_is_installed_with_its_data() -> None:

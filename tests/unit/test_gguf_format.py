@@ -305,10 +305,10 @@ def test_unsupported_models_are_refused_before_work_starts(monkeypatch: pytest.M
     values["targets"] = ["gguf"]
     values["variants"]["gptq-int4"]["group_size"] = 16
     settings = check_settings(values)
-    monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("tasks.exporters.gguf.is_made", lambda name: False)
     with pytest.raises(TaskError, match="compile it with: make gguf"):
         GgufExporter().check(settings, None)
-    monkeypatch.setattr("tasks.exporters.gguf.find_spec", lambda name: object())
+    monkeypatch.setattr("tasks.exporters.gguf.is_made", lambda name: True)
     with pytest.raises(TaskError, match=r"variants.gptq-int4.group_size has groups of 16.*32 and its multiples"):
         GgufExporter().check(settings, None)
     for key in ("output_layer", "embedding"):
