@@ -4,7 +4,7 @@ if there is one. No pickle: whatever comes is data."""
 from __future__ import annotations
 
 import json
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy
 
@@ -20,17 +20,17 @@ class RefusalError(Exception):
     """The engine cannot do what is asked for. The message says why, in the engine's own words."""
 
 
-def send(stream: BinaryIO, values: dict[str, Any], array: Array | None = None) -> None:
+def send(stream: IO[bytes], values: dict[str, Any], array: Array | None = None) -> None:
     """Write a message. array: of a dtype in `DTYPES`."""
     if array is not None:
         values = {**values, "array": [str(array.dtype), *array.shape]}
     stream.write(json.dumps(values).encode() + b"\n")
     if array is not None and array.size:
-        stream.write(memoryview(numpy.ascontiguousarray(array)).cast("B"))
+        stream.write(numpy.ascontiguousarray(array).data.cast("B"))
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> tuple[dict[str, Any], Array | None]:
+def receive(stream: IO[bytes]) -> tuple[dict[str, Any], Array | None]:
     """Read a message; WireError at the end of the stream and for anything else."""
     text = stream.readline()
     if not text.endswith(b"\n"):
@@ -46,9 +46,9 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], Array | None]:
     if dtype not in DTYPES:
         raise WireError(f"an array of {dtype}; expected {' or '.join(DTYPES)}")
     array = numpy.empty(shape, dtype)
-    left = memoryview(array).cast("B") if array.size else memoryview(b"")
+    left = array.data.cast("B") if array.size else memoryview(b"")
     while left:
-        count = stream.readinto(left)  # type: ignore[attr-defined]  # typeshed's BinaryIO lacks it
+        count = stream.readinto(left)  # type: ignore[attr-defined]  # typeshed's IO lacks it
         if not count:
             raise WireError("the stream ended within an array")
         left = left[count:]

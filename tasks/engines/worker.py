@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import sys
-from typing import Any, BinaryIO, Protocol
+from typing import IO, Any, Protocol
 
 from tasks.engines.wire import Array, RefusalError, WireError, receive, send
 
@@ -21,7 +21,7 @@ class Engine(Protocol):
     actions: frozenset[str]
 
 
-def work(engine: Engine, asked: BinaryIO, answers: BinaryIO) -> None:
+def work(engine: Engine, asked: IO[bytes], answers: IO[bytes]) -> None:
     """Answer each message until there are no more."""
     while True:
         try:
@@ -29,13 +29,14 @@ def work(engine: Engine, asked: BinaryIO, answers: BinaryIO) -> None:
         except WireError:
             return  # the other side has ended
         try:
-            found, rows = _answer(engine, values, array), None
-            if not isinstance(found, dict):
-                found, rows = {}, found
+            found = _answer(engine, values, array)
         except Exception as error:  # whatever it is, the other side must hear of it
             refused = isinstance(error, RefusalError)
-            found, rows = {"error": str(error) if refused else f"{type(error).__name__}: {error}"}, None
-        send(answers, found, rows)
+            found = {"error": str(error) if refused else f"{type(error).__name__}: {error}"}
+        if isinstance(found, dict):
+            send(answers, found)
+        else:
+            send(answers, {}, found)
 
 
 def _answer(engine: Engine, values: dict[str, Any], array: Array | None) -> dict[str, Any] | Array:

@@ -1,7 +1,9 @@
-"""Open WebUI beside vLLM, both with exactly the environment of the compose files, in a headless Chromium.
+"""Open WebUI beside the server of each target, both with exactly the environment of the compose files, in a headless
+Chromium.
 
 MODELPRESS_VLLM_PYTHON: the Python of an environment with vLLM's CPU build; MODELPRESS_OPEN_WEBUI: the program
-open-webui of another environment; MODELPRESS_SERVED_MODEL: a folder with a model that chats (docs/deploying.md).
+open-webui of another environment; MODELPRESS_SERVED_MODEL, MODELPRESS_SERVED_ONNX, MODELPRESS_SERVED_GGUF: folders with
+exports of a model that chats (docs/deploying.md).
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,32 +27,94 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from tasks.deployment.write import write_serving
+from tasks.environments import interpreter
 from tasks.output import link_or_copy
+from tasks.serving.llama_server import llama_server
 from tasks.settings import check_settings
 from tests.browser import needs_browser, open_browser
 from tests.caddy import free_port
 from tests.serving_files import HOST, KEY, PYTHON, Service, of_compose
 from tests.waiting import soon
 
-PROGRAM, MODEL = os.environ.get("MODELPRESS_OPEN_WEBUI", ""), os.environ.get("MODELPRESS_SERVED_MODEL", "")
+PROGRAM = os.environ.get("MODELPRESS_OPEN_WEBUI", "")
+MODELS = {
+    target: os.environ.get(f"MODELPRESS_SERVED_{name}", "")
+    for target, name in {"vllm": "MODEL", "onnx": "ONNX", "gguf": "GGUF"}.items()
+}
 pytestmark = [
     pytest.mark.slow,
     needs_browser,
-    pytest.mark.skipif(not (PYTHON and PROGRAM and MODEL), reason="an environment or the model is not named"),
+    pytest.mark.skipif(not PROGRAM, reason="MODELPRESS_OPEN_WEBUI names no program"),
 ]
+# what counts the requests in work
+RUNNING = {
+    "vllm": "vllm:num_requests_running",
+    "onnx": "onnx_server_requests_running",
+    "gguf": "llamacpp:requests_processing",
+}
 START = float(os.environ.get("MODELPRESS_START_SECONDS", "300"))  # a start takes minutes on a busy machine
 LONG = "Write a very long story about a lighthouse keeper. Describe every day of a whole year."
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("webui") / "bundle"
-    for file in Path(MODEL).iterdir():
+def made_bundle(folder: Path, target: str) -> Path:
+    if not MODELS[target] or (target == "vllm" and not PYTHON):
+        pytest.skip(f"an environment or the model of {target} is not named")
+    for file in Path(MODELS[target]).iterdir():
         if file.is_file():
             link_or_copy(file, folder / file.name)
     params = yaml.safe_load(Path("params.yaml").read_text())
-    write_serving(folder, check_settings(params), "vllm", "gptq-int4")
+    write_serving(folder, check_settings(params), target, "gptq-int4")
     return folder
+
+
+@dataclass
+class Plain:
+    """The server of compose.yaml as a process, for the targets onnx and gguf: the program that the image would bring,
+    with the arguments and the environment of the file."""
+
+    target: str
+    bundle: Path
+    log: Path
+
+    def __enter__(self) -> Plain:
+        engine = yaml.safe_load((self.bundle / "serve/compose.yaml").read_text())["services"]["model"]
+        port = free_port()
+        self.url = f"http://{HOST}:{port}"
+        places = {"/model": str(self.bundle), "0.0.0.0": HOST, "8000": str(port)}
+        arguments = [
+            re.sub(r"^(/model(?=/|$)|0\.0\.0\.0$|8000$)", lambda f: places[f[0]], a) for a in engine["command"]
+        ]
+        environment = {"PATH": os.environ["PATH"]}
+        environment |= {name: KEY if "API_KEY" in name else value for name, value in engine["environment"].items()}
+        if self.target == "onnx":
+            program = [str(interpreter("onnx")), "-m", "onnx_server"]
+            environment["PYTHONPATH"] = str(self.bundle / "serve")
+        else:
+            program = [str(llama_server(progress=""))]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*program, *arguments],
+                env=environment,
+                cwd=self.log.parent,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(30)
+
+    def wait(self, seconds: float) -> None:
+        assert soon(lambda: answers(f"{self.url}/health"), seconds, 0.5), self.logs()
+
+    def logs(self, _lines: int = 0) -> str:
+        return self.log.read_text(errors="replace")
+
+    def open(self, path: str) -> Any:
+        asked = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {KEY}"})
+        return urllib.request.urlopen(asked, timeout=60)
 
 
 @contextmanager
@@ -84,9 +150,16 @@ def answers(url: str) -> bool:
         return False
 
 
-def test_a_new_users_first_message_is_answered_streamed_and_stopped(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", list(MODELS))
+def test_a_new_users_first_message_is_answered_streamed_and_stopped(target: str, tmp_path: Path) -> None:
+    bundle = made_bundle(tmp_path / "bundle", target)
+    server: Service | Plain
+    if target == "vllm":
+        server = Service(of_compose(bundle), bundle, tmp_path / "server")
+    else:
+        server = Plain(target, bundle, tmp_path / "server.log")
     with (
-        Service(of_compose(bundle), bundle, tmp_path / "vllm") as service,
+        server as service,
         open_webui(bundle, service.url, tmp_path / "data") as url,
     ):
         service.wait(START)
@@ -99,12 +172,12 @@ def test_a_new_users_first_message_is_answered_streamed_and_stopped(bundle: Path
             (stop,) = shown(browser, STOP)
             stop.click()
             assert soon(lambda: not shown(browser, STOP), 30)
-            assert soon(lambda: gauge(service, "vllm:num_requests_running") == 0, 60, 0.5)
+            assert soon(lambda: gauge(service, RUNNING[target]) == 0, 60, 0.5)
             text = answers_shown(browser)[-1]
             time.sleep(3)
             assert answers_shown(browser)[-1] == text
-            assert gauge(service, 'finished_reason="abort"') >= 1
-            assert " 400 " not in service.logs(1000)  # what vLLM answers to tools that it has no parser for
+            assert target != "vllm" or gauge(service, 'finished_reason="abort"') >= 1
+            assert " 400 " not in service.logs(1000)  # what a server answers to tools that it does not take
         finally:
             browser.save_screenshot(str(tmp_path / "last.png"))
             browser.quit()
@@ -165,7 +238,7 @@ def growth(browser: webdriver.Chrome, number: int) -> list[int]:
     return lengths
 
 
-def gauge(service: Service, name: str) -> float:
+def gauge(service: Service | Plain, name: str) -> float:
     """The sum of a metric's values."""
     with service.open("/metrics") as answer:
         lines = answer.read().decode().splitlines()
