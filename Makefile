@@ -21,7 +21,7 @@ packages: $(PACKAGES) ## Create .venv without this project: the slow part of `ma
 gguf: install ## Compile llama.cpp for the target gguf (5 to 10 minutes, in an environment of its own; needs a C++ compiler)
 	@$(BIN)/python -m tasks.environments llama-cpp
 
-demo: install ## Quantize the built-in model four ways and prove the result (about 16 minutes on 2 cores)
+demo: install ## Quantize the built-in model four ways and prove the result (about 15 minutes on 2 cores)
 	@$(BIN)/modelpress run
 
 demo-serve: demo ## Serve the demo's baseline and winner with vLLM and ONNX Runtime, under load (about 25 minutes more)
