@@ -78,6 +78,8 @@ def _look(model: Path, changed: int) -> Announced:
             modules[stem] = place
         elif len(decoder.files.entry(name).shape) == 2 and _stacks(owner, parameter):
             modules[stem] = stem
+        elif parameter.dim() == 2 and name.endswith(".weight") and not isinstance(owner, nn.Embedding):
+            modules[stem] = place  # a router, which is a linear layer in vLLM
         outer[owner] = stem
     output, embedding = decoder.model.get_output_embeddings(), decoder.model.get_input_embeddings()
     return Announced(layers, modules, outer.get(output), outer.get(embedding))

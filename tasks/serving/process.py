@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -25,7 +26,8 @@ TICK = 0.5  # seconds between looks at the health address
 TOLD = 15.0  # seconds between lines of progress
 GRACE = 20.0  # seconds between SIGTERM and SIGKILL
 LINES = 6  # of a log's last words, unless it names an error
-WIDEST = 300  # characters of such a line
+WIDEST = 400  # characters of such a line
+REASONS = 5  # lines after an error that announces them
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # what loggers write before a message: (EngineCore pid=7) ERROR 11-29 10:00:00 [core.py:1]
@@ -197,9 +199,17 @@ def last_words(log: Path) -> str:
         return ""
     lines = [_BEFORE.sub("", _COLOUR.sub("", line)).strip() for line in text.splitlines()]
     lines = list(dict.fromkeys(line for line in lines if line))
-    errors = [line for line in lines if _ERROR.match(line)]
+    errors = [_with_reasons(lines[place:]) for place, line in enumerate(lines) if _ERROR.match(line)]
     causes = [line for line in errors if not _POINTER.search(line)]
     return _FOLDERS.sub("", " | ".join(line[:WIDEST] for line in (causes or errors or lines)[-LINES:]))
+
+
+def _with_reasons(lines: Sequence[str]) -> str:
+    """The first line, and those after it that it announces with a colon at its end."""
+    if not lines[0].endswith(":"):
+        return lines[0]
+    reasons = itertools.takewhile(lambda line: "cannot" in line or line.startswith("-"), lines[1:])
+    return " ".join((lines[0], "; ".join(itertools.islice(reasons, REASONS))))
 
 
 def _peak(process: psutil.Process) -> int:

@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 from tasks.errors import TaskError
+from tasks.output import link_or_copy
 from tasks.scoring.completions import Completion, prompts, write_completions
 from tasks.scoring.divergence import text_windows
 from tasks.serve import Evaluated, ServeReport, serve, summary_line
@@ -23,9 +24,11 @@ from tasks.serving import engines
 from tasks.serving.agreement import compared
 from tasks.serving.api import Answer
 from tasks.serving.near_ties import GAPS, INTEGER_KERNELS, MEANS, Parting, computed_in, parting
+from tasks.serving.process import NotServableHere
 from tasks.settings import load_settings
+from tests.functional.pressing import Pressing
 from tests.openai_fake import Model
-from tests.tiny import Corpus
+from tests.tiny import Corpus, tiny_model
 from tests.unit.test_serving_checks import evaluated
 from tests.unit.test_serving_process import ROOT, Fake
 
@@ -207,6 +210,32 @@ def test_a_tiny_model_is_served_by_vllm_as_evaluated(llama: Path, corpus: Corpus
     report = serve("other", "vllm", llama, replace(whole, results=changed), tmp_path / "log")
     assert report.state == "not served"
     assert "the mean log-probability" in (report.reason or "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("MODELPRESS_VLLM_PYTHON"), reason="MODELPRESS_VLLM_PYTHON names no interpreter with vLLM"
+)
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
+def test_a_mixture_of_experts_is_served_or_needs_another_machine(scheme: str, corpus: Corpus, tmp_path: Path) -> None:
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    model = tiny_model(tmp_path / "model", family="qwen3_moe", hidden=128, changes=experts)
+    (tmp_path / "out").mkdir()
+    values = {"scheme": scheme, "rounding": "nearest", **({"group_size": 32} if scheme == "W4A16" else {})}
+    Pressing.create(model, corpus, tmp_path / "work").press(values, tmp_path / "out")
+    link_or_copy(model / "tokenizer.json", tmp_path / "out/tokenizer.json")
+    link_or_copy(model / "tokenizer_config.json", tmp_path / "out/tokenizer_config.json")
+    try:
+        with engines.served("vllm", tmp_path / "out", "experts", "auto", tmp_path / "log", context=128):
+            pass
+    except NotServableHere as error:
+        assert re.search(r"only on processors with AMX \(.*MoE backend", str(error))  # noqa: PT017
 
 
 @pytest.mark.parametrize(("node", "expected"), [("MatMulNBits", INTEGER_KERNELS), ("MatMul", "float32")])

@@ -148,6 +148,8 @@ def test_last_words_are_errors_or_the_last_lines(tmp_path: Path) -> None:
     assert last_words(log).startswith("RuntimeError")
     log.write_text("OSError: /a/b/c.so and http://host/a/b\n" * 2)
     assert last_words(log) == "OSError: c.so and http://host/a/b"
+    log.write_text("ValueError: no kernel. Reasons:\n A cannot: no AMX\n B cannot: size 4\nTraceback of something\n")
+    assert last_words(log) == "ValueError: no kernel. Reasons: A cannot: no AMX; B cannot: size 4"
 
 
 def test_a_target_without_a_server() -> None:
