@@ -171,7 +171,7 @@ def pressed(model: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactor
                 name, settings.variant(name), model, root / "calibration", root / "statistics", root / name
             )
             (root / f"{name}.bits").write_text(str(report.bits_per_weight))
-            assert max(report.layers.values()) < 0.35
+            assert all(error < 0.35 for error in report.layers.values())  # llama.cpp's own types have none
         return root / name
 
     return make
