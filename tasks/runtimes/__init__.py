@@ -98,7 +98,8 @@ def load_runtime(target: str, directory: Path, dtype: str) -> Runtime:
         case "transformers":
             from tasks.runtimes.transformers import TransformersRuntime
 
-            if "quantization_config" not in json.loads((directory / "config.json").read_text(encoding="utf-8")):
+            config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+            if "quantization_config" not in config and not any(directory.glob("*.gguf")):
                 check_room(directory, dtype)
             return TransformersRuntime(directory, dtype)
         case "onnx":
