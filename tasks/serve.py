@@ -257,7 +257,7 @@ def summary_line(report: ServeReport) -> str:
     passed = sum(one.state == "passed" for one in report.findings)
     same = report.agreement
     words = f", {same.equal} of {same.texts} greedy texts equal and {same.near_ties} up to a near-tie" if same else ""
-    loss = f", mean log-probability {same.difference:+.4f} nats" if same and same.difference is not None else ""
+    loss = f", mean log-probability {same.difference:+.5f} nats" if same and same.difference is not None else ""
     return f"{report.variant}: served by {report.engine} {report.version}: {passed} checks passed{words}{loss}"
 
 

@@ -50,7 +50,7 @@ def proof(found: Values) -> str:
         if same["difference"] is not None:
             words.append(
                 f"mean log-probability of {same['tokens']:,} tokens "
-                f"{same['difference']:+.4f} nats from the evaluation's"
+                f"{same['difference']:+.5f} nats from the evaluation's"
             )
     if items := found.get("items"):
         words.append(f"{items['equal']} of {items['scored']} item scores of lm-eval through the server as evaluated")

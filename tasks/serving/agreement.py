@@ -47,7 +47,7 @@ class Agreement:
         found = [f"greedy text {one}" for one in self.parted]
         if self.difference is not None and not abs(self.difference) <= self.mean_bound:
             found.append(
-                f"the mean log-probability of {self.tokens} tokens differs by {self.difference:+.4f} nats from the "
+                f"the mean log-probability of {self.tokens} tokens differs by {self.difference:+.5f} nats from the "
                 f"evaluation's; expected at most {self.mean_bound}"
             )
         return found

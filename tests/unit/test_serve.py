@@ -86,7 +86,7 @@ def test_a_model_that_does_all_as_evaluated_is_served(stage: Stage) -> None:
     ("fault", "reason"),
     [
         ("ignores stop", "stop strings: "),
-        ("shifted", "the mean log-probability of 252 tokens differs by \\+0.0100 nats"),
+        ("shifted", "the mean log-probability of 252 tokens differs by \\+0.01000 nats"),
         ("other tokens", "greedy text 1, token 4: "),
         ("does not start", "fake ended with status 1; its last words: ValueError: no kernel for model"),
     ],

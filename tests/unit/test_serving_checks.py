@@ -196,7 +196,7 @@ def test_shifted_log_probabilities_do_not_agree_within_any_bound(subject: Serve)
         found = compare(one, kind)
         assert found.difference == pytest.approx(0.01)
         (problem,) = found.problems
-        assert "+0.0100 nats" in problem
+        assert "+0.01000 nats" in problem
 
 
 def test_without_ids_and_echo_texts_are_compared(subject: Serve) -> None:
