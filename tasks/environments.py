@@ -147,7 +147,7 @@ def _folder(name: str) -> Path:
     are compiled for it."""
     python = f"{platform.python_implementation()} {platform.python_version()} {platform.machine()}"
     processor = cpu_name() if ENVIRONMENTS[name].compiled else ""
-    digest = hashlib.sha256((python + processor).encode() + _lock(name).read_bytes()).hexdigest()
+    digest = hashlib.sha256("\n".join([python, processor, *_lines(_lock(name))]).encode()).hexdigest()
     return environments() / f"{name}-{digest[:12]}"
 
 

@@ -111,7 +111,8 @@ def source_version() -> str:
 
 def _identity() -> str:
     """Hash of everything that the program depends on; the processor, because the code is compiled for this one."""
-    parts = (LOCK.read_text(encoding="utf-8"), repr(sorted(OPTIONS.items())), platform.platform(), cpu_name())
+    pins = [line for line in LOCK.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    parts = (*pins, repr(sorted(OPTIONS.items())), platform.platform(), cpu_name())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
