@@ -18,8 +18,9 @@ install: $(STAMP) ## Create .venv with exactly the versions in requirements.lock
 .PHONY: packages
 packages: $(PACKAGES) ## Create .venv without this project: the slow part of `make install`
 
-gguf: install ## Compile llama.cpp for the target gguf (5 to 10 minutes, in an environment of its own; needs a C++ compiler)
+gguf: install ## Compile llama.cpp and its server for the target gguf (15 to 30 minutes; needs a C++ compiler and cmake)
 	@$(BIN)/python -m tasks.environments llama-cpp
+	@$(BIN)/python -m tasks.serving.llama_server
 
 demo: install ## Quantize the built-in model four ways and prove the result (about 15 minutes on 2 cores)
 	@$(BIN)/modelpress run
