@@ -10,6 +10,7 @@ import asyncio
 import copy
 import json
 import os
+import re
 import resource
 import sys
 from typing import Any
@@ -19,9 +20,11 @@ def main() -> None:
     """Answer the lines until standard input ends. What the benchmark prints goes to standard error."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    from vllm.benchmarks.lib.endpoint_request_func import StreamedResponseHandler
     from vllm.benchmarks.serve import add_cli_args, main_async
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    _tell_usage_apart(StreamedResponseHandler)
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
     settled = parser.parse_args(
@@ -44,6 +47,28 @@ def main() -> None:
             _reply(replies, {**result, "cpu_seconds": _cpu_seconds() - before})
         except Exception as error:  # for the caller, who knows what it means
             _reply(replies, {"error": f"{type(error).__name__}: {error}"})
+
+
+def _tell_usage_apart(handler: Any) -> None:
+    """Let the benchmark's reader of streams see the usage that llama.cpp tells beside its last choice: it looks for it
+    only in a message without one, and counts the tokens of the text again otherwise, which finds other numbers."""
+    whole = handler.add_chunk
+
+    def add_chunk(self: Any, chunk: bytes) -> list[str]:
+        return [part for message in whole(self, chunk) for part in usage_apart(message)]
+
+    handler.add_chunk = add_chunk
+
+
+def usage_apart(message: str) -> list[str]:
+    """An event of a stream; in two, if it tells the usage beside a choice. A choice without a text is no token."""
+    if not re.search(r'"usage": ?\{', message):
+        return [message]
+    values = json.loads(message.removeprefix("data: "))
+    if not values.get("choices"):
+        return [message]
+    usage = "data: " + json.dumps({**values, "choices": []})
+    return ["data: " + json.dumps({**values, "usage": None}), usage] if values["choices"][0].get("text") else [usage]
 
 
 def _reply(replies: Any, answer: dict[str, Any]) -> None:

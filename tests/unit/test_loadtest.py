@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tasks.errors import TaskError
+from tasks.loadtest.driver import usage_apart
 from tasks.loadtest.figures import cost, figures, level, percentiles, ratio, ratios
 from tasks.loadtest.generator import Generator, generator, read_reply
 from tasks.loadtest.records import Request, Run
@@ -323,3 +324,15 @@ def test_a_generator_that_does_not_start(tmp_path: Path) -> None:
         generator(Path(sys.executable), tmp_path, log, 8, 11, broken),
     ):
         pass
+
+
+def test_usage_beside_a_choice_is_told_apart() -> None:
+    last = 'data: {"choices": [{"text": "%s"}], "usage": {"completion_tokens": 2}}'
+    alone = {"choices": [], "usage": {"completion_tokens": 2}}
+    assert [json.loads(one.removeprefix("data: ")) for one in usage_apart(last % "")] == [alone]
+    token, usage = (json.loads(one.removeprefix("data: ")) for one in usage_apart(last % "word"))
+    assert (token, usage) == ({"choices": [{"text": "word"}], "usage": None}, alone)
+    for message in ("data: [DONE]", ": ping", 'data: {"choices": [{"text": "a"}], "usage": null}'):
+        assert usage_apart(message) == [message]
+    vllms = 'data: {"choices": [], "usage": {"completion_tokens": 2}}'
+    assert usage_apart(vllms) == [vllms]
