@@ -59,6 +59,7 @@ RULES = Rules(
     through={"tasks.program": "it sets the environment that tasks.determinism describes"},
     folders={
         "tasks.serving.environments": "locks",
+        "tasks.deployment.groups": "tasks/deployment/lifeline.py",
         "tasks.deployment.onnx": "tasks/serving/onnx_server",
         "tasks.deployment.tool_calling": "tasks/deployment/tables",
         "tasks.deployment.write": "tasks/deployment/templates",
