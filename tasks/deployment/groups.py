@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.deployment.arguments import COPIES_PORT, LIFELINE_PORT, MODEL, vllm_command
+from tasks.deployment.arguments import COPIES_PORT, LIFELINE_PORT, MODEL, PORT, vllm_command
 from tasks.deployment.sizing import Plan
 
 LIFELINE = Path(__file__).with_name("lifeline.py")
@@ -30,8 +30,9 @@ def machine_command(plan: Plan, leader: str, rank: str, first: str) -> list[str]
 
 def in_group(plan: Plan, leader: str, rank: str, command: list[str]) -> list[str]:
     """The command inside lifeline.py."""
-    size = group_size(plan)
-    options = (f"--leader={leader}", f"--port={LIFELINE_PORT}", f"--rank={rank}", f"--size={size}")
+    options = [f"--leader={leader}", f"--port={LIFELINE_PORT}", f"--rank={rank}", f"--size={group_size(plan)}"]
+    if rank == "0" and not plan.grouped:  # vLLM does not wait for the answers of several copies itself
+        options.append(f"--metrics={PORT}")
     return ["python3", f"{MODEL}/serve/{LIFELINE.name}", *options, "--", *command]
 
 

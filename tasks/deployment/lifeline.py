@@ -11,6 +11,8 @@ Rank 0 listens, the other ranks connect to it for as long as it takes, and both 
 - SIGTERM, SIGINT and SIGHUP end the group in order, whichever rank gets them: rank 0 sends SIGTERM to its command,
   which gives the running requests their answers; the others keep their commands until rank 0 has ended. A rank that got
   no signal itself exits with status 69, so that a service manager starts it again.
+- vLLM 0.32 with data parallelism drops running requests at SIGTERM. So with --metrics, rank 0 first waits until no
+  request is running or waiting; until then, new ones are still accepted.
 
 A bundle for several machines has a copy of this file in serve/. It needs Python 3.11 and nothing else. What arrives on
 the port can end the group, and nothing more; it carries no secrets and no commands. It is not protected, like the ports
@@ -39,6 +41,7 @@ ALIVE = "alive"  # of both: the heartbeat
 LEAVING = "leaving"  # of a rank: it was told to end
 ENDING = "ending"  # of rank 0: the group ends in order
 GONE = "lost"  # of rank 0, followed by the number of the lost rank
+REQUESTS = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")  # vLLM's metrics of each engine
 
 
 class End(enum.Enum):
@@ -128,7 +131,7 @@ class Rank:
         """Keep up the links."""
 
     def end_in_order(self) -> None:
-        """End the group in order, after each signal to this rank."""
+        """End the group in order."""
         raise NotImplementedError
 
     def lose(self, rank: int, why: str) -> None:
@@ -153,9 +156,10 @@ class Rank:
         print(f"lifeline of rank {self.options.rank}: {text}", file=sys.stderr, flush=True)
 
     def _signalled(self) -> None:
-        self.told.set()
+        """End in order; at a second signal, the command is told at once."""
         if self._running:
-            self.end_in_order()
+            self.terminate() if self.told.is_set() else self.end_in_order()
+        self.told.set()
 
     async def _beat(self) -> None:
         """Send heartbeats, and notice silence."""
@@ -216,7 +220,8 @@ class Leader(Rank):
             self.server.close()
             for link in self.links.values():
                 link.send(ENDING)
-        self.terminate()
+            asyncio.get_running_loop().call_later(self.options.drain, self.kill)
+            self._draining = asyncio.create_task(self._drain())
 
     def lose(self, rank: int, why: str) -> None:
         """End because a peer is lost, and tell the others which."""
@@ -224,6 +229,16 @@ class Leader(Rank):
             for link in self.links.values():
                 link.send(GONE, rank)
         super().lose(rank, why)
+
+    async def _drain(self) -> None:
+        """Tell the command to end, with --metrics not before its requests are answered."""
+        with suppress(OSError, ValueError, TimeoutError):  # it does not serve
+            async with asyncio.timeout(self.options.answers):
+                quiet = 0
+                while self.options.metrics and quiet < 2:  # a request may be on its way between two processes
+                    quiet = 0 if await requests(self.options.metrics) else quiet + 1
+                    await asyncio.sleep(self.options.heartbeat)
+        self.terminate()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve a connection, of a rank or of a stranger."""
@@ -239,7 +254,7 @@ class Leader(Rank):
             self.say(f"all {self.options.size} ranks are connected")
         try:
             async for words in link.lines():
-                if words == [LEAVING] and not self.ending:
+                if words == [LEAVING]:
                     self.end_in_order()
         finally:
             self.lose(rank, "its connection ended")
@@ -258,8 +273,6 @@ class Leader(Rank):
 class Follower(Rank):
     """Any other rank."""
 
-    _asked = False  # rank 0 to end in order
-
     async def tend(self) -> None:
         """Join, and follow what rank 0 says."""
         if (link := await self._join()) is None:
@@ -277,14 +290,12 @@ class Follower(Rank):
             self.lose(0, "its connection ended")
 
     def end_in_order(self) -> None:
-        """Ask rank 0 to end in order; without a link to it, or after a second signal, end the command."""
-        link = self.links.get(0)
-        if link is None or self._asked:
+        """Ask rank 0 to end in order; without a link to it, end the command."""
+        if link := self.links.get(0):
+            link.send(LEAVING)
+            asyncio.get_running_loop().call_later(self.options.drain + self.options.grace, self._finish)
+        else:
             self.terminate()
-            return
-        self._asked = True
-        link.send(LEAVING)
-        asyncio.get_running_loop().call_later(self.options.drain + self.options.grace, self._finish)
 
     async def _join(self) -> Link | None:
         """A link to rank 0; None if this rank is told to end before there is one."""
@@ -320,6 +331,15 @@ def listening_socket(host: str | None, port: int) -> socket.socket:
     return socket.create_server(("", port))
 
 
+async def requests(port: int) -> float:
+    """The number of requests that vLLM on this machine runs or lets wait. OSError or ValueError if it does not say."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")  # 1.0: the answer is not in chunks
+    text = (await reader.read()).decode()
+    writer.close()
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(REQUESTS))
+
+
 def exit_status(found: int | None) -> int:
     """A process' exit status as shells give it: above 128 after a signal. found: None if it does not end."""
     if found is None:
@@ -346,10 +366,12 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
         default=os.environ.get("VLLM_HOST_IP"),
         help="own address on which rank 0 listens, by default VLLM_HOST_IP or all",
     )
+    parser.add_argument("--metrics", type=int, metavar="PORT", help="of vLLM at rank 0, to wait for its requests")
     for name, seconds, what in (
         ("heartbeat", 1, "between two heartbeats"),
         ("silence", 5, "without a heartbeat of a peer until it is lost"),
-        ("drain", 90, "for the command to end after SIGTERM, until it is killed"),
+        ("drain", 90, "for the command to end after a signal, until it is killed"),
+        ("answers", 60, "of them, at most, to wait with --metrics before the command is told to end"),
         ("grace", 10, "between the end of the command of rank 0 and those of the others, until they are killed"),
         ("linger", 30, "to wait for a signal before the end, if only another rank was told to end"),
     ):

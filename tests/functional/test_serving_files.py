@@ -41,7 +41,7 @@ PROMPTS = (
     "The three primary colors are",
     "My favourite season is",
 )
-LONG = {"prompt": "Count: 1 2 3 4", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+LONG = {"prompt": "Count: 1 2 3 4", "temperature": 0, "ignore_eos": True}
 # on a CPU, vLLM cannot spread layers over machines, but it can split them
 SPLIT = ("--pipeline-parallel-size=1", "--tensor-parallel-size=3")
 
@@ -120,7 +120,7 @@ def test_tensor_parallel_over_three_machines(bundles: dict[str, Path], alone: li
         report("three machines started", service.wait(START))
         compare(service, alone)
         survives(service, 2)
-        ends_in_order(service, first=1)
+        ends_in_order(service, first=1, tokens=50)
 
 
 def test_data_parallel_over_two_machines(bundles: dict[str, Path], alone: list[Text], tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_data_parallel_over_two_machines(bundles: dict[str, Path], alone: list[T
         assert min(finished(service).values()) > 0  # both machines answered
         survives(service, 1)
         survives(service, 1, cut=True)
-        ends_in_order(service, first=1)
+        ends_in_order(service, first=1, tokens=200)
 
 
 def compare(service: Service, alone: list[Text]) -> None:
@@ -159,6 +159,7 @@ class Request:
     """A streamed request in a thread. ended: when; error: why, None if it was answered to its end."""
 
     service: Service
+    tokens: int = 400
     events: int = 0
     ended: float | None = None
     error: str | None = None
@@ -170,16 +171,16 @@ class Request:
 
     def _run(self) -> None:
         try:
-            for _ in self.service.stream("/v1/completions", {"model": NAME, **LONG}):
+            for _ in self.service.stream("/v1/completions", {"model": NAME, **LONG, "max_tokens": self.tokens}):
                 self.events += 1
         except Exception as error:  # every kind of failure counts
             self.error = f"{type(error).__name__}: {error}"
         self.ended = time.monotonic()
 
 
-def running(service: Service) -> list[Request]:
-    """Requests that are being answered."""
-    requests = [Request(service) for _ in range(4)]
+def running(service: Service, tokens: int = 400) -> list[Request]:
+    """Requests that are being answered. tokens: of each."""
+    requests = [Request(service, tokens) for _ in range(4)]
     deadline = time.monotonic() + 60
     while any(request.events < 3 for request in requests) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -209,9 +210,12 @@ def survives(service: Service, rank: int, cut: bool = False) -> None:
     assert (service.starts, service.stayed) == (starts + 1, [rank] if cut else [])
 
 
-def ends_in_order(service: Service, first: int) -> None:
-    """Tell the machines to end, this one first: running requests are answered, and all machines end."""
-    requests = running(service)
+def ends_in_order(service: Service, first: int, tokens: int) -> None:
+    """Tell the machines to end, this one first: running requests are answered, and all machines end.
+
+    tokens: of each request, which must take less time than vLLM gets.
+    """
+    requests = running(service, tokens)
     ranks = sorted(range(len(service.containers)), key=lambda rank: rank != first)
     start = time.monotonic()
     statuses = service.end_in_order(ranks, 90)

@@ -40,6 +40,30 @@ own.with_suffix(".new").write_text(str(os.getpid()))
 own.with_suffix(".new").rename(own)
 time.sleep(600)
 """
+# vLLM's metrics: a request is running until so many seconds after they were first asked for; SIGTERM notes the time
+METRICS = """
+import http.server, pathlib, signal, sys, threading, time
+own, port, seconds, start = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), []
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        start.append(time.monotonic())
+        running = float(time.monotonic() - start[0] < seconds)
+        lines = ['# HELP', 'vllm:num_requests_waiting{engine="0"} 0.0', 'vllm:num_requests_running{engine="0"} 0.0']
+        lines.append(f'vllm:num_requests_running{{engine="1"}} {running}')
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write('\\n'.join(lines).encode())
+    def log_message(self, *_):
+        pass
+def end(*_):
+    own.with_suffix(".answer").write_text(str(time.monotonic() - start[0]))
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+own.touch()
+time.sleep(600)
+"""
 
 
 class Group:
@@ -225,6 +249,38 @@ class TestOrder:
         assert ranks.status(1) == 0
         assert soon(ranks.nothing_is_left, 2)
 
+    @pytest.mark.parametrize(("seconds", "answers", "expected"), [(1.0, 10, 1.0), (60, 0.5, 0.5), (0, 10, 0)])
+    def test_requests_are_answered_before_the_command_is_told(
+        self, group: Callable[[int], Group], seconds: float, answers: float, expected: float
+    ) -> None:
+        ranks, port = group(2), free_port()
+        command = [sys.executable, "-c", METRICS, str(ranks.pid(0)), str(port), str(seconds)]
+        ranks.start(0, f"--metrics={port}", f"--answers={answers}", command=command)
+        ranks.start(1)
+        assert soon(lambda: "connected to rank 0" in ranks.text(1) and ranks.pid(0).exists(), 10)
+        for rank in (1, 0):
+            ranks.ranks[rank].terminate()
+            time.sleep(0.1)
+        assert [ranks.status(rank) for rank in (0, 1)] == [0, 0]
+        assert expected - BEAT <= float(ranks.answer(0) or "nan") < expected + 1
+
+    def test_a_second_signal_does_not_wait(self, group: Callable[[int], Group]) -> None:
+        ranks, port = group(1), free_port()
+        ranks.start(0, f"--metrics={port}", command=[sys.executable, "-c", METRICS, str(ranks.pid(0)), str(port), "60"])
+        assert soon(ranks.pid(0).exists, 10)
+        ranks.ranks[0].terminate()
+        time.sleep(1)
+        assert ranks.ranks[0].poll() is None
+        ranks.ranks[0].terminate()
+        assert ranks.status(0, 2) == 0
+
+    def test_a_command_without_metrics_is_told_at_once(self, group: Callable[[int], Group]) -> None:
+        ranks = group(1)
+        ranks.start(0, f"--metrics={free_port()}")
+        assert soon(ranks.pid(0).exists, 10)
+        ranks.ranks[0].terminate()
+        assert ranks.status(0, 2) == 0
+
     def test_a_rank_without_a_leader_passes_the_signal_on(self, group: Callable[[int], Group]) -> None:
         ranks = group(2)
         ranks.start(1, status=4)
@@ -234,7 +290,8 @@ class TestOrder:
 
     def test_the_limits_fit_vllm_s(self) -> None:
         options = lifeline.read_options(["--leader=a", "--port=1", "--rank=0", "--size=2", "--", "true"])
-        assert options.drain > DRAIN  # vLLM's own, so that it is killed only if it hangs
+        assert options.answers == DRAIN  # vLLM's own
+        assert options.drain > DRAIN + options.grace  # it is killed only if it hangs
         assert options.silence + options.heartbeat <= 7  # requests end within 10 s
 
 
