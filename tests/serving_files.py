@@ -2,8 +2,7 @@
 files, with addresses mapped to 127.0.0.1 and settings for vLLM's CPU build.
 
 A supervisor does what the files ask of compose or LeaderWorkerSet: if a process ends or fails its liveness probe, all
-are started again. Those that do not end by themselves get the time that the files give them before they are told to, so
-a request must not wait for the supervisor.
+are started again. It first gives them time to end by themselves, so a request must not wait for the supervisor.
 """
 
 from __future__ import annotations
@@ -23,15 +22,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from tests.caddy import free_port
+from tests.waiting import soon
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = os.environ.get("MODELPRESS_VLLM_PYTHON", "")
 KEY = "a-key-for-tests"
 HOST = "127.0.0.1"
-PORT, RANKS_PORT, COPIES_PORT = "8000", "29500", "13345"  # in the files
+PORT, RANKS_PORT, COPIES_PORT, LIFELINE_PORT = "8000", "29500", "13345", "13344"  # in the files
+ENDS = 15  # seconds in which all processes must end by themselves after one is lost
 # the automatic binding wants more cores than there are, and compiling takes minutes
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HOME": ""}
 CPU_ARGUMENTS = ("--enforce-eager", "--max-model-len=1024")
@@ -39,15 +41,12 @@ CPU_ARGUMENTS = ("--enforce-eager", "--max-model-len=1024")
 
 @dataclass(frozen=True)
 class Container:
-    """What a file says about a container. alive: the command of its liveness probe, if it is one. ends: seconds until
-    it is told to end."""
+    """What a file says about a container. period, failures: of the liveness probe, which asks /health."""
 
     command: list[str]
     environment: dict[str, str]
-    alive: list[str] | None = None
     period: float = 10
     failures: int = 6
-    ends: float = 0
 
 
 def of_compose(bundle: Path) -> list[Container]:
@@ -68,18 +67,13 @@ def of_group(bundle: Path) -> list[Container]:
         given = {one["name"]: one.get("value", KEY) for one in container["env"]}
         # what LeaderWorkerSet's controller adds
         given |= {"LWS_LEADER_ADDRESS": HOST, "LWS_WORKER_INDEX": str(rank), "LWS_GROUP_SIZE": str(group["size"])}
-        probe = container["livenessProbe"]
         command = [_expanded(word, given) for word in container["command"]]
-        found.append(
-            Container(
-                command,
-                given,
-                probe.get("exec", {}).get("command"),
-                probe["periodSeconds"],
-                probe["failureThreshold"],
-                container["lifecycle"]["preStop"]["sleep"]["seconds"],
-            )
-        )
+        if rank:
+            assert "livenessProbe" not in container  # it ends with the leader
+            found.append(Container(command, given))
+        else:
+            probe = container["livenessProbe"]
+            found.append(Container(command, given, probe["periodSeconds"], probe["failureThreshold"]))
     return found
 
 
@@ -90,24 +84,29 @@ def _expanded(word: str, environment: dict[str, str]) -> str:
 
 @dataclass
 class Service:
-    """The processes of all containers, and their supervisor. arguments: further ones, after those of the files."""
+    """The processes of all containers, and their supervisor. arguments: further ones, after those of the files.
+
+    stayed: the ranks that did not end by themselves before the last start.
+    """
 
     containers: Sequence[Container]
     bundle: Path
     folder: Path  # for logs and the home of the processes
     arguments: Sequence[str] = ()
     starts: int = 0
+    stayed: list[int] = field(default_factory=list)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.ports = {name: str(free_port()) for name in (PORT, RANKS_PORT, COPIES_PORT)}
+        self.ports = {name: str(free_port()) for name in (PORT, RANKS_PORT, COPIES_PORT, LIFELINE_PORT)}
         self._ended = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
 
     def __enter__(self) -> Service:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "vllm").write_text(f'#!/bin/sh\nexec "{PYTHON}" "{ROOT / "tests/vllm_serve.py"}" "$@"\n')
-        (self.folder / "vllm").chmod(0o755)
+        for name, program in (("vllm", f' "{ROOT / "tests/vllm_serve.py"}"'), ("python3", "")):
+            (self.folder / name).write_text(f'#!/bin/sh\nexec "{PYTHON}"{program} "$@"\n')
+            (self.folder / name).chmod(0o755)
         self._supervisor.start()
         return self
 
@@ -147,7 +146,21 @@ class Service:
 
     def lose(self, rank: int) -> None:
         """Kill all processes of a machine at once."""
-        os.killpg(self.processes[rank].pid, signal.SIGKILL)
+        _send(signal.SIGKILL, self.processes[rank])
+
+    def cut(self, rank: int) -> None:
+        """Stop all processes of a machine: no connection ends, but nothing arrives any more."""
+        _send(signal.SIGSTOP, self.processes[rank])
+
+    def end_in_order(self, ranks: Sequence[int], seconds: float) -> list[int | None]:
+        """Tell the machines to end, in this order; their exit statuses after so many seconds. None starts again."""
+        self._ended.set()
+        self._supervisor.join(60)
+        for rank in ranks:
+            self.processes[rank].terminate()
+            time.sleep(0.5)
+        soon(lambda: all(process.poll() is not None for process in self.processes), seconds)
+        return [process.poll() for process in self.processes]
 
     def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:
         """The JSON answer to a request."""
@@ -187,7 +200,7 @@ class Service:
         for rank, container in enumerate(self.containers):
             further = [*ports, *CPU_ARGUMENTS, *self.arguments]
             command = [self._mapped(word) for word in container.command]
-            if command[0] == "sh":
+            if "sh" in command:
                 command[-1] = " ".join([command[-1], *further])
             else:
                 command += further
@@ -206,43 +219,42 @@ class Service:
 
     def _kill_all(self) -> None:
         for process in self.processes:
-            with suppress(ProcessLookupError):
+            _send(signal.SIGKILL, process)
+            with suppress(ProcessLookupError):  # what is left of a process that has ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
 
     def _wait_for_ends(self) -> None:
-        """Wait until all processes have ended, or until the leader would be told to."""
-        deadline = time.monotonic() + self.containers[0].ends
+        """Wait until all processes have ended by themselves."""
+        deadline = time.monotonic() + ENDS
         while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
-            if self._ended.wait(0.3):
+            if self._ended.wait(0.1):
                 return
+        self.stayed = [rank for rank, process in enumerate(self.processes) if process.poll() is None]
 
     def _supervise(self) -> None:
         """Start all; if one ends or fails its probe too often, start all again."""
         self._start_all()
-        started, failed, asked = False, [0] * len(self.containers), time.monotonic()
+        started, failed, asked = False, 0, time.monotonic()
         while not self._ended.wait(0.3):
             started = started or self.healthy()
             lost = any(process.poll() is not None for process in self.processes)
             if started and time.monotonic() > asked + self.containers[0].period:
                 asked = time.monotonic()
-                for rank, container in enumerate(self.containers):
-                    alive = self._probe(container) if container.alive else self.healthy()
-                    failed[rank] = 0 if alive else failed[rank] + 1
-                    lost = lost or failed[rank] >= container.failures
+                failed = 0 if self.healthy() else failed + 1
+                lost = lost or failed >= self.containers[0].failures
             if lost:
                 self._wait_for_ends()
                 self._kill_all()
                 if self._ended.is_set():
                     return
                 self._start_all()
-                started, failed, asked = False, [0] * len(self.containers), time.monotonic()
+                started, failed, asked = False, 0, time.monotonic()
 
-    def _probe(self, container: Container) -> bool:
-        assert container.alive
-        command = [PYTHON if word == "python3" else self._mapped(word) for word in container.alive]
-        try:
-            done = subprocess.run(command, env=container.environment, capture_output=True, timeout=10, check=False)
-        except subprocess.TimeoutExpired:
-            return False
-        return done.returncode == 0
+
+def _send(number: signal.Signals, process: subprocess.Popen[bytes]) -> None:
+    """Send a signal to a process and all that it started."""
+    with suppress(psutil.NoSuchProcess):
+        for one in (own := psutil.Process(process.pid), *own.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                one.send_signal(number)

@@ -59,6 +59,7 @@ RULES = Rules(
     },
     through={"tasks.program": "it sets the environment that tasks.determinism describes"},
     folders={
+        "tasks.deployment.groups": "tasks/deployment/lifeline.py",
         "tasks.serving.engines": "locks",
         "tasks.deployment.onnx": "tasks/serving/onnx_server",
         "tasks.deployment.tool_calling": "tasks/deployment/tables",

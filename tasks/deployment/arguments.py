@@ -1,5 +1,4 @@
-"""The arguments of the servers: vLLM's settings file, its further arguments on each of several machines, llama.cpp's,
-and those of the server for ONNX exports.
+"""The arguments of the servers: vLLM's settings file, llama.cpp's arguments, and those of the server for ONNX exports.
 
 All other files of serve/ refer to these, so that a setting stands in one place.
 """
@@ -15,7 +14,7 @@ from tasks.deployment.tool_calling import Template
 
 MODEL = "/model"  # where the bundle is mounted, read-only
 SETTINGS = "serve/vllm.yaml"
-PORT, RANKS_PORT, COPIES_PORT = 8000, 29500, 13345
+PORT, RANKS_PORT, COPIES_PORT, LIFELINE_PORT = 8000, 29500, 13345, 13344
 DRAIN = 60  # seconds for the requests that are running when the server is told to end
 SAMPLING = (
     "temperature",
@@ -61,25 +60,6 @@ def vllm_settings(name: str, plan: Plan, template: Template, gpu: bool) -> dict[
 def vllm_command(*further: str) -> list[str]:
     """The command that serves the mounted bundle; later arguments take precedence over the settings file."""
     return ["vllm", "serve", MODEL, "--config", f"{MODEL}/{SETTINGS}", *further]
-
-
-def group_arguments(rank: str, leader: str, follower: bool) -> list[str]:
-    """Further arguments of one machine, if a copy of the model needs several. rank, leader: values or variables."""
-    return [f"--node-rank={rank}", f"--master-addr={leader}", *(["--headless"] if follower else [])]
-
-
-def copies_arguments(plan: Plan, first: str, leader: str, follower: bool) -> list[str]:
-    """Further arguments of one of several machines with whole copies behind one address (data parallelism).
-
-    first: the number of the first copy on this machine, or a variable.
-    """
-    return [
-        f"--data-parallel-size={plan.copies * plan.machines}",
-        f"--data-parallel-size-local={plan.copies}",
-        f"--data-parallel-address={leader}",
-        f"--data-parallel-rpc-port={COPIES_PORT}",
-        *([f"--data-parallel-start-rank={first}", "--headless"] if follower else []),
-    ]
 
 
 def llama_cpp_command(name: str, plan: Plan, sampling: dict[str, Any], gpu: bool) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.deployment.arguments import DRAIN, PORT, copies_arguments, group_arguments, vllm_command
-from tasks.deployment.pods import PROXY_PORT, UNREADY, engine, pod, probes, proxy, start_seconds, volumes
+from tasks.deployment.arguments import DRAIN, PORT
+from tasks.deployment.groups import group_size, in_group, machine_command
+from tasks.deployment.pods import PROXY_PORT, UNREADY, engine, pod, proxy, start_seconds, volumes
 from tasks.deployment.sizing import Plan
 
 Manifest = dict[str, Any]
@@ -51,24 +52,19 @@ def deployment(name: str, plan: Plan, product: str | None, **changes: Any) -> Ma
 
 def leader_worker_set(name: str, plan: Plan, product: str | None) -> Manifest:
     """Several machines behind one address; if one is lost, all start again together."""
-    size = plan.pipeline if plan.grouped else plan.machines
+    size = group_size(plan)
 
-    def arguments(follower: bool) -> list[str]:
-        leader = "$(LWS_LEADER_ADDRESS)"
-        if plan.grouped:
-            return vllm_command(*group_arguments("$(LWS_WORKER_INDEX)", leader, follower))
-        if not follower:
-            return vllm_command(*copies_arguments(plan, "0", leader, follower))
-        # the shell computes the number of the first copy, and exec hands it the signals
-        first = f"$((LWS_WORKER_INDEX * {plan.copies}))"
-        return ["sh", "-c", "exec " + " ".join(vllm_command(*copies_arguments(plan, first, leader, follower)))]
+    def command(follower: bool) -> list[str]:
+        leader, rank = "$(LWS_LEADER_ADDRESS)", "$(LWS_WORKER_INDEX)" if follower else "0"
+        own = machine_command(plan, leader, rank, first=f"$((LWS_WORKER_INDEX * {plan.copies}))")
+        if follower and not plan.grouped:  # the shell computes the number of the first copy
+            own = ["sh", "-c", "exec " + " ".join(own)]
+        return in_group(plan, leader, rank, own)
 
-    # a worker has no port of its own: it lives as long as the leader answers
-    check = {"exec": {"command": ["python3", "-c", _LEADER_ANSWERS]}}
-    # the leader needs it until the last answer is given
-    ends = {"preStop": {"sleep": {"seconds": UNREADY + DRAIN}}}
-    worker = engine(name, plan, product is not None, command=arguments(True), **probes(check, plan), lifecycle=ends)
-    for field in ("readinessProbe", "ports"):
+    # it has no port to ask: lifeline.py ends it with the leader, which has probes. Like the leader, it is told to end
+    # when no new requests arrive, because it passes that on
+    worker = engine(name, plan, product is not None, command=command(follower=True))
+    for field in ("startupProbe", "readinessProbe", "livenessProbe", "ports"):
         worker.pop(field)
     return {
         "apiVersion": "leaderworkerset.x-k8s.io/v1",
@@ -82,7 +78,7 @@ def leader_worker_set(name: str, plan: Plan, product: str | None) -> Manifest:
                 "restartPolicy": "RecreateGroupOnPodRestart",
                 "leaderTemplate": {
                     "metadata": {"labels": {"app": name, "role": "server"}},
-                    "spec": _server(name, plan, product, command=arguments(False)),
+                    "spec": _server(name, plan, product, command=command(follower=False)),
                 },
                 "workerTemplate": {
                     "metadata": {"labels": {"app": name, "role": "worker"}},
@@ -91,12 +87,6 @@ def leader_worker_set(name: str, plan: Plan, product: str | None) -> Manifest:
             },
         },
     }
-
-
-_LEADER_ANSWERS = (
-    "import os, urllib.request as u; "
-    f"u.urlopen('http://' + os.environ['LWS_LEADER_ADDRESS'] + ':{PORT}/health', timeout=8)"
-)
 
 
 def inference_service(name: str, plan: Plan, product: str | None, caddyfile: str) -> list[Manifest]:

@@ -11,8 +11,6 @@ from tasks.deployment import compose, kubernetes, onnx
 from tasks.deployment.arguments import (
     MODEL,
     PORT,
-    copies_arguments,
-    group_arguments,
     llama_cpp_command,
     onnx_arguments,
     onnx_command,
@@ -20,10 +18,11 @@ from tasks.deployment.arguments import (
     vllm_command,
     vllm_settings,
 )
+from tasks.deployment.groups import LIFELINE, group_commands, ray_command
 from tasks.deployment.monitoring import ONNX_WAITING, VLLM_WAITING, alert_rules, dashboard, onnx_alert_rules
 from tasks.deployment.pods import ENVIRONMENT, PROXY_PORT, USER, secret_name
 from tasks.deployment.shape import read_shape
-from tasks.deployment.sizing import Plan, gigabytes
+from tasks.deployment.sizing import gigabytes
 from tasks.deployment.sizing import plan as plan_of
 from tasks.deployment.tool_calling import read_template
 from tasks.deployment.yaml_text import to_yaml
@@ -100,7 +99,8 @@ class _Serving:
             values["arguments"] = onnx_arguments(self.name, self.plan)
             yield "README.md", _render("README_onnx.md.j2", **values)
         else:
-            yield "README.md", _render("README.md.j2", commands=_commands(self.plan), ray=_on_ray(self.plan), **values)
+            values |= {"commands": group_commands(self.plan, "$LEADER"), "ray": ray_command(self.plan)}
+            yield "README.md", _render("README.md.j2", **values)
 
     def _one_machine(self) -> Iterator[tuple[str, Any]]:
         calls = self.template.parser is not None
@@ -126,6 +126,7 @@ class _Serving:
             yield "kubernetes/deployment.yaml", [kubernetes.deployment(name, plan, product)]
             yield "kubernetes/kserve.yaml", kubernetes.inference_service(name, plan, product, inside)
         if plan.machines > 1:
+            yield LIFELINE.name, LIFELINE.read_text(encoding="utf-8")
             yield "kubernetes/leaderworkerset.yaml", [kubernetes.leader_worker_set(name, plan, product)]
         yield "kubernetes/autoscaling.yaml", [kubernetes.autoscaling(name, plan, VLLM_WAITING)]
         yield "kubernetes/monitoring.yaml", kubernetes.monitoring(name, alert_rules(name))
@@ -156,26 +157,6 @@ class _Serving:
             "port": PORT,
             "command": vllm_command(),
         }
-
-
-def _commands(plan: Plan) -> list[str]:
-    """The command of each machine, if there are several."""
-
-    def arguments(rank: int) -> list[str]:
-        if plan.grouped:
-            return group_arguments(str(rank), "$LEADER", follower=rank > 0)
-        return copies_arguments(plan, str(rank * plan.copies), "$LEADER", follower=rank > 0)
-
-    machines = plan.pipeline if plan.grouped else plan.machines
-    return [" ".join(vllm_command(*arguments(rank))) for rank in range(machines)] if machines > 1 else []
-
-
-def _on_ray(plan: Plan) -> str:
-    """The command on a Ray cluster, which starts the processes of all machines."""
-    if plan.grouped:
-        return " ".join(vllm_command("--nnodes=1", "--distributed-executor-backend=ray"))
-    copies = ("--data-parallel-backend=ray", f"--data-parallel-size={plan.copies * plan.machines}")
-    return " ".join(vllm_command(*copies, f"--data-parallel-size-local={plan.copies}"))
 
 
 def _render(template: str, **values: Any) -> str:

@@ -41,7 +41,7 @@ PROMPTS = (
     "The three primary colors are",
     "My favourite season is",
 )
-LONG = {"prompt": "Count: 1 2 3 4", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+LONG = {"prompt": "Count: 1 2 3 4", "temperature": 0, "ignore_eos": True}
 # on a CPU, vLLM cannot spread layers over machines, but it can split them
 SPLIT = ("--pipeline-parallel-size=1", "--tensor-parallel-size=3")
 
@@ -120,6 +120,7 @@ def test_tensor_parallel_over_three_machines(bundles: dict[str, Path], alone: li
         report("three machines started", service.wait(START))
         compare(service, alone)
         survives(service, 2)
+        ends_in_order(service, first=1, tokens=50)
 
 
 def test_data_parallel_over_two_machines(bundles: dict[str, Path], alone: list[Text], tmp_path: Path) -> None:
@@ -129,7 +130,9 @@ def test_data_parallel_over_two_machines(bundles: dict[str, Path], alone: list[T
         report("two machines started", service.wait(START))
         compare(service, alone)
         assert min(finished(service).values()) > 0  # both machines answered
-        survives(service, 1, noticed=False)
+        survives(service, 1)
+        survives(service, 1, cut=True)
+        ends_in_order(service, first=1, tokens=200)
 
 
 def compare(service: Service, alone: list[Text]) -> None:
@@ -156,6 +159,7 @@ class Request:
     """A streamed request in a thread. ended: when; error: why, None if it was answered to its end."""
 
     service: Service
+    tokens: int = 400
     events: int = 0
     ended: float | None = None
     error: str | None = None
@@ -167,28 +171,31 @@ class Request:
 
     def _run(self) -> None:
         try:
-            for _ in self.service.stream("/v1/completions", {"model": NAME, **LONG}):
+            for _ in self.service.stream("/v1/completions", {"model": NAME, **LONG, "max_tokens": self.tokens}):
                 self.events += 1
         except Exception as error:  # every kind of failure counts
             self.error = f"{type(error).__name__}: {error}"
         self.ended = time.monotonic()
 
 
-def survives(service: Service, rank: int, noticed: bool = True) -> None:
-    """Lose a machine under load: requests in flight end with an error within 10 s, the next succeeds within 180 s.
-
-    noticed: by the other machines. With data parallelism they do not notice: requests at the lost machine end when the
-    group is started again, after the time that the leader gets before it is told to end.
-    """
-    starts, requests = service.starts, [Request(service) for _ in range(4)]
+def running(service: Service, tokens: int = 400) -> list[Request]:
+    """Requests that are being answered. tokens: of each."""
+    requests = [Request(service, tokens) for _ in range(4)]
     deadline = time.monotonic() + 60
     while any(request.events < 3 for request in requests) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert all(request.events >= 3 and request.ended is None for request in requests), requests
-    lost, within = time.monotonic(), 10 if noticed else 10 + service.containers[0].ends
-    service.lose(rank)
+    return requests
+
+
+def survives(service: Service, rank: int, cut: bool = False) -> None:
+    """Lose a machine under load: requests in flight end with an error within 10 s, the next succeeds within 180 s, and
+    all other machines end by themselves. cut: its network instead of its processes."""
+    starts, requests = service.starts, running(service)
+    lost = time.monotonic()
+    (service.cut if cut else service.lose)(rank)
     for request in requests:
-        request.thread.join(max(0.0, lost + within - time.monotonic()))
+        request.thread.join(max(0.0, lost + 10 - time.monotonic()))
     report("requests in flight ended after", [request.ended and round(request.ended - lost, 2) for request in requests])
     report("their errors", {request.error for request in requests})
     assert all(request.ended and request.error for request in requests), service.logs()
@@ -200,7 +207,23 @@ def survives(service: Service, rank: int, noticed: bool = True) -> None:
             time.sleep(1)
     report("the next was answered after", time.monotonic() - lost)
     assert answer is not None, service.logs()
-    assert service.starts == starts + 1
+    assert (service.starts, service.stayed) == (starts + 1, [rank] if cut else [])
+
+
+def ends_in_order(service: Service, first: int, tokens: int) -> None:
+    """Tell the machines to end, this one first: running requests are answered, and all machines end.
+
+    tokens: of each request, which must take less time than vLLM gets.
+    """
+    requests = running(service, tokens)
+    ranks = sorted(range(len(service.containers)), key=lambda rank: rank != first)
+    start = time.monotonic()
+    statuses = service.end_in_order(ranks, 90)
+    report("all machines ended after", time.monotonic() - start)
+    for request in requests:
+        request.thread.join(1)
+    assert [request.error for request in requests] == [None] * 4, service.logs()
+    assert statuses == [0] * len(ranks), service.logs()
 
 
 def report(what: str, value: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from compose_spec.models import ComposeSpecification
 
+from tasks.deployment import lifeline
 from tasks.deployment.arguments import recommended_sampling
 from tasks.deployment.tool_calling import read_template
 from tasks.deployment.write import write_serving
@@ -296,7 +298,9 @@ class TestLife:
             drain = yaml.safe_load((write("copies") / "vllm.yaml").read_text())["shutdown-timeout"]
             (engine,) = [c for c in pod["containers"] if "shm" in {m["name"] for m in c["volumeMounts"]}]
             assert engine["lifecycle"]["preStop"]["sleep"]["seconds"] + drain < pod["terminationGracePeriodSeconds"]
-            assert {"startupProbe", "livenessProbe", "resources"} <= engine.keys()
+            probes = {"startupProbe", "livenessProbe", "readinessProbe"}
+            assert engine.keys() & probes == (set() if "--headless" in " ".join(engine["command"]) else probes)
+            assert "resources" in engine
             guards = [c for c in containers(pod) if "caddy" in c["command"]]
             for guard in guards:  # it outlives the engine
                 waits = guard.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
@@ -309,10 +313,43 @@ class TestLife:
             assert (template["size"], group["replicas"]) == (size, replicas)
             assert template["restartPolicy"] == "RecreateGroupOnPodRestart"
             (worker,) = template["workerTemplate"]["spec"]["containers"]
-            assert "LWS_LEADER_ADDRESS" in worker["livenessProbe"]["exec"]["command"][-1]
             assert "--headless" in " ".join(worker["command"])
             (leader,) = template["leaderTemplate"]["spec"]["containers"]
             assert "--headless" not in leader["command"]
+            for container, rank in ((leader, "0"), (worker, "$(LWS_WORKER_INDEX)")):
+                assert container["command"][:2] == ["python3", "/model/serve/lifeline.py"]
+                assert (f"--rank={rank}", f"--size={size}") == tuple(container["command"][4:6])
+
+    @pytest.mark.parametrize(("hardware", "size"), [("processors", 2), ("copies", 2), ("group", 4)])
+    def test_the_commands_of_a_group_are_those_of_lifeline(self, write: Write, hardware: str, size: int) -> None:
+        folder = write(hardware)
+        assert (folder / "lifeline.py").read_bytes() == Path(lifeline.__file__).read_bytes()
+        lines = re.findall(
+            r"^python3 /model/serve/lifeline.py (.*)   # machine", (folder / "README.md").read_text(), re.M
+        )
+        (group,) = [m["spec"]["leaderWorkerTemplate"] for m in manifests(folder) if m["kind"] == "LeaderWorkerSet"]
+        commands = [shlex.split(line) for line in lines]
+        for name, rank in (("leaderTemplate", "0"), ("workerTemplate", "1")):
+            (container,) = group[name]["spec"]["containers"]
+            commands.append([word.replace("$(LWS_WORKER_INDEX)", rank) for word in container["command"][2:]])
+        options = [lifeline.read_options(command) for command in commands]
+        assert [one.rank for one in options] == [*range(size), 0, 1]
+        assert {(one.port, one.size) for one in options} == {(13344, size)}
+        assert {one.leader for one in options} == {"$LEADER", "$(LWS_LEADER_ADDRESS)"}
+        assert {one.command[0] for one in options} <= {"vllm", "sh"}
+        for one in options:  # everything may last as long as it can
+            longest = one.drain + 3 * one.grace
+            for name in ("leaderTemplate", "workerTemplate"):
+                spec = group[name]["spec"]
+                waits = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+                assert waits + longest < spec["terminationGracePeriodSeconds"]
+                assert waits < one.linger
+
+    def test_a_server_for_itself_needs_no_lifeline(self, write: Write) -> None:
+        for hardware, target in (("one", "transformers"), ("copies", "gguf"), ("processors", "onnx")):
+            folder = write(hardware, target)
+            assert not (folder / "lifeline.py").exists()
+            assert "lifeline" not in (folder / "README.md").read_text()
 
     def test_pods_go_to_the_described_gpus(self, write: Write) -> None:
         for pod in [pod for manifest in manifests(write("one")) for pod in pods(manifest)]:

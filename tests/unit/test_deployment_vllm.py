@@ -55,7 +55,9 @@ def commands(bundles: dict[str, Path]) -> dict[str, list[str]]:
     """Every command line of README and Kubernetes manifests, by hardware and place, with values filled in."""
     found = {}
     for name, bundle in bundles.items():
-        lines = re.findall(r"^vllm (serve .*?)(?:   #.*)?$", (bundle / "serve/README.md").read_text(), re.MULTILINE)
+        lines = re.findall(
+            r"^(?:python3 .* -- )?vllm (serve .*?)(?:   #.*)?$", (bundle / "serve/README.md").read_text(), re.MULTILINE
+        )
         for number, line in enumerate(lines):
             found[f"{name} readme {number}"] = line
         for manifest in manifests(bundle / "serve"):
