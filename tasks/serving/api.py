@@ -190,9 +190,9 @@ def _completed(choice: Any, prompt_count: int, count: int) -> Answer:
             choice.finish_reason,
             [one["id"] for one in listed],
             None,
-            [one["token"] for one in listed],
+            [f"{ID}{one['id']}" for one in listed],
             [float(one["logprob"]) for one in listed],
-            [_ordered({top["token"]: top["logprob"] for top in one["top_logprobs"]}) for one in listed],
+            [_ordered({f"{ID}{top['id']}": top["logprob"] for top in one["top_logprobs"]}) for one in listed],
             prompt_count,
             count,
         )
