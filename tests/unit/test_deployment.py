@@ -444,10 +444,11 @@ class TestFiles:
 
     def test_onnx_brings_its_server(self, write: Write) -> None:
         folder = write("none", "onnx") / "onnx_server"
-        source = Path("tasks/serving/onnx_server")
-        assert {path.name for path in source.glob("*.*")} == {path.name for path in folder.iterdir()}
+        source, requirements = Path("tasks/serving/onnx_server"), "requirements.txt"
+        assert {path.name for path in source.glob("*.*")} | {requirements} == {path.name for path in folder.iterdir()}
         for path in folder.iterdir():
-            assert path.read_bytes() == (source / path.name).read_bytes()
+            expected = Path("locks/onnx.lock") if path.name == requirements else source / path.name
+            assert path.read_bytes() == expected.read_bytes()
 
     @pytest.mark.parametrize(("hardware", "batch"), [("none", 12), ("processors", 16), ("one", 12)])
     def test_the_arguments_for_onnx_are_those_of_the_server(self, write: Write, hardware: str, batch: int) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tasks.bundle.checksums import check_sums
 from tasks.bundle.signing import Signer, check_signature
 from tasks.checks import smoke
+from tasks.environments import interpreter
 from tasks.errors import TaskError
 from tasks.export import export
 from tasks.output import checksums, sha256, whole_directory, write_json, write_manifest
@@ -401,9 +402,7 @@ class TestCard:
         assert "What is the capital of France?" in capsys.readouterr().out
 
     @pytest.mark.gguf
-    def test_for_gguf_its_code_runs(
-        self, workplace: Callable[..., Workplace], llama: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_for_gguf_its_code_runs(self, workplace: Callable[..., Workplace], llama: Path) -> None:
         work = workplace(target="gguf")
         work.package()
         text = (work.destination / "README.md").read_text()
@@ -412,10 +411,12 @@ class TestCard:
         write_manifest(shutil.copytree(llama, work.root / "tiny"))
         export(work.root / "tiny", "gguf", work.root / "gguf")
         code = text.split("```python\n")[1].split("```")[0]
-        said: dict[str, Any] = {}
-        exec(code.replace(f"{work.settings.package.name}-gguf", str(work.root / "gguf")), said)
-        assert said["model"].metadata["tokenizer.chat_template"]
-        assert capsys.readouterr().out.strip()
+        code = code.replace(f"{work.settings.package.name}-gguf", str(work.root / "gguf"))
+        code += '\nassert model.metadata["tokenizer.chat_template"]\n'
+        command = [str(interpreter("llama-cpp")), "-I", "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
 
     @pytest.mark.parametrize(
         ("source", "name"),
