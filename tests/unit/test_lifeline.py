@@ -21,7 +21,7 @@ from tests.caddy import free_port
 from tests.waiting import soon
 
 HOST = "127.0.0.1"
-BEAT, SILENCE = 0.1, 0.6  # seconds
+BEAT, SILENCE = 0.1, 2.0  # seconds
 QUICK = (f"--heartbeat={BEAT}", f"--silence={SILENCE}", "--grace=0.5", "--linger=0.1")
 # a command with a process of its own; after SIGTERM it writes its answer and ends, but only if the others still run
 CHILD = """
@@ -87,10 +87,10 @@ class Group:
             )
         return self.ranks[rank]
 
-    def start_all(self, **changes: float) -> None:
+    def start_all(self, drains: float = 0, status: int = 0) -> None:
         """Start all ranks, and wait until they are connected and their commands run."""
         for rank in range(self.size):
-            self.start(rank, **changes)  # type: ignore[arg-type]
+            self.start(rank, drains=drains, status=status)
         self.wait_connected()
 
     def wait_connected(self) -> None:
@@ -130,8 +130,8 @@ class Group:
     def end(self) -> None:
         for one in self.ranks.values():
             with suppress(psutil.NoSuchProcess):
-                for process in (*psutil.Process(one.pid).children(recursive=True), one):
-                    process.kill()
+                self.seen += psutil.Process(one.pid).children(recursive=True)
+            one.kill()
             one.wait()
         for process in self.seen:
             with suppress(psutil.NoSuchProcess):
@@ -172,8 +172,8 @@ class TestLoss:
         ranks.ranks[lost].send_signal(signal.SIGSTOP)
         start = time.monotonic()
         assert ranks.status(1 - lost) == lifeline.LOST
-        assert SILENCE - BEAT < time.monotonic() - start < SILENCE + 1.5
-        assert f"rank {lost} is lost: silent for {SILENCE} s" in ranks.text(1 - lost)
+        assert SILENCE / 2 < time.monotonic() - start < SILENCE + 2
+        assert f"rank {lost} is lost: silent for {SILENCE:g} s" in ranks.text(1 - lost)
         ranks.ranks[lost].send_signal(signal.SIGCONT)
         assert ranks.status(lost) == lifeline.LOST
         assert soon(ranks.nothing_is_left, 2)
@@ -183,10 +183,10 @@ class TestLoss:
         ranks.start_all()
         for rank in (0, 1):
             ranks.ranks[rank].send_signal(signal.SIGSTOP)
-        time.sleep(2 * SILENCE)
+        time.sleep(SILENCE + 1)
         for rank in (0, 1):
             ranks.ranks[rank].send_signal(signal.SIGCONT)
-        time.sleep(2 * SILENCE)
+        time.sleep(SILENCE + 1)
         assert [ranks.ranks[rank].poll() for rank in (0, 1)] == [None, None]
 
     @pytest.mark.parametrize("rank", [0, 1])
@@ -302,7 +302,7 @@ class TestJoining:
         lost = Group(ranks.folder, 3)
         lost.port = ranks.port
         lost.start(2, "--leader=no-such-name.invalid")
-        time.sleep(2 * SILENCE)
+        time.sleep(SILENCE + 1)
         assert ranks.ranks[1].poll() is lost.ranks[2].poll() is None
         lost.end()
         ranks.start(0)
