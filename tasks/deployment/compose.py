@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tasks.deployment.arguments import DRAIN, MODEL, ONNX_KEY, PORT, vllm_command
+from tasks.deployment.arguments import DRAIN, MODEL, ONNX_KEY, PORT
+from tasks.deployment.groups import server_command
 from tasks.deployment.pods import ENVIRONMENT, PROXY_PORT, USER, shared_memory, start_seconds
 from tasks.deployment.sizing import Plan
 
@@ -33,7 +34,7 @@ def compose(plan: Plan, gpu: bool, part: dict[str, Any]) -> dict[str, Any]:
         "user": f"{USER}:{USER}",
         **_CONFINED,
         "tmpfs": part.get("tmpfs", [f"{_TEMPORARY},exec"]),  # compiled kernels are loaded from there
-        "stop_grace_period": f"{DRAIN + 15}s",
+        "stop_grace_period": f"{DRAIN + 30}s",
         "restart": "unless-stopped",
     }
     engine["healthcheck"] |= {
@@ -118,12 +119,13 @@ def _no_tools() -> dict[str, str]:
     return {"DEFAULT_MODEL_METADATA": json.dumps(metadata), "DEFAULT_MODEL_PARAMS": json.dumps(parameters)}
 
 
-def vllm() -> dict[str, Any]:
+def vllm(plan: Plan) -> dict[str, Any]:
     """vLLM's part of an engine."""
+    program, *arguments = server_command(plan)
     return {
         "image": image("VLLM_IMAGE", "vLLM"),
-        "entrypoint": vllm_command()[:2],
-        "command": vllm_command()[2:],
+        "entrypoint": [program],
+        "command": arguments,
         "environment": {**ENVIRONMENT, "VLLM_API_KEY": _KEY},
         "healthcheck": {"test": ["CMD", "python3", "-c", ASKS]},
     }

@@ -1,4 +1,5 @@
-"""The commands of several machines that answer as one, each inside lifeline.py, which ends all when one is lost.
+"""The commands of machines with several copies, or of several that answer as one, inside lifeline.py: it ends all when
+one is lost, and lets running requests end.
 
 lifeline.py runs without this project. It is copied as a file, not imported.
 """
@@ -28,12 +29,19 @@ def machine_command(plan: Plan, leader: str, rank: str, first: str) -> list[str]
     return vllm_command(*_copies_arguments(plan, leader, rank, first))
 
 
+def server_command(plan: Plan) -> list[str]:
+    """vLLM's command on a machine that answers for itself; inside lifeline.py if it has several copies, for whose
+    answers vLLM does not wait when it is told to end."""
+    if plan.grouped or plan.copies == 1:
+        return vllm_command()
+    return _wrapped("127.0.0.1", "0", 1, f"--metrics={PORT}", "--host=127.0.0.1", command=vllm_command())
+
+
 def in_group(plan: Plan, leader: str, rank: str, command: list[str]) -> list[str]:
     """The command inside lifeline.py."""
-    options = [f"--leader={leader}", f"--port={LIFELINE_PORT}", f"--rank={rank}", f"--size={group_size(plan)}"]
-    if rank == "0" and not plan.grouped:  # vLLM does not wait for the answers of several copies itself
-        options.append(f"--metrics={PORT}")
-    return ["python3", f"{MODEL}/serve/{LIFELINE.name}", *options, "--", *command]
+    # vLLM does not wait for the answers of several copies itself
+    waits = [f"--metrics={PORT}"] if rank == "0" and not plan.grouped else []
+    return _wrapped(leader, rank, group_size(plan), *waits, command=command)
 
 
 def group_commands(plan: Plan, leader: str) -> list[str]:
@@ -49,6 +57,11 @@ def ray_command(plan: Plan) -> str:
         return " ".join(vllm_command("--nnodes=1", "--distributed-executor-backend=ray"))
     copies = ("--data-parallel-backend=ray", f"--data-parallel-size={plan.copies * plan.machines}")
     return " ".join(vllm_command(*copies, f"--data-parallel-size-local={plan.copies}"))
+
+
+def _wrapped(leader: str, rank: str, size: int, *further: str, command: list[str]) -> list[str]:
+    options = (f"--leader={leader}", f"--port={LIFELINE_PORT}", f"--rank={rank}", f"--size={size}", *further)
+    return ["python3", f"{MODEL}/serve/{LIFELINE.name}", *options, "--", *command]
 
 
 def _group_arguments(leader: str, rank: str) -> list[str]:

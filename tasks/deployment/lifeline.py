@@ -211,6 +211,8 @@ class Leader(Rank):
             where = f"{self.options.host or 'all addresses'}, port {self.options.port}"
             raise OSError(f"cannot listen on {where}: {error}; end the program that uses it, or correct it") from error
         self.server = await asyncio.start_server(self._connected, sock=bound, limit=LINE)
+        if self.options.size == 1:
+            self.server.close()
         return await super().run()
 
     def end_in_order(self) -> None:

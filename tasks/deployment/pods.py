@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.deployment.arguments import DRAIN, MODEL, PORT, vllm_command
+from tasks.deployment.arguments import DRAIN, MODEL, PORT
+from tasks.deployment.groups import server_command
 from tasks.deployment.sizing import GB, GIB, PROCESS, Plan
 
 USER = 10001
@@ -48,7 +49,7 @@ def engine(name: str, plan: Plan, gpu: bool, container: str = "vllm", **changes:
     return {
         "name": container,
         "image": "${VLLM_IMAGE}",
-        "command": vllm_command(),
+        "command": server_command(plan),
         "env": [
             *({"name": key, "value": value} for key, value in ENVIRONMENT.items()),
             {"name": "VLLM_API_KEY", "valueFrom": secret_value(name)},

@@ -15,10 +15,9 @@ from tasks.deployment.arguments import (
     onnx_arguments,
     onnx_command,
     recommended_sampling,
-    vllm_command,
     vllm_settings,
 )
-from tasks.deployment.groups import LIFELINE, group_commands, ray_command
+from tasks.deployment.groups import LIFELINE, group_commands, ray_command, server_command
 from tasks.deployment.monitoring import ONNX_WAITING, VLLM_WAITING, alert_rules, dashboard, onnx_alert_rules
 from tasks.deployment.pods import ENVIRONMENT, PROXY_PORT, USER, secret_name
 from tasks.deployment.shape import read_shape
@@ -110,7 +109,7 @@ class _Serving:
         elif self.target == "onnx":
             part, calls = compose.onnx(onnx_command(self.name, self.plan), onnx.ENVIRONMENT), False
         else:
-            part = compose.vllm()
+            part = compose.vllm(self.plan)
         yield "compose.yaml", compose.compose(self.plan, self.product is not None, part)
         if self.template.chat:
             yield "compose.webui.yaml", compose.compose_webui(calls)
@@ -125,8 +124,9 @@ class _Serving:
             inside = _render("Caddyfile.j2", port=kubernetes.KSERVE_PORT, paths=PATHS, tls=False)
             yield "kubernetes/deployment.yaml", [kubernetes.deployment(name, plan, product)]
             yield "kubernetes/kserve.yaml", kubernetes.inference_service(name, plan, product, inside)
-        if plan.machines > 1:
+        if plan.machines > 1 or plan.copies > 1:
             yield LIFELINE.name, LIFELINE.read_text(encoding="utf-8")
+        if plan.machines > 1:
             yield "kubernetes/leaderworkerset.yaml", [kubernetes.leader_worker_set(name, plan, product)]
         yield "kubernetes/autoscaling.yaml", [kubernetes.autoscaling(name, plan, VLLM_WAITING)]
         yield "kubernetes/monitoring.yaml", kubernetes.monitoring(name, alert_rules(name))
@@ -155,7 +155,7 @@ class _Serving:
             "environment": ENVIRONMENT,
             "user": USER,
             "port": PORT,
-            "command": vllm_command(),
+            "command": server_command(self.plan),
         }
 
 

@@ -346,10 +346,31 @@ class TestLife:
                 assert waits < one.linger
 
     def test_a_server_for_itself_needs_no_lifeline(self, write: Write) -> None:
-        for hardware, target in (("one", "transformers"), ("copies", "gguf"), ("processors", "onnx")):
+        for hardware, target in (("none", "transformers"), ("copies", "gguf"), ("processors", "onnx")):
             folder = write(hardware, target)
             assert not (folder / "lifeline.py").exists()
             assert "lifeline" not in (folder / "README.md").read_text()
+
+    def test_several_copies_on_a_machine_are_waited_for(self, write: Write) -> None:
+        folder = write("one")  # one copy on each of its cards
+        found = [
+            container["command"]
+            for manifest in manifests(folder)
+            for pod in pods(manifest)
+            for container in containers(pod)
+            if "serve" in container["command"]
+        ]
+        model = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["model"]
+        found.append([*model["entrypoint"], *model["command"]])
+        (entry,) = re.findall("^ENTRYPOINT (.*)", (folder / "Dockerfile").read_text(), re.M)
+        found.append(json.loads(entry))
+        assert len(found) == 4  # deployment, KServe, compose, image
+        for command in found:
+            assert command[:2] == ["python3", "/model/serve/lifeline.py"]
+            options = lifeline.read_options(command[2:])
+            assert (options.size, options.metrics, options.host) == (1, 8000, "127.0.0.1")
+            assert options.command[:3] == ["vllm", "serve", "/model"]
+            assert options.answers + 20 < float(model["stop_grace_period"].removesuffix("s"))
 
     def test_pods_go_to_the_described_gpus(self, write: Write) -> None:
         for pod in [pod for manifest in manifests(write("one")) for pod in pods(manifest)]:
