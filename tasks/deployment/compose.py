@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 from tasks.deployment.arguments import DRAIN, MODEL, ONNX_KEY, PORT, vllm_command
-from tasks.deployment.pods import ENVIRONMENT, PROXY_PORT, USER, shared_memory, start_seconds
+from tasks.deployment.pods import PROXY_PORT, USER, environment, shared_memory, start_seconds
 from tasks.deployment.sizing import Plan
 
 WEBUI_PORT = 8444
+MACHINE = "x-machine"  # the key of what the described machine has
 # the server's health, asked in its container
 ASKS = f"import urllib.request as u; u.urlopen('http://127.0.0.1:{PORT}/health', timeout=8)"
 _KEY = "${API_KEY:?a secret, such as the output of openssl rand -hex 32}"
@@ -69,6 +70,8 @@ def compose(plan: Plan, gpu: bool, part: dict[str, Any]) -> dict[str, Any]:
         "restart": "unless-stopped",
     }
     return {
+        # for `modelpress deploy`; compose ignores it
+        **({MACHINE: {"gpus": plan.cards + plan.unused}} if gpu else {}),
         "services": {"model": engine, "proxy": proxy},
         "networks": {"inside": {"internal": True}, "outside": {}},
     }
@@ -118,13 +121,13 @@ def _no_tools() -> dict[str, str]:
     return {"DEFAULT_MODEL_METADATA": json.dumps(metadata), "DEFAULT_MODEL_PARAMS": json.dumps(parameters)}
 
 
-def vllm() -> dict[str, Any]:
+def vllm(plan: Plan) -> dict[str, Any]:
     """vLLM's part of an engine."""
     return {
         "image": image("VLLM_IMAGE", "vLLM"),
         "entrypoint": vllm_command()[:2],
         "command": vllm_command()[2:],
-        "environment": {**ENVIRONMENT, "VLLM_API_KEY": _KEY},
+        "environment": {**environment(plan), "VLLM_API_KEY": _KEY},
         "healthcheck": {"test": ["CMD", "python3", "-c", ASKS]},
     }
 

@@ -10,7 +10,7 @@ from tasks.deployment.pods import PROXY_PORT, UNREADY, engine, pod, proxy, start
 from tasks.deployment.sizing import Plan
 
 Manifest = dict[str, Any]
-_LWS = "leaderworkerset.sigs.k8s.io/name"
+GROUP = "-group"  # ends the name of a LeaderWorkerSet
 KSERVE_PORT = 8080
 _WAITING = 5  # requests that wait for one server before another is started
 
@@ -28,7 +28,7 @@ def common(name: str, caddyfile: str, plan: Plan) -> list[Manifest]:
                 "ports": [{"name": "api", "port": 443, "targetPort": "api"}],
             },
         },
-        _network_policy(name, {"app": name}, PROXY_PORT, several=plan.machines > 1),
+        _network_policy(name, {"app": name}, PROXY_PORT, several=plan.joined),
     ]
 
 
@@ -69,7 +69,8 @@ def leader_worker_set(name: str, plan: Plan, product: str | None) -> Manifest:
     return {
         "apiVersion": "leaderworkerset.x-k8s.io/v1",
         "kind": "LeaderWorkerSet",
-        "metadata": _metadata(name),
+        # LeaderWorkerSet makes a service with its name, by which the machines find each other: not that of clients
+        "metadata": _metadata(name) | {"name": f"{name}{GROUP}"},
         "spec": {
             "replicas": plan.machines // size,
             "startupPolicy": "LeaderCreated",
@@ -126,7 +127,7 @@ def autoscaling(name: str, plan: Plan, waiting: str) -> Manifest:
     """KEDA's rule: more servers while requests wait. waiting: the metric that counts them."""
     target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
     if plan.grouped:
-        target |= {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet"}
+        target |= {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "name": f"{name}{GROUP}"}
     return {
         "apiVersion": "keda.sh/v1alpha1",
         "kind": "ScaledObject",

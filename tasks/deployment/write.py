@@ -20,7 +20,7 @@ from tasks.deployment.arguments import (
 )
 from tasks.deployment.groups import LIFELINE, group_commands, ray_command
 from tasks.deployment.monitoring import ONNX_WAITING, VLLM_WAITING, alert_rules, dashboard, onnx_alert_rules
-from tasks.deployment.pods import ENVIRONMENT, PROXY_PORT, USER, secret_name
+from tasks.deployment.pods import PROXY_PORT, USER, environment, secret_name, start_seconds
 from tasks.deployment.shape import read_shape
 from tasks.deployment.sizing import gigabytes
 from tasks.deployment.sizing import plan as plan_of
@@ -100,6 +100,7 @@ class _Serving:
             yield "README.md", _render("README_onnx.md.j2", **values)
         else:
             values |= {"commands": group_commands(self.plan, "$LEADER"), "ray": ray_command(self.plan)}
+            values["start_seconds"] = start_seconds(self.plan)
             yield "README.md", _render("README.md.j2", **values)
 
     def _one_machine(self) -> Iterator[tuple[str, Any]]:
@@ -110,7 +111,7 @@ class _Serving:
         elif self.target == "onnx":
             part, calls = compose.onnx(onnx_command(self.name, self.plan), onnx.ENVIRONMENT), False
         else:
-            part = compose.vllm()
+            part = compose.vllm(self.plan)
         yield "compose.yaml", compose.compose(self.plan, self.product is not None, part)
         if self.template.chat:
             yield "compose.webui.yaml", compose.compose_webui(calls)
@@ -125,7 +126,7 @@ class _Serving:
             inside = _render("Caddyfile.j2", port=kubernetes.KSERVE_PORT, paths=PATHS, tls=False)
             yield "kubernetes/deployment.yaml", [kubernetes.deployment(name, plan, product)]
             yield "kubernetes/kserve.yaml", kubernetes.inference_service(name, plan, product, inside)
-        if plan.machines > 1:
+        if plan.joined:
             yield LIFELINE.name, LIFELINE.read_text(encoding="utf-8")
             yield "kubernetes/leaderworkerset.yaml", [kubernetes.leader_worker_set(name, plan, product)]
         yield "kubernetes/autoscaling.yaml", [kubernetes.autoscaling(name, plan, VLLM_WAITING)]
@@ -152,7 +153,7 @@ class _Serving:
         return {
             "name": self.name,
             "model": MODEL,
-            "environment": ENVIRONMENT,
+            "environment": environment(self.plan),
             "user": USER,
             "port": PORT,
             "command": vllm_command(),
