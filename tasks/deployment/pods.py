@@ -113,8 +113,11 @@ def proxy(name: str, *, tls: bool = True, container: str = "proxy", port: int = 
 
 def pod(plan: Plan, product: str | None, containers: list[dict[str, Any]], **further: Any) -> dict[str, Any]:
     """The fields that all pods share. product: the GPU's label, for the node selector."""
+    # nodes with GPUs often refuse pods without this
+    tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     return {
         "nodeSelector": {"nvidia.com/gpu.product": product} if product else {"kubernetes.io/os": "linux"},
+        **({"tolerations": tolerations} if product else {}),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,  # they would set variables named VLLM_*, if a service is called so
         "terminationGracePeriodSeconds": UNREADY + 2 * DRAIN + 30,

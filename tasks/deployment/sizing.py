@@ -72,6 +72,11 @@ class Plan:
         return self.machines // self.pipeline
 
     @property
+    def engines(self) -> int:
+        """Copies of the model on all machines, each of which is an engine of vLLM with metrics of its own."""
+        return self.servers * self.copies
+
+    @property
     def cards(self) -> int:
         """Cards in use on one machine."""
         return self.tensor * self.copies

@@ -51,6 +51,7 @@ VARIABLES = {
     "PROMETHEUS_URL": "http://prometheus.monitoring:9090",
 }
 WITH_TOOLS = "{% for tool in tools %}<tool_call>{{ tool | tojson }}</tool_call>{% endfor %}"
+KSERVE_FIELDS = {"minReplicas", "maxReplicas", "timeout", "deploymentStrategy"}  # beside those of a pod
 TARGETS = ("transformers", "gguf", "onnx")
 NAME = "smollm2-135m-instruct"
 Write = Callable[..., Path]
@@ -116,7 +117,7 @@ class TestSchemas:
                 kubernetes_validate.validate(manifest, "1.37", strict=True)
                 continue
             for pod in pods(manifest):
-                spec = {k: v for k, v in pod.items() if k not in ("minReplicas", "maxReplicas")}
+                spec = {k: v for k, v in pod.items() if k not in KSERVE_FIELDS}
                 whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
                 kubernetes_validate.validate(whole, "1.37", strict=True)
         assert {"ConfigMap", "Service", "NetworkPolicy", "ScaledObject", "PodMonitor", "PrometheusRule"} <= kinds
@@ -318,10 +319,13 @@ class TestLife:
             (group,) = [m["spec"] for m in manifests(write(hardware)) if m["kind"] == "LeaderWorkerSet"]
             template = group["leaderWorkerTemplate"]
             assert (template["size"], group["replicas"]) == (size, replicas)
-            assert template["restartPolicy"] == "RecreateGroupOnPodRestart"
+            assert template["restartPolicy"] == "RecreateGroupAfterStart"
             (worker,) = template["workerTemplate"]["spec"]["containers"]
             assert "--headless" in " ".join(worker["command"])
             (leader,) = template["leaderTemplate"]["spec"]["containers"]
+            (guard,) = template["leaderTemplate"]["spec"]["initContainers"]
+            assert "readinessProbe" in guard
+            assert "livenessProbe" not in guard  # its new start would be one of the group
             assert "--headless" not in leader["command"]
             for container, rank in ((leader, "0"), (worker, "$(LWS_WORKER_INDEX)")):
                 assert container["command"][:2] == ["python3", "/model/serve/lifeline.py"]
@@ -421,6 +425,75 @@ class TestLife:
         for pod in [pod for manifest in manifests(write("one")) for pod in pods(manifest)]:
             assert pod["nodeSelector"] == {"nvidia.com/gpu.product": GPU}
             assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 8}
+            assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+        for pod in [pod for manifest in manifests(write("processors")) for pod in pods(manifest)]:
+            assert "tolerations" not in pod
+
+
+class TestOperation:
+    @pytest.mark.parametrize(
+        ("hardware", "target", "servers", "threshold"),
+        [
+            ("copies", "transformers", 2, 0.8 * 4),
+            ("processors", "transformers", 2, 0.8),
+            ("group", "transformers", 1, 0.8),
+            ("processors", "onnx", 2, 0.8),
+        ],
+    )
+    def test_a_server_is_added_when_the_others_are_busy(
+        self, write: Write, hardware: str, target: str, servers: int, threshold: float
+    ) -> None:
+        folder = write(hardware, target)
+        found = list(manifests(folder))
+        (scaled,) = [m["spec"] for m in found if m["kind"] == "ScaledObject"]
+        (server,) = [m for m in found if (m["kind"], m["metadata"]["name"]) == scaled_kind_and_name(scaled)]
+        assert scaled["minReplicaCount"] == server["spec"]["replicas"] == servers
+        metrics, (trigger,) = {"vllm:num", "onnx_server"}, scaled["triggers"]
+        counted = re.findall(r"sum\((\S+)_requests_(\w+)\{model_name=", trigger["metadata"]["query"])
+        assert [kind for _, kind in counted] == ["running", "waiting"]
+        assert {prefix for prefix, _ in counted} < metrics
+        if target == "onnx":
+            command = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["model"]["command"]
+            sequences = read_options(command).max_batch
+        else:
+            sequences = yaml.safe_load((folder / "vllm.yaml").read_text())["max-num-seqs"]
+        assert trigger["metadata"]["threshold"] == str(round(threshold * sequences))
+        assert f"`MAX_REPLICAS`, at least {servers}," in (folder / "README.md").read_text()
+
+    def test_kserve_is_monitored_and_does_not_cut_requests(self, write: Write) -> None:
+        folder = write("copies")
+        found = list(yaml.safe_load_all((folder / "kubernetes/kserve.yaml").read_text()))
+        (service,) = [m for m in found if m["kind"] == "InferenceService"]
+        predictor = service["spec"]["predictor"]
+        assert predictor["timeout"] >= 3600
+        assert predictor["deploymentStrategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+        (monitor,) = [m["spec"] for m in found if m["kind"] == "PodMonitor"]
+        assert monitor["selector"]["matchLabels"] == {"serving.kserve.io/inferenceservice": NAME}
+        (port,) = [one["port"] for one in monitor["podMetricsEndpoints"]]
+        assert port in {one["name"] for c in predictor["containers"] for one in c["ports"]}
+        names = [m["metadata"]["name"] for m in manifests(folder) if m["kind"] == "PodMonitor"]
+        assert len(names) == len(set(names)) == 2
+
+    def test_names_are_looked_up_wherever_the_clusters_dns_is(self, write: Write) -> None:
+        (policy,) = [m["spec"] for m in manifests(write("group")) if m["kind"] == "NetworkPolicy"]
+        (lookups,) = [rule["ports"] for rule in policy["egress"] if "to" not in rule]
+        assert {(one["protocol"], one["port"]) for one in lookups} == {
+            *(("UDP", 53), ("TCP", 53)),
+            *(("UDP", 5353), ("TCP", 5353)),
+        }
+
+    @pytest.mark.parametrize(
+        ("hardware", "target", "engines"),
+        [("copies", "transformers", 8), ("processors", "onnx", 2), ("group", "transformers", None)],
+    )
+    def test_a_lost_copy_is_noticed(self, write: Write, hardware: str, target: str, engines: int | None) -> None:
+        rules = [m["spec"] for m in manifests(write(hardware, target)) if m["kind"] == "PrometheusRule"]
+        found = [rule for rule in rules[0]["groups"][0]["rules"] if rule["alert"] == "ModelCopiesLost"]
+        assert [int(rule["expr"].rpartition(" < ")[2]) for rule in found] == ([engines] if engines else [])
+
+
+def scaled_kind_and_name(scaled: dict[str, Any]) -> tuple[str, str]:
+    return scaled["scaleTargetRef"]["kind"], scaled["scaleTargetRef"]["name"]
 
 
 class TestSampling:

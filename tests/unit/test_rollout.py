@@ -18,6 +18,7 @@ from tasks.errors import TaskError
 from tasks.output import checksums
 from tasks.rollout.bundles import chosen_images, needed_images, read_images, served_name
 from tasks.rollout.compose import balanced
+from tasks.rollout.kubernetes import steps
 from tasks.rollout.record import Deployment, Place, Version, read_record
 from tasks.rollout.write import write_deployment
 from tests.caddy import KEY, backend, caddy, free_port, needs_caddy
@@ -342,6 +343,38 @@ class TestKubernetes:
         assert [path.name for path in (folder / "retired").iterdir()] == ["a"]
         route, _ = read(folder / "kubernetes/route.yaml")
         assert [one["weight"] for one in route["spec"]["rules"][0]["backendRefs"]] == [100]
+
+    @pytest.mark.parametrize(
+        ("hardware", "ready"),
+        [
+            ("one", f"kubectl rollout status deployment/{NAME}-b"),
+            ("group", f"kubectl wait --for condition=Available --timeout 2h leaderworkerset/{NAME}-b-group"),
+        ],
+    )
+    def test_the_route_moves_when_the_new_version_is_ready(
+        self, write: Write, folder: Path, hardware: str, ready: str
+    ) -> None:
+        bring(folder, write(hardware).parent, "a", "b")
+
+        def commands(deployment: Deployment) -> list[str]:
+            write_deployment(folder, deployment)
+            return steps(folder, deployment, lambda version: folder / version.folder)
+
+        files = folder / "kubernetes"
+        route, again = f"kubectl apply --filename {files}/route.yaml", "as many free GPUs, or as much memory, again"
+        alone = commands(first(CLUSTER))
+        assert alone[0] == f"kubectl apply --recursive --filename {files}/a"
+        assert (len(alone), alone[2]) == (3, route)
+        tried = first(CLUSTER).try_out("run/b", NEWER, 10)
+        applied, *rest = commands(tried)
+        assert applied.startswith(f"kubectl apply --recursive --filename {files}/a --filename {files}/b    # beside")
+        assert applied.endswith(again)
+        assert rest == [ready, route]
+        *_, deleted = commands(tried.all_to("run/b", NEWER))
+        assert deleted == f"kubectl delete --recursive --filename {folder}/retired"
+        for manifest in [one for path in files.glob("*/*.yaml") for one in read(path)]:  # what is waited for is there
+            if manifest["kind"] in ("Deployment", "LeaderWorkerSet"):
+                assert f"{manifest['kind'].lower()}/{manifest['metadata']['name']}" in ready
 
     def test_a_group_has_a_shorter_name(self, write: Write, folder: Path) -> None:
         fits, name = "a-run-of-this-length", "a-run-of-such-a-length"
