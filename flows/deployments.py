@@ -14,6 +14,7 @@ from flows.workspace.root import find_root
 from tasks.bundle.checksums import check_sums
 from tasks.errors import TaskError
 from tasks.rollout.bundles import chosen_images, needed_images, read_images, served_name
+from tasks.rollout.kubernetes import steps
 from tasks.rollout.record import Deployment, Place, Version, read_record
 from tasks.rollout.write import write_deployment
 
@@ -121,11 +122,8 @@ def _lines(to: Path, deployment: Deployment) -> list[str]:
     if deployment.place.form == "compose":
         lines.append(f"{'next':<8} cd {to} && docker compose up --detach --wait --remove-orphans")
     else:
-        lines.append(f"{'next':<8} kubectl apply --recursive --filename {to}/kubernetes")
-        if deployment.retired:
-            lines.append(
-                f"{'then':<8} kubectl delete --recursive --filename {to}/retired    # when the others are ready"
-            )
+        commands = steps(to, deployment, lambda version: to / version.folder)
+        lines += [f"{'then' if number else 'next':<8} {command}" for number, command in enumerate(commands)]
     if deployment.previous:
         lines.append(f"{'undo':<8} modelpress deploy --back --to {to}    # {deployment.previous.run}")
     return lines

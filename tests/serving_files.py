@@ -60,7 +60,7 @@ def of_group(bundle: Path) -> list[Container]:
     """The engines of serve/kubernetes/leaderworkerset.yaml, the leader first."""
     spec = yaml.safe_load((bundle / "serve/kubernetes/leaderworkerset.yaml").read_text())["spec"]
     group = spec["leaderWorkerTemplate"]
-    assert group["restartPolicy"] == "RecreateGroupOnPodRestart"
+    assert group["restartPolicy"] == "RecreateGroupAfterStart"
     found = []
     for rank in range(group["size"]):
         (container,) = group["workerTemplate" if rank else "leaderTemplate"]["spec"]["containers"]

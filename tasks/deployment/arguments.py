@@ -47,7 +47,7 @@ def vllm_settings(name: str, plan: Plan, template: Template, gpu: bool) -> dict[
     settings |= {"gpu-memory-utilization": SHARE} if gpu else {"kv-cache-memory-bytes": plan.room}
     if plan.copies > 1:
         settings["data-parallel-size"] = plan.copies
-    if plan.experts:
+    if plan.experts and plan.copies > 1:
         settings["enable-expert-parallel"] = True
     if plan.grouped:
         settings |= {"pipeline-parallel-size": plan.pipeline, "nnodes": plan.pipeline, "master-port": RANKS_PORT}

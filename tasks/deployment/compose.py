@@ -7,10 +7,11 @@ from typing import Any
 
 from tasks.deployment.arguments import DRAIN, MODEL, ONNX_KEY, PORT
 from tasks.deployment.groups import server_command
-from tasks.deployment.pods import ENVIRONMENT, PROXY_PORT, USER, shared_memory, start_seconds
+from tasks.deployment.pods import PROXY_PORT, USER, environment, shared_memory, start_seconds
 from tasks.deployment.sizing import Plan
 
 WEBUI_PORT = 8444
+MACHINE = "x-machine"  # the key of what the described machine has
 # the server's health, asked in its container
 ASKS = f"import urllib.request as u; u.urlopen('http://127.0.0.1:{PORT}/health', timeout=8)"
 _KEY = "${API_KEY:?a secret, such as the output of openssl rand -hex 32}"
@@ -70,6 +71,8 @@ def compose(plan: Plan, gpu: bool, part: dict[str, Any]) -> dict[str, Any]:
         "restart": "unless-stopped",
     }
     return {
+        # for `modelpress deploy`; compose ignores it
+        **({MACHINE: {"gpus": plan.cards + plan.unused}} if gpu else {}),
         "services": {"model": engine, "proxy": proxy},
         "networks": {"inside": {"internal": True}, "outside": {}},
     }
@@ -126,7 +129,7 @@ def vllm(plan: Plan) -> dict[str, Any]:
         "image": image("VLLM_IMAGE", "vLLM"),
         "entrypoint": [program],
         "command": arguments,
-        "environment": {**ENVIRONMENT, "VLLM_API_KEY": _KEY},
+        "environment": {**environment(plan), "VLLM_API_KEY": _KEY},
         "healthcheck": {"test": ["CMD", "python3", "-c", ASKS]},
     }
 

@@ -46,8 +46,7 @@ def in_group(plan: Plan, leader: str, rank: str, command: list[str]) -> list[str
 
 def group_commands(plan: Plan, leader: str) -> list[str]:
     """The command lines of all machines; empty if each machine answers for itself. leader: a value or a variable."""
-    size = group_size(plan)
-    ranks = [(str(rank), str(rank * plan.copies)) for rank in range(size)] if size > 1 else []
+    ranks = [(str(rank), str(rank * plan.copies)) for rank in range(group_size(plan))] if plan.joined else []
     return [" ".join(in_group(plan, leader, rank, machine_command(plan, leader, rank, first))) for rank, first in ranks]
 
 
@@ -56,7 +55,7 @@ def ray_command(plan: Plan) -> str:
     if plan.grouped:
         return " ".join(vllm_command("--nnodes=1", "--distributed-executor-backend=ray"))
     copies = ("--data-parallel-backend=ray", f"--data-parallel-size={plan.copies * plan.machines}")
-    return " ".join(vllm_command(*copies, f"--data-parallel-size-local={plan.copies}"))
+    return " ".join(vllm_command(*copies, f"--data-parallel-size-local={plan.copies}", *_experts(plan)))
 
 
 def _wrapped(leader: str, rank: str, size: int, *further: str, command: list[str]) -> list[str]:
@@ -76,5 +75,11 @@ def _copies_arguments(plan: Plan, leader: str, rank: str, first: str) -> list[st
         f"--data-parallel-size-local={plan.copies}",
         f"--data-parallel-address={leader}",
         f"--data-parallel-rpc-port={COPIES_PORT}",
+        *_experts(plan),
         *([f"--data-parallel-start-rank={first}", "--headless"] if rank != "0" else []),
     ]
+
+
+def _experts(plan: Plan) -> list[str]:
+    """Spread them over the machines too: with one copy on each, the settings for one machine do not say so."""
+    return ["--enable-expert-parallel"] if plan.experts else []

@@ -10,9 +10,12 @@ from tasks.deployment.pods import PROXY_PORT, UNREADY, engine, pod, proxy, start
 from tasks.deployment.sizing import Plan
 
 Manifest = dict[str, Any]
-_LWS = "leaderworkerset.sigs.k8s.io/name"
+GROUP = "-group"  # ends the name of a LeaderWorkerSet
 KSERVE_PORT = 8080
-_WAITING = 5  # requests that wait for one server before another is started
+_KSERVE_SECONDS = 3600  # that a request may take; KServe's default is 60
+_BUSY = 0.8  # of the requests that a server can compute at once: with more, another server is started
+# a new server needs the GPUs or the memory of an old one
+_STRATEGY = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}
 
 
 def common(name: str, caddyfile: str, plan: Plan) -> list[Manifest]:
@@ -28,7 +31,7 @@ def common(name: str, caddyfile: str, plan: Plan) -> list[Manifest]:
                 "ports": [{"name": "api", "port": 443, "targetPort": "api"}],
             },
         },
-        _network_policy(name, {"app": name}, PROXY_PORT, several=plan.machines > 1),
+        _network_policy(name, {"app": name}, PROXY_PORT, several=plan.joined),
     ]
 
 
@@ -42,8 +45,7 @@ def deployment(name: str, plan: Plan, product: str | None, **changes: Any) -> Ma
         "spec": {
             "replicas": plan.machines,
             "selector": {"matchLabels": labels},
-            # a new server needs the GPUs or the memory of an old one
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+            "strategy": _STRATEGY,
             "progressDeadlineSeconds": start_seconds(plan) + 600,
             "template": {"metadata": {"labels": labels}, "spec": _server(name, plan, product, **changes)},
         },
@@ -66,19 +68,23 @@ def leader_worker_set(name: str, plan: Plan, product: str | None) -> Manifest:
     worker = engine(name, plan, product is not None, command=command(follower=True))
     for field in ("startupProbe", "readinessProbe", "livenessProbe", "ports"):
         worker.pop(field)
+    leader = _server(name, plan, product, command=command(follower=False))
+    for guard in leader["initContainers"]:
+        guard.pop("livenessProbe")  # another start of the proxy would start the whole group again
     return {
         "apiVersion": "leaderworkerset.x-k8s.io/v1",
         "kind": "LeaderWorkerSet",
-        "metadata": _metadata(name),
+        # LeaderWorkerSet makes a service with its name, by which the machines find each other: not that of clients
+        "metadata": _metadata(name) | {"name": f"{name}{GROUP}"},
         "spec": {
             "replicas": plan.machines // size,
             "startupPolicy": "LeaderCreated",
             "leaderWorkerTemplate": {
                 "size": size,
-                "restartPolicy": "RecreateGroupOnPodRestart",
+                "restartPolicy": "RecreateGroupAfterStart",  # not while a machine still pulls its image
                 "leaderTemplate": {
                     "metadata": {"labels": {"app": name, "role": "server"}},
-                    "spec": _server(name, plan, product, command=command(follower=False)),
+                    "spec": leader,
                 },
                 "workerTemplate": {
                     "metadata": {"labels": {"app": name, "role": "worker"}},
@@ -90,7 +96,9 @@ def leader_worker_set(name: str, plan: Plan, product: str | None) -> Manifest:
 
 
 def inference_service(name: str, plan: Plan, product: str | None, caddyfile: str) -> list[Manifest]:
-    """KServe in its Standard mode. Its gateway ends TLS; the proxy beside vLLM guards the paths."""
+    """KServe in its Standard mode. Its gateway ends TLS; the proxy beside vLLM guards the paths. KServe sets the label
+    app itself, so its pods are selected by another one."""
+    labels = {"serving.kserve.io/inferenceservice": name}
     containers = [
         engine(name, plan, product is not None, container="kserve-container"),
         # KServe sends requests to the container of this name
@@ -114,29 +122,31 @@ def inference_service(name: str, plan: Plan, product: str | None, caddyfile: str
                 "predictor": {
                     "minReplicas": plan.machines,
                     "maxReplicas": plan.machines,
+                    "timeout": _KSERVE_SECONDS,
+                    "deploymentStrategy": _STRATEGY,
                     **pod(plan, product, containers, volumes=volumes(name, plan, f"{name}-kserve-proxy", tls=False)),
                 }
             },
         },
-        _network_policy(f"{name}-kserve", {"serving.kserve.io/inferenceservice": name}, KSERVE_PORT, several=False),
+        _network_policy(f"{name}-kserve", labels, KSERVE_PORT, several=False),
+        _pod_monitor(f"{name}-kserve", labels),
     ]
 
 
-def autoscaling(name: str, plan: Plan, waiting: str) -> Manifest:
-    """KEDA's rule: more servers while requests wait. waiting: the metric that counts them."""
+def autoscaling(name: str, plan: Plan, requests: tuple[str, ...]) -> Manifest:
+    """KEDA's rule: more servers than described while those are busy. requests: the metrics that count those that run or
+    wait."""
     target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
     if plan.grouped:
-        target |= {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet"}
+        target |= {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", "name": f"{name}{GROUP}"}
     return {
         "apiVersion": "keda.sh/v1alpha1",
         "kind": "ScaledObject",
         "metadata": _metadata(name),
         "spec": {
             "scaleTargetRef": target,
-            "minReplicaCount": 1,
+            "minReplicaCount": plan.servers,
             "maxReplicaCount": "${MAX_REPLICAS}",
-            # a new server takes this long to be of use
-            "cooldownPeriod": start_seconds(plan),
             "advanced": {
                 "horizontalPodAutoscalerConfig": {
                     "behavior": {"scaleDown": {"stabilizationWindowSeconds": min(3600, start_seconds(plan))}}
@@ -147,8 +157,8 @@ def autoscaling(name: str, plan: Plan, waiting: str) -> Manifest:
                     "type": "prometheus",
                     "metadata": {
                         "serverAddress": "${PROMETHEUS_URL}",
-                        "query": f'sum({waiting}{{model_name="{name}"}})',
-                        "threshold": str(_WAITING),
+                        "query": " + ".join(f'sum({metric}{{model_name="{name}"}})' for metric in requests),
+                        "threshold": str(max(1, round(_BUSY * plan.sequences * plan.copies))),  # for each server
                     },
                 }
             ],
@@ -159,15 +169,7 @@ def autoscaling(name: str, plan: Plan, waiting: str) -> Manifest:
 def monitoring(name: str, rules: dict[str, Any], **changes: Any) -> list[Manifest]:
     """For the Prometheus operator: where the metrics are, and the alert rules. changes: of the endpoint's fields."""
     return [
-        {
-            "apiVersion": "monitoring.coreos.com/v1",
-            "kind": "PodMonitor",
-            "metadata": _metadata(name),
-            "spec": {
-                "selector": {"matchLabels": {"app": name, "role": "server"}},
-                "podMetricsEndpoints": [{"port": "engine", "path": "/metrics", "interval": "15s", **changes}],
-            },
-        },
+        _pod_monitor(name, {"app": name, "role": "server"}, **changes),
         {
             "apiVersion": "monitoring.coreos.com/v1",
             "kind": "PrometheusRule",
@@ -175,6 +177,18 @@ def monitoring(name: str, rules: dict[str, Any], **changes: Any) -> list[Manifes
             "spec": rules,
         },
     ]
+
+
+def _pod_monitor(name: str, labels: dict[str, str], **changes: Any) -> Manifest:
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PodMonitor",
+        "metadata": _metadata(name),
+        "spec": {
+            "selector": {"matchLabels": labels},
+            "podMetricsEndpoints": [{"port": "engine", "path": "/metrics", "interval": "15s", **changes}],
+        },
+    }
 
 
 def _server(name: str, plan: Plan, product: str | None, **changes: Any) -> dict[str, Any]:
@@ -194,11 +208,11 @@ def _config_map(name: str, own: str, caddyfile: str) -> Manifest:
 
 
 def _network_policy(name: str, labels: dict[str, str], port: int, *, several: bool) -> Manifest:
-    """Requests through the proxy, metrics for Prometheus, and between the machines; nothing else, in or out."""
+    """Requests through the proxy, metrics for Prometheus, between the machines, and for DNS; nothing else."""
     own = {"podSelector": {"matchLabels": labels}}
     prometheus = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "${MONITORING_NAMESPACE}"}}}
-    dns = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
-    lookups = [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]
+    # wherever the cluster's DNS is: in any namespace or on the node; behind its service, OpenShift has port 5353
+    lookups = [{"protocol": protocol, "port": port} for port in (53, 5353) for protocol in ("UDP", "TCP")]
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -211,6 +225,6 @@ def _network_policy(name: str, labels: dict[str, str], port: int, *, several: bo
                 {"from": [prometheus], "ports": [{"protocol": "TCP", "port": PORT}]},
                 *([{"from": [own]}] if several else []),
             ],
-            "egress": [{"to": [own]}, {"to": [dns], "ports": lookups}] if several else [],
+            "egress": [{"to": [own]}, {"ports": lookups}] if several else [],
         },
     }

@@ -7,11 +7,13 @@ from typing import Any
 Rule = tuple[str, str, str, str, str]  # name, expression, duration, severity, summary
 _QUANTILES = (0.5, 0.95)
 _ONNX = "onnx_server"
-VLLM_WAITING, ONNX_WAITING = "vllm:num_requests_waiting", f"{_ONNX}_requests_waiting"
+VLLM_REQUESTS = "vllm:num_requests_running", "vllm:num_requests_waiting"
+ONNX_REQUESTS = f"{_ONNX}_requests_running", f"{_ONNX}_requests_waiting"
 
 
-def alert_rules(name: str) -> dict[str, Any]:
-    """A file of alert rules for vLLM. The limits are starting values, to be set to what users expect."""
+def alert_rules(name: str, engines: int, start: int) -> dict[str, Any]:
+    """A file of alert rules for vLLM. The limits are starting values, to be set to what users expect. engines: that are
+    described. start: seconds that a start may take."""
     mine = f'model_name="{name}"'
     failed = f'vllm:request_success_total{{{mine}, finished_reason="error"}}'
     cache = (
@@ -22,17 +24,19 @@ def alert_rules(name: str) -> dict[str, Any]:
         "The KV cache is nearly full: requests wait or start again. Lower max-num-seqs or add a server.",
     )
     late = _late(f"vllm:time_to_first_token_seconds_bucket{{{mine}}}", 5)
-    running = f"vllm:num_requests_running{{{mine}}}"
-    return _rules_file(name, [*_requests(running, failed, _waiting(mine)), cache, late])
+    # a counter is there from the start; a gauge only after the engine's first request, if vLLM has several processes
+    lost = _lost(f"vllm:generation_tokens_total{{{mine}}}", engines, start)
+    running, waiting = (f"{metric}{{{mine}}}" for metric in VLLM_REQUESTS)
+    return _rules_file(name, [*_requests(running, failed, waiting), *lost, cache, late])
 
 
-def onnx_alert_rules(name: str) -> dict[str, Any]:
+def onnx_alert_rules(name: str, servers: int, start: int) -> dict[str, Any]:
     """The same for the server of ONNX exports, whose metrics get the label model_name when they are collected."""
     mine = f'model_name="{name}"'
     failed = f'{_ONNX}_responses_total{{{mine}, status="500"}}'
     late = _late(f"{_ONNX}_time_to_first_token_seconds_bucket{{{mine}}}", 30)
-    running = f"{_ONNX}_requests_running{{{mine}}}"
-    return _rules_file(name, [*_requests(running, failed, f"{ONNX_WAITING}{{{mine}}}"), late])
+    running, waiting = (f"{metric}{{{mine}}}" for metric in ONNX_REQUESTS)
+    return _rules_file(name, [*_requests(running, failed, waiting), *_lost(running, servers, start), late])
 
 
 def _requests(running: str, failed: str, waiting: str) -> list[Rule]:
@@ -48,6 +52,12 @@ def _requests(running: str, failed: str, waiting: str) -> list[Rule]:
             "More than 10 requests have been waiting for 10 minutes: add a server.",
         ),
     ]
+
+
+def _lost(metric: str, engines: int, start: int) -> list[Rule]:
+    """metric: one series of each engine."""
+    words = f"Fewer than {engines} copies of the model report metrics."
+    return [("CopiesLost", f"count({metric}) < {engines}", f"{start}s", "warning", words)] if engines > 1 else []
 
 
 def _late(bucket: str, seconds: int) -> Rule:
@@ -81,7 +91,11 @@ def dashboard(name: str) -> dict[str, Any]:
     """A dashboard for Grafana, which asks for the data source."""
     mine = f'model_name="{name}"'
     panels = [
-        ("Requests", "short", {"running": f"vllm:num_requests_running{{{mine}}}", "waiting": _waiting(mine)}),
+        (
+            "Requests",
+            "short",
+            dict(zip(("running", "waiting"), (f"{one}{{{mine}}}" for one in VLLM_REQUESTS), strict=True)),
+        ),
         ("KV cache in use", "percentunit", {"{{pod}}": f"vllm:kv_cache_usage_perc{{{mine}}}"}),
         ("Time to the first token", "s", _quantiles("vllm:time_to_first_token_seconds", mine)),
         ("Time between tokens", "s", _quantiles("vllm:inter_token_latency_seconds", mine)),
@@ -118,10 +132,6 @@ def dashboard(name: str) -> dict[str, Any]:
         "templating": {"list": [{"name": "datasource", "type": "datasource", "query": "prometheus"}]},
         "panels": [_panel(number, *panel) for number, panel in enumerate(panels)],
     }
-
-
-def _waiting(mine: str) -> str:
-    return f"{VLLM_WAITING}{{{mine}}}"
 
 
 def _quantiles(metric: str, mine: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tasks.deployment.arguments import MODEL, ONNX_KEY, PORT, onnx_command, onnx_module
 from tasks.deployment.compose import ASKS
-from tasks.deployment.pods import USER, secret_value, start_seconds
+from tasks.deployment.pods import USER, memory_resources, secret_value, start_seconds
 from tasks.deployment.shape import Shape
 from tasks.deployment.sizing import Plan
 from tasks.deployment.sizing import plan as plan_of
@@ -74,4 +74,5 @@ def container(name: str, plan: Plan) -> dict[str, Any]:
             *({"name": key, "value": value} for key, value in ENVIRONMENT.items()),
             {"name": ONNX_KEY, "valueFrom": secret_value(name)},
         ],
+        "resources": memory_resources(plan),
     }

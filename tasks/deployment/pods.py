@@ -23,6 +23,11 @@ ENVIRONMENT = {
 }
 
 
+def environment(plan: Plan) -> dict[str, str]:
+    """vLLM's environment variables. Its API servers wait for the copies as long as a start may take."""
+    return {**ENVIRONMENT, "VLLM_ENGINE_READY_TIMEOUT_S": str(start_seconds(plan))}
+
+
 def shared_memory(plan: Plan) -> int:
     """GiB of /dev/shm, through which the processes of one machine pass tensors."""
     return max(2, plan.cards)
@@ -51,13 +56,13 @@ def engine(name: str, plan: Plan, gpu: bool, container: str = "vllm", **changes:
         "image": "${VLLM_IMAGE}",
         "command": server_command(plan),
         "env": [
-            *({"name": key, "value": value} for key, value in ENVIRONMENT.items()),
+            *({"name": key, "value": value} for key, value in environment(plan).items()),
             {"name": "VLLM_API_KEY", "valueFrom": secret_value(name)},
         ],
         "ports": [{"name": "engine", "containerPort": PORT}],
         **probes(health, plan),
         "lifecycle": {"preStop": {"sleep": {"seconds": UNREADY}}},
-        "resources": _resources(plan, gpu),
+        "resources": _card_resources(plan) if gpu else memory_resources(plan, cached=plan.card_weights),
         "securityContext": _confined(),
         "volumeMounts": [
             {"name": "model", "mountPath": MODEL, "readOnly": True},
@@ -109,8 +114,11 @@ def proxy(name: str, *, tls: bool = True, container: str = "proxy", port: int = 
 
 def pod(plan: Plan, product: str | None, containers: list[dict[str, Any]], **further: Any) -> dict[str, Any]:
     """The fields that all pods share. product: the GPU's label, for the node selector."""
+    # nodes with GPUs often refuse pods without this
+    tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     return {
         "nodeSelector": {"nvidia.com/gpu.product": product} if product else {"kubernetes.io/os": "linux"},
+        **({"tolerations": tolerations} if product else {}),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,  # they would set variables named VLLM_*, if a service is called so
         "terminationGracePeriodSeconds": UNREADY + 2 * DRAIN + 30,
@@ -139,13 +147,17 @@ def volumes(name: str, plan: Plan, configuration: str | None = None, *, tls: boo
     return found
 
 
-def _resources(plan: Plan, gpu: bool) -> dict[str, Any]:
-    shm = shared_memory(plan)
-    if gpu:
-        requests = {"cpu": str(2 * plan.cards), "memory": f"{shm + plan.cards * (PROCESS // GB)}Gi"}
-        return {"requests": requests, "limits": {"nvidia.com/gpu": plan.cards}}
-    memory = f"{-(-(plan.card_weights + plan.room + PROCESS) // GIB) + shm}Gi"
-    return {"requests": {"cpu": "2", "memory": memory}, "limits": {"memory": memory}}
+def memory_resources(plan: Plan, cached: int = 0) -> dict[str, Any]:
+    """Of a server on a CPU. cached: bytes of files in the page cache that it takes for memory in use. They count toward
+    the limit only, because the kernel can free them."""
+    used = plan.card_weights + plan.room + PROCESS
+    requested, limit = (f"{-(-size // GIB) + shared_memory(plan)}Gi" for size in (used, used + cached))
+    return {"requests": {"cpu": "2", "memory": requested}, "limits": {"memory": limit}}
+
+
+def _card_resources(plan: Plan) -> dict[str, Any]:
+    requests = {"cpu": str(2 * plan.cards), "memory": f"{shared_memory(plan) + plan.cards * (PROCESS // GB)}Gi"}
+    return {"requests": requests, "limits": {"nvidia.com/gpu": plan.cards}}
 
 
 def _confined(*capabilities: str) -> dict[str, Any]:

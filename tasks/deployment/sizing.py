@@ -34,7 +34,7 @@ class Plan:
     machines: all. longest: tokens that the model can read, None if it states none. context: of them, those served.
     sequences: at once. kv_tokens: in the KV cache of a copy. room: bytes for it on the fullest card, which can be
     negative. card_weights, card_token: bytes on that card, of weights and for each token. unused: cards of a machine.
-    experts: of each mixture, spread over the copies; 0: not spread.
+    experts: of each mixture, which copies that answer as one spread over their cards; 0: none.
     """
 
     tensor: int
@@ -60,6 +60,21 @@ class Plan:
     def grouped(self) -> bool:
         """Whether one copy needs several machines."""
         return self.pipeline > 1
+
+    @property
+    def joined(self) -> bool:
+        """Whether several machines can answer as one: with parts of a copy, or with copies that share the experts."""
+        return self.machines > 1 and (self.grouped or self.experts % (self.cards * self.machines) == 0)
+
+    @property
+    def servers(self) -> int:
+        """Servers that are independent of one another, if machines are joined only where they must be."""
+        return self.machines // self.pipeline
+
+    @property
+    def engines(self) -> int:
+        """Copies of the model on all machines, each of which is an engine of vLLM with metrics of its own."""
+        return self.servers * self.copies
 
     @property
     def cards(self) -> int:
@@ -130,7 +145,7 @@ def _on_cards(shape: Shape, hardware: HardwareSettings, tensor: int, stages: int
         card_weights=weights,
         card_token=token,
         unused=hardware.cards - tensor * copies,
-        experts=shape.experts if copies > 1 else 0,
+        experts=shape.experts,
     )
 
 
@@ -166,6 +181,7 @@ def _on_processor(shape: Shape, hardware: HardwareSettings | None) -> Plan:
         room=room,
         card_weights=shape.weights,
         card_token=shape.kv_token,
+        experts=shape.experts,
     )
 
 

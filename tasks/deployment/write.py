@@ -18,8 +18,8 @@ from tasks.deployment.arguments import (
     vllm_settings,
 )
 from tasks.deployment.groups import LIFELINE, group_commands, ray_command, server_command
-from tasks.deployment.monitoring import ONNX_WAITING, VLLM_WAITING, alert_rules, dashboard, onnx_alert_rules
-from tasks.deployment.pods import ENVIRONMENT, PROXY_PORT, USER, secret_name
+from tasks.deployment.monitoring import ONNX_REQUESTS, VLLM_REQUESTS, alert_rules, dashboard, onnx_alert_rules
+from tasks.deployment.pods import PROXY_PORT, USER, environment, secret_name, start_seconds
 from tasks.deployment.shape import read_shape
 from tasks.deployment.sizing import gigabytes
 from tasks.deployment.sizing import plan as plan_of
@@ -99,6 +99,7 @@ class _Serving:
             yield "README.md", _render("README_onnx.md.j2", **values)
         else:
             values |= {"commands": group_commands(self.plan, "$LEADER"), "ray": ray_command(self.plan)}
+            values["start_seconds"] = start_seconds(self.plan)
             yield "README.md", _render("README.md.j2", **values)
 
     def _one_machine(self) -> Iterator[tuple[str, Any]]:
@@ -117,6 +118,7 @@ class _Serving:
 
     def _for_vllm(self) -> Iterator[tuple[str, Any]]:
         name, plan, product = self.name, self.plan, self.product
+        alerts = alert_rules(name, plan.engines, start_seconds(plan))
         yield "vllm.yaml", vllm_settings(name, plan, self.template, product is not None)
         yield "Dockerfile", _render("Dockerfile.j2", **self._image())
         yield "kubernetes/common.yaml", kubernetes.common(name, self.caddyfile, plan)
@@ -124,13 +126,13 @@ class _Serving:
             inside = _render("Caddyfile.j2", port=kubernetes.KSERVE_PORT, paths=PATHS, tls=False)
             yield "kubernetes/deployment.yaml", [kubernetes.deployment(name, plan, product)]
             yield "kubernetes/kserve.yaml", kubernetes.inference_service(name, plan, product, inside)
-        if plan.machines > 1 or plan.copies > 1:
+        if plan.joined or plan.copies > 1:
             yield LIFELINE.name, LIFELINE.read_text(encoding="utf-8")
-        if plan.machines > 1:
+        if plan.joined:
             yield "kubernetes/leaderworkerset.yaml", [kubernetes.leader_worker_set(name, plan, product)]
-        yield "kubernetes/autoscaling.yaml", [kubernetes.autoscaling(name, plan, VLLM_WAITING)]
-        yield "kubernetes/monitoring.yaml", kubernetes.monitoring(name, alert_rules(name))
-        yield "monitoring/alerts.yaml", alert_rules(name)
+        yield "kubernetes/autoscaling.yaml", [kubernetes.autoscaling(name, plan, VLLM_REQUESTS)]
+        yield "kubernetes/monitoring.yaml", kubernetes.monitoring(name, alerts)
+        yield "monitoring/alerts.yaml", alerts
         yield "monitoring/dashboard.json", dashboard(name)
 
     def _for_onnx(self) -> Iterator[tuple[str, Any]]:
@@ -140,19 +142,20 @@ class _Serving:
         # a policy for servers that are independent of one another
         yield "kubernetes/common.yaml", kubernetes.common(name, self.caddyfile, replace(plan, machines=1))
         yield "kubernetes/deployment.yaml", [kubernetes.deployment(name, plan, None, **onnx.container(name, plan))]
-        yield "kubernetes/autoscaling.yaml", [kubernetes.autoscaling(name, plan, ONNX_WAITING)]
+        yield "kubernetes/autoscaling.yaml", [kubernetes.autoscaling(name, plan, ONNX_REQUESTS)]
+        alerts = onnx_alert_rules(name, plan.engines, start_seconds(plan))
         # the server gives its metrics only for the key
         endpoint = {
             "authorization": {"type": "Bearer", "credentials": secret_name(name)},
             "relabelings": [{"targetLabel": "model_name", "replacement": name}],
         }
-        yield "kubernetes/monitoring.yaml", kubernetes.monitoring(name, onnx_alert_rules(name), **endpoint)
+        yield "kubernetes/monitoring.yaml", kubernetes.monitoring(name, alerts, **endpoint)
 
     def _image(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "model": MODEL,
-            "environment": ENVIRONMENT,
+            "environment": environment(self.plan),
             "user": USER,
             "port": PORT,
             "command": server_command(self.plan),

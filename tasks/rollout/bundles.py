@@ -18,7 +18,8 @@ _MANIFEST_IMAGE = re.compile(r"\$\{([A-Z_]+)_IMAGE\}")
 _DIGEST = re.compile(r"[^\s@=]+@sha256:[0-9a-f]{64}")
 COMPOSE, MANIFESTS = Path("serve/compose.yaml"), Path("serve/kubernetes")
 NAME_OPTIONS = ("--served-model-name", "--alias", "--name")  # of the servers: the model's name for clients
-SERVERS = ("deployment.yaml", "leaderworkerset.yaml")  # the first that a bundle has
+GROUP_FILE = "leaderworkerset.yaml"
+SERVERS = ("deployment.yaml", GROUP_FILE)  # the first that a bundle has
 
 
 def read_compose(bundle: Path) -> dict[str, Any]:

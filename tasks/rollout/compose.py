@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tasks.deployment.compose import MACHINE
 from tasks.deployment.yaml_text import to_yaml
 from tasks.errors import TaskError
 from tasks.rollout.bundles import read_compose, with_images
@@ -41,6 +42,7 @@ def compose_files(deployment: Deployment, bundle: Bundle) -> dict[str, str]:
     proxy["labels"] = {"modelpress.caddyfile": hashlib.sha256(caddyfile.encode()).hexdigest()}
     proxy["depends_on"] = {_service(stable): {"condition": "service_healthy"}}
     engines = {_service(version): _engine(version, parts[version.run]) for version in deployment.versions}
+    _check_gpus(whole, engines)
     return {
         "compose.yaml": to_yaml({**whole, "services": {**engines, "proxy": proxy}}),
         "Caddyfile": caddyfile,
@@ -72,8 +74,29 @@ def _engine(version: Version, parts: dict[str, Any]) -> dict[str, Any]:
     for volume in engine["volumes"]:
         if volume["source"] == "..":
             volume["source"] = f"./{version.folder}"
-    reserved = engine.get("deploy", {}).get("resources", {}).get("reservations", {})
-    for device in reserved.get("devices", ()):
+    for device in _devices(engine):
         count = device.pop("count")  # would give both versions the same ones
-        device["device_ids"] = [str(number) for number in range(version.slot * count, (version.slot + 1) * count)]
+        # the first ones of the machine, or the last ones, so that neither depends on the other version
+        start = _gpus(parts, 2 * count) - count if version.slot else 0
+        device["device_ids"] = [str(number) for number in range(start, start + count)]
     return engine
+
+
+def _check_gpus(parts: dict[str, Any], engines: dict[str, dict[str, Any]]) -> None:
+    """TaskError if two versions would share GPUs. parts: the file of the first of them."""
+    ids = [[number for device in _devices(engine) for number in device["device_ids"]] for engine in engines.values()]
+    if len(ids) == 2 and set(ids[0]) & set(ids[1]):
+        used, needed = map(len, ids)
+        raise TaskError(
+            f"a canary needs {needed} free GPUs, but the machine has {_gpus(parts, used)} and the other version uses "
+            f"{used}; leave out --canary, or use --kubernetes"
+        )
+
+
+def _devices(engine: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(engine.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", ()))
+
+
+def _gpus(parts: dict[str, Any], unknown: int) -> int:
+    """GPUs of the machine that a bundle is for; `unknown` if its file does not say it."""
+    return int(parts.get(MACHINE, {}).get("gpus", unknown))

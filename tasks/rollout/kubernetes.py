@@ -6,21 +6,23 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tasks.deployment.kubernetes import GROUP
 from tasks.deployment.yaml_text import to_yaml
 from tasks.errors import TaskError
-from tasks.rollout.bundles import read_manifests, with_images
+from tasks.rollout.bundles import GROUP_FILE, read_manifests, with_images
 from tasks.rollout.record import Deployment, Version
 
 _LONGEST = 52  # characters of a version's name in the cluster: longer ones leave no room for the ends of derived names
+_LONGEST_GROUP = _LONGEST - len("-group-999")  # a StatefulSet with the name and number of a group has at most _LONGEST
 _GROUP = "gateway.networking.k8s.io"
-CURRENT, RETIRED = "kubernetes", "retired"
+CURRENT, RETIRED, ROUTE = "kubernetes", "retired", "route.yaml"
 
 Bundle = Callable[[Version], Path]
 
 
 def manifest_files(deployment: Deployment, bundle: Bundle) -> dict[str, str]:
     """Names and texts of the manifests: kubernetes/ for what serves, retired/ for what the last change took out."""
-    files = {f"{CURRENT}/route.yaml": to_yaml(_route(deployment))}
+    files = {f"{CURRENT}/{ROUTE}": to_yaml(_route(deployment))}
     for folder, versions in ((CURRENT, deployment.versions), (RETIRED, deployment.retired)):
         for version in versions:
             for name, manifests in _own_manifests(deployment, version, bundle(version)):
@@ -28,12 +30,26 @@ def manifest_files(deployment: Deployment, bundle: Bundle) -> dict[str, str]:
     return files
 
 
-def own_name(served: str, version: Version) -> str:
+def steps(to: Path, deployment: Deployment, bundle: Bundle) -> list[str]:
+    """The commands that bring the manifests in `to` to a cluster. The route moves once the newest version is ready."""
+    folder, new = to / CURRENT, deployment.versions[-1]
+    own = " ".join(f"--filename {folder / version.name}" for version in deployment.versions)
+    name = own_name(deployment.served, new)
+    ready = f"kubectl rollout status deployment/{name}"
+    if GROUP_FILE in read_manifests(bundle(new)):
+        ready = f"kubectl wait --for condition=Available --timeout 2h leaderworkerset/{name}{GROUP}"
+    several = len(deployment.versions) > 1 or deployment.retired
+    beside = "    # beside the other version: as many free GPUs, or as much memory, again" if several else ""
+    found = [f"kubectl apply --recursive {own}{beside}", ready, f"kubectl apply --filename {folder / ROUTE}"]
+    return [*found, f"kubectl delete --recursive --filename {to / RETIRED}"] if deployment.retired else found
+
+
+def own_name(served: str, version: Version, longest: int = _LONGEST) -> str:
     """The name of a version's objects; TaskError if it is too long."""
     own = f"{served}-{version.name}"
-    if len(own) > _LONGEST:
+    if len(own) > longest:
         raise TaskError(
-            f"{own} has {len(own)} characters, and names in a cluster can have {_LONGEST} here; choose a shorter "
+            f"{own} has {len(own)} characters, and names in a cluster can have {longest} here; choose a shorter "
             "package.name or name of the run"
         )
     return own
@@ -42,8 +58,9 @@ def own_name(served: str, version: Version) -> str:
 def _own_manifests(
     deployment: Deployment, version: Version, bundle: Path
 ) -> Iterable[tuple[str, list[dict[str, Any]]]]:
-    own = own_name(deployment.served, version)
-    for file, manifests in read_manifests(bundle).items():
+    files = read_manifests(bundle)
+    own = own_name(deployment.served, version, _LONGEST_GROUP if GROUP_FILE in files else _LONGEST)
+    for file, manifests in files.items():
         named = [_renamed(manifest, deployment.served, own) for manifest in manifests]
         placed = _with_value(named, "${MONITORING_NAMESPACE}", deployment.place.monitoring)
         yield file, with_images(placed, version.images)

@@ -113,7 +113,13 @@ def test_manifests_for_kubernetes(runs: Toy, live: Path) -> None:
     place = ("--kubernetes", "--gateway", "infra/public", "--hostname", "models.example.org")
     deployed(runs, live, "run/a", *place, *IMAGES)
     said = deployed(runs, live, "run/b", "--kubernetes", "--canary", "25")
-    assert f"kubectl apply --recursive --filename {live}/kubernetes" in said
+    files = live / "kubernetes"
+    assert said.splitlines()[1:4] == [
+        f"next     kubectl apply --recursive --filename {files}/a --filename {files}/b"
+        "    # beside the other version: as many free GPUs, or as much memory, again",
+        f"then     kubectl rollout status deployment/{NAME}-b",
+        f"then     kubectl apply --filename {files}/route.yaml",
+    ]
     route, _ = yaml.safe_load_all((live / "kubernetes/route.yaml").read_text())
     assert [(one["name"], one["weight"]) for one in route["spec"]["rules"][0]["backendRefs"]] == [
         (f"{NAME}-a", 75),

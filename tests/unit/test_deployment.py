@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -20,6 +21,8 @@ from compose_spec.models import ComposeSpecification
 
 from tasks.deployment import lifeline
 from tasks.deployment.arguments import recommended_sampling
+from tasks.deployment.shape import Shape
+from tasks.deployment.sizing import GB, GIB
 from tasks.deployment.tool_calling import read_template
 from tasks.deployment.write import write_serving
 from tasks.errors import TaskError
@@ -48,6 +51,7 @@ VARIABLES = {
     "PROMETHEUS_URL": "http://prometheus.monitoring:9090",
 }
 WITH_TOOLS = "{% for tool in tools %}<tool_call>{{ tool | tojson }}</tool_call>{% endfor %}"
+KSERVE_FIELDS = {"minReplicas", "maxReplicas", "timeout", "deploymentStrategy"}  # beside those of a pod
 TARGETS = ("transformers", "gguf", "onnx")
 NAME = "smollm2-135m-instruct"
 Write = Callable[..., Path]
@@ -58,7 +62,11 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Write serve/ for a large model; returns that folder."""
 
     def make(
-        hardware: str = "one", target: str = "transformers", chat: str | None = "{{ messages }}", **files: Any
+        hardware: str = "one",
+        target: str = "transformers",
+        chat: str | None = "{{ messages }}",
+        shape: Shape = LARGE,
+        **files: Any,
     ) -> Path:
         bundle = tmp_path / f"{hardware}-{target}-{len(list(tmp_path.iterdir()))}"
         bundle.mkdir()
@@ -66,7 +74,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
             (bundle / "chat_template.jinja").write_text(chat)
         for name, values in files.items():
             (bundle / f"{name}.json").write_text(json.dumps(values))
-        monkeypatch.setattr("tasks.deployment.write.read_shape", lambda _: LARGE)
+        monkeypatch.setattr("tasks.deployment.write.read_shape", lambda _: shape)
         params = yaml.safe_load(Path("params.yaml").read_text())
         params["targets"] = [target]
         params["package"]["hardware"] = HARDWARE[hardware]
@@ -109,7 +117,7 @@ class TestSchemas:
                 kubernetes_validate.validate(manifest, "1.37", strict=True)
                 continue
             for pod in pods(manifest):
-                spec = {k: v for k, v in pod.items() if k not in ("minReplicas", "maxReplicas")}
+                spec = {k: v for k, v in pod.items() if k not in KSERVE_FIELDS}
                 whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
                 kubernetes_validate.validate(whole, "1.37", strict=True)
         assert {"ConfigMap", "Service", "NetworkPolicy", "ScaledObject", "PodMonitor", "PrometheusRule"} <= kinds
@@ -311,10 +319,13 @@ class TestLife:
             (group,) = [m["spec"] for m in manifests(write(hardware)) if m["kind"] == "LeaderWorkerSet"]
             template = group["leaderWorkerTemplate"]
             assert (template["size"], group["replicas"]) == (size, replicas)
-            assert template["restartPolicy"] == "RecreateGroupOnPodRestart"
+            assert template["restartPolicy"] == "RecreateGroupAfterStart"
             (worker,) = template["workerTemplate"]["spec"]["containers"]
             assert "--headless" in " ".join(worker["command"])
             (leader,) = template["leaderTemplate"]["spec"]["containers"]
+            (guard,) = template["leaderTemplate"]["spec"]["initContainers"]
+            assert "readinessProbe" in guard
+            assert "livenessProbe" not in guard  # its new start would be one of the group
             assert "--headless" not in leader["command"]
             for container, rank in ((leader, "0"), (worker, "$(LWS_WORKER_INDEX)")):
                 assert container["command"][:2] == ["python3", "/model/serve/lifeline.py"]
@@ -372,10 +383,138 @@ class TestLife:
             assert options.command[:3] == ["vllm", "serve", "/model"]
             assert options.answers + 20 < float(model["stop_grace_period"].removesuffix("s"))
 
+    @pytest.mark.parametrize("hardware", ["processors", "copies", "group"])
+    def test_a_group_has_a_service_of_its_own(self, write: Write, hardware: str) -> None:
+        found = list(manifests(write(hardware)))
+        (group,) = [m for m in found if m["kind"] == "LeaderWorkerSet"]
+        services = [m["metadata"]["name"] for m in found if m["kind"] == "Service"]
+        assert group["metadata"]["name"] not in services  # LeaderWorkerSet makes one of this name
+        # a StatefulSet's name and the hash of its revision are a label
+        assert len(f"{'x' * 40}{group['metadata']['name'].removeprefix(NAME)}-1024") <= 52
+        (scaled,) = [m["spec"]["scaleTargetRef"] for m in found if m["kind"] == "ScaledObject"]
+        targets = [(m["apiVersion"], m["kind"], m["metadata"]["name"]) for m in found]
+        assert (scaled["apiVersion"], scaled["kind"], scaled["name"]) in targets
+
+    @pytest.mark.parametrize("hardware", HARDWARE)
+    def test_vllm_waits_for_its_copies_as_long_as_the_probe(self, write: Write, hardware: str) -> None:
+        folder, variable = write(hardware), "VLLM_ENGINE_READY_TIMEOUT_S"
+        waits = []
+        for container in [c for m in manifests(folder) for pod in pods(m) for c in pod["containers"]]:
+            found = {one["name"]: one.get("value") for one in container["env"]}
+            if probe := container.get("startupProbe"):
+                waits.append(int(str(found[variable])))
+                assert 0 <= probe["periodSeconds"] * probe["failureThreshold"] - waits[0] < 10
+            elif "caddy" not in container["command"]:
+                waits.append(int(str(found[variable])))
+        assert len(set(waits)) == 1
+        assert f"{variable}={waits[0]}" in (folder / "Dockerfile").read_text()
+        readme = (folder / "README.md").read_text()
+        assert (f"`{variable}` to {waits[0]}" in readme) == (hardware in ("processors", "copies", "group"))
+        if hardware != "group":
+            environment = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["model"]["environment"]
+            assert environment[variable] == str(waits[0])
+
+    def test_experts_are_spread_over_the_machines(self, write: Write) -> None:
+        mixture, spread = replace(LARGE, experts=8, layer_bytes=10 * GB), "--enable-expert-parallel"
+        folder = write("processors", shape=mixture)  # one copy on each machine
+        assert "enable-expert-parallel" not in yaml.safe_load((folder / "vllm.yaml").read_text())
+        (group,) = [m for m in manifests(folder) if m["kind"] == "LeaderWorkerSet"]
+        assert all(spread in " ".join(pod["containers"][0]["command"]) for pod in pods(group))
+        assert (folder / "README.md").read_text().count(spread) == 3  # two machines, and Ray
+        assert spread not in (write("processors") / "README.md").read_text()
+        assert yaml.safe_load((write("copies", shape=mixture) / "vllm.yaml").read_text())["enable-expert-parallel"]
+
+    def test_machines_that_cannot_share_the_experts_stay_apart(self, write: Write) -> None:
+        folder = write("processors", shape=replace(LARGE, experts=9))
+        assert not (folder / "lifeline.py").exists()
+        kinds = {m["kind"] for m in manifests(folder)}
+        assert "LeaderWorkerSet" not in kinds
+        assert "Deployment" in kinds
+        readme = (folder / "README.md").read_text()
+        assert "the 9 experts cannot be spread evenly over 2 machines" in readme
+        assert "leaderworkerset" not in readme
+        assert "--data-parallel" not in readme
+
+    def test_the_page_cache_counts_toward_the_limit_on_a_cpu(self, write: Write) -> None:
+        for target, cached in (("transformers", 40), ("onnx", 0)):
+            (pod, *_) = [pod for m in manifests(write("processors", target)) for pod in pods(m)]
+            resources = pod["containers"][0]["resources"]
+            sizes = [int(resources[key]["memory"].removesuffix("Gi")) for key in ("requests", "limits")]
+            assert (sizes[1] - sizes[0]) * GIB == pytest.approx(cached * GB, abs=GIB)
+
     def test_pods_go_to_the_described_gpus(self, write: Write) -> None:
         for pod in [pod for manifest in manifests(write("one")) for pod in pods(manifest)]:
             assert pod["nodeSelector"] == {"nvidia.com/gpu.product": GPU}
             assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 8}
+            assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+        for pod in [pod for manifest in manifests(write("processors")) for pod in pods(manifest)]:
+            assert "tolerations" not in pod
+
+
+class TestOperation:
+    @pytest.mark.parametrize(
+        ("hardware", "target", "servers", "threshold"),
+        [
+            ("copies", "transformers", 2, 0.8 * 4),
+            ("processors", "transformers", 2, 0.8),
+            ("group", "transformers", 1, 0.8),
+            ("processors", "onnx", 2, 0.8),
+        ],
+    )
+    def test_a_server_is_added_when_the_others_are_busy(
+        self, write: Write, hardware: str, target: str, servers: int, threshold: float
+    ) -> None:
+        folder = write(hardware, target)
+        found = list(manifests(folder))
+        (scaled,) = [m["spec"] for m in found if m["kind"] == "ScaledObject"]
+        (server,) = [m for m in found if (m["kind"], m["metadata"]["name"]) == scaled_kind_and_name(scaled)]
+        assert scaled["minReplicaCount"] == server["spec"]["replicas"] == servers
+        metrics, (trigger,) = {"vllm:num", "onnx_server"}, scaled["triggers"]
+        counted = re.findall(r"sum\((\S+)_requests_(\w+)\{model_name=", trigger["metadata"]["query"])
+        assert [kind for _, kind in counted] == ["running", "waiting"]
+        assert {prefix for prefix, _ in counted} < metrics
+        if target == "onnx":
+            command = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["model"]["command"]
+            sequences = read_options(command).max_batch
+        else:
+            sequences = yaml.safe_load((folder / "vllm.yaml").read_text())["max-num-seqs"]
+        assert trigger["metadata"]["threshold"] == str(round(threshold * sequences))
+        assert f"`MAX_REPLICAS`, at least {servers}," in (folder / "README.md").read_text()
+
+    def test_kserve_is_monitored_and_does_not_cut_requests(self, write: Write) -> None:
+        folder = write("copies")
+        found = list(yaml.safe_load_all((folder / "kubernetes/kserve.yaml").read_text()))
+        (service,) = [m for m in found if m["kind"] == "InferenceService"]
+        predictor = service["spec"]["predictor"]
+        assert predictor["timeout"] >= 3600
+        assert predictor["deploymentStrategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+        (monitor,) = [m["spec"] for m in found if m["kind"] == "PodMonitor"]
+        assert monitor["selector"]["matchLabels"] == {"serving.kserve.io/inferenceservice": NAME}
+        (port,) = [one["port"] for one in monitor["podMetricsEndpoints"]]
+        assert port in {one["name"] for c in predictor["containers"] for one in c["ports"]}
+        names = [m["metadata"]["name"] for m in manifests(folder) if m["kind"] == "PodMonitor"]
+        assert len(names) == len(set(names)) == 2
+
+    def test_names_are_looked_up_wherever_the_clusters_dns_is(self, write: Write) -> None:
+        (policy,) = [m["spec"] for m in manifests(write("group")) if m["kind"] == "NetworkPolicy"]
+        (lookups,) = [rule["ports"] for rule in policy["egress"] if "to" not in rule]
+        assert {(one["protocol"], one["port"]) for one in lookups} == {
+            *(("UDP", 53), ("TCP", 53)),
+            *(("UDP", 5353), ("TCP", 5353)),
+        }
+
+    @pytest.mark.parametrize(
+        ("hardware", "target", "engines"),
+        [("copies", "transformers", 8), ("processors", "onnx", 2), ("group", "transformers", None)],
+    )
+    def test_a_lost_copy_is_noticed(self, write: Write, hardware: str, target: str, engines: int | None) -> None:
+        rules = [m["spec"] for m in manifests(write(hardware, target)) if m["kind"] == "PrometheusRule"]
+        found = [rule for rule in rules[0]["groups"][0]["rules"] if rule["alert"] == "ModelCopiesLost"]
+        assert [int(rule["expr"].rpartition(" < ")[2]) for rule in found] == ([engines] if engines else [])
+
+
+def scaled_kind_and_name(scaled: dict[str, Any]) -> tuple[str, str]:
+    return scaled["scaleTargetRef"]["kind"], scaled["scaleTargetRef"]["name"]
 
 
 class TestSampling:
@@ -465,11 +604,11 @@ class TestFiles:
 
     def test_onnx_brings_its_server(self, write: Write) -> None:
         folder = write("none", "onnx") / "onnx_server"
-        source, requirements = Path("tasks/serving/onnx_server"), "requirements.txt"
-        assert {path.name for path in source.glob("*.*")} | {requirements} == {path.name for path in folder.iterdir()}
+        source = Path("tasks/serving/onnx_server")
+        sources = {path.name: path for path in source.glob("*.py")} | {"requirements.txt": Path("locks/onnx.lock")}
+        assert set(sources) == {path.name for path in folder.iterdir()}
         for path in folder.iterdir():
-            expected = Path("locks/onnx.lock") if path.name == requirements else source / path.name
-            assert path.read_bytes() == expected.read_bytes()
+            assert path.read_bytes() == sources[path.name].read_bytes()
 
     @pytest.mark.parametrize(("hardware", "batch"), [("none", 12), ("processors", 16), ("one", 12)])
     def test_the_arguments_for_onnx_are_those_of_the_server(self, write: Write, hardware: str, batch: int) -> None:

@@ -148,7 +148,7 @@ def test_tool_parsers_exist_and_know_the_markers(read: dict[str, Any]) -> None:
 
 def test_metrics_exist(read: dict[str, Any], bundles: dict[str, Path]) -> None:
     scaling = (bundles["one"] / "serve/kubernetes/autoscaling.yaml").read_text()
-    used = set(re.findall(r"vllm:\w+", json.dumps([alert_rules("x"), dashboard("x")]) + scaling))
-    assert "vllm:num_requests_waiting" in used
+    used = set(re.findall(r"vllm:\w+", json.dumps([alert_rules("x", 2, 600), dashboard("x")]) + scaling))
+    assert {"vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:generation_tokens_total"} <= used
     for metric in used:  # Prometheus' client adds the ends
         assert f'"{re.sub("_(total|bucket)$", "", metric)}"' in read["metrics"], metric

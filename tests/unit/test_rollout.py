@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from tasks.errors import TaskError
 from tasks.output import checksums
 from tasks.rollout.bundles import chosen_images, needed_images, read_images, served_name
 from tasks.rollout.compose import balanced
+from tasks.rollout.kubernetes import steps
 from tasks.rollout.record import Deployment, Place, Version, read_record
 from tasks.rollout.write import write_deployment
 from tests.caddy import KEY, backend, caddy, free_port, needs_caddy
 from tests.crds import faults
 from tests.unit.test_deployment import Write, containers, pods, write
+from tests.unit.test_sizing import LARGE
 
 __all__ = ["write"]  # a fixture
 
@@ -29,6 +32,7 @@ IMAGES = {"vllm": "vllm@sha256:" + "0" * 64, "caddy": "caddy@sha256:" + "1" * 64
 NEWER = IMAGES | {"vllm": "vllm@sha256:" + "2" * 64}
 CLUSTER = Place("kubernetes", "infra/public", "models.example.org", "monitoring")
 NAME = "smollm2-135m-instruct"
+HALF = replace(LARGE, experts=4)  # takes 4 of 8 GPUs, because more do not divide the experts
 
 
 def first(place: Place | None = None) -> Deployment:
@@ -143,6 +147,16 @@ class TestImages:
             served_name(tmp_path, "compose")
 
 
+def devices(folder: Path) -> dict[str, list[str]]:
+    """The GPUs of each engine in a compose file."""
+    services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
+    return {
+        name: service["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
+        for name, service in services.items()
+        if "deploy" in service
+    }
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "live"
@@ -156,7 +170,7 @@ def bring(folder: Path, bundle: Path, *names: str) -> None:
 class TestCompose:
     @pytest.mark.parametrize(
         ("hardware", "target"),
-        [("none", "transformers"), ("one", "transformers"), ("none", "gguf"), ("none", "onnx"), ("one", "onnx")],
+        [("none", "transformers"), ("none", "gguf"), ("none", "onnx"), ("one", "onnx")],
     )
     def test_an_engine_for_each_version_behind_one_proxy(
         self, write: Write, folder: Path, hardware: str, target: str
@@ -175,16 +189,40 @@ class TestCompose:
             assert "networks" in engine
             assert "ports" not in engine
         assert "${" not in str([service["image"] for service in parts["services"].values()])
-        devices = [
-            parts["services"][f"model-{name}"]["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
-            for name in "ab"
-            if (hardware, target) == ("one", "transformers")
-        ]
-        assert devices in ([], [[str(n) for n in range(8)], [str(n) for n in range(8, 16)]])
         assert parts["services"]["proxy"]["depends_on"] == {"model-a": {"condition": "service_healthy"}}
 
+    def test_a_canary_takes_gpus_that_are_free(self, write: Write, folder: Path) -> None:
+        bring(folder, write("one", shape=HALF).parent, "a", "b")
+        tried = first().try_out("run/b", NEWER, 10)
+        write_deployment(folder, tried)
+        assert devices(folder) == {"model-a": ["0", "1", "2", "3"], "model-b": ["4", "5", "6", "7"]}
+        write_deployment(folder, tried.all_to("run/b", NEWER))
+        assert devices(folder) == {"model-b": ["4", "5", "6", "7"]}
+
+    def test_a_canary_without_free_gpus_is_refused(self, write: Write, folder: Path) -> None:
+        bring(folder, write("one").parent, "a")
+        bring(folder, write("one", shape=HALF).parent, "b")
+        write_deployment(folder, first())
+        before = checksums(folder)
+        words = (
+            r"^a canary needs 4 free GPUs, but the machine has 8 and the other version uses 8; leave out --canary, "
+            r"or use --kubernetes$"
+        )
+        with pytest.raises(TaskError, match=words):
+            write_deployment(folder, first().try_out("run/b", NEWER, 10))
+        assert checksums(folder) == before
+        write_deployment(folder, first().all_to("run/b", NEWER))
+        assert devices(folder) == {"model-b": ["0", "1", "2", "3"]}
+
+    def test_a_bundle_that_does_not_say_the_machines_gpus(self, write: Write, folder: Path) -> None:
+        bring(folder, write("one", shape=HALF).parent, "a", "b")
+        for path in folder.glob("versions/*/serve/compose.yaml"):
+            path.write_text(path.read_text().replace("x-machine", "x-other"))
+        write_deployment(folder, first().try_out("run/b", NEWER, 10))
+        assert devices(folder)["model-b"] == ["4", "5", "6", "7"]
+
     def test_other_weights_start_only_the_proxy_again(self, write: Write, folder: Path) -> None:
-        bring(folder, write("one").parent, "a", "b")
+        bring(folder, write("one", shape=HALF).parent, "a", "b")
         seen = []
         tried = first().try_out("run/b", NEWER, 10)
         for one in (first(), tried, tried.try_out("run/b", NEWER, 50), tried.all_to("run/b", NEWER)):
@@ -305,6 +343,47 @@ class TestKubernetes:
         assert [path.name for path in (folder / "retired").iterdir()] == ["a"]
         route, _ = read(folder / "kubernetes/route.yaml")
         assert [one["weight"] for one in route["spec"]["rules"][0]["backendRefs"]] == [100]
+
+    @pytest.mark.parametrize(
+        ("hardware", "ready"),
+        [
+            ("one", f"kubectl rollout status deployment/{NAME}-b"),
+            ("group", f"kubectl wait --for condition=Available --timeout 2h leaderworkerset/{NAME}-b-group"),
+        ],
+    )
+    def test_the_route_moves_when_the_new_version_is_ready(
+        self, write: Write, folder: Path, hardware: str, ready: str
+    ) -> None:
+        bring(folder, write(hardware).parent, "a", "b")
+
+        def commands(deployment: Deployment) -> list[str]:
+            write_deployment(folder, deployment)
+            return steps(folder, deployment, lambda version: folder / version.folder)
+
+        files = folder / "kubernetes"
+        route, again = f"kubectl apply --filename {files}/route.yaml", "as many free GPUs, or as much memory, again"
+        alone = commands(first(CLUSTER))
+        assert alone[0] == f"kubectl apply --recursive --filename {files}/a"
+        assert (len(alone), alone[2]) == (3, route)
+        tried = first(CLUSTER).try_out("run/b", NEWER, 10)
+        applied, *rest = commands(tried)
+        assert applied.startswith(f"kubectl apply --recursive --filename {files}/a --filename {files}/b    # beside")
+        assert applied.endswith(again)
+        assert rest == [ready, route]
+        *_, deleted = commands(tried.all_to("run/b", NEWER))
+        assert deleted == f"kubectl delete --recursive --filename {folder}/retired"
+        for manifest in [one for path in files.glob("*/*.yaml") for one in read(path)]:  # what is waited for is there
+            if manifest["kind"] in ("Deployment", "LeaderWorkerSet"):
+                assert f"{manifest['kind'].lower()}/{manifest['metadata']['name']}" in ready
+
+    def test_a_group_has_a_shorter_name(self, write: Write, folder: Path) -> None:
+        fits, name = "a-run-of-this-length", "a-run-of-such-a-length"
+        bring(folder, write("group").parent, fits, name)
+        write_deployment(folder, Deployment(NAME, CLUSTER, (Version(f"run/{fits}", 100, IMAGES),)))
+        (group,) = [one for one in read(folder / "kubernetes") if one["kind"] == "LeaderWorkerSet"]
+        assert group["metadata"]["name"] == f"{NAME}-{fits}-group"
+        with pytest.raises(TaskError, match="has 44 characters, and names in a cluster can have 42 here"):
+            write_deployment(folder, Deployment(NAME, CLUSTER, (Version(f"run/{name}", 100, IMAGES),)))
 
     def test_a_name_that_is_too_long_is_refused_before_anything_is_written(self, write: Write, folder: Path) -> None:
         name = "a-run-with-a-name-that-is-long-enough"

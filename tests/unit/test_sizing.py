@@ -145,6 +145,12 @@ class TestGpus:
         one = plan(mixture, gpus(141, cards=8))
         assert (one.tensor, one.copies, one.unused, one.experts) == (1, 6, 2, 12)
 
+    @pytest.mark.parametrize(("experts", "joined"), [(0, True), (12, True), (24, True), (6, False), (18, False)])
+    def test_machines_answer_as_one_if_they_divide_the_experts(self, experts: int, joined: bool) -> None:
+        one = plan(replace(LARGE, experts=experts), gpus(141, cards=6, machines=2))
+        assert (one.copies, one.experts, one.joined) == (6, experts, joined)
+        assert not plan(replace(LARGE, experts=experts), gpus(141, cards=6)).joined
+
     def test_every_card_keeps_a_head_or_the_whole_compressed_cache(self) -> None:
         for kv_heads, share in ((8, 1 / 8), (2, 1 / 2), (0, 1)):
             one = plan(replace(LARGE, kv_heads=kv_heads, context=4096), gpus(9, cards=8))
