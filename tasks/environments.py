@@ -66,7 +66,7 @@ _NO_NETWORK = re.compile(
     r"Temporary failure in name resolution|Connection (refused|reset|broken)|IncompleteRead"
 )
 _NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded")
-_NO_COMPILER = re.compile(r"CMAKE_C(XX)?_COMPILER|No CMAKE_\w+_COMPILER could be found")
+_NO_COMPILER = re.compile(r"No CMAKE_\w+_COMPILER could be found|CMAKE_\w+_COMPILER not set")
 _NO_VERSION = re.compile(
     r"No matching distribution found for (\S+)|requires a different Python|conflicting dependencies"
 )
@@ -289,7 +289,10 @@ def clean() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    from tasks.program import one_line_errors
+    from tasks.program import arguments, one_line_errors
 
     with one_line_errors():
-        print(interpreter(sys.argv[1]))
+        (asked,) = arguments("python -m tasks.environments NAME")
+        if asked not in ENVIRONMENTS:
+            raise TaskError(f"there is no environment {asked!r}; there are: {', '.join(sorted(ENVIRONMENTS))}")
+        print(interpreter(asked))

@@ -212,7 +212,7 @@ def _network_policy(name: str, labels: dict[str, str], port: int, *, several: bo
     own = {"podSelector": {"matchLabels": labels}}
     prometheus = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "${MONITORING_NAMESPACE}"}}}
     # wherever the cluster's DNS is: in any namespace or on the node; behind its service, OpenShift has port 5353
-    lookups = [{"protocol": protocol, "port": port} for port in (53, 5353) for protocol in ("UDP", "TCP")]
+    lookups = [{"protocol": protocol, "port": number} for number in (53, 5353) for protocol in ("UDP", "TCP")]
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",

@@ -82,7 +82,7 @@ class Engine:
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._words = llama_cpp.llama_vocab_n_tokens(self._vocab)
         on_gpu = bool(llama_cpp.llama_supports_gpu_offload())
-        return {"version": llama_cpp.__version__, "device": "cuda" if on_gpu else "cpu"}
+        return {"version": llama_cpp.__version__, "device": "cuda" if on_gpu else "cpu", "sequences": SEQUENCES}
 
     def score(self, questions: list[Any]) -> dict[str, Any]:
         """Score every continuation of each question [context, continuations]; those of one context share its tokens,

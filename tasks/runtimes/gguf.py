@@ -15,8 +15,6 @@ from tasks.runtimes.batches import batches
 from tasks.runtimes.engine import EngineRuntime
 from tasks.text.end_tokens import end_tokens
 
-SEQUENCES = 64  # continuations in a batch, at most: as in tasks/engines/gguf.py
-
 
 class GgufRuntime(EngineRuntime):
     """See the protocol `Runtime`. dtype: of the KV cache; the weights' types decide what is computed in."""
@@ -28,18 +26,19 @@ class GgufRuntime(EngineRuntime):
         super().__init__(engine, directory, tokenizer, {PACKAGE: version()}, ends)
         found, _ = engine.ask("load", file=str(file), dtype=dtype, threads=torch.get_num_threads())
         self.info = self._described(PACKAGE, found, dtype)
+        self._most = found["sequences"]  # continuations in a batch
 
     def _batches(
         self, questions: Sequence[Question], batch_tokens: int
     ) -> Iterator[tuple[str, list[tuple[int, Question]]]]:
         """With few enough continuations for llama.cpp; questions with more in parts."""
         parts = [
-            (index, Question(question.context, question.continuations[start : start + SEQUENCES]))
+            (index, Question(question.context, question.continuations[start : start + self._most]))
             for index, question in enumerate(questions)
-            for start in range(0, len(question.continuations), SEQUENCES)
+            for start in range(0, len(question.continuations), self._most)
         ]
         for batch in batches([part for _, part in parts], batch_tokens):
-            for group in _split(batch, [len(part.continuations) for _, part in parts]):
+            for group in _split(batch, [len(part.continuations) for _, part in parts], self._most):
                 yield "score", [parts[i] for i in group]
 
 
@@ -51,11 +50,11 @@ def gguf_file(directory: Path) -> Path:
     return found[0]
 
 
-def _split(batch: list[int], sequences: list[int]) -> list[list[int]]:
-    """Split a batch into parts of at most `SEQUENCES` sequences."""
+def _split(batch: list[int], sequences: list[int], most: int) -> list[list[int]]:
+    """Split a batch into parts of at most `most` sequences."""
     parts: list[list[int]] = [[]]
     for index in batch:
-        if parts[-1] and sum(sequences[i] for i in parts[-1]) + sequences[index] > SEQUENCES:
+        if parts[-1] and sum(sequences[i] for i in parts[-1]) + sequences[index] > most:
             parts.append([])
         parts[-1].append(index)
     return parts

@@ -13,6 +13,7 @@ from typing import Protocol
 import httpx
 
 from tasks.deployment.tool_calling import read_template
+from tasks.engine_process import PATH
 from tasks.environments import clean, interpreter, locked, nvidia_gpu, version_of
 from tasks.errors import TaskError
 from tasks.formats.gguf.file import NAME as GGUF
@@ -21,7 +22,6 @@ from tasks.serving.near_ties import INTEGER_KERNELS, computed_in
 from tasks.serving.onnx_server.options import KEY_VARIABLE
 from tasks.serving.process import Launch, NotServableHere, NotServed, Server, free_port, running
 
-ROOT = Path(__file__).resolve().parents[2]  # where `python -m tasks...` finds this project
 FIRST = 600.0  # seconds for the first answer: kernels may be compiled for it
 ENDING = 10.0  # seconds in which a server whose engine broke ends
 
@@ -92,7 +92,7 @@ class Vllm:
 
     def environment(self, folder: Path, context: int | None) -> dict[str, str]:
         """No telemetry, no network, no key; on a CPU room in the KV cache for a few texts of full length."""
-        own = {key: value for key, value in os.environ.items() if key not in _OURS}
+        own = {key: value for key, value in clean().items() if key != "VLLM_API_KEY"}  # it would refuse our requests
         own |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         if not nvidia_gpu():
             own.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the default wants more cores than there may be
@@ -149,7 +149,7 @@ class OnnxServer:
     def environment(self, folder: Path, context: int | None) -> dict[str, str]:
         """Without keys, and with this project on the path."""
         own = {key: value for key, value in clean().items() if key != KEY_VARIABLE}
-        return own | {"PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1"}
+        return own | {"PYTHONPATH": PATH, "ORT_DISABLE_TELEMETRY": "1"}
 
     def computes_in(self, folder: Path, dtype: str) -> str:
         """Its integer kernels round activations; a graph without integer weights computes in float32."""
@@ -200,8 +200,6 @@ class LlamaCpp:
 
 
 _EXPERTS = ('"num_local_experts"', '"num_experts"', '"n_routed_experts"', '"moe_num_experts"')
-# of our own environment: its packages must not be seen in another, and a key would refuse our requests
-_OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "VLLM_API_KEY")
 TEXTS = 4  # of full length that vLLM's KV cache holds at once on a CPU
 
 

