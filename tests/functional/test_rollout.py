@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """Two finished runs, `a` and `b`, whose packages are small bundles. Read only."""
     toy = Toy.create(tmp_path_factory.mktemp("runs") / "toy")
     toy.write("dvc.yaml", DVC_YAML)
-    for name in "ab":
+    for day, name in enumerate("ab", start=1):
         made = toy.root / "made"
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
@@ -45,7 +45,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Toy:
         write_sums(made)
         toy.dvc("repro")
         toy.command("git", "add", "--all")
-        toy.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", name)
+        date = f"GIT_COMMITTER_DATE=2026-01-0{day}T00:00:00Z"  # finished runs are listed by date
+        author = ("-c", "user.name=t", "-c", "user.email=t@t")
+        toy.command("env", date, "git", *author, "commit", "--quiet", "--message", name)
         toy.command("git", "tag", f"run/{name}")
     return toy
 
