@@ -13,6 +13,7 @@ import psutil
 import pytest
 import yaml
 
+from flows.processes.forked import SHARED
 from tests.functional.toy import STAGES, Toy, cli_env
 from tests.waiting import soon
 
@@ -29,7 +30,7 @@ def outputs(toy: Toy) -> dict[str, bytes]:
 
 
 def stage_process(toy: Toy, stage: str, other_than: int = 0) -> int:
-    """The pid of the sleeping stage, other than the pid `other_than`."""
+    """The pid of the sleeping or waiting stage, other than the pid `other_than`."""
     mark = toy.root / f"pid-{stage}"
 
     def there() -> bool:
@@ -40,16 +41,16 @@ def stage_process(toy: Toy, stage: str, other_than: int = 0) -> int:
 
 
 def worker_of(pid: int) -> int:
-    """The process that started the guard of the stage `pid`."""
-    (guard,) = (p for p in psutil.Process(pid).parents() if any(word.endswith("guard.py") for word in p.cmdline()))
-    return int(guard.ppid())
+    """The worker process that started the stage `pid`, itself or through its fork server."""
+    return next(int(p.pid) for p in psutil.Process(pid).parents() if p.cmdline()[0].startswith("dask worker"))
 
 
 class Run:
     """`modelpress run` on a cluster, in its own process."""
 
     def __init__(self, toy: Toy, *options: str, **env: str) -> None:
-        self.process = toy.start_cli("run", "--runner", "dask", *options, **env)
+        # each worker starts a fork server, as for a user, and does not share that of the tests
+        self.process = toy.start_cli("run", "--runner", "dask", *options, **{SHARED: "", **env})
 
     def end(self) -> str:
         """Wait for the end of the run and return its output."""
@@ -80,7 +81,7 @@ def test_variants_spread_over_workers_and_a_killed_workers_stage_is_done_again(
     alike = toy.copy(tmp_path / "alike")
     before = len(toy.executed())
     for name in ("int8", "base"):
-        toy.wish(f"quantize@{name}", "sleep 8")
+        toy.wish(f"quantize@{name}", "wait")
     run = start(toy)
     stages = {name: stage_process(toy, f"quantize@{name}") for name in ("int8", "base")}
     workers = {name: worker_of(pid) for name, pid in stages.items()}
@@ -92,6 +93,8 @@ def test_variants_spread_over_workers_and_a_killed_workers_stage_is_done_again(
     # the two attempts never overlap
     assert not psutil.pid_exists(stages["int8"])
     assert worker_of(again) != workers["int8"]
+    for name in ("int8", "base"):
+        toy.write(f"go-quantize@{name}", "")
     output = run.end()
     assert run.process.returncode == 0, output
     assert "8 executed" in output
@@ -144,7 +147,7 @@ def test_an_idle_worker_helps_a_stage_that_shares_its_work(
     toy.write("tasks/quantizers/__init__.py", "")
     toy.write("tasks/quantizers/assist.py", HELPER)
     alike = toy.copy(tmp_path / "alike")
-    toy.wish("quantize@int8", "sleep 6")
+    toy.wish("quantize@int8", "wait")
     run = start(toy, MODELPRESS_ASSIST_AFTER="0")
     stage = stage_process(toy, "quantize@int8")
     assert soon((toy.root / "helper-int8").exists, 60)

@@ -109,8 +109,9 @@ if wish in ("killed", "no memory"):
         os.kill(os.getpid(), signal.SIGKILL)
     print("error: out of memory; lower something", file=sys.stderr)
     sys.exit(71)
-if wish.startswith("sleep"):
+if wish == "wait" or wish.startswith("sleep"):
     Path(f"pid-{name}").write_text(str(os.getpid()))
+if wish.startswith("sleep"):
     time.sleep(float(wish.split()[1]))
 while wish == "wait" and not Path(f"go-{name}").exists():
     time.sleep(0.1)
