@@ -35,6 +35,13 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def stage_threads() -> int:
+    """The threads for a stage and its server: OMP_NUM_THREADS, which the flow sets so that stages share the cores, or
+    else one for each core."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    return int(named) if named.isdecimal() and int(named) else cpu_cores()
+
+
 def processor_name() -> str:
     """The name of the GPU that torch uses, or else the CPU's model."""
     import torch

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tasks.benchmark import BenchmarkReport, benchmark, size_bytes
 from tasks.environments import nvidia_gpu
-from tasks.hardware import cpu_cores, processor_name
+from tasks.hardware import processor_name, stage_threads
 from tasks.loadtest.figures import FIRST_TOKEN, PER_TOKEN, Load
 from tasks.loadtest.measure import Measured, measure
 from tasks.model.size import weight_bits
@@ -66,7 +66,7 @@ def _report(
         version=measured.version if measured else ENGINES[target]().version(),
         device="cuda" if nvidia_gpu() else "cpu",
         dtype=measured.dtype if measured else "auto",
-        threads=cpu_cores(),
+        threads=stage_threads(),
         processor=processor_name(),
     )
     return LoadReport(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from tasks.errors import TaskError
-from tasks.hardware import cpu_cores, processor_name
+from tasks.hardware import processor_name, stage_threads
 from tasks.runtimes import Question, RuntimeInfo, Score
 from tasks.serving.api import Api
 from tasks.serving.process import Server
@@ -37,7 +37,7 @@ class ServedRuntime:
             raise TaskError(f"{server.engine} cannot score given texts: it has no {', '.join(sorted(missing))}")
         self.libraries: Mapping[str, str] = {}
         self.tokenizer, self._api, self._server = tokenizer, api, server
-        self.info = RuntimeInfo(server.engine, server.version, device, dtype, cpu_cores(), processor_name())
+        self.info = RuntimeInfo(server.engine, server.version, device, dtype, stage_threads(), processor_name())
 
     @property
     def peak_memory_bytes(self) -> int:

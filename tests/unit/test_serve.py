@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 from tasks.errors import TaskError
+from tasks.hardware import cpu_cores
 from tasks.output import link_or_copy
 from tasks.scoring.completions import Completion, prompts, write_completions
 from tasks.scoring.divergence import text_windows
@@ -24,6 +25,7 @@ from tasks.serving import engines
 from tasks.serving.agreement import compared
 from tasks.serving.api import Answer
 from tasks.serving.near_ties import GAPS, INTEGER_KERNELS, MEANS, Parting, computed_in, parting
+from tasks.serving.onnx_server.options import read_options
 from tasks.serving.process import NotServableHere
 from tasks.settings import load_settings
 from tests.functional.pressing import Pressing
@@ -260,6 +262,19 @@ def test_what_llama_cpp_computes_in(tmp_path: Path, kind: str, expected: str) ->
     writer.write_tensors_to_file()
     writer.close()
     assert engines.LlamaCpp().computes_in(tmp_path, "auto") == expected
+
+
+@pytest.mark.parametrize(("share", "expected"), [("1", 1), ("7", 7), ("", cpu_cores()), ("4,2", cpu_cores())])
+def test_a_server_computes_in_the_threads_of_its_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: str, expected: int
+) -> None:
+    """Two llama.cpp servers with two threads each on two cores need seconds for a token."""
+    monkeypatch.setenv("OMP_NUM_THREADS", share)
+    words = engines.LlamaCpp().arguments(tmp_path, "a", "auto", 512)
+    assert words[words.index("--threads") + 1] == str(expected)
+    assert engines.OnnxServer().environment(tmp_path, 512)["OMP_NUM_THREADS"] == share
+    assert read_options([str(tmp_path)]).threads == expected
+    assert read_options([str(tmp_path), "--threads", "3"]).threads == 3
 
 
 @pytest.mark.parametrize(("below", "near"), [(0.3, True), (2.0, False)])

@@ -25,10 +25,10 @@ class Options:
 
     model: Path
     name: str
+    threads: int
     host: str = "127.0.0.1"
     port: int = 8000
     max_model_len: int | None = None
-    threads: int | None = None
     max_batch: int = 16
     max_queue: int = 64
     max_body: int = 4096 * KIB
@@ -49,7 +49,12 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--max-model-len", type=_count, metavar="TOKENS", help="of prompt and answer together (default: the model's)"
     )
-    parser.add_argument("--threads", type=_count, metavar="N", help="for the computation (default: all usable cores)")
+    parser.add_argument(
+        "--threads",
+        type=_count,
+        metavar="N",
+        help="for the computation (default: OMP_NUM_THREADS, or else one for each usable core)",
+    )
     parser.add_argument(
         "--max-batch", type=_count, default=Options.max_batch, metavar="N", help="texts computed together (%(default)s)"
     )
@@ -82,7 +87,7 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
         host=given.host,
         port=given.port,
         max_model_len=given.max_model_len,
-        threads=given.threads,
+        threads=given.threads or _threads(),
         max_batch=given.max_batch,
         max_queue=given.max_queue,
         max_body=given.max_body_kib * KIB,
@@ -90,6 +95,14 @@ def read_options(arguments: Sequence[str] | None = None) -> Options:
         drain=given.drain_seconds,
         keys=_keys(given.api_key_file),
     )
+
+
+def _threads() -> int:
+    """OMP_NUM_THREADS, or else one for each usable core."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    if named.isdecimal() and int(named):
+        return int(named)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _count(text: str) -> int:

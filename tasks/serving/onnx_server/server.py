@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 import time
 from types import FrameType
@@ -30,9 +29,8 @@ _LOG = logging.getLogger("uvicorn.error")
 def serve(options: Options) -> None:
     """Load the model and answer requests. StartError if the server cannot start."""
     served = read_served(options)
-    threads = options.threads or _cores()
     export = served.export
-    engine = EngineProcess(options.model, served.vocabulary.padding(export), export.vocabulary, threads)
+    engine = EngineProcess(options.model, served.vocabulary.padding(export), export.vocabulary, options.threads)
     limits = Limits(
         rows=options.max_batch,
         tokens=options.kv_cache // export.cache_bytes,
@@ -91,10 +89,6 @@ class _Server(uvicorn.Server):
                 await asyncio.to_thread(self._scheduler.end, "the server has shut down before this text was complete")
                 return True
         return await super().on_tick(counter)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> None:
