@@ -93,9 +93,7 @@ def test_a_model_that_does_all_as_evaluated_is_served(stage: Stage) -> None:
         ("does not start", "fake ended with status 1; its last words: ValueError: no kernel for model"),
     ],
 )
-def test_a_variant_that_answers_otherwise_is_not_served_and_the_baseline_stops(
-    stage: Stage, fault: str, reason: str
-) -> None:
+def test_a_variant_that_answers_otherwise_is_not_served(stage: Stage, fault: str, reason: str) -> None:
     report = stage(faults=[fault])
     assert report.state == "not served"
 
@@ -104,6 +102,10 @@ def test_a_variant_that_answers_otherwise_is_not_served_and_the_baseline_stops(
     assert any(re.match(reason, one) for one in (report.reason or "", *found))
     assert re.search(r" \(and \d+ more\)$", report.reason or "") or len(found) < 2
     assert "not served" in summary_line(report)
+
+
+@pytest.mark.parametrize("fault", ["shifted", "does not start"])
+def test_a_baseline_that_answers_otherwise_stops_the_run(stage: Stage, fault: str) -> None:
     with pytest.raises(TaskError, match=r"the baseline is not served by fake: .*see .*log"):
         stage("base", faults=[fault])
 

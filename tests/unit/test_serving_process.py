@@ -98,7 +98,10 @@ def test_a_server_that_does_not_start_leaves_its_last_words(engine: Fake, tmp_pa
         pass
 
 
-def test_a_server_that_refuses_its_first_request_is_not_served(engine: Fake, tmp_path: Path) -> None:
+def test_a_server_that_refuses_its_first_request_is_not_served(
+    engine: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "ENDING", 0.1)  # this one goes on
     engine.faults = ["breaks on length"]
     with (
         pytest.raises(NotServed, match="first answer was 500"),
