@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tasks.reporting.labels import made_as
 from tasks.reporting.number_format import change, figure, interval, megabytes, percent, short_percent, times
-from tasks.reporting.served import has_server, proof
+from tasks.reporting.served import has_server, loaded, proof, ratios
 
 Values = Mapping[str, Any]
 
@@ -56,7 +56,7 @@ def columns(summary: Values, most_texts: int | None = None) -> list[Column]:
             "size", {n: Cell(megabytes(row["size_bytes"]) if "size_bytes" in row else "") for n, row in rows.items()}
         ),
         Column("ratio", {name: Cell(times(row.get("ratio"))) for name, row in rows.items()}),
-        Column("decode\nspeed", {name: _speed(row) for name, row in rows.items()}),
+        _speeds(summary, rows, baseline),
         Column("items", {name: Cell(f"{row['items']:,}" if "items" in row else "") for name, row in rows.items()}),
         Column(f"retention in %\n({level})", {n: _retention(row, n == baseline) for n, row in rows.items()}),
         *_perplexities(rows, baseline, texts, most_texts),
@@ -69,6 +69,13 @@ def columns(summary: Values, most_texts: int | None = None) -> list[Column]:
         ),
         *_served(summary),
     ]
+
+
+def _speeds(summary: Values, rows: Mapping[str, Values], baseline: str | None) -> Column:
+    """Tokens per second of the servers with several requests at once; without a server, the speed of writing."""
+    if not loaded(summary):
+        return Column("decode\nspeed", {name: _speed(row) for name, row in rows.items()})
+    return Column("tokens/s\nunder load", {name: _throughput(row, name == baseline) for name, row in rows.items()})
 
 
 def _served(summary: Values) -> list[Column]:
@@ -98,10 +105,13 @@ def reasons(summary: Values) -> dict[str, str]:
 def legend(summary: Values) -> str:
     """What the columns mean."""
     gate = summary["gate"]
+    load = next(iter(loaded(summary).values()), {}).get("load")
+    at_once = load and f"{load['main']['concurrency']} requests at once"
+    speed = f"Tokens/s under load: of the server with {at_once}, relative to the baseline's. " if load else ""
     return (
-        f"Retention: mean over the tasks of score / baseline's score, with {interval_method(gate)}. KL: divergence "
-        "from the baseline, in nats per token. Same top 1: share of positions with the same most likely token as the "
-        "baseline. Both are averaged over the texts."
+        f"{speed}Retention: mean over the tasks of score / baseline's score, with {interval_method(gate)}. "
+        "KL: divergence from the baseline, in nats per token. Same top 1: share of positions with the "
+        "same most likely token as the baseline. Both are averaged over the texts."
     )
 
 
@@ -131,6 +141,17 @@ def _speed(row: Values) -> Cell:
     if speed.get("fast_kernel"):
         return Cell(times(speed.get("decode_ratio")))
     return Cell("no fast\nkernel", remark=speed.get("note") or "")
+
+
+def _throughput(row: Values, base: bool) -> Cell:
+    """Tokens per second relative to the baseline, or a remark if the server was not measured."""
+    load = row.get("load")
+    if not load:
+        return Cell("not\nmeasured", remark=(row.get("speed") or {}).get("note") or "")
+    if base:
+        return Cell(times(1.0))
+    compared = (load.get("ratios") or {}).get("tokens_per_second")
+    return Cell(times(compared and compared["mean"]), remark=ratios(load).get("tokens per second", ""))
 
 
 def _retention(row: Values, base: bool) -> Cell:

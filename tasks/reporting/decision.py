@@ -111,12 +111,18 @@ def next_step(summary: Values) -> str:
 
 def decisive(summary: Values) -> dict[str, Any]:
     """The winner's name, and each variant's figures and verdict: the table's, unrounded."""
+
+    def throughput(row: Values) -> float | None:
+        compared = (row["load"] or {}).get("ratios")
+        return compared and compared["tokens_per_second"]["mean"]
+
     return {
         "winner": summary["winner"],
         "variants": {
             name: {
                 **{key: row[key] for key in ("size_bytes", "ratio", "items", "kl", "top1", "verdict")},
                 "decode_ratio": row["speed"]["decode_ratio"],
+                "throughput_ratio": throughput(row),
                 "served": row["serving"]["state"],
                 "retention": row["retention"] and {key: row["retention"][key] for key in ("mean", "low", "high")},
                 "perplexity": {text: values["perplexity"] for text, values in row["texts"].items()},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tasks.report import report
-from tasks.reporting.columns import columns, reasons
+from tasks.reporting.columns import Cell, columns, legend, reasons
 from tasks.reporting.decision import decisive, figures, next_step
 from tasks.reporting.model_card import model_card
 from tasks.reporting.overview import fastest, overview
@@ -119,6 +119,26 @@ def test_a_target_without_a_server_has_no_such_column(tmp_path: Path) -> None:
     summary = summarize("transformers", ["base", "int8", "int4"], GATE, *folders)
     assert "served" not in [column.heading for column in columns(summary)]
     assert "served" not in [one.label for one in figures(summary)]
+    assert "decode\nspeed" in [column.heading for column in columns(summary)]
+
+
+def test_the_speed_of_a_served_variant_is_what_its_clients_get(tmp_path: Path) -> None:
+    summary = summary_of(tmp_path, SERVED)
+    summary["variants"]["int8"] |= {
+        "load": None,
+        "speed": {"decode_ratio": None, "fast_kernel": False, "note": "it needs AMX"},
+    }
+    (column,) = (one for one in columns(summary) if one.heading == "tokens/s\nunder load")
+    assert column.cells == {
+        "base": Cell("1.00x"),
+        "int8": Cell("not\nmeasured", remark="it needs AMX"),
+        "int4": Cell("1.30x", remark="1.30 (1.20 to 1.40)"),
+    }
+    assert legend(summary).startswith(
+        "Tokens/s under load: of the server with 4 requests at once, relative to the baseline's. Retention"
+    )
+    assert [row["throughput_ratio"] for row in decisive(summary)["variants"].values()] == [1.0, None, 1.3]
+    assert "decode\nspeed" not in [one.heading for one in columns(summary)]
 
 
 def test_what_was_proven_is_counted() -> None:
