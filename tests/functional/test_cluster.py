@@ -42,7 +42,10 @@ def stage_process(toy: Toy, stage: str, other_than: int = 0) -> int:
 
 def worker_of(pid: int) -> int:
     """The worker process that started the stage `pid`, itself or through its fork server."""
-    return next(int(p.pid) for p in psutil.Process(pid).parents() if p.cmdline()[0].startswith("dask worker"))
+    above = psutil.Process(pid).parents()
+    guard = next(place for place, process in enumerate(above) if "guard.py" in " ".join(process.cmdline()))
+    owner = above[guard + 1]
+    return int(owner.ppid() if owner.cmdline()[0].startswith("fork_server.py") else owner.pid)
 
 
 class Run:

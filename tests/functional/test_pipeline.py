@@ -140,12 +140,14 @@ def test_a_change_of_one_variant_runs_its_stages_and_what_follows(by_flow: Check
 def test_onnx_model_is_evaluated_and_packaged(llama: Path, corpus: Corpus, tmp_path: Path) -> None:
     checkout = Checkout(tmp_path / "project", params(llama, corpus) | {"targets": ["onnx"]})
     checkout.dvc("repro")
-    summary = json.loads((checkout.root / "report/transformers/summary.json").read_text())
+    summary = json.loads((checkout.root / "report/onnx/summary.json").read_text())
     assert summary["contract"]["engine"] == "onnxruntime-genai"
     assert all(v["speed"]["fast_kernel"] for v in summary["variants"].values())
-    bundle = checkout.root / "dist/smollm2-135m-instruct-transformers"
+    bundle = checkout.root / "dist/smollm2-135m-instruct-onnx"
     for weights in ("model.onnx", "model.onnx.data"):
-        assert (bundle / weights).read_bytes() == (checkout.root / "exports" / summary["winner"] / weights).read_bytes()
+        assert (bundle / weights).read_bytes() == (
+            checkout.root / "exports/onnx" / summary["winner"] / weights
+        ).read_bytes()
     from tasks.runtimes import load_runtime
 
     assert load_runtime("onnx", bundle, "float32").generate("Anna", 4)
@@ -158,11 +160,11 @@ def test_gguf_file_is_evaluated_and_packaged(llama: Path, corpus: Corpus, tmp_pa
     values["variants"]["q4km"] = {"scheme": "Q4_K_M", "imatrix": True}
     checkout = Checkout(tmp_path / "project", values)
     checkout.dvc("repro")
-    summary = json.loads((checkout.root / "report/transformers/summary.json").read_text())
+    summary = json.loads((checkout.root / "report/gguf/summary.json").read_text())
     assert summary["contract"]["engine"] == "llama-cpp-python"
     assert all(v["speed"]["fast_kernel"] for v in summary["variants"].values())
-    bundle = checkout.root / "dist/smollm2-135m-instruct-transformers"
-    exported = checkout.root / "exports" / summary["winner"] / "model.gguf"
+    bundle = checkout.root / "dist/smollm2-135m-instruct-gguf"
+    exported = checkout.root / "exports/gguf" / summary["winner"] / "model.gguf"
     assert (bundle / "model.gguf").read_bytes() == exported.read_bytes()
     assert not list(bundle.glob("*.safetensors"))
     from tasks.runtimes import load_runtime
