@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tasks.reporting.labels import made_as
 from tasks.reporting.number_format import change, figure, interval, megabytes, percent, short_percent, times
-from tasks.reporting.served import has_server, loaded, proof, ratios
+from tasks.reporting.served import has_server, loaded, proof, ratios, throughput_ratio
 
 Values = Mapping[str, Any]
 
@@ -150,8 +150,7 @@ def _throughput(row: Values, base: bool) -> Cell:
         return Cell("not\nmeasured", remark=(row.get("speed") or {}).get("note") or "")
     if base:
         return Cell(times(1.0))
-    compared = (load.get("ratios") or {}).get("tokens_per_second")
-    return Cell(times(compared and compared["mean"]), remark=ratios(load).get("tokens per second", ""))
+    return Cell(times(throughput_ratio(row)), remark=ratios(load).get("tokens per second", ""))
 
 
 def _retention(row: Values, base: bool) -> Cell:

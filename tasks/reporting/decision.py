@@ -11,7 +11,7 @@ from typing import Any
 
 from tasks.reporting.labels import made_as
 from tasks.reporting.number_format import figure, interval, megabytes, percent, short_percent, times
-from tasks.reporting.served import WITHOUT, engine, failed_to_serve, proof, ratios
+from tasks.reporting.served import WITHOUT, engine, failed_to_serve, proof, ratios, throughput_ratio
 
 Values = Mapping[str, Any]
 
@@ -111,18 +111,13 @@ def next_step(summary: Values) -> str:
 
 def decisive(summary: Values) -> dict[str, Any]:
     """The winner's name, and each variant's figures and verdict: the table's, unrounded."""
-
-    def throughput(row: Values) -> float | None:
-        compared = (row["load"] or {}).get("ratios")
-        return compared and compared["tokens_per_second"]["mean"]
-
     return {
         "winner": summary["winner"],
         "variants": {
             name: {
                 **{key: row[key] for key in ("size_bytes", "ratio", "items", "kl", "top1", "verdict")},
                 "decode_ratio": row["speed"]["decode_ratio"],
-                "throughput_ratio": throughput(row),
+                "throughput_ratio": throughput_ratio(row),
                 "served": row["serving"]["state"],
                 "retention": row["retention"] and {key: row["retention"][key] for key in ("mean", "low", "high")},
                 "perplexity": {text: values["perplexity"] for text, values in row["texts"].items()},

@@ -89,5 +89,11 @@ def ratios(load: Values) -> dict[str, str]:
     }
 
 
+def throughput_ratio(row: Values) -> float | None:
+    """A variant's tokens per second over the baseline's; None if they were not compared."""
+    compared = (row.get("load") or {}).get("ratios")
+    return compared and compared["tokens_per_second"]["mean"]
+
+
 def _both(percentiles: Values) -> str:
     return f"{1000 * percentiles['p50']:.0f} and {1000 * percentiles['p95']:.0f} ms"

@@ -17,7 +17,6 @@ from tasks.engine_process import PATH
 from tasks.environments import clean, interpreter, locked, nvidia_gpu, version_of
 from tasks.errors import TaskError
 from tasks.formats.gguf.file import NAME as GGUF
-from tasks.hardware import stage_threads
 from tasks.serving.llama_server import Serving, llama_server, server_arguments, source_version
 from tasks.serving.near_ties import INTEGER_KERNELS, computed_in
 from tasks.serving.onnx_server.options import KEY_VARIABLE
@@ -180,7 +179,7 @@ class LlamaCpp:
 
     def arguments(self, folder: Path, name: str, dtype: str, context: int | None) -> list[str]:
         """`dtype` has no effect: the file's types decide."""
-        return server_arguments(folder / GGUF, Serving(name=name, context=context, threads=stage_threads()))
+        return server_arguments(folder / GGUF, Serving(name=name, context=context))
 
     def environment(self, folder: Path, context: int | None) -> dict[str, str]:
         """As of this process."""

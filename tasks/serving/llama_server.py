@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from tasks.environments import environments
 from tasks.errors import TaskError, TransientError
-from tasks.hardware import cpu_cores, cpu_name
+from tasks.hardware import cpu_cores, cpu_name, stage_threads
 from tasks.output import CODE
 from tasks.program import one_line_errors
 
@@ -55,7 +55,7 @@ class Serving:
 
     name: the model's name for clients. context: tokens for each request; None: the model's own length. slots: requests
     answered at once, each with the full context. key_file: a file with API keys, one per line; None: no key is asked
-    for. threads: None: all cores that this process may use.
+    for. threads: None: those of this stage.
     """
 
     name: str
@@ -80,7 +80,7 @@ def server_arguments(model: Path, serving: Serving) -> list[str]:
         *("--ctx-size", str(context * serving.slots), "--parallel", str(serving.slots)),
         # otherwise the slots share a cache, and a long request takes the room of the others
         *(("--no-kv-unified",) if context else ("--kv-unified",)),
-        *("--threads", str(serving.threads or cpu_cores())),
+        *("--threads", str(serving.threads or stage_threads())),
         *("--jinja", "--metrics", "--no-webui", "--no-slots", "--offline"),
         *(("--api-key-file", str(serving.key_file)) if serving.key_file else ()),
     ]
